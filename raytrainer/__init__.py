@@ -1,0 +1,78 @@
+"""A PyTorch trainer on Ray actors: `Module`, `DataModule`, `Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from raytrainer.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    WorkerCallback,
+)
+from raytrainer.datamodule import DataModule
+from raytrainer.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    MetricError,
+    RaytrainerError,
+    ResourceError,
+    SerializationError,
+    WorkerError,
+    WorkerLostError,
+)
+from raytrainer.loggers import CSVLogger, Logger, TensorBoardLogger
+from raytrainer.module import Module
+from raytrainer.seeding import seed_everything
+from raytrainer.trainer import Trainer
+from raytrainer.version import __version__
+
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "DataModule",
+    "EarlyStopping",
+    "LearningRateMonitor",
+    "Logger",
+    "MetricError",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "Module",
+    "ProgressBar",
+    "RaytrainerError",
+    "ResourceError",
+    "SerializationError",
+    "TensorBoardLogger",
+    "Trainer",
+    "WorkerCallback",
+    "WorkerError",
+    "WorkerLostError",
+    "__version__",
+    "seed_everything",
+]
+
+
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever sys.stderr is now, so that a live progress bar or a test can take its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[no-untyped-def]
+        return sys.stderr
+
+
+_log = logging.getLogger("raytrainer")
+if not _log.handlers:
+    _log.addHandler(_StderrHandler())
+    _log.setLevel(logging.INFO)
+    _log.propagate = False

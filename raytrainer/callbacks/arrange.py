@@ -1,0 +1,57 @@
+"""Putting a run's callbacks together, and refusing what could not work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from raytrainer.callbacks.callback import Callback, WorkerCallback
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["arrange_callbacks"]
+
+
+def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -> list[Callback | WorkerCallback]:
+    """`given` after those of `others` whose type is not among it; callbacks that run last at the end.
+
+    Raises:
+        ConfigurationError: Something that is no callback, a driver's callback with batch-level hooks, or two with one
+            key for their state.
+    """
+    if given is None:
+        chosen: list[Any] = []
+    else:
+        chosen = list(given) if isinstance(given, Iterable) else [given]
+    for callback in chosen:
+        _check(callback)
+    kept = [c for c in others if not any(type(c) is type(g) for g in chosen)]
+    arranged: list[Callback | WorkerCallback] = sorted(
+        [*kept, *chosen], key=lambda c: isinstance(c, Callback) and c.runs_last
+    )
+    keys = [callback.state_key for callback in arranged]
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ConfigurationError(
+            f"several callbacks share the state key {sorted(twice)}: give them a state_key property that tells them "
+            f"apart, or drop one."
+        )
+    return arranged
+
+
+def _check(callback: Any) -> None:
+    if isinstance(callback, WorkerCallback):
+        return
+    if not isinstance(callback, Callback):
+        raise ConfigurationError(
+            f"callback {callback!r}: give a raytrainer Callback (on the driver) or WorkerCallback (beside the module)."
+        )
+    batch_level = [
+        name
+        for name in vars(WorkerCallback)
+        if name.startswith("on_") and not hasattr(Callback, name) and hasattr(callback, name)
+    ]
+    if batch_level:
+        raise ConfigurationError(
+            f"{type(callback).__name__} is a Callback, which runs on the driver, and has {sorted(batch_level)}, which "
+            f"happen in the workers: derive it from WorkerCallback."
+        )

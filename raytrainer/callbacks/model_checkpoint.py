@@ -1,0 +1,336 @@
+"""Save checkpoints while training, and keep the best of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from raytrainer.callbacks.callback import Callback
+from raytrainer.errors import ConfigurationError
+from raytrainer.plan.monitoring import Moment, MonitorMoment
+from raytrainer.plan.retention import (
+    best_path,
+    check_arguments,
+    comparable,
+    fill_template,
+    free_name,
+    is_inside,
+    join_path,
+    place,
+    template_fields,
+    worst_path,
+)
+
+if TYPE_CHECKING:
+    from raytrainer.messages import TrainReport
+    from raytrainer.module import Module
+    from raytrainer.trainer import Trainer
+
+__all__ = ["ModelCheckpoint"]
+
+_log = logging.getLogger("raytrainer")
+
+
+class ModelCheckpoint(Callback):
+    """Saves checkpoints (directories ending in ".ckpt") at regular moments, and removes those that are no longer best.
+
+    Args:
+        dirpath: Folder or URI ("s3://bucket/x"). None: `checkpoints` in `trainer.log_dir`, or without a logger in
+            `trainer.default_root_dir`.
+        filename: Template such as "{epoch}-{val_loss:.2f}", which gives "epoch=3-val_loss=0.31". It may use "epoch",
+            "step" and every name in `trainer.callback_metrics`. None: "{epoch}-{step}".
+        monitor: Metric that says which checkpoints are best. None: the latest is.
+        mode: "min" when smaller is better, "max" when larger is.
+        save_top_k: How many to keep: 0 none, -1 all; without `monitor` only 0, 1 and -1.
+        save_last: True keeps "last.ckpt" too, written at every moment that a checkpoint could be, and at the end.
+        every_n_epochs: Save after every so many epochs [1]; 0 turns this off.
+        every_n_train_steps: Instead, save after every so many optimizer steps.
+        save_on_train_epoch_end: True: after training epochs. False: after validations. None: after validations, unless
+            the run has none or training logs the monitored metric.
+        save_weights_only: Leave out what only resuming needs (optimizers, schedulers, counters).
+        auto_insert_metric_name: Put "name=" before each value in `filename`; a "/" in a name becomes "_".
+        verbose: Log every save.
+
+    Attributes:
+        best_model_path: The best checkpoint, without `monitor` the latest; "" before the first.
+        best_model_score: Its score (0-dim tensor), None without `monitor`.
+        best_k_models: Score of every kept checkpoint, by path; empty without `monitor`.
+        kth_best_model_path: The worst of those kept, once `save_top_k` are.
+        last_model_path: Where "last.ckpt" was written, or "".
+        current_score: The score at the last look (0-dim tensor), or None.
+
+    Raises:
+        ConfigurationError: Arguments that are out of range or contradict each other; a monitored metric that nobody
+            logs (when it is first needed and can no longer come).
+    """
+
+    runs_last: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        save_top_k: int = 1,
+        save_last: bool | None = None,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        save_weights_only: bool = False,
+        auto_insert_metric_name: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        check_arguments(filename, monitor, mode, save_top_k, every_n_epochs, every_n_train_steps)
+        self.dirpath = None if dirpath is None else _absolute(os.fspath(dirpath))
+        self.filename = filename or "{epoch}-{step}"
+        self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
+        self.save_last, self.save_weights_only, self.verbose = save_last, save_weights_only, verbose
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.every_n_train_steps = every_n_train_steps or None
+        by_default = 0 if self.every_n_train_steps else 1
+        self.every_n_epochs = by_default if every_n_epochs is None else every_n_epochs
+        self._wish: Moment | None = None
+        if save_on_train_epoch_end is not None:
+            self._wish = Moment.TRAIN_EPOCH if save_on_train_epoch_end else Moment.VALIDATION
+        self._moment = MonitorMoment(self._wish)
+        self.best_model_path = ""
+        self.best_model_score: torch.Tensor | None = None
+        self.best_k_models: dict[str, torch.Tensor] = {}
+        self.kth_best_model_path = ""
+        self.last_model_path = ""
+        self.current_score: torch.Tensor | None = None
+        self._saved_step = self._last_saved_step = 0
+        self._warned: set[str] = set()
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Names what tells several of these apart."""
+        return (
+            f"ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r}, filename={self.filename!r}, "
+            f"every_n_train_steps={self.every_n_train_steps}, every_n_epochs={self.every_n_epochs})"
+        )
+
+    # When
+
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """Settle the folder, and find out afresh when to save."""
+        if stage != "fit":
+            return
+        self._moment.begin()
+        self._folder(trainer)
+
+    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+        """What a resumed run starts from has been saved already."""
+        self._saved_step = self._last_saved_step = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+        """See whether training logs the monitored metric."""
+        if self._active(trainer):
+            self._moment.before_validation(self.monitor is not None and self._has_metric(trainer))
+
+    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+        """Save, if this is the moment to."""
+        if self._active(trainer):
+            now = self._moment.after_validation(self._has_metric(trainer))
+            if now and self._epoch_due(trainer):
+                self._save(trainer)
+
+    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+        """Save at the steps asked for."""
+        every, step = self.every_n_train_steps, trainer.global_step
+        if every and step > 0 and step % every == 0 and self._active(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+        """Save, if this is the moment to; say so if the monitored metric will never come."""
+        if not self._active(trainer):
+            return
+        has_validation = any(count != 0 for count in trainer.num_val_batches)
+        now = self._moment.after_train_epoch(self._has_metric(trainer), has_validation)
+        can_still_come = has_validation and not self._moment.validated
+        if not self._has_metric(trainer) and self.save_top_k != 0 and not can_still_come:
+            raise ConfigurationError(self._missing(trainer))
+        if now and self._epoch_due(trainer):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+        """Bring "last.ckpt" up to date with the end of training."""
+        if self.save_last and self._active(trainer) and trainer.global_step != self._last_saved_step:
+            self._save_as_last(trainer)
+
+    def _active(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
+
+    def _epoch_due(self, trainer: Trainer) -> bool:
+        return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _has_metric(self, trainer: Trainer) -> bool:
+        return self.monitor is None or self.monitor in trainer.callback_metrics
+
+    def _missing(self, trainer: Trainer) -> str:
+        known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+        return (
+            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged; there are: {known}. "
+            f"Call self.log({self.monitor!r}, ...) in the module, or monitor one of these"
+        )
+
+    # What
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save_best(trainer)
+        if self.save_last and self._last_saved_step != trainer.global_step:
+            self._save_as_last(trainer)
+
+    def _save_best(self, trainer: Trainer) -> None:
+        if self.save_top_k == 0:
+            return
+        if not self._has_metric(trainer):
+            self._warn_once(self._missing(trainer) + "; nothing is saved before it exists")
+            return
+        if self.monitor is None:
+            drop = self.best_model_path if self.save_top_k == 1 else ""
+            self._write(trainer, drop or None, None)
+            return
+        score = comparable(float(trainer.callback_metrics[self.monitor]), self.mode)
+        self.current_score = torch.tensor(score, dtype=torch.float64)
+        placement = place(self._scores(), score, self.save_top_k, self.mode)
+        if placement.save:
+            self._write(trainer, placement.drop, score)
+        elif self.verbose:
+            _log.info("step %d: %s = %.6g is not among the best", trainer.global_step, self.monitor, score)
+
+    def _write(self, trainer: Trainer, drop: str | None, score: float | None) -> None:
+        path = self._new_path(trainer, drop)
+        before = self._record()
+        # Recorded first, because the checkpoint itself contains this record.
+        self._saved_step, self.best_model_path = trainer.global_step, path
+        if score is not None:
+            if drop is not None:
+                del self.best_k_models[drop]
+            self.best_k_models[path] = torch.tensor(score, dtype=torch.float64)
+            self._rank()
+        self._save_or_restore(trainer, path, before)
+        if self.verbose:
+            _log.info("epoch %d, step %d: saved %s", trainer.current_epoch, trainer.global_step, path)
+        if drop is not None and drop != path and self._may_remove(trainer, drop):
+            trainer.remove_checkpoint(drop)
+
+    def _save_as_last(self, trainer: Trainer) -> None:
+        folder = self._folder(trainer)
+
+        def taken(name: str) -> bool:
+            path = join_path(folder, name)
+            return path != self.last_model_path and trainer.checkpoint_exists(path)
+
+        path = join_path(folder, free_name("last", ".ckpt", taken))
+        before = self._record()
+        self.last_model_path, self._last_saved_step = path, trainer.global_step
+        self._save_or_restore(trainer, path, before)
+
+    def _rank(self) -> None:
+        scores = self._scores()
+        self.best_model_path = best_path(scores, self.mode) or ""
+        self.best_model_score = self.best_k_models.get(self.best_model_path)
+        full = len(scores) == self.save_top_k or self.save_top_k == -1
+        self.kth_best_model_path = (worst_path(scores, self.mode) or "") if full else ""
+
+    def _scores(self) -> dict[str, float]:
+        return {path: float(score) for path, score in self.best_k_models.items()}
+
+    # Where
+
+    def _folder(self, trainer: Trainer) -> str:
+        if self.dirpath is None:
+            self.dirpath = _absolute(join_path(str(trainer.log_dir or trainer.default_root_dir), "checkpoints"))
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.load_state_dict(pending)
+        return self.dirpath
+
+    def _new_path(self, trainer: Trainer, drop: str | None) -> str:
+        values: dict[str, float] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values.update(epoch=trainer.current_epoch, step=trainer.global_step)
+        unknown = sorted(set(template_fields(self.filename)) - set(values))
+        if unknown:
+            self._warn_once(f"ModelCheckpoint(filename={self.filename!r}): not logged, taken as 0: {unknown}")
+        stem = fill_template(self.filename, values, self.auto_insert_metric_name)
+        folder = self._folder(trainer)
+
+        def taken(name: str) -> bool:
+            path = join_path(folder, name)
+            # The one that has to go may be overwritten: a fixed filename then stays one checkpoint.
+            return path != drop and (path in self.best_k_models or trainer.checkpoint_exists(path))
+
+        return join_path(folder, free_name(stem, ".ckpt", taken))
+
+    def _may_remove(self, trainer: Trainer, path: str) -> bool:
+        resumed_from = trainer.ckpt_path
+        if resumed_from is not None and _absolute(str(resumed_from)) == path:
+            return False
+        return is_inside(path, self._folder(trainer))
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _log.warning("%s", message)
+
+    # State
+
+    def _record(self) -> dict[str, Any]:
+        names = ("best_model_path", "best_model_score", "kth_best_model_path", "last_model_path")
+        steps = ("_saved_step", "_last_saved_step")
+        return {"best_k_models": dict(self.best_k_models), **{name: getattr(self, name) for name in names + steps}}
+
+    def _save_or_restore(self, trainer: Trainer, path: str, record: dict[str, Any]) -> None:
+        try:
+            trainer.save_checkpoint(path, weights_only=self.save_weights_only)
+        except BaseException:
+            for name, value in record.items():
+                setattr(self, name, value)
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Paths and scores, as plain values."""
+        return {
+            "dirpath": self.dirpath,
+            "monitor": self.monitor,
+            "best_model_path": self.best_model_path,
+            "best_model_score": None if self.best_model_score is None else float(self.best_model_score),
+            "best_k_models": self._scores(),
+            "current_score": None if self.current_score is None else float(self.current_score),
+            "last_model_path": self.last_model_path,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was kept, if it lies in this object's folder; otherwise begin anew, with a warning."""
+        if self.dirpath is None:
+            self._pending = state_dict  # the folder is only known once there is a trainer
+            return
+        if state_dict.get("dirpath") != self.dirpath:
+            self._warn_once(
+                f"ModelCheckpoint: the folder changed from {state_dict.get('dirpath')} to {self.dirpath}; "
+                "checkpoints in the old one are left alone and no longer count as best"
+            )
+            return
+        self.last_model_path = state_dict.get("last_model_path", "")
+        self.best_model_path = state_dict.get("best_model_path", "")
+        self.best_model_score = _tensor(state_dict.get("best_model_score"))
+        self.current_score = _tensor(state_dict.get("current_score"))
+        scores: dict[str, float] = state_dict.get("best_k_models", {})
+        self.best_k_models = {path: torch.tensor(score, dtype=torch.float64) for path, score in scores.items()}
+        if scores:
+            self._rank()
+
+
+def _tensor(value: float | None) -> torch.Tensor | None:
+    return None if value is None else torch.tensor(value, dtype=torch.float64)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,135 @@
+"""Show how far a run is: live bars on a terminal, few plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raytrainer.callbacks._display import Display, make_display
+from raytrainer.callbacks.callback import Callback
+from raytrainer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from raytrainer.messages import EvaluationReport, TrainReport
+    from raytrainer.module import Module
+    from raytrainer.trainer import Trainer
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar(Callback):
+    """Shows epochs, batches, speed and the metrics logged with `prog_bar=True`, on stdout, from the driver only.
+
+    On a terminal, and in a notebook that has ipywidgets: a live bar for the epoch, and one that comes and goes for each
+    evaluation. Elsewhere (a file, a batch job) plain lines: one at the end of each epoch or test, and one every 30 s
+    within a long one.
+
+    Args:
+        refresh_rate: Seconds between redraws of live bars [0.5]. 0 shows nothing at all.
+        leave: Keep each epoch's bar on the screen, instead of only the last.
+
+    Raises:
+        ConfigurationError: `refresh_rate` is negative.
+    """
+
+    def __init__(self, refresh_rate: float = 0.5, leave: bool = False) -> None:
+        if refresh_rate < 0:
+            raise ConfigurationError(f"ProgressBar(refresh_rate={refresh_rate}): seconds, above 0; 0 turns it off")
+        self.refresh_rate, self.leave = refresh_rate, leave
+        self._display: Display | None = None
+        self._batch = self._evaluated = 0
+
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """Choose how to show things, according to what stdout is now."""
+        self._close()
+        if self.refresh_rate > 0:
+            self._display = make_display(self.refresh_rate, self.leave)
+
+    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """Give the terminal back."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+        """Give the terminal back, so that the error can be read."""
+        self._close()
+
+    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+        """Leave the last bar as it is."""
+        self._close()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+        """A new bar."""
+        self._batch = 0
+        if self._display is not None:
+            label = epoch_label(trainer.current_epoch, trainer.max_epochs)
+            self._display.start("train", label, trainer.num_training_batches)
+
+    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+        """Move the bar."""
+        self._batch = report.batch
+        if self._display is not None:
+            self._display.update("train", report.batch, trainer.progress_bar_metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+        """Show the epoch's metrics."""
+        if self._display is not None:
+            self._display.end("train", self._batch, trainer.progress_bar_metrics, say=True)
+
+    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+        """A bar below the epoch's."""
+        if trainer.sanity_checking:
+            self._start_evaluation("Sanity check", trainer.num_sanity_val_batches)
+        else:
+            self._start_evaluation("Validation", trainer.num_val_batches)
+
+    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+        """Take the bar away; within a fit, the epoch's line shows the metrics."""
+        self._end_evaluation(trainer, say=trainer.state.fn != "fit")
+
+    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+        """A bar."""
+        self._start_evaluation("Test", trainer.num_test_batches)
+
+    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+        """Take the bar away."""
+        self._end_evaluation(trainer, say=True)
+
+    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+        """A bar."""
+        self._start_evaluation("Predict", trainer.num_predict_batches)
+
+    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+        """Take the bar away."""
+        self._end_evaluation(trainer, say=True)
+
+    def on_evaluation_chunk_end(self, trainer: Trainer, module: Module, report: EvaluationReport) -> None:
+        """Move the evaluation's bar."""
+        self._evaluated = report.batches
+        if self._display is not None:
+            self._display.update("evaluation", report.batches, {})
+
+    def _start_evaluation(self, label: str, batches: Sequence[int | None]) -> None:
+        self._evaluated = 0
+        if self._display is not None:
+            self._display.start("evaluation", label, add_up(batches))
+
+    def _end_evaluation(self, trainer: Trainer, say: bool) -> None:
+        if self._display is not None:
+            metrics = trainer.progress_bar_metrics if say else {}
+            self._display.end("evaluation", self._evaluated, metrics, say=say)
+
+    def _close(self) -> None:
+        display, self._display = self._display, None
+        if display is not None:
+            display.close()
+
+
+def epoch_label(epoch: int, max_epochs: int | None) -> str:
+    """ "Epoch 3/9" for the epoch that counts as 2 from 0; without a limit "Epoch 3"."""
+    return f"Epoch {epoch + 1}" + (f"/{max_epochs}" if max_epochs is not None and max_epochs >= 0 else "")
+
+
+def add_up(batches: Sequence[int | None]) -> int | None:
+    """Batches of all loaders; None when one of them does not know."""
+    known = [count for count in batches if count is not None]
+    return sum(known) if len(known) == len(batches) else None

@@ -1,0 +1,199 @@
+"""`Feed`: a user's loader as a worker reads it: sharded, limited, and restartable at any batch of any epoch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
+from raytrainer.errors import DataError
+from raytrainer.plan.schedule import resolve_limit
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.plan.settings import Settings
+
+__all__ = ["Feed", "as_list"]
+
+log = logging.getLogger("raytrainer")
+
+
+def as_list(loaders: Any) -> list[Any]:
+    """One loader, a list of loaders, or a mapping of them, as a list."""
+    if loaders is None:
+        return []
+    if isinstance(loaders, (list, tuple)) and all(_is_loader(item) for item in loaders):
+        return list(loaders)
+    if isinstance(loaders, dict) and all(_is_loader(item) for item in loaders.values()):
+        return list(loaders.values())
+    return [loaders]
+
+
+def _is_loader(item: Any) -> bool:
+    # a list of tensors is a loader with tensors for batches; a list of loaders is several loaders
+    return isinstance(item, DataLoader) or (hasattr(item, "__iter__") and not isinstance(item, (torch.Tensor, dict)))
+
+
+class Feed:
+    """One loader on one worker.
+
+    Args:
+        loader: A DataLoader, or any iterable of batches (read as it is, whole, by every worker).
+        stage: "train", "val", "test" or "predict". Training shards samples and pads; the others shard whole batches,
+            each of which is then read by exactly one worker.
+        share: This worker's part.
+        seed: The run's seed.
+        settings: For the limit, and whether samplers are replaced.
+
+    Attributes:
+        length: Batches to read of this worker's part, after the limit; None: until it ends.
+        ends_unannounced: Whether the end is only known by reaching it.
+
+    Raises:
+        DataError: No iterable, or no batch for this worker in training.
+    """
+
+    def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings) -> None:
+        if not hasattr(loader, "__iter__"):
+            raise DataError(
+                f"the {stage} loader is {loader!r}: return a DataLoader, or an iterable of batches, from "
+                f"{stage}_dataloader()."
+            )
+        self.stage, self.share, self.seed = stage, share, seed
+        self.source = loader
+        self.batches: ShardedBatches | None = None
+        self.iterable_dataset = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        self.loader = self._sharded(loader, settings) if isinstance(loader, DataLoader) else loader
+        own = _length(self.loader)
+        # fractions are of the longest part, so that all workers agree on them
+        longest = own if self.batches is None or own is None else -(-self.batches.total // self.batches.share.count)
+        limit = resolve_limit(f"limit_{stage}_batches", settings.limit(stage), longest)
+        self.length = limit if own is None else own if limit is None else min(own, limit)
+        self.ends_unannounced = own is None or self.iterable_dataset
+        if own == 0 and limit != 0:
+            self._refuse_empty(settings)
+
+    def _refuse_empty(self, settings: Settings) -> None:
+        """No batch at all for this worker: an error, but for evaluation with fewer batches than workers."""
+        if self.batches is not None and not self.batches.pad and self.batches.total > 0:
+            return
+        size = _length(getattr(self.source, "dataset", None))
+        batch_size = getattr(self.source, "batch_size", None)
+        drop_last = getattr(self.source, "drop_last", False)
+        raise DataError(
+            f"the {self.stage} loader has no batch for rank {self.share.index} of {self.share.count}: its dataset has "
+            f"{'an unknown number of' if size is None else size} sample(s), batch_size={batch_size}, "
+            f"drop_last={drop_last}. Give it more data, a smaller batch_size, drop_last=False or fewer workers, or "
+            f"switch the stage off with limit_{self.stage}_batches=0."
+        )
+
+    # ---------------------------------------------------------------- sharding
+
+    def _sharded(self, loader: DataLoader[Any], settings: Settings) -> DataLoader[Any]:
+        """A copy of the loader with samplers of ours."""
+        if self.iterable_dataset:
+            if self.share.count > 1 and not settings.fast_dev_run:
+                log.info(
+                    "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
+                    "self.trainer.global_rank or torch.distributed.get_rank().", self.stage,
+                )  # fmt: skip
+            return loader
+        # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
+        copied = copy.copy(loader)
+        copied.__dict__["_iterator"] = None
+        batched = loader.batch_sampler is not None
+        outer: Any = loader.batch_sampler if batched else loader.sampler
+        inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
+        own_sharding = isinstance(inner, DistributedSampler) or isinstance(loader.sampler, DistributedSampler)
+        train = self.stage == "train"
+        if train and settings.overfit:
+            inner = torch.utils.data.SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+        share = Share(0, 1)
+        seeded = batched and loader.num_workers > 0
+        if settings.use_distributed_sampler and not own_sharding:
+            share = self.share
+            if (not batched or type(outer) is BatchSampler) and _length(inner) is not None:
+                # training shards samples; evaluation whole batches, so that each is what one process would see
+                shard = IndexShard(inner, share if train else Share(0, 1), self.seed)
+                outer = BatchSampler(shard, outer.batch_size, outer.drop_last) if batched else shard
+                share = Share(0, 1) if train else share
+        self.batches = ShardedBatches(outer, share, self.seed, pad=train, seeded=seeded)
+        self.batches.rank = self.share.index
+        if _length(outer) is None and share.count > 1:
+            raise DataError(
+                f"the {self.stage} loader's batch sampler {type(outer).__name__} has no length, so it cannot be "
+                f"sharded over {share.count} workers; give it __len__, or use_distributed_sampler=False."
+            )
+        copied.__dict__["batch_sampler" if batched else "sampler"] = self.batches
+        if seeded:
+            copied.__dict__["dataset"] = SeededDataset(loader.dataset)
+        return copied
+
+    # ---------------------------------------------------------------- reading
+
+    def start(self, epoch: int, skip: int = 0, agree: Callable[[bool], bool] | None = None) -> Iterator[Any]:
+        """Batches of `epoch` from batch `skip` on.
+
+        `agree` makes parts of unknown length end together: see `LookAhead`.
+        """
+        if self.batches is not None:
+            self.batches.set_epoch(epoch, skip)
+            skip = 0
+        else:
+            dataset = getattr(self.loader, "dataset", None)
+            for owner in (dataset, getattr(self.loader, "sampler", None)):
+                set_epoch = getattr(owner, "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(epoch)
+        if isinstance(self.loader, DataLoader):
+            # seeds the loader's processes; the global generators are left to the training
+            seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
+            self.loader.generator = torch.Generator().manual_seed(seed)
+        iterator = iter(self.loader)
+        for _ in range(skip):  # a loader that cannot skip is replayed
+            if next(iterator, _END) is _END:
+                break
+        return LookAhead(iterator, agree) if self.ends_unannounced else iterator
+
+
+_END = object()
+
+
+class LookAhead(Iterator[Any]):
+    """Reads one batch ahead, so that the last one is known when it is handed out.
+
+    With `agree`, the end comes for all workers as soon as it comes for one.
+    """
+
+    def __init__(self, iterator: Iterator[Any], agree: Callable[[bool], bool] | None) -> None:
+        self.iterator = iterator
+        self.agree = agree
+        self.ahead = self._read()
+
+    def _read(self) -> Any:
+        item = next(self.iterator, _END)
+        if self.agree is not None and not self.agree(item is not _END):
+            return _END
+        return item
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch handed out latest was the last."""
+        return self.ahead is _END
+
+    def __next__(self) -> Any:
+        if self.ahead is _END:
+            raise StopIteration
+        item, self.ahead = self.ahead, self._read()
+        return item
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except (TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,107 @@
+"""`DataModule`: where the data comes from, in one reusable place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from raytrainer.data.hooks import DataHooks
+from raytrainer.hparams import HyperparametersMixin, construct
+
+if TYPE_CHECKING:
+    from raytrainer.worker.view import TrainerView
+
+__all__ = ["DataModule"]
+
+
+class DataModule(HyperparametersMixin, DataHooks):
+    """Override `prepare_data`, `setup`, the `*_dataloader` hooks and, where needed, the transfer hooks.
+
+    Loaders are built inside the workers. `self.trainer` is the worker's view of the run while it lasts.
+    """
+
+    trainer: TrainerView | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "trainer"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to put into checkpoints: plain values and tensors. Taken from rank 0."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; called in every worker."""
+
+    @classmethod
+    def from_datasets(
+        cls,
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        test_dataset: Any = None,
+        predict_dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **kwargs: Any,
+    ) -> DataModule:
+        """A DataModule over datasets: a Dataset, a sequence of them, or a mapping of them, for each stage.
+
+        Args:
+            train_dataset: For training; shuffled unless it is an IterableDataset.
+            val_dataset: For validation.
+            test_dataset: For testing.
+            predict_dataset: For prediction.
+            batch_size: Samples per batch and worker.
+            num_workers: Loader processes per worker.
+            kwargs: Further arguments of `DataLoader`.
+        """
+        return _FromDatasets(
+            {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset},
+            {"batch_size": batch_size, "num_workers": num_workers, **kwargs},
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **overrides: Any) -> Self:
+        """Construct the DataModule from the hyperparameters in a checkpoint, and load its state."""
+        from raytrainer.checkpoint import read_checkpoint
+
+        checkpoint = read_checkpoint(str(checkpoint_path))
+        datamodule: Self = construct(cls, checkpoint.get("datamodule_hyper_parameters") or {}, overrides)
+        datamodule.load_state_dict(checkpoint.get("datamodule") or {})
+        return datamodule
+
+
+class _FromDatasets(DataModule):
+    def __init__(self, datasets: dict[str, Any], options: dict[str, Any]) -> None:
+        self.datasets = {stage: dataset for stage, dataset in datasets.items() if dataset is not None}
+        self.options = options
+        # a stage without a dataset must look like a stage without a loader
+        for stage in datasets:
+            if stage not in self.datasets:
+                setattr(self, f"{stage}_dataloader", None)
+
+    def _loaders(self, stage: str, shuffle: bool = False) -> Any:
+        def loader(dataset: Dataset[Any]) -> DataLoader[Any]:
+            shuffled = shuffle and not isinstance(dataset, IterableDataset)
+            return DataLoader(dataset, shuffle=shuffled, **self.options)
+
+        datasets = self.datasets[stage]
+        if isinstance(datasets, Mapping):
+            return {name: loader(dataset) for name, dataset in datasets.items()}
+        if isinstance(datasets, Sequence) and not isinstance(datasets, Dataset):
+            return [loader(dataset) for dataset in datasets]
+        return loader(datasets)
+
+    def train_dataloader(self) -> Any:
+        return self._loaders("train", shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return self._loaders("val")
+
+    def test_dataloader(self) -> Any:
+        return self._loaders("test")
+
+    def predict_dataloader(self) -> Any:
+        return self._loaders("predict")

@@ -1,0 +1,120 @@
+"""`MetricBoard`: metrics of all workers become the driver's, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raytrainer.errors import MetricError
+from raytrainer.messages import MetricReport, MetricSpec, Partial
+
+__all__ = ["MetricBoard", "reduce_partials"]
+
+
+class MetricBoard:
+    """What users see as `callback_metrics`, `logged_metrics` and `progress_bar_metrics`.
+
+    Epoch values are reduced over all workers here, by name, weighted by batch size: workers run no collective for it,
+    so workers that logged different names cannot wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self.callback: dict[str, Tensor] = {}
+        self.logged: dict[str, Tensor] = {}
+        self.progress: dict[str, float] = {}
+
+    def step_values(self, reports: Sequence[MetricReport]) -> list[tuple[int, int, dict[str, float]]]:
+        """Take up step values; return rows (step, epoch, values) for the loggers."""
+        for name, spec in reports[0].specs.items():
+            values = [report.step[name] for report in reports if name in report.step]
+            if not spec.on_step or not values:
+                continue
+            value = _synced(spec, values)
+            self._show(spec, spec.step_name, value)
+        rows = []
+        others = [{row.step: row.values for row in report.rows} for report in reports[1:]]
+        for row in reports[0].rows:
+            merged = dict(row.values)
+            for name in merged:
+                values = [merged[name], *(r[row.step][name] for r in others if name in r.get(row.step, {}))]
+                merged[name] = sum(values) / len(values)
+            rows.append((row.step, row.epoch, merged))
+            self.logged.update({name: torch.tensor(value) for name, value in merged.items()})
+        return rows
+
+    def epoch_values(
+        self, reports: Sequence[MetricReport], what: str, had_batches: Sequence[bool] | None = None
+    ) -> dict[str, float]:
+        """Take up the epoch's values, reduced over workers; return those for the loggers.
+
+        Workers without a batch (`had_batches`) need not have logged what the others did.
+
+        Raises:
+            MetricError: Workers that had batches logged different names; says which worker lacks which.
+        """
+        _check_names([r for i, r in enumerate(reports) if had_batches is None or had_batches[i]], what)
+        specs: dict[str, MetricSpec] = {}
+        for report in reports:
+            for name in report.epoch:
+                specs.setdefault(name, report.specs[name])
+        to_log = {}
+        for name, spec in specs.items():
+            value = reduce_partials(spec.reduce, [r.epoch[name] for r in reports if name in r.epoch])
+            self._show(spec, spec.epoch_name, value)
+            if spec.logger:
+                to_log[spec.epoch_name] = value
+                self.logged[spec.epoch_name] = torch.tensor(value)
+        return to_log
+
+    def _show(self, spec: MetricSpec, full_name: str, value: float) -> None:
+        tensor = torch.tensor(value)
+        self.callback[spec.name] = tensor
+        self.callback[full_name] = tensor
+        if spec.prog_bar:
+            self.progress[full_name] = value
+
+    def plain(self) -> dict[str, float]:
+        """All metrics as numbers."""
+        return {name: value.item() for name, value in self.callback.items()}
+
+
+def _synced(spec: MetricSpec, values: Sequence[float]) -> float:
+    if not spec.sync_dist or len(values) == 1:
+        return values[0]
+    if spec.reduce == "sum":
+        return sum(values)
+    if spec.reduce in ("min", "max"):
+        return (min if spec.reduce == "min" else max)(values)
+    return sum(values) / len(values)
+
+
+def reduce_partials(reduce: str, partials: Sequence[Partial]) -> float:
+    """One value from all workers' shares: means are weighted by the number of samples."""
+    if reduce == "custom":
+        values = torch.tensor([value for partial in partials for value in partial.values])
+        return float(partials[0].fx(values))
+    totals = [partial.total for partial in partials]
+    if reduce == "sum":
+        return sum(totals)
+    if reduce in ("min", "max"):
+        return (min if reduce == "min" else max)(totals)
+    weight = sum(partial.weight for partial in partials)
+    return sum(totals) / weight if weight else float("nan")
+
+
+def _check_names(reports: Sequence[MetricReport], what: str) -> None:
+    """Every worker must have logged the same names, but for those that only rank 0 logs."""
+    names = [{n for n in report.epoch if not report.specs[n].rank_zero_only} for report in reports]
+    everywhere = set().union(*names)
+    details = [
+        f"rank {rank} did not log {', '.join(repr(name) for name in sorted(everywhere - logged))}"
+        for rank, logged in enumerate(names)
+        if logged != everywhere
+    ]
+    if details:
+        raise MetricError(
+            f"workers logged different names in {what}: {'; '.join(details)}. Log the same names on every rank, or "
+            f"pass rank_zero_only=True for those that only rank 0 has."
+        )

@@ -1,0 +1,311 @@
+"""`RayGroup`: workers as Ray actors, one bundle of a placement group per node, kept warm between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytrainer.driver.cluster import resources_text
+from raytrainer.driver.remote import Failure, RemoteWorker
+from raytrainer.errors import ResourceError, SerializationError, WorkerError, WorkerLostError
+from raytrainer.messages import Task
+from raytrainer.plan.ranks import Ranks, assign_ranks
+from raytrainer.plan.recovery import Failed, choose_culprit
+
+__all__ = ["RayGroup", "Request"]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
+GRACE = 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The resources of a group; groups with equal requests are interchangeable.
+
+    Attributes:
+        nodes: Nodes to use.
+        per_node: Workers on each.
+        gpu: Whether each worker has a GPU.
+        cpus: CPUs per worker, as Ray counts them.
+    """
+
+    nodes: int
+    per_node: int
+    gpu: bool = False
+    cpus: float = 1.0
+
+    def __str__(self) -> str:
+        kind = "CPU and a GPU" if self.gpu else "CPU"
+        return f"{self.per_node} worker(s) on each of {self.nodes} node(s), each worker with a {kind}"
+
+
+class RayGroup:
+    """Actors that form one torch.distributed group.
+
+    Args:
+        request: What to ask Ray for.
+        timeout: Seconds to wait for the resources.
+
+    Raises:
+        ResourceError: The cluster does not give them within `timeout`.
+    """
+
+    in_process = False
+
+    def __init__(self, request: Request, timeout: float = 60.0) -> None:
+        self.request = request
+        self.size = request.nodes * request.per_node
+        self.session = ray.get_runtime_context().gcs_address
+        self.broken = False
+        self.stale = False  # the process group may hold half a collective: join anew before the next run
+        self._placement = _place(request, timeout)
+        try:
+            self._start()
+        except BaseException:
+            self.abort()
+            raise
+
+    # ---------------------------------------------------------------- start
+
+    def _start(self) -> None:
+        request = self.request
+        options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": 1 if request.gpu else 0}
+        actor_class = ray.remote(RemoteWorker)
+        self._actors = [
+            actor_class.options(
+                **options,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._placement, placement_group_bundle_index=bundle
+                ),
+            ).remote()
+            for bundle in range(request.nodes)
+            for _ in range(request.per_node)
+        ]
+        self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
+        places = self._ask([actor.where.remote(request.gpu) for actor in self._actors])
+        # node by node in the order of bundles, and by GPU on each
+        order = sorted(range(self.size), key=lambda i: (i // request.per_node, places[i][2]))
+        self._actors = [self._actors[i] for i in order]
+        places = [places[i] for i in order]
+        self.ranks = assign_ranks([node for node, _, _ in places])
+        self.addresses = [address for _, address, _ in places]
+        self.gpu_ids = [gpus for _, _, gpus in places]
+        self._join()
+
+    def _join(self) -> None:
+        """Form the process group."""
+        one_node = self.ranks[0].num_nodes == 1
+        # on one machine the loopback interface is fast and always there
+        host = "127.0.0.1" if one_node else self.addresses[0]
+        port = ray.get(self._actors[0].serve.remote(host, self.size)) if self.size > 1 else 0
+        self._ask(
+            [
+                actor.join.remote(ranks, host, port, host if one_node else address, self.request.gpu)
+                for actor, ranks, address in zip(self._actors, self.ranks, self.addresses, strict=True)
+            ]
+        )
+        self.stale = False
+
+    def describe(self) -> str:
+        """E.g. "2 workers on 1 node: 10.0.0.1 gpu 0,1"."""
+        counts = Counter(self.addresses)
+        nodes = []
+        for address, count in counts.items():
+            gpus = [str(i) for a, ids in zip(self.addresses, self.gpu_ids, strict=True) if a == address for i in ids]
+            nodes.append(f"{address} gpu {','.join(gpus)}" if gpus else f"{address} cpu x{count}")
+        plural = "s" if self.size > 1 else ""
+        return f"{self.size} worker{plural} on {len(counts)} node{'s' if len(counts) > 1 else ''}: {'; '.join(nodes)}"
+
+    # ---------------------------------------------------------------- verbs
+
+    def setup(self, task: Task) -> list[Any]:
+        """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
+        if self.stale:
+            self._join()
+        pickled = ray.put(_pickle(task))
+        self._ask([actor.load.remote(pickled) for actor in self._actors])
+        first_of_node = [a for a, ranks in zip(self._actors, self.ranks, strict=True) if ranks.local_rank == 0]
+        self._ask([actor.obey.remote("prepare_data") for actor in first_of_node])
+        return self.call("setup")
+
+    def call(self, verb: str, *args: Any) -> list[Any]:
+        """Every worker obeys `verb`."""
+        if verb == "restore":
+            args = tuple(ray.put(arg) for arg in args)  # once, however many workers there are
+        return self._ask([actor.obey.remote(verb, *args) for actor in self._actors])
+
+    def _ask(self, refs: Sequence[Any]) -> list[Any]:
+        """All answers, by rank; or the one failure to tell about, as soon as it can be told."""
+        answers: dict[Any, Any] = {}
+        pending = list(refs)
+        deadline: float | None = None
+        while pending:
+            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, pending = ray.wait(pending, num_returns=1, timeout=patience)
+            if not ready:
+                break
+            answer = self._answer(ready[0], refs.index(ready[0]))
+            answers[ready[0]] = answer
+            if isinstance(answer, (Failure, WorkerLostError)) and deadline is None:
+                deadline = time.monotonic() + GRACE
+        failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
+        if failures:
+            self._raise(failures, hanging=len(pending))
+        return [answers[ref] for ref in refs]
+
+    @staticmethod
+    def _answer(ref: Any, rank: int) -> Any:
+        try:
+            return ray.get(ref)
+        except RayActorError as error:
+            return WorkerLostError(rank, str(error).splitlines()[0] if str(error) else repr(error))
+        except RayError as error:
+            return WorkerLostError(rank, f"{type(error).__name__}: {error}")
+
+    def _raise(self, failures: Sequence[Failure | WorkerLostError], hanging: int) -> None:
+        """Raise the failure that caused the others. Workers that all still answer are kept for the next run."""
+        by_rank = {failure.rank: failure for failure in failures}
+        culprit = by_rank[
+            choose_culprit(
+                [
+                    Failed(f.rank, "lost")
+                    if isinstance(f, WorkerLostError)
+                    else Failed(f.rank, "raised", f.type_name, f.message)
+                    for f in failures
+                ]
+            ).rank
+        ]
+        if hanging or any(isinstance(failure, WorkerLostError) for failure in failures):
+            self.abort()
+        else:
+            self.stale = True
+        if isinstance(culprit, WorkerLostError):
+            raise culprit
+        where = WorkerError(culprit.rank, culprit.node, culprit.traceback)
+        try:
+            original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None
+        except Exception:
+            original = None
+        if isinstance(original, BaseException):
+            raise original from where
+        raise where
+
+    # ---------------------------------------------------------------- end
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new run may use it: the same Ray is still there, and every actor answers."""
+        if self.broken or not ray.is_initialized() or ray.get_runtime_context().gcs_address != self.session:
+            return False
+        try:
+            ray.get([actor.obey.remote("abandon") for actor in self._actors], timeout=5.0)
+        except RayError:
+            self.abort()
+            return False
+        return True
+
+    def call_off(self) -> None:
+        """After an error of the driver's side: workers are between verbs, and the next run starts afresh."""
+        self.stale = True
+
+    def abort(self) -> None:
+        """Kill the actors and give the resources back."""
+        self.broken = True
+        if not ray.is_initialized():
+            return
+        for actor in getattr(self, "_actors", []):
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        with contextlib.suppress(RayError):
+            remove_placement_group(self._placement)
+
+    def release(self) -> None:
+        """Hand the group back to the pool, for the next run that asks for the same."""
+        from raytrainer.driver import pool
+
+        pool.put_back(self)
+
+
+def _place(request: Request, timeout: float) -> PlacementGroup:
+    """One bundle a node, so that ranks of a node stay together."""
+    bundle: dict[str, float] = {"CPU": request.cpus * request.per_node}
+    if request.gpu:
+        bundle["GPU"] = request.per_node
+    strategy = "STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK"
+    group = placement_group([bundle] * request.nodes, strategy=strategy)
+    waited = time.monotonic()
+    if group.wait(min(timeout, 5.0)):
+        return group
+    log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
+    if group.wait(max(0.0, timeout - (time.monotonic() - waited))):
+        return group
+    have = resources_text()
+    remove_placement_group(group)
+    raise ResourceError(
+        f"{request}: not to be had within {timeout:.0f} s; the cluster has {have}. Ask for fewer workers, free what "
+        f"other jobs hold, or add nodes."
+    )
+
+
+def _pickle(task: Task) -> bytes:
+    """The task, pickled by value where workers could not import it.
+
+    Raises:
+        SerializationError: Names the attribute that cannot be pickled.
+    """
+    try:
+        pickled: bytes = cloudpickle.dumps(task)
+        return pickled
+    except Exception as error:
+        culprit = _unpicklable(task)
+        raise SerializationError(
+            f"{culprit} cannot be sent to the workers: {type(error).__name__}: {error}. Create it in setup(stage), "
+            f"which runs in each worker, or leave it out of pickling with __getstate__."
+        ) from None
+
+
+def _unpicklable(task: Task) -> str:
+    """The innermost attribute that cannot be pickled, as a path such as "MyModule.reader.handle"."""
+    roots = {"module": task.module, "datamodule": task.datamodule, "loader": task.loaders, "callback": task.callbacks}
+    for name, root in roots.items():
+        if _fails(root):
+            path, value = type(root).__name__ if name in ("module", "datamodule") else name, root
+            for _ in range(8):
+                inner = next(((n, v) for n, v in _children(value) if _fails(v)), None)
+                if inner is None:
+                    break
+                path, value = f"{path}.{inner[0]}", inner[1]
+            return f"{path} (a {type(value).__name__})"
+    return "the task"
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(value)]
+    attributes = dict(getattr(value, "__dict__", {}))
+    modules = attributes.pop("_modules", None) or {}
+    return [*attributes.items(), *modules.items()]
+
+
+def _fails(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except Exception:
+        return True
+    return False

@@ -1,0 +1,112 @@
+"""What runs inside a worker's Ray actor: the same `Worker`, its errors made fit to travel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raytrainer.plan.ranks import Ranks
+from raytrainer.worker.process_group import ProcessGroup, make_store
+from raytrainer.worker.worker import Worker
+
+__all__ = ["Failure", "RemoteWorker"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a worker. `pickled` holds the exception itself, where it can be pickled."""
+
+    rank: int
+    node: str
+    type_name: str
+    message: str
+    traceback: str
+    pickled: bytes | None
+
+
+class RemoteWorker:
+    """An actor's body. Every method returns a `Failure` instead of raising."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.node = "?"
+        self.ranks = Ranks()
+        self.task: Any = None
+        self.store: Any = None
+        self.device = torch.device("cpu")
+
+    def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
+        """This worker's node: its id, its address, and the indices of the GPUs given to it."""
+        import ray
+
+        context = ray.get_runtime_context()
+        self.node = ray.util.get_node_ip_address()
+        gpus = [int(i) for i in ray.get_gpu_ids()] if on_gpu else []
+        return context.get_node_id(), self.node, gpus
+
+    def serve(self, host: str, world_size: int) -> int:
+        """Serve the rendezvous store; return its port."""
+        self.store, port = make_store(host, world_size)
+        return port
+
+    def join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> Failure | None:
+        """Take a rank and join the process group, leaving one joined before."""
+        return self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))
+
+    def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
+        self.ranks = ranks
+        if self.worker is not None and self.worker.group is not None:
+            self.worker.group.close()
+        if on_gpu:
+            # Ray shows each worker its own GPU only
+            self.device = torch.device("cuda", 0)
+            torch.cuda.set_device(self.device)
+        self.worker = Worker(ranks, self.device)
+        if ranks.world_size > 1:
+            backend = "nccl" if on_gpu else "gloo"
+            self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
+
+    def load(self, pickled: bytes) -> Failure | None:
+        """Unpickle a task; it stays here until `setup`."""
+
+        def load() -> None:
+            self.task = pickle.loads(pickled)
+
+        return self._guard(load)
+
+    def obey(self, verb: str, *args: Any) -> Any:
+        """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task."""
+        return self._guard(lambda: self._obey(verb, args))
+
+    def _obey(self, verb: str, args: tuple[Any, ...]) -> Any:
+        assert self.worker is not None
+        if verb == "prepare_data":
+            return self.worker.prepare_data(self.task)
+        if verb == "setup":
+            task, self.task = self.task, None
+            return self.worker.setup(task)
+        return getattr(self.worker, verb)(*args)
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            pickled = None
+            with contextlib.suppress(Exception):
+                from ray import cloudpickle
+
+                pickled = cloudpickle.dumps(error)
+                pickle.loads(pickled)
+            text = "".join(traceback.format_exception(error))
+            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()})"
+            sys.stdout.flush()
+            return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)

@@ -1,0 +1,46 @@
+"""`RunState`: where a run is, as the coordinator writes it and the Trainer shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raytrainer.driver.metrics import MetricBoard
+from raytrainer.plan.schedule import Progress
+
+__all__ = ["RunState", "TrainerState"]
+
+
+@dataclass
+class TrainerState:
+    """What the trainer does.
+
+    Attributes:
+        fn: "fit", "validate", "test", "predict", or None before any.
+        status: "initializing", "running", "finished", "interrupted" or "failed".
+        stage: Within `fit`: "sanity", "train" or "validate".
+    """
+
+    fn: str | None = None
+    status: str = "initializing"
+    stage: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+@dataclass
+class RunState:
+    """Counters, lengths and metrics of one trainer. Lengths are in batches per worker; None where unknown."""
+
+    trainer: TrainerState = field(default_factory=TrainerState)
+    progress: Progress = field(default_factory=Progress)
+    board: MetricBoard = field(default_factory=MetricBoard)
+    stepped: int = 0  # batches that ended in a step: the loggers' step axis
+    should_stop: bool = False
+    interrupted: bool = False
+    sanity_checking: bool = False
+    num_training_batches: int | None = None
+    batch_size: int | None = None
+    num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
+    world_size: int = 1

@@ -1,0 +1,90 @@
+"""Everything that raytrainer raises on its own account.
+
+    RaytrainerError
+    ├── ConfigurationError (ValueError)   an argument or a hook's answer that cannot work; raised before training
+    ├── DataError                         a loader that cannot feed the run
+    ├── MetricError                       a `self.log` call that cannot be honoured
+    ├── SerializationError                something that must reach the workers cannot be pickled; names it
+    ├── CheckpointError                   a checkpoint that is missing, truncated, foreign or too new
+    ├── ResourceError                     the cluster cannot give what was asked
+    ├── WorkerError                       user code failed in a worker: carries rank, node and its traceback
+    └── WorkerLostError                   a worker process or its node is gone
+
+An exception that user code raises keeps its own type: in the driver's process it is that exception, from a worker it
+is a copy whose `__cause__` is the `WorkerError` that tells where it happened.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "MetricError",
+    "RaytrainerError",
+    "ResourceError",
+    "SerializationError",
+    "WorkerError",
+    "WorkerLostError",
+]
+
+
+class RaytrainerError(Exception):
+    """Base class of all errors that raytrainer itself raises."""
+
+
+class ConfigurationError(RaytrainerError, ValueError):
+    """An argument, or what a hook returned, cannot work. Says what was received, what is allowed, what to do."""
+
+
+class DataError(RaytrainerError):
+    """A data loader cannot feed the run: empty on some rank, of the wrong type, or ended before its length."""
+
+
+class MetricError(RaytrainerError):
+    """A `self.log` call that cannot be honoured, or workers that logged different names."""
+
+
+class SerializationError(RaytrainerError):
+    """An object that must be sent to the workers cannot be pickled."""
+
+
+class CheckpointError(RaytrainerError):
+    """A checkpoint is missing, truncated, not one of ours, from a newer version, or does not fit the module."""
+
+
+class ResourceError(RaytrainerError):
+    """The cluster cannot give what was asked for, now or within the time to wait."""
+
+
+class WorkerError(RaytrainerError):
+    """User code failed in a worker.
+
+    Attributes:
+        rank: Global rank of the worker.
+        node: Address of the worker's node.
+        traceback: The worker's own traceback, as text.
+    """
+
+    def __init__(self, rank: int, node: str, traceback: str) -> None:
+        super().__init__(rank, node, traceback)
+        self.rank, self.node, self.traceback = rank, node, traceback
+
+    def __str__(self) -> str:
+        return f"worker of rank {self.rank} on {self.node} failed:\n\n{self.traceback}"
+
+
+class WorkerLostError(RaytrainerError):
+    """A worker's process ended, or its node can no longer be reached.
+
+    Attributes:
+        rank: Global rank of the lost worker.
+        reason: What Ray says about it.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(rank, reason)
+        self.rank, self.reason = rank, reason
+
+    def __str__(self) -> str:
+        return f"the worker of rank {self.rank} is gone: {self.reason}"

@@ -1,0 +1,140 @@
+"""What every logger offers, and what they share."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["DirectoryLogger", "Logger", "as_mapping", "flatten"]
+
+
+class Logger(ABC):
+    """Takes the metrics and hyperparameters of a run. Lives on the driver, and lasts over several runs."""
+
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Take values by name; `step` is the number of optimizer steps done. None: the step last given, 0 at first."""
+
+    @abstractmethod
+    def log_hyperparams(self, params: Any) -> None:
+        """Take hyperparameters: a mapping, a Namespace or a dataclass, nested ones included."""
+
+    def log_rows(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Take several (step, values) at once; called about once a second while training."""
+        for step, metrics in rows:
+            self.log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Make everything that was logged readable by others."""
+        return None
+
+    def finalize(self, status: str) -> None:
+        """End of a run; `status` is "success", "failed" or "interrupted". More runs may follow."""
+        self.save()
+
+    @property
+    def name(self) -> str | None:
+        """Name of the experiment."""
+        return None
+
+    @property
+    def version(self) -> int | str | None:
+        """What tells runs of one name apart."""
+        return None
+
+    @property
+    def root_dir(self) -> str | None:
+        """Folder of all versions."""
+        return self.log_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of this version; None for a logger that writes no files."""
+        return None
+
+
+class DirectoryLogger(Logger):
+    """A logger that writes to `<save_dir>/<name>/version_<n>`.
+
+    Args:
+        save_dir: A local folder.
+        name: Name of the experiment; "" leaves that level out.
+        version: A number gives "version_<n>", a string is taken as it is. None: the next number that is free, looked up
+            when it is first needed.
+
+    Raises:
+        ConfigurationError: `save_dir` is a URI.
+    """
+
+    def __init__(self, save_dir: str | Path, name: str = "logs", version: int | str | None = None) -> None:
+        if "://" in str(save_dir):
+            raise ConfigurationError(
+                f"{type(self).__name__}(save_dir={str(save_dir)!r}): log files grow while they are read, so they need "
+                "a local folder; checkpoints may go to a URI: ModelCheckpoint(dirpath=...)"
+            )
+        self._save_dir = Path(save_dir).expanduser().absolute()
+        self._name = name
+        self._version = version
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        """Number or label of this version."""
+        if self._version is None:
+            self._version = next_version(Path(self.root_dir))
+        return self._version
+
+    @property
+    def root_dir(self) -> str:
+        """`<save_dir>/<name>`."""
+        return str(self._save_dir / self._name)
+
+    @property
+    def log_dir(self) -> str:
+        """`<save_dir>/<name>/version_<n>`; made when something is written."""
+        version = self.version
+        return str(Path(self.root_dir) / (version if isinstance(version, str) else f"version_{version}"))
+
+
+def next_version(root: Path) -> int:
+    """One more than the highest n of the folders version_<n> in `root`."""
+    if not root.is_dir():
+        return 0
+    found = (re.fullmatch(r"version_(\d+)", entry.name) for entry in root.iterdir())
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def as_mapping(params: Any) -> dict[str, Any]:
+    """Hyperparameters as a plain dict, one level deep."""
+    if isinstance(params, Mapping):
+        return {str(key): value for key, value in params.items()}
+    if isinstance(params, Namespace):
+        return dict(vars(params))
+    if is_dataclass(params) and not isinstance(params, type):
+        return asdict(params)
+    raise ConfigurationError(
+        f"hyperparameters are a {type(params).__name__}; give a mapping, a Namespace or a dataclass instance"
+    )
+
+
+def flatten(params: Any, separator: str = "/") -> dict[str, Any]:
+    """Nested hyperparameters as one level, the levels' names joined: {"a": {"b": 1}} gives {"a/b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in as_mapping(params).items():
+        nested = isinstance(value, (Mapping, Namespace)) or (is_dataclass(value) and not isinstance(value, type))
+        if nested and (inner := flatten(value, separator)):
+            flat.update({f"{key}{separator}{name}": item for name, item in inner.items()})
+        else:
+            flat[key] = value
+    return flat

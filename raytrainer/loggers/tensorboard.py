@@ -1,0 +1,126 @@
+"""Metrics and hyperparameters for TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.loggers.logger import DirectoryLogger, flatten
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+__all__ = ["TensorBoardLogger"]
+
+
+class TensorBoardLogger(DirectoryLogger):
+    """Writes TensorBoard event files to `<save_dir>/<name>/version_<n>`, through tensorboardX.
+
+    Args:
+        save_dir: A local folder.
+        name: Name of the experiment.
+        version: Number or label. None: the next free number.
+        default_hp_metric: Write a metric "hp_metric" of -1 beside the hyperparameters, because TensorBoard lists
+            hyperparameters only where there is a metric. Log "hp_metric" yourself to compare runs by it.
+        prefix: Put before every metric's name, with a "-".
+
+    Raises:
+        ConfigurationError: tensorboardX is not installed, or `save_dir` is a URI.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        name: str = "logs",
+        version: int | str | None = None,
+        default_hp_metric: bool = True,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(save_dir, name, version)
+        _tensorboardx()
+        self._default_hp_metric = default_hp_metric
+        self._prefix = f"{prefix}-" if prefix else ""
+        self._writer: SummaryWriter | None = None
+        self._opened = 0
+        self._step = 0
+        self._written: tuple[dict[str, Any], dict[str, float]] | None = None
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        """The tensorboardX SummaryWriter, for images, histograms and the like. Opened anew after `finalize`."""
+        if self._writer is None:
+            # tensorboardX names files by the second: without a suffix a writer opened soon after another,
+            # in this process or elsewhere, would overwrite its file.
+            suffix = f".{os.getpid()}.{self._opened}"
+            self._opened += 1
+            self._writer = _tensorboardx().SummaryWriter(logdir=self.log_dir, filename_suffix=suffix)
+        return self._writer
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars; a mapping as a value gives several curves in one chart."""
+        self._step = self._step if step is None else step
+        writer = self.experiment
+        for name, value in metrics.items():
+            if isinstance(value, Mapping):
+                writer.add_scalars(self._prefix + name, dict(value), self._step)
+            else:
+                writer.add_scalar(self._prefix + name, float(value), self._step)
+
+    def log_hyperparams(self, params: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Write hyperparameters, nested ones as "outer/inner".
+
+        `metrics` (by default "hp_metric") are the columns beside them in TensorBoard's HPARAMS table.
+        """
+        if metrics is None:
+            metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
+        values = {name: _displayable(value) for name, value in flatten(params).items()}
+        if self._written == (values, dict(metrics)):
+            return  # a second fit: writing hp_metric's placeholder again would hide what was logged since
+        self._written = values, dict(metrics)
+        from tensorboardX.summary import hparams
+
+        file_writer = self.experiment.file_writer
+        assert file_writer is not None
+        for summary in hparams(values, dict(metrics)):
+            file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, float(value), 0)
+
+    def save(self) -> None:
+        """Flush the event file."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def finalize(self, status: str) -> None:
+        """Close the event file; the next call opens another in the same folder."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A SummaryWriter holds a thread and a file; a copy opens its own.
+        return {**self.__dict__, "_writer": None, "_opened": time.time_ns()}
+
+
+def _tensorboardx() -> Any:
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "TensorBoardLogger needs tensorboardX, which is not installed: pip install 'raytrainer[tensorboard]', "
+            "or use CSVLogger"
+        ) from error
+    return tensorboardX
+
+
+def _displayable(value: Any) -> bool | int | float | str:
+    """TensorBoard shows booleans, numbers and text."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return _displayable(value.item())
+    return str(value)

@@ -1,0 +1,193 @@
+"""What crosses between the driver and its workers: plain values, state, and one task per run. Never the Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytrainer.callbacks.callback import WorkerCallback
+    from raytrainer.datamodule import DataModule
+    from raytrainer.module import Module
+    from raytrainer.plan.settings import Settings
+
+__all__ = [
+    "EvaluationReport",
+    "EvaluationStart",
+    "FinishReport",
+    "MetricReport",
+    "MetricSpec",
+    "Partial",
+    "SetupReport",
+    "StepRow",
+    "Task",
+    "TrainReport",
+    "TrainStart",
+]
+
+
+@dataclass
+class Task:
+    """One run, as a worker needs it."""
+
+    stage: str  # "fit", "validate", "test", "predict"
+    module: Module
+    datamodule: DataModule | None
+    settings: Settings
+    callbacks: list[WorkerCallback]
+    loaders: dict[str, Any] = field(default_factory=dict)  # handed straight to fit(...): by "train", "val", ...
+    seed: int = 0  # of shuffling and loader processes; drawn by the driver where the user gave none
+    reseed: bool = True  # whether workers seed their own generators from it
+    default_root_dir: str = "."
+    ask_predictions: bool = True  # whether predictions are sent to the driver
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """How a logged name wants to be treated; equal for all calls that log it in one hook."""
+
+    name: str
+    on_step: bool
+    on_epoch: bool
+    prog_bar: bool
+    logger: bool
+    sync_dist: bool
+    reduce: str  # "mean", "sum", "min", "max" or "custom"
+    rank_zero_only: bool = False
+
+    @property
+    def step_name(self) -> str:
+        return f"{self.name}_step" if self.on_step and self.on_epoch else self.name
+
+    @property
+    def epoch_name(self) -> str:
+        return f"{self.name}_epoch" if self.on_step and self.on_epoch else self.name
+
+
+@dataclass(frozen=True)
+class Partial:
+    """One worker's share of an epoch value. `values` is set for custom reductions only (with `fx`)."""
+
+    total: float
+    weight: float
+    values: tuple[float, ...] = ()
+    fx: Any = None
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """Values to log at one step, by logged name."""
+
+    step: int
+    epoch: int
+    values: dict[str, float]
+
+
+@dataclass
+class MetricReport:
+    """What was logged since the last report.
+
+    `step` holds each name's latest step value; `epoch` holds this worker's share of every epoch value, and is only
+    filled in when the epoch (or evaluation) ends.
+    """
+
+    specs: dict[str, MetricSpec] = field(default_factory=dict)
+    rows: list[StepRow] = field(default_factory=list)
+    step: dict[str, float] = field(default_factory=dict)
+    epoch: dict[str, Partial] = field(default_factory=dict)
+
+
+@dataclass
+class SetupReport:
+    """What a worker learnt while setting up.
+
+    Attributes:
+        rank: Its rank.
+        plateau_steps: Every so many optimizer steps, a scheduler waits for a metric.
+        plateau_epochs: Whether a scheduler waits for a metric at the end of epochs.
+        has_validation: Whether there is something to validate with.
+    """
+
+    rank: int
+    plateau_steps: tuple[int, ...] = ()
+    plateau_epochs: bool = False
+    has_validation: bool = False
+
+
+@dataclass
+class TrainStart:
+    """The loaders of a worker that is about to train, in batches after their limits; None where unknown.
+
+    Attributes:
+        batches: The training loader's.
+        batch_size: Samples per batch, where the loader says.
+        val_batches: The validation loaders'.
+    """
+
+    batches: int | None
+    batch_size: int | None = None
+    val_batches: list[int | None] = field(default_factory=list)
+
+
+@dataclass
+class TrainReport:
+    """One chunk of training on one worker.
+
+    Attributes:
+        batches: Batches trained in this chunk.
+        batch: Batches trained in this epoch so far.
+        step: Optimizer steps in the whole run so far.
+        seconds: Wall time of the chunk.
+        exhausted: The loader ended, or `on_train_batch_start` returned -1.
+        stop: The module or a worker callback asked the run to stop.
+        data_seconds: Share of `seconds` spent waiting for the loader.
+        metrics: What was logged.
+    """
+
+    batches: int
+    batch: int
+    step: int
+    seconds: float
+    exhausted: bool
+    stop: bool
+    data_seconds: float
+    metrics: MetricReport
+
+
+@dataclass
+class EvaluationStart:
+    """An evaluation's loaders on this worker: batches of each after limits, None where unknown."""
+
+    batches: list[int | None]
+
+
+@dataclass
+class EvaluationReport:
+    """One chunk of validation, test or prediction on one worker.
+
+    Attributes:
+        stage: "validate", "test" or "predict".
+        batches: Batches done since the evaluation began, over all loaders.
+        seconds: Wall time of the chunk.
+        done: All loaders are through.
+        metrics: What was logged; epoch values only when done.
+        predictions: For "predict": (loader, batch index in the whole loader, output) of this chunk.
+    """
+
+    stage: str
+    batches: int
+    seconds: float
+    done: bool
+    metrics: MetricReport
+    predictions: list[tuple[int, int, Any]] = field(default_factory=list)
+
+
+@dataclass
+class FinishReport:
+    """What comes home at the end. State is sent by rank 0 only."""
+
+    state_dict: dict[str, Any] | None = None
+    hparams: dict[str, Any] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    datamodule_state: dict[str, Any] | None = None
+    peak_memory_bytes: int | None = None

@@ -1,0 +1,1 @@
+"""Pure decisions: settings, schedule, seeds, ranks. Imports the standard library only."""

@@ -1,0 +1,145 @@
+"""Small validators. Each returns the value in its one normal form, or says what was received and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["boolean", "choice", "count", "duration", "fraction_or_count", "gpus", "number", "precision"]
+
+_PRECISIONS = {
+    "32": "32-true",
+    "32-true": "32-true",
+    "16": "16-mixed",
+    "16-mixed": "16-mixed",
+    "bf16": "bf16-mixed",
+    "bf16-mixed": "bf16-mixed",
+    "16-true": "16-true",
+    "bf16-true": "bf16-true",
+    "64": "64-true",
+    "64-true": "64-true",
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def count(name: str, value: Any, *, least: int, none: bool = False, minus_one: str | None = None) -> Any:
+    """An integer of at least `least`; None if `none`; -1 if `minus_one` says what it means."""
+    if value is None and none:
+        return None
+    if _is_int(value) and (value >= least or (value == -1 and minus_one is not None)):
+        return value
+    allowed = f"an integer of at least {least}"
+    if minus_one is not None:
+        allowed += f", or -1 for {minus_one}"
+    if none:
+        allowed += ", or None"
+    raise ConfigurationError(f"{name}={value!r}: give {allowed}.")
+
+
+def number(name: str, value: Any, *, above: float, none: bool = True) -> float | None:
+    """A finite number greater than `above`, or None."""
+    if value is None and none:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above:
+        return float(value)
+    raise ConfigurationError(f"{name}={value!r}: give a number greater than {above:g}{', or None' if none else ''}.")
+
+
+def boolean(name: str, value: Any, *, none: bool = False) -> bool | None:
+    if isinstance(value, bool) or (value is None and none):
+        return value
+    raise ConfigurationError(f"{name}={value!r}: give True or False{', or None' if none else ''}.")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "") -> Any:
+    """One of `allowed`, compared with its type, so that 1 is not True."""
+    for candidate in allowed:
+        if type(candidate) is type(value) and candidate == value:
+            return value
+    options = ", ".join(repr(a) for a in allowed)
+    raise ConfigurationError(f"{name}={value!r}: give one of {options}.{' ' + hint if hint else ''}")
+
+
+def fraction_or_count(name: str, value: Any, *, least: int = 0) -> int | float:
+    """An int is a number of batches; a float in [0, 1] a fraction; a larger whole float a number of batches."""
+    if _is_int(value) and value >= least:
+        return int(value)
+    if isinstance(value, float):
+        if 0.0 <= value <= 1.0 and (value > 0.0 or least == 0):
+            return value
+        if value > 1.0 and value.is_integer():
+            return int(value)
+    lower = "[0, 1]" if least == 0 else "(0, 1]"
+    raise ConfigurationError(
+        f"{name}={value!r}: give an int of at least {least} for a number of batches, or a float in {lower} for a "
+        f"fraction of them."
+    )
+
+
+def duration(name: str, value: Any) -> float | None:
+    """Seconds, from a timedelta, a "DD:HH:MM:SS" string, or a mapping of timedelta's arguments."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, timedelta):
+            seconds = value.total_seconds()
+        elif isinstance(value, Mapping):
+            seconds = timedelta(**value).total_seconds()
+        elif isinstance(value, str):
+            days, hours, minutes, secs = (int(part) for part in value.strip().split(":"))
+            seconds = timedelta(days=days, hours=hours, minutes=minutes, seconds=secs).total_seconds()
+        else:
+            raise TypeError
+        if seconds < 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f'{name}={value!r}: give a "DD:HH:MM:SS" string, a datetime.timedelta, a dict such as '
+            f'{{"minutes": 30}}, or None; not negative.'
+        ) from None
+    return seconds
+
+
+def precision(value: Any) -> str:
+    """The one spelling of a precision, e.g. 16 -> "16-mixed"."""
+    key = str(value).lower() if not isinstance(value, bool) else ""
+    if key in _PRECISIONS:
+        return _PRECISIONS[key]
+    raise ConfigurationError(
+        f'precision={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".'
+    )
+
+
+def gpus(value: Any) -> int | tuple[int, ...]:
+    """A number of GPUs per node (0: CPU, -1: all), or the indices of chosen ones in PCI bus order.
+
+    An int is a number; a list is indices; a string with a comma is indices ("1,3"), one without is a number, but
+    for "-1" which is all.
+    """
+    advice = (
+        "give a number of GPUs per node, -1 for all, 0 or None for CPU, or a list of different indices in PCI bus "
+        'order such as [0, 2] or "0,2".'
+    )
+    chosen = value
+    if chosen is None:
+        return 0
+    if isinstance(chosen, str):
+        try:
+            parts = [int(part) for part in chosen.split(",") if part.strip()]
+        except ValueError:
+            raise ConfigurationError(f"gpus={value!r}: {advice}") from None
+        chosen = parts[0] if "," not in chosen and len(parts) == 1 else parts
+    if _is_int(chosen) and chosen >= -1:
+        return int(chosen)
+    if isinstance(chosen, (list, tuple)) and all(_is_int(i) and i >= 0 for i in chosen):
+        if len(set(chosen)) != len(chosen):
+            raise ConfigurationError(f"gpus={value!r}: an index is given twice; {advice}")
+        return tuple(sorted(chosen)) if chosen else 0
+    raise ConfigurationError(f"gpus={value!r}: {advice}")

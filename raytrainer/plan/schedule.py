@@ -1,0 +1,177 @@
+"""When to train, validate and stop: the contract on epochs, steps and batches, as pure functions.
+
+All counts of batches are per worker; a step is one optimizer step. Steps take precedence over epochs, and a maximum
+beats a minimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.plan.settings import Settings
+
+__all__ = [
+    "Progress",
+    "batches_until_decision",
+    "chunk_batches",
+    "epoch_done",
+    "is_done",
+    "may_stop",
+    "next_step_stop",
+    "resolve_limit",
+    "resolve_val_every",
+    "validation_due",
+]
+
+
+@dataclass
+class Progress:
+    """Where a run is. The data cursor is (epoch, batch).
+
+    Attributes:
+        epoch: Index of the epoch in progress.
+        batch: Batches done in the epoch in progress.
+        total_batches: Batches done over all epochs.
+        step: Optimizer steps done.
+        seconds: Time spent training, over resumed runs too.
+        epoch_ended: The epoch in progress has no batch left; only its end is to be done.
+        validated_at: `total_batches` when the latest validation ran; -1 before any.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    total_batches: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    epoch_ended: bool = False
+    validated_at: int = -1
+
+    @property
+    def completed(self) -> int:
+        """Epochs whose batches are all done."""
+        return self.epoch + self.epoch_ended
+
+
+def resolve_limit(name: str, limit: int | float, length: int | None) -> int | None:
+    """Batches to use of a loader with `length` batches (None: unknown).
+
+    An int is a number, a float a truncated fraction; None stands for "until it ends".
+
+    Raises:
+        ConfigurationError: A fraction of an unknown length, or one that rounds to no batch at all.
+    """
+    if isinstance(limit, int):
+        return limit if length is None else min(limit, length)
+    if limit == 0.0:
+        return 0
+    if length is None:
+        if limit == 1.0:
+            return None
+        raise ConfigurationError(
+            f"{name}={limit}: the loader has no length to take a fraction of; give a number of batches, 0 or 1.0."
+        )
+    batches = _fraction(limit, length)
+    if batches == 0 and length > 0:
+        raise ConfigurationError(
+            f"{name}={limit} of a loader with {length} batches is no batch at all; give at least {1 / length:.3g}, or "
+            f"a number of batches."
+        )
+    return batches
+
+
+def resolve_val_every(settings: Settings, train_batches: int | None) -> int | None:
+    """Training batches between validations; None: at the end of an epoch.
+
+    Raises:
+        ConfigurationError: More batches than an epoch has, or a fraction of an unknown length.
+    """
+    interval = settings.val_check_interval
+    if isinstance(interval, int):
+        if settings.check_val_every_n_epoch is not None and train_batches is not None and interval > train_batches:
+            raise ConfigurationError(
+                f"val_check_interval={interval} is more than the {train_batches} training batches of an epoch; give at "
+                f"most {train_batches}, or check_val_every_n_epoch=None to count batches across epochs."
+            )
+        return interval
+    if interval == 1.0:
+        return None
+    if train_batches is None:
+        raise ConfigurationError(
+            f"val_check_interval={interval}: the training loader has no length to take a fraction of; give a number "
+            f"of batches or 1.0."
+        )
+    return max(1, _fraction(interval, train_batches))
+
+
+def _fraction(share: float, length: int) -> int:
+    # 100 * 0.29 is 28.999999999999996 in floating point, and means 29
+    return int(length * share + 1e-9)
+
+
+def epoch_done(progress: Progress, train_batches: int | None, exhausted: bool) -> bool:
+    """Whether the epoch in progress has no batch left."""
+    return exhausted or (train_batches is not None and progress.batch >= train_batches)
+
+
+def may_stop(settings: Settings, progress: Progress) -> bool:
+    """Whether a requested stop is honoured now: minima only delay it, and min_steps outranks min_epochs."""
+    if settings.min_steps is not None:
+        return progress.step >= settings.min_steps
+    return progress.completed >= settings.min_epochs
+
+
+def is_done(settings: Settings, progress: Progress, stop_requested: bool) -> bool:
+    """Whether training is over."""
+    if settings.max_steps is not None:
+        if progress.step >= settings.max_steps:
+            return True
+    elif settings.max_epochs is not None and progress.completed >= settings.max_epochs:
+        return True
+    if settings.max_seconds is not None and progress.seconds >= settings.max_seconds:
+        return True
+    return stop_requested and may_stop(settings, progress)
+
+
+def validation_due(settings: Settings, progress: Progress, val_every: int | None, at_epoch_end: bool) -> bool:
+    """Whether a validation is due after the batches done so far."""
+    every_n_epoch = settings.check_val_every_n_epoch
+    if progress.validated_at == progress.total_batches or progress.batch == 0:
+        return False
+    if every_n_epoch is None:
+        return progress.total_batches % (val_every or 1) == 0
+    if (progress.epoch + 1) % every_n_epoch:
+        return False
+    return at_epoch_end if val_every is None else progress.batch % val_every == 0
+
+
+def batches_until_decision(
+    settings: Settings, progress: Progress, train_batches: int | None, val_every: int | None, most: int
+) -> int:
+    """How many batches to train before the driver must look again; at least 1, at most `most`."""
+    bounds = [most]
+    if train_batches is not None:
+        bounds.append(train_batches - progress.batch)
+    if val_every is not None:
+        done = progress.total_batches if settings.check_val_every_n_epoch is None else progress.batch
+        bounds.append(val_every - done % val_every)
+    return max(1, min(bounds))
+
+
+def next_step_stop(settings: Settings, progress: Progress, every: tuple[int, ...] = ()) -> int | None:
+    """The next optimizer step at which the driver must look: a limit, or a multiple of one of `every`."""
+    stops = [progress.step + n - progress.step % n for n in every]
+    stops += [s for s in (settings.max_steps, settings.min_steps) if s is not None and s > progress.step]
+    return min(stops, default=None)
+
+
+def chunk_batches(previous: int, seconds: float, target: float = 1.0) -> int:
+    """Batches for a chunk of about `target` seconds, from the previous chunk's size and time.
+
+    Grows at most sixteenfold at once, since a first chunk's time (compilation, cold caches) says little.
+    """
+    if previous <= 0:
+        return 1
+    rate = seconds / previous
+    wanted = int(target / rate) if rate > 0 else previous * 16
+    return max(1, min(wanted, previous * 16))

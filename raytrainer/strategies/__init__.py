@@ -1,0 +1,7 @@
+"""How a batch is split over workers, what they gather, and what they synchronise."""
+
+from raytrainer.strategies.base import Strategy
+from raytrainer.strategies.ddp import DDPStrategy
+from raytrainer.strategies.single import SingleStrategy
+
+__all__ = ["DDPStrategy", "SingleStrategy", "Strategy"]

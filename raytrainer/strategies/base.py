@@ -1,0 +1,52 @@
+"""The worker's side of a strategy. Loops call it and never ask how many workers there are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.sharding import Share
+from raytrainer.module import Module
+from raytrainer.plan.ranks import Ranks
+
+__all__ = ["Strategy"]
+
+
+class Strategy(ABC):
+    """One worker's part in a group. Concrete strategies are final."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+
+    @property
+    @abstractmethod
+    def share(self) -> Share:
+        """Which part of every loader this worker gets."""
+
+    @abstractmethod
+    def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+        """Ready the module for training; return the training step to call, forward synchronisation included."""
+
+    @abstractmethod
+    def sync_next(self, sync: bool) -> None:
+        """Whether the next backward pass synchronises gradients; False on accumulating batches."""
+
+    @abstractmethod
+    def sync_manual(self, module: Module) -> None:
+        """Synchronise the gradients that a manual backward pass has left."""
+
+    @abstractmethod
+    def all_agree(self, flag: bool) -> bool:
+        """Whether `flag` is true on every worker."""
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+        """Tensors of all workers, stacked in a new first dimension."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until all workers are here."""

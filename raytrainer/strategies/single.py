@@ -1,0 +1,41 @@
+"""One worker: every collective is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+from torch import Tensor
+
+from raytrainer.data.sharding import Share
+from raytrainer.module import Module
+from raytrainer.strategies.base import Strategy
+
+__all__ = ["SingleStrategy"]
+
+
+@final
+class SingleStrategy(Strategy):
+    """Training in one process, on one device."""
+
+    @property
+    def share(self) -> Share:
+        return Share(0, 1)
+
+    def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+        return step
+
+    def sync_next(self, sync: bool) -> None:
+        pass
+
+    def sync_manual(self, module: Module) -> None:
+        pass
+
+    def all_agree(self, flag: bool) -> bool:
+        return flag
+
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+        return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
+
+    def barrier(self) -> None:
+        pass

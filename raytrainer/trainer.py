@@ -1,0 +1,713 @@
+"""`Trainer`: arguments become a plan, the plan a run, the run a result. There is no loop in here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from raytrainer import checkpoint as checkpoints
+from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.datamodule import DataModule
+from raytrainer.driver import pool
+from raytrainer.driver.cluster import attached, ensure_ray
+from raytrainer.driver.coordinator import Coordinator
+from raytrainer.driver.group import LocalGroup, WorkerGroup
+from raytrainer.driver.home import bring_home
+from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.state import RunState, TrainerState
+from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.loggers import CSVLogger, Logger
+from raytrainer.messages import Task
+from raytrainer.module import Module
+from raytrainer.plan.schedule import Progress
+from raytrainer.plan.settings import Settings, build_settings
+from raytrainer.seeding import last_seed
+from raytrainer.worker.hooks import overridden
+
+if TYPE_CHECKING:
+    from raytrainer.driver.ray_group import Request
+
+__all__ = ["Trainer"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Trainer:
+    """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
+
+    All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
+    maximum beats a minimum.
+
+    Args:
+        strategy: "auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process),
+            "ddp", "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp").
+        num_nodes: Nodes to train on.
+        num_processes: CPU workers on each node [1].
+        gpus: GPUs on each node; None or 0 for CPU.
+        address: A Ray cluster to attach to; None: the Ray that is initialised, else RAY_ADDRESS, else one is started.
+        max_epochs: Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit.
+        min_epochs: Epochs before a requested stop is honoured.
+        max_steps: The run ends exactly at this step, whatever `max_epochs` says; -1 or None: no limit.
+        min_steps: A requested stop is honoured from this step on, whatever `min_epochs` says.
+        max_time: Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict.
+        check_val_every_n_epoch: Validate in every n-th epoch; None: count `val_check_interval` across epochs.
+        val_check_interval: A float f validates every max(1, int(n * f)) of an epoch's n batches, an int k every k.
+        num_sanity_val_steps: Validation batches per loader before training; 0: none, -1: all.
+        limit_train_batches: An int is a number of batches, a float in [0, 1] a fraction; 0 switches training off.
+        limit_val_batches: Likewise, for each validation loader.
+        limit_test_batches: Likewise, for each test loader.
+        limit_predict_batches: Likewise, for each prediction loader.
+        overfit_batches: Train on the same, unshuffled batches in every epoch, and validate on as many.
+        fast_dev_run: True or n: run one or n batches of everything, once, and write nothing.
+        gradient_clip_val: Clip gradients to this norm or value; None or 0: do not.
+        gradient_clip_algorithm: "norm" or "value".
+        accumulate_grad_batches: Batches per step; an epoch's last batch always steps.
+        precision: 32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed", "16-true", "bf16-true".
+        deterministic: True: only deterministic algorithms; "warn": where they exist.
+        benchmark: Let cuDNN pick the fastest kernels, which pays off when input sizes stay the same.
+        seed: Seeds generators, shuffling and loader processes in all workers [that of `seed_everything`, if called].
+        detect_anomaly: Find the operation that produced a NaN in the backward pass; slow.
+        inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
+        use_distributed_sampler: Shard loaders over workers, and draw their shuffling from (seed, epoch).
+        reload_dataloaders_every_n_epochs: Build loaders anew every n epochs; 0: never.
+        log_every_n_steps: Give step values to loggers every n steps.
+        logger: A logger, a list of them, False for none, True for a `CSVLogger` in `default_root_dir`.
+        callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
+        enable_progress_bar: Show progress.
+        enable_model_summary: Print a summary of the module before training.
+        enable_checkpointing: Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given.
+        default_root_dir: Where logs and checkpoints go [the working directory].
+        idle_timeout: Seconds that unused workers are kept for the next run; 0: not at all.
+
+    Raises:
+        ConfigurationError: A value, or a pair of values, cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: str = "auto",
+        num_nodes: int = 1,
+        num_processes: int | None = None,
+        gpus: int | str | Sequence[int] | None = None,
+        address: str | None = None,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int | None = None,
+        min_steps: int | None = None,
+        max_time: str | timedelta | Mapping[str, int] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        val_check_interval: int | float | None = None,
+        num_sanity_val_steps: int = 2,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        fast_dev_run: int | bool = False,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        accumulate_grad_batches: int = 1,
+        precision: int | str = 32,
+        deterministic: bool | str = False,
+        benchmark: bool | None = None,
+        seed: int | None = None,
+        detect_anomaly: bool = False,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        reload_dataloaders_every_n_epochs: int = 0,
+        log_every_n_steps: int | None = 50,
+        logger: Logger | Iterable[Logger] | bool | None = True,
+        callbacks: Callback | WorkerCallback | Iterable[Callback | WorkerCallback] | None = None,
+        enable_progress_bar: bool = True,
+        enable_model_summary: bool = True,
+        enable_checkpointing: bool = True,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        idle_timeout: float = 300.0,
+    ) -> None:
+        self._settings = build_settings(
+            strategy=strategy, num_nodes=num_nodes, num_processes=num_processes, gpus=gpus,
+            max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, max_time=max_time,
+            check_val_every_n_epoch=check_val_every_n_epoch, val_check_interval=val_check_interval,
+            num_sanity_val_steps=num_sanity_val_steps, limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches, limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches, overfit_batches=overfit_batches, fast_dev_run=fast_dev_run,
+            gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm,
+            accumulate_grad_batches=accumulate_grad_batches, precision=precision, deterministic=deterministic,
+            benchmark=benchmark, seed=last_seed() if seed is None else seed, detect_anomaly=detect_anomaly,
+            inference_mode=inference_mode, use_distributed_sampler=use_distributed_sampler,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs, log_every_n_steps=log_every_n_steps,
+            cluster_attached=attached(address),
+        )  # fmt: skip
+        self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
+        self._address, self._idle_timeout = address, idle_timeout
+        self._loggers = self._make_loggers(logger)
+        extras: list[Callback] = []
+        if enable_progress_bar:
+            extras.append(ProgressBar())
+        if enable_model_summary:
+            extras.append(ModelSummary())
+        if enable_checkpointing and not self.fast_dev_run:
+            extras.append(ModelCheckpoint())
+        self._own_callbacks = arrange_callbacks(callbacks, extras)
+        self._callbacks = self._own_callbacks
+        self._state = RunState()
+        self._module: Module | None = None
+        self._datamodule: DataModule | None = None
+        self._coordinator: Coordinator | None = None
+        self._resumed_from: str | None = None
+
+    def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
+        if self.fast_dev_run or logger is None or logger is False:
+            return []
+        if logger is True:
+            return [CSVLogger(self.default_root_dir, name="raytrainer_logs")]
+        given = [logger] if isinstance(logger, Logger) else list(logger)
+        for item in given:
+            if not isinstance(item, Logger):
+                raise ConfigurationError(
+                    f"logger={item!r}: give a raytrainer Logger, a list of them, True or False."
+                )
+        return given
+
+    # ---------------------------------------------------------------- the four verbs
+
+    def fit(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Train. Afterwards `model` holds the trained weights, buffers and hyperparameters.
+
+        Args:
+            model: The module.
+            train_dataloaders: A training loader, or a DataModule.
+            val_dataloaders: One validation loader or a list of them.
+            datamodule: Where loaders come from that are not given here.
+            ckpt_path: A checkpoint to go on from.
+
+        Raises:
+            Exception: Whatever user code raised; from a worker, with a `WorkerError` as its cause.
+            ConfigurationError: Module, data and settings do not fit together.
+            WorkerLostError: A worker is gone.
+        """
+        module, datamodule, loaders = _sources(model, datamodule, train=train_dataloaders, val=val_dataloaders)
+        for name in ("training_step", "configure_optimizers"):
+            if not overridden(module, name):
+                raise ConfigurationError(f"{type(module).__name__} has no {name}(); fit needs one.")
+        if "train" not in loaders and not _has_loader("train", module, datamodule):
+            raise ConfigurationError("fit needs training data: pass a loader or DataModule, or write train_dataloader().")
+        checkpoint = self._read(ckpt_path)
+        task = self._begin("fit", module, datamodule, loaders)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        with self._running(task) as coordinator:
+            report = coordinator.fit(checkpoint)
+            bring_home(module, datamodule, report, coordinator.group)
+            self._emit("on_fit_end")
+
+    def validate(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Run one validation epoch.
+
+        Args:
+            model: The module; default: the one of the last run.
+            dataloaders: One loader, a list of them, or a DataModule.
+            ckpt_path: A checkpoint whose weights to use; default: the module's own.
+            verbose: Print the metrics.
+            datamodule: Where loaders come from that are not given here.
+
+        Returns:
+            A list with one dict of metrics for each loader.
+        """
+        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)[0]
+
+    def test(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Run one test epoch; arguments and result as for `validate`."""
+        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)[0]
+
+    def predict(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        return_predictions: bool = True,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> list[Any] | None:
+        """Predict every batch, on all workers.
+
+        Returns:
+            What `predict_step` returned for each batch, in the loader's order; with several loaders a list of such
+            lists; None without `return_predictions`.
+        """
+        outputs, loaders = self._evaluate(
+            "predict", model, dataloaders, ckpt_path, False, datamodule, return_predictions
+        )[1:]
+        if not return_predictions:
+            return None
+        by_loader: list[list[Any]] = [[] for _ in range(loaders)]
+        for loader, _, output in outputs:
+            by_loader[loader].append(output)
+        return by_loader[0] if loaders == 1 else by_loader
+
+    def _evaluate(
+        self,
+        stage: str,
+        model: Module | None,
+        dataloaders: Any,
+        ckpt_path: str | os.PathLike[str] | None,
+        verbose: bool,
+        datamodule: DataModule | None,
+        ask_predictions: bool = False,
+    ) -> tuple[list[dict[str, float]], list[Any], int]:
+        model = model if model is not None else self._module
+        if model is None:
+            raise ConfigurationError(f"{stage}() needs a model: this trainer has not run one yet.")
+        if datamodule is None and dataloaders is None and model is self._module:
+            datamodule = self._datamodule
+        name = {"validate": "val"}.get(stage, stage)
+        module, datamodule, loaders = _sources(model, datamodule, **{name: dataloaders})
+        step = {"validate": "validation_step", "test": "test_step"}.get(stage)
+        if step is not None and not overridden(module, step):
+            raise ConfigurationError(f"{type(module).__name__} has no {step}(); {stage} needs one.")
+        if name not in loaders and not _has_loader(name, module, datamodule):
+            raise ConfigurationError(f"{stage} needs data: pass a loader or DataModule, or write {name}_dataloader().")
+        if self._settings.limit(name) == 0:
+            log.info("limit_%s_batches=0: nothing to %s.", name, stage)
+            return [], [], 1
+        checkpoint = self._read(ckpt_path)
+        task = self._begin(stage, module, datamodule, loaders)
+        task.ask_predictions = ask_predictions
+        with self._running(task) as coordinator:
+            values, predictions = coordinator.evaluate(stage, checkpoint)
+        results = _by_loader(values[0], len(self._state.num_batches[stage]))
+        if verbose:
+            _print_results(stage, results)
+        return results, predictions, len(self._state.num_batches[stage])
+
+    # ---------------------------------------------------------------- a run
+
+    def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
+        """A fresh state and the task of a run."""
+        self._module, self._datamodule = module, datamodule
+        previous = self._state.progress
+        self._state = RunState(TrainerState(fn=stage))
+        if stage != "fit":  # counters of the last fit stay visible
+            self._state.progress = previous
+        self._resumed_from = None
+        self._callbacks = arrange_callbacks(module.configure_callbacks(), self._own_callbacks)
+        seed = self._settings.seed
+        return Task(
+            stage=stage,
+            module=module,
+            datamodule=datamodule,
+            settings=self._settings,
+            callbacks=[c for c in self._callbacks if isinstance(c, WorkerCallback)],
+            loaders=loaders,
+            # torch's own generator, so that a user's torch.manual_seed makes a run repeatable
+            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            reseed=seed is not None or self._settings.strategy != "local",
+            default_root_dir=self.default_root_dir,
+        )
+
+    @contextmanager
+    def _running(self, task: Task) -> Iterator[Coordinator]:
+        """A group, the interrupt handler, and the orderly end of a run, however it ends."""
+        state, status = self._state, "failed"
+        group = self._group()
+        state.world_size = group.size
+        driver_callbacks = [c for c in self._callbacks if isinstance(c, Callback)]
+        marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
+        try:
+            with Interrupt() as interrupt:
+                coordinator = Coordinator(task, group, state, self._emit, self._log_rows, interrupt, marks)
+                self._coordinator = coordinator
+                log.info("%s on %s", task.stage, group.describe())
+                self._log_hyperparameters(task)
+                yield coordinator
+                state.interrupted |= interrupt.requested
+            status = "interrupted" if state.interrupted else "success"
+        except BaseException as error:
+            state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            state.interrupted |= isinstance(error, KeyboardInterrupt)
+            if isinstance(error, Exception):
+                group.call_off()
+            else:
+                group.abort()
+            self._emit("on_exception", error)
+            raise
+        finally:
+            self._coordinator = None
+            self._emit("teardown", task.stage)
+            for logger in self._loggers:
+                self._safely(logger.finalize, status)
+            pool.set_idle_timeout(self._idle_timeout)
+            group.release()
+
+    def _group(self) -> WorkerGroup:
+        settings = self._settings
+        if settings.strategy == "local":
+            return LocalGroup()
+        ensure_ray(self._address, settings.world_size)
+        return pool.take(self._request())
+
+    def _request(self) -> Request:
+        from raytrainer.driver.ray_group import Request
+
+        settings = self._settings
+        return Request(settings.num_nodes, settings.workers_per_node, settings.on_gpu)
+
+    def _emit(self, hook: str, *args: Any) -> None:
+        """Call a hook of the driver's callbacks; those that save run last."""
+        for callback in self._callbacks:
+            if isinstance(callback, Callback):
+                getattr(callback, hook)(self, self._module, *args)
+
+    # ---------------------------------------------------------------- logging
+
+    def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        if rows:
+            for logger in self._loggers:
+                self._safely(logger.log_rows, rows)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Give values to the loggers from a callback, at the current step unless another is given."""
+        self._log_rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
+
+    def _log_hyperparameters(self, task: Task) -> None:
+        values: dict[str, Any] = {}
+        for owner in (task.datamodule, task.module):
+            if owner is not None and owner.__dict__.get("_log_hyperparams", False):
+                values.update(owner.hparams_initial)
+        if values and task.stage == "fit":
+            for logger in self._loggers:
+                self._safely(logger.log_hyperparams, values)
+
+    @staticmethod
+    def _safely(action: Any, *args: Any) -> None:
+        """A logger that fails must not end the training."""
+        try:
+            action(*args)
+        except Exception as error:
+            name = type(getattr(action, "__self__", action)).__name__
+            log.warning("%s failed, training goes on: %s: %s", name, type(error).__name__, error)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Save a checkpoint: a directory, replaced in one move if it exists.
+
+        Args:
+            filepath: A path, or a URI that pyarrow knows ("s3://bucket/name.ckpt").
+            weights_only: Leave out what only resuming needs.
+
+        Raises:
+            CheckpointError: There is nothing to save, or something in it is no plain value.
+        """
+        if self._module is None:
+            raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
+        if self._coordinator is not None and self._state.trainer.status == "running":
+            captured = self._coordinator.group.call("capture", weights_only)
+        else:
+            captured = [self._idle_state()]
+            weights_only = True
+        checkpoint: dict[str, Any] = captured[0]
+        if not weights_only:
+            checkpoint["rng"] = [part["rng"] for part in captured]
+            checkpoint["progress"] = vars(self._state.progress).copy()
+            checkpoint["world_size"] = self._state.world_size
+            checkpoint["seed"] = self._coordinator.task.seed if self._coordinator else None
+            checkpoint["callbacks"] = {
+                c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)
+            }
+        self._emit("on_save_checkpoint", checkpoint)
+        checkpoints.write_checkpoint(filepath, checkpoint)
+
+    def _idle_state(self) -> dict[str, Any]:
+        assert self._module is not None
+        state = {
+            "epoch": self.current_epoch,
+            "global_step": self.global_step,
+            "state_dict": self._module.state_dict(),
+            "hyper_parameters": dict(self._module.hparams),
+        }
+        self._module.on_save_checkpoint(state)
+        return state
+
+    def remove_checkpoint(self, filepath: str) -> None:
+        """Delete a checkpoint, but never the one that this run went on from."""
+        if filepath != self.ckpt_path:
+            checkpoints.remove_checkpoint(filepath)
+
+    def checkpoint_exists(self, filepath: str) -> bool:
+        """Whether a whole checkpoint is there."""
+        return checkpoints.checkpoint_exists(filepath)
+
+    def _read(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+        if ckpt_path is None:
+            return None
+        path = os.fspath(ckpt_path)
+        if path in ("best", "last"):
+            path = self._named_checkpoint(path)
+        checkpoint = checkpoints.read_checkpoint(path)
+        checkpoint["path"] = path
+        return checkpoint
+
+    def _named_checkpoint(self, name: str) -> str:
+        for callback in self._callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                found = callback.best_model_path if name == "best" else callback.last_model_path
+                if found:
+                    return found
+        raise CheckpointError(
+            f'ckpt_path="{name}": no ModelCheckpoint of this trainer has written one; give its path.'
+        )
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the counters and callbacks of a checkpoint; workers take up the rest."""
+        if "progress" not in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint['path']}: it holds weights only, so training cannot go on from it; load it with "
+                f"{type(self._module).__name__}.load_from_checkpoint(...) and fit that."
+            )
+        self._resumed_from = checkpoint.pop("path")
+        self._state.progress = Progress(**checkpoint["progress"])
+        saved = checkpoint.get("callbacks") or {}
+        self._emit("on_load_checkpoint", checkpoint)
+        for callback in self._callbacks:
+            if isinstance(callback, Callback) and callback.state_key in saved:
+                callback.load_state_dict(saved[callback.state_key])
+
+    # ---------------------------------------------------------------- what users look at
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The latest value of every metric, reduced over workers: 0-dim CPU tensors."""
+        return self._state.board.callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The latest values given to the loggers."""
+        return self._state.board.logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The latest values logged with `prog_bar=True`."""
+        return self._state.board.progress
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.progress.step
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch in progress; after `fit`, the number of epochs completed."""
+        return self._state.progress.epoch
+
+    @property
+    def state(self) -> TrainerState:
+        """What was called last, and how it ended."""
+        return self._state.trainer
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether somebody asked training to stop. Set it to ask."""
+        return self._state.should_stop
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self._state.should_stop = value
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the last run."""
+        return self._state.interrupted
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the sanity check is running."""
+        return self._state.sanity_checking
+
+    @property
+    def num_training_batches(self) -> int | None:
+        """Training batches per epoch and worker; None where unknown."""
+        return self._state.num_training_batches
+
+    @property
+    def num_sanity_val_batches(self) -> list[int | None]:
+        """Batches of the sanity check, of each validation loader."""
+        return self._state.num_batches.get("sanity", [])
+
+    @property
+    def num_val_batches(self) -> list[int | None]:
+        """Batches per worker of each validation loader; empty if there is no validation."""
+        return self._state.num_batches.get("validate", [])
+
+    @property
+    def num_test_batches(self) -> list[int | None]:
+        """Batches per worker of each test loader."""
+        return self._state.num_batches.get("test", [])
+
+    @property
+    def num_predict_batches(self) -> list[int | None]:
+        """Batches per worker of each prediction loader."""
+        return self._state.num_batches.get("predict", [])
+
+    @property
+    def world_size(self) -> int:
+        """Workers of the last run."""
+        return self._state.world_size
+
+    @property
+    def settings(self) -> Settings:
+        """The validated settings."""
+        return self._settings
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self._settings.max_epochs
+
+    @property
+    def min_epochs(self) -> int:
+        return self._settings.min_epochs
+
+    @property
+    def max_steps(self) -> int | None:
+        return self._settings.max_steps
+
+    @property
+    def min_steps(self) -> int | None:
+        return self._settings.min_steps
+
+    @property
+    def fast_dev_run(self) -> int:
+        return self._settings.fast_dev_run
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self._loggers[0] if self._loggers else None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        return self._loggers
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of the first logger that has one."""
+        return next((found.log_dir for found in self._loggers if found.log_dir), None)
+
+    @property
+    def callbacks(self) -> list[Callback | WorkerCallback]:
+        return self._callbacks
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first `ModelCheckpoint`."""
+        return next((c for c in self._callbacks if isinstance(c, ModelCheckpoint)), None)
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """The checkpoint that the run went on from."""
+        return self._resumed_from
+
+    @property
+    def model(self) -> Module | None:
+        """The module of the last run."""
+        return self._module
+
+    @property
+    def datamodule(self) -> DataModule | None:
+        """The DataModule of the last run."""
+        return self._datamodule
+
+    # ---------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Release the workers now, rather than after the idle time."""
+        pool.close_idle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _sources(
+    model: Any, datamodule: DataModule | None, **given: Any
+) -> tuple[Module, DataModule | None, dict[str, Any]]:
+    """Module, DataModule and the loaders handed over, told apart and checked."""
+    if not isinstance(model, Module):
+        raise ConfigurationError(
+            f"model={type(model).__name__}: give a raytrainer.Module; a plain nn.Module needs a training_step."
+        )
+    loaders = {}
+    for stage, value in given.items():
+        if isinstance(value, DataModule):
+            if datamodule is not None:
+                raise ConfigurationError("two DataModules were given; pass one.")
+            datamodule = value
+        elif value is not None:
+            loaders[stage] = value
+    if datamodule is not None and not isinstance(datamodule, DataModule):
+        raise ConfigurationError(f"datamodule={type(datamodule).__name__}: give a raytrainer.DataModule.")
+    return model, datamodule, loaders
+
+
+def _has_loader(stage: str, module: Module, datamodule: DataModule | None) -> bool:
+    return any(o is not None and overridden(o, f"{stage}_dataloader") for o in (datamodule, module))
+
+
+def _by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
+    """Metrics of each loader: those that name it, and those that name none."""
+    results: list[dict[str, float]] = [{} for _ in range(loaders)]
+    for name, value in values.items():
+        _, mark, index = name.rpartition("/dataloader_idx_")
+        for loader in [int(index)] if mark else range(loaders):
+            results[loader][name] = value
+    return results
+
+
+def _print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for result in results for name in result))
+    if not names:
+        return
+    table = Table(title=None)
+    table.add_column(f"{stage} metric")
+    for index in range(len(results)):
+        table.add_column("value" if len(results) == 1 else f"loader {index}", justify="right")
+    for name in names:
+        table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
+    Console().print(table)

@@ -1,0 +1,41 @@
+"""Process-wide switches of torch that a run asks for, and their undoing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from raytrainer.plan.settings import Settings
+
+__all__ = ["apply_flags"]
+
+
+def apply_flags(settings: Settings) -> Callable[[], None]:
+    """Set determinism, cuDNN benchmarking and anomaly detection; return what puts them back."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    anomaly = torch.is_anomaly_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    if settings.deterministic:
+        # cuBLAS reads this when its handle is made, which is after this point
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=settings.deterministic == "warn")
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    if settings.benchmark is not None:
+        torch.backends.cudnn.benchmark = settings.benchmark
+    if settings.detect_anomaly:
+        torch.autograd.set_detect_anomaly(True)
+
+    def undo() -> None:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        torch.autograd.set_detect_anomaly(anomaly)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+    return undo

@@ -1,0 +1,272 @@
+"""What `self.log` does in a worker: keep values on the device, fetch them together, once a chunk.
+
+A call costs a dictionary lookup and a detached copy. Nothing is reduced, moved or synchronised before `report`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.transfer import first_batch_size
+from raytrainer.errors import MetricError
+from raytrainer.messages import MetricReport, MetricSpec, Partial, StepRow
+
+__all__ = ["MetricStore"]
+
+_STEP_HOOKS = frozenset(
+    "on_before_backward backward on_after_backward on_before_optimizer_step optimizer_step configure_gradient_clipping "
+    "on_before_zero_grad optimizer_zero_grad on_train_batch_start on_train_batch_end training_step "
+    "training_step_end".split()
+)
+_BATCH_HOOKS = frozenset(
+    "on_validation_batch_start on_validation_batch_end on_test_batch_start on_test_batch_end validation_step "
+    "validation_step_end test_step test_step_end".split()
+)
+_EPOCH_HOOKS = frozenset(
+    "on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start "
+    "on_validation_epoch_end on_test_start on_test_epoch_start on_test_epoch_end".split()
+)
+_REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
+
+
+class _Slot:
+    """One name in one hook: how it is treated, its latest value, and the values of the epoch not yet fetched."""
+
+    __slots__ = ("arguments", "custom", "folded", "fx", "kept", "last", "moment", "pending", "spec", "total", "weight")
+
+    def __init__(self, spec: MetricSpec, arguments: tuple[Any, ...], fx: Any) -> None:
+        self.spec, self.arguments, self.fx = spec, arguments, fx
+        self.last: Any = None  # latest step value
+        self.moment = -1  # batch in which it was logged
+        self.pending: list[Any] = []  # values of this epoch, on the device
+        self.weight: list[int] = []  # their batch sizes
+        self.folded: list[float] = []  # [total, weight] of values fetched before
+        self.custom: list[float] = []  # all values fetched before, for a custom reduction
+
+
+class _Ledger:
+    """Slots by (hook, name, loader), and rows kept for the loggers: (step, epoch, [(name, value)])."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[str | None, str, int | None], _Slot] = {}
+        self.rows: list[tuple[int, int, list[tuple[str, Any]]]] = []
+
+
+class MetricStore:
+    """Collects what one worker logs."""
+
+    def __init__(self, rank: int, log_every_n_steps: int) -> None:
+        self.rank = rank
+        self.every = log_every_n_steps
+        self.hook: str | None = None  # the hook that runs; None where logging is not allowed
+        self.batch: Any = None  # the batch that runs, for its size
+        self.moment = 0  # counts batches
+        self.loader_idx: int | None = None  # set where there are several evaluation loaders
+        self._size: int | None = None
+        self._ledgers = {"train": _Ledger(), "evaluate": _Ledger()}
+        self.switch("train")
+
+    def switch(self, ledger: str) -> None:
+        """Log to the "train" or the "evaluate" ledger, so that a validation leaves the epoch's sums alone."""
+        self._current = self._ledgers[ledger]
+        self._slots, self._rows = self._current.slots, self._current.rows
+        self.loader_idx = None
+
+    def clear(self) -> None:
+        """Forget what the current ledger holds."""
+        self._slots.clear()
+        self._rows.clear()
+
+    def begin_batch(self, batch: Any) -> None:
+        self.batch = batch
+        self._size = None
+        self.moment += 1
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool | None,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        sync_dist: bool,
+        sync_dist_group: Any,
+        add_dataloader_idx: bool,
+        batch_size: int | None,
+        rank_zero_only: bool,
+    ) -> None:
+        """See `Module.log`."""
+        slot = self._slots.get((self.hook, name, self.loader_idx))
+        arguments = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
+        if slot is None:
+            slot = self._new_slot(name, arguments, sync_dist_group)
+        elif slot.arguments != arguments:
+            raise MetricError(
+                f"self.log({name!r}, ...) was called in {self.hook} with other options than before; use the same "
+                f"options, or another name."
+            )
+        if isinstance(value, Tensor):
+            # a copy, since the caller may go on to change the tensor in place
+            value = value.detach().clone()
+            if value.ndim:
+                value = self._scalar(name, value)
+        elif not isinstance(value, (int, float)):
+            value = self._number(name, value)
+        spec = slot.spec
+        if rank_zero_only and self.rank != 0:
+            return
+        if spec.on_step:
+            slot.last = value
+            slot.moment = self.moment
+        if spec.on_epoch:
+            if batch_size is None:
+                batch_size = self._size
+                if batch_size is None:
+                    batch_size = self._size = first_batch_size(self.batch)
+            slot.pending.append(value)
+            slot.weight.append(batch_size)
+
+    def _scalar(self, name: str, value: Tensor) -> Tensor:
+        if value.numel() != 1:
+            raise MetricError(
+                f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log a tensor with one element, e.g. its mean."
+            )
+        return value.reshape(())
+
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, (str, bytes, dict, list, tuple)) or not hasattr(value, "__float__"):
+            raise MetricError(
+                f"self.log({name!r}, {value!r}): log a number or a tensor with one element; use log_dict for a mapping."
+            )
+        return float(value)
+
+    def _new_slot(self, name: str, arguments: tuple[Any, ...], sync_dist_group: Any) -> _Slot:
+        prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only = arguments
+        hook = self.hook
+        if hook in _STEP_HOOKS:
+            step, epoch = True, False
+        elif hook in _BATCH_HOOKS:
+            step, epoch = False, True
+        elif hook in _EPOCH_HOOKS:
+            step, epoch = False, True
+            if on_step:
+                raise MetricError(f"self.log({name!r}, ..., on_step=True) in {hook}: there is no step in it.")
+        else:
+            raise MetricError(f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps "
+                              f"and in the hooks around batches and epochs.")  # fmt: skip
+        if on_step is not None and on_epoch is None:
+            epoch = epoch if on_step else True
+        step = step if on_step is None else on_step
+        epoch = epoch if on_epoch is None else on_epoch
+        if not step and not epoch:
+            raise MetricError(f"self.log({name!r}, ..., on_step=False, on_epoch=False) has no effect; set one to True.")
+        if not isinstance(name, str) or not name:
+            raise MetricError(f"self.log({name!r}, ...): give a name.")
+        if sync_dist_group is not None:
+            raise MetricError(f"self.log({name!r}, ..., sync_dist_group=...): metrics are reduced over all workers.")
+        reduction = "custom" if callable(reduce_fx) else _REDUCTIONS.get(str(reduce_fx).lower())
+        if reduce_fx in (torch.mean, torch.sum, torch.min, torch.max, torch.amin, torch.amax):
+            reduction = reduce_fx.__name__.replace("amin", "min").replace("amax", "max")
+        if reduction is None:
+            raise MetricError(
+                f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}): give one of {sorted(_REDUCTIONS)}, or a function."
+            )
+        full = name
+        if add_dataloader_idx and self.loader_idx is not None:
+            full = f"{name}/dataloader_idx_{self.loader_idx}"
+        spec = MetricSpec(full, step, epoch, prog_bar, logger is not False, sync_dist, reduction, rank_zero_only)
+        slot = _Slot(spec, arguments, reduce_fx if reduction == "custom" else None)
+        self._slots[hook, name, self.loader_idx] = slot
+        return slot
+
+    def note_row(self, step: int, epoch: int) -> None:
+        """Keep the values logged since the batch began as a row for the loggers."""
+        row = [
+            (slot.spec.step_name, slot.last)
+            for slot in self._slots.values()
+            if slot.spec.logger and slot.moment == self.moment and (self.rank == 0 or slot.spec.sync_dist)
+        ]
+        if row:
+            self._rows.append((step, epoch, row))
+
+    def is_log_step(self, step: int) -> bool:
+        """Whether the 0-based `step` is one whose values the loggers are given."""
+        return self.every > 0 and (step + 1) % self.every == 0
+
+    def report(self, end_of_epoch: bool = False) -> MetricReport:
+        """Everything since the last report, fetched from the device in one go."""
+        fetched = _fetch(self._take())
+        report = MetricReport()
+        for step, epoch, row in self._rows:
+            report.rows.append(StepRow(step, epoch, {name: next(fetched) for name, _ in row}))
+        self._rows.clear()
+        for slot in self._slots.values():
+            spec = slot.spec
+            if slot.last is not None:
+                last = next(fetched)
+                report.specs[spec.name] = spec
+                if self.rank == 0 or spec.sync_dist:
+                    report.step[spec.name] = last
+                slot.last = None
+            if slot.pending:
+                self._fold(slot, [next(fetched) for _ in slot.pending])
+            if end_of_epoch and slot.spec.on_epoch and (slot.folded or slot.custom):
+                report.specs[spec.name] = spec
+                total, weight = slot.folded or (0.0, 0.0)
+                report.epoch[spec.name] = Partial(total, weight, tuple(slot.custom), slot.fx)
+                slot.folded, slot.custom = [], []
+        return report
+
+    def local_values(self) -> dict[str, float]:
+        """This worker's own epoch values so far; call after `report`."""
+        values = {}
+        for slot in self._slots.values():
+            if slot.folded:
+                total, weight = slot.folded
+                mean = slot.spec.reduce == "mean"
+                values[slot.spec.name] = values[slot.spec.epoch_name] = total / weight if mean and weight else total
+        return values
+
+    def _take(self) -> list[Any]:
+        """All values to fetch, in the order in which `report` uses them."""
+        values = [value for _, _, row in self._rows for _, value in row]
+        for slot in self._slots.values():
+            if slot.last is not None:
+                values.append(slot.last)
+            values += slot.pending
+        return values
+
+    @staticmethod
+    def _fold(slot: _Slot, values: list[float]) -> None:
+        weights, reduce = slot.weight, slot.spec.reduce
+        if reduce == "custom":
+            slot.custom += values
+        else:
+            total, weight = slot.folded or (None, 0.0)
+            if reduce == "mean":
+                total = (total or 0.0) + sum(v * w for v, w in zip(values, weights, strict=True))
+            elif reduce == "sum":
+                total = (total or 0.0) + sum(values)
+            else:
+                pick = min if reduce == "min" else max
+                total = pick(values) if total is None else pick(total, *values)
+            slot.folded = [total, weight + sum(weights)]
+        slot.pending, slot.weight = [], []
+
+
+def _fetch(values: list[Any]) -> Any:
+    """The values as floats, in order: tensors of one device and type in one transfer."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            groups.setdefault((value.device, value.dtype), []).append(index)
+    floats = list(values)
+    for indices in groups.values():
+        for index, number in zip(indices, torch.stack([values[i] for i in indices]).tolist(), strict=True):
+            floats[index] = number
+    return iter([float(value) for value in floats])

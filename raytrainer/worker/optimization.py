@@ -1,0 +1,122 @@
+"""Optimizers and schedulers: what `configure_optimizers` may return, and how a batch becomes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["SchedulerConfig", "parse_optimizers"]
+
+_SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau"}
+_FORMS = (
+    "an optimizer, a list of optimizers, (optimizers, schedulers), a dict with 'optimizer' and 'lr_scheduler', "
+    "a list of such dicts, or None"
+)
+
+
+@dataclass
+class SchedulerConfig:
+    """A scheduler and when to step it.
+
+    Attributes:
+        scheduler: Anything with a `step` method and a state dict.
+        interval: "epoch" or "step" (optimizer steps).
+        frequency: Step it every so many epochs or steps.
+        monitor: Name of the metric that `scheduler.step(metric)` is given.
+        strict: Whether a missing metric is an error rather than a warning.
+        name: What `LearningRateMonitor` calls it.
+        on_metric: It is stepped with a metric (ReduceLROnPlateau), hence after the metric is known.
+    """
+
+    scheduler: Any
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+    strict: bool = True
+    name: str | None = None
+    on_metric: bool = False
+
+
+def parse_optimizers(answer: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """Every form of `configure_optimizers`' answer, as one.
+
+    Raises:
+        ConfigurationError: Some other form, or a scheduler's options that cannot work.
+    """
+    if answer is None:
+        return [], []
+    if isinstance(answer, Optimizer):
+        return [answer], []
+    if isinstance(answer, Mapping):
+        return _from_dicts([answer])
+    if isinstance(answer, Sequence):
+        items = list(answer)
+        if len(items) == 2 and isinstance(items[0], (list, tuple)):
+            schedulers = items[1] if isinstance(items[1], (list, tuple)) else [items[1]]
+            return _only_optimizers(items[0]), [_scheduler(s) for s in schedulers]
+        if items and all(isinstance(item, Mapping) for item in items):
+            return _from_dicts(items)
+        return _only_optimizers(items), []
+    raise ConfigurationError(f"configure_optimizers returned {answer!r}: return {_FORMS}.")
+
+
+def _only_optimizers(items: Sequence[Any]) -> list[Optimizer]:
+    for item in items:
+        if not isinstance(item, Optimizer):
+            raise ConfigurationError(f"configure_optimizers returned {item!r} as an optimizer: return {_FORMS}.")
+    return list(items)
+
+
+def _from_dicts(items: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    optimizers, schedulers = [], []
+    for item in items:
+        unknown = set(item) - {"optimizer", "lr_scheduler"}
+        if unknown or not isinstance(item.get("optimizer"), Optimizer):
+            raise ConfigurationError(
+                f"configure_optimizers returned a dict with keys {sorted(item)}: it needs 'optimizer', may have "
+                f"'lr_scheduler', and nothing else."
+            )
+        optimizers.append(item["optimizer"])
+        if item.get("lr_scheduler") is not None:
+            schedulers.append(_scheduler(item["lr_scheduler"]))
+    return optimizers, schedulers
+
+
+def _scheduler(item: Any) -> SchedulerConfig:
+    if isinstance(item, SchedulerConfig):
+        return item
+    options = dict(item) if isinstance(item, Mapping) else {"scheduler": item}
+    unknown = set(options) - _SCHEDULER_KEYS
+    if unknown:
+        raise ConfigurationError(
+            f"lr_scheduler options {sorted(unknown)} are unknown; there are {sorted(_SCHEDULER_KEYS)}."
+        )
+    scheduler = options.get("scheduler")
+    if not (isinstance(scheduler, LRScheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
+        raise ConfigurationError(f"lr_scheduler {scheduler!r}: give an object with step() and state_dict().")
+    plateau = isinstance(scheduler, ReduceLROnPlateau)
+    config = SchedulerConfig(
+        scheduler=scheduler,
+        interval=options.get("interval", "epoch"),
+        frequency=options.get("frequency", 1),
+        monitor=options.get("monitor"),
+        strict=options.get("strict", True),
+        name=options.get("name"),
+        on_metric=options.get("reduce_on_plateau", plateau),
+    )
+    if config.interval not in ("epoch", "step"):
+        raise ConfigurationError(f'lr_scheduler interval={config.interval!r}: give "epoch" or "step".')
+    if not isinstance(config.frequency, int) or config.frequency < 1:
+        raise ConfigurationError(f"lr_scheduler frequency={config.frequency!r}: give an integer of at least 1.")
+    if config.on_metric and config.monitor is None:
+        raise ConfigurationError(
+            f"{type(scheduler).__name__} steps with a metric: return a dict with "
+            f'{{"scheduler": ..., "monitor": "<metric name>"}}.'
+        )
+    return config

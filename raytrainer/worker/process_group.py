@@ -1,0 +1,101 @@
+"""The torch.distributed group of a worker: made once, kept for as long as the worker lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raytrainer.plan.ranks import Ranks
+
+__all__ = ["ProcessGroup", "interface_of", "make_store"]
+
+
+def make_store(host: str, world_size: int) -> tuple[dist.TCPStore, int]:
+    """The rendezvous store, served by rank 0 on a free port of `host`."""
+    store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+    return store, store.port
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that holds an IPv4 address; None where it cannot be told.
+
+    A worker pins gloo and NCCL to it, since a host name may resolve to an address that others cannot reach.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                request = struct.pack("256s", name[:15].encode())
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR, on Linux
+            except OSError:
+                continue
+        if socket.inet_ntoa(answer[20:24]) == address:
+            return name
+    return None
+
+
+class ProcessGroup:
+    """Joins the group; `control` is a gloo group beside it, for agreements on the CPU.
+
+    Args:
+        ranks: This worker's ranks.
+        host: Address of rank 0.
+        port: Port of its store.
+        own_address: This worker's address, by which its interface is found.
+        backend: "gloo" or "nccl".
+        store: Rank 0's store, which it serves.
+        timeout: Seconds that a collective may wait for the others.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        host: str,
+        port: int,
+        own_address: str,
+        backend: str,
+        device: torch.device,
+        store: dist.TCPStore | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        interface = interface_of(own_address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            if interface != "lo":
+                os.environ["NCCL_SOCKET_IFNAME"] = interface
+        os.environ.update(
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+            RANK=str(ranks.rank),
+            WORLD_SIZE=str(ranks.world_size),
+            LOCAL_RANK=str(ranks.local_rank),
+            LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+            NODE_RANK=str(ranks.node_rank),
+            GROUP_RANK=str(ranks.node_rank),
+        )
+        if store is None:
+            store = dist.TCPStore(host, port, ranks.world_size, is_master=False)
+        options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout),
+            **options,
+        )
+        self.store = store
+        self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

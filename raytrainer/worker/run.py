@@ -1,0 +1,236 @@
+"""`Run`: one worker's part of one fit, validate, test or predict, set up and ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.hooks import DataHooks
+from raytrainer.data.loaders import Feed, as_list
+from raytrainer.errors import ConfigurationError
+from raytrainer.messages import SetupReport, Task
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.seeding import restore_rng, seed_generators
+from raytrainer.strategies.base import Strategy
+from raytrainer.worker.flags import apply_flags
+from raytrainer.worker.hooks import Hooks, bind_step, overridden
+from raytrainer.worker.metrics import MetricStore
+from raytrainer.worker.optimization import parse_optimizers
+from raytrainer.worker.precision import Precision
+from raytrainer.worker.view import TrainerView
+
+__all__ = ["Run"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Run:
+    """Holds what the loops of one run share: module, view, hooks, feeds, precision, strategy.
+
+    Args:
+        task: What the driver sent.
+        strategy: This worker's side of the strategy.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy) -> None:
+        self.task, self.strategy = task, strategy
+        self.module, self.datamodule = task.module, task.datamodule
+        settings = task.settings
+        self.view = TrainerView(
+            settings=settings,
+            ranks=strategy.ranks,
+            strategy=strategy,
+            stage=task.stage,
+            default_root_dir=task.default_root_dir,
+            callbacks=task.callbacks,
+            datamodule=task.datamodule,
+        )
+        self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps)
+        self.view.loader_source = self._loader
+        self.view.length_source = self._lengths
+        self.hooks = Hooks(self.view, self.module, task.callbacks)
+        self.precision = Precision(settings.precision, strategy.device)
+        self.transfer: Callable[[Any, int], Any] | None = None
+        self.evaluated = {"validate": 0, "test": 0, "predict": 0}  # batches so far, the step axis of on_step values
+        self.stepped = 0  # batches that ended in a step: the loggers' step axis
+        self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
+        self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
+        self._feeds: dict[str, list[Feed]] = {}
+        self._sources: dict[str, Any] = dict(task.loaders)
+        self._undo_flags = apply_flags(settings)
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self) -> SetupReport:
+        """Everything up to, and without, `on_fit_start`."""
+        task, module, view, device = self.task, self.module, self.view, self.strategy.device
+        module.__dict__["_view"] = view
+        if self.datamodule is not None:
+            self.datamodule.trainer = view
+        if task.reseed:
+            seed_generators(derive_seed(task.seed, "rank", self.strategy.ranks.rank))
+        module.to(device)
+        if self.datamodule is not None:
+            self.datamodule.setup(task.stage)
+        self.hooks.call("setup", task.stage)
+        module.configure_model()
+        self.precision.convert_module(module)
+        module.to(device)
+        if task.stage == "fit" and not module.training:
+            module.train()
+        if task.stage == "fit":
+            if overridden(module, "configure_optimizers"):
+                view.optimizers, view.lr_scheduler_configs = parse_optimizers(module.configure_optimizers())
+            else:
+                module.configure_optimizers()
+            if not view.optimizers:
+                log.warning("configure_optimizers returned None: nothing will be optimised.")
+        self.transfer = self._bind_transfer()
+        frequencies = [c.frequency for c in view.lr_scheduler_configs if c.on_metric and c.interval == "step"]
+        return SetupReport(
+            rank=self.strategy.ranks.rank,
+            plateau_steps=tuple(sorted(set(frequencies))),
+            plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
+            has_validation=self.has_validation,
+        )
+
+    def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
+        """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
+        device = self.strategy.device
+        before, to_device, after = (
+            self._data_hook(name)
+            for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        )
+        cast = self.precision.convert_input
+        if device.type != "cpu" and to_device is None:
+            to_device = DataHooks().transfer_batch_to_device
+        if before is None and to_device is None and after is None:
+            return None if cast is None else lambda batch, idx: cast(batch)
+
+        def transfer(batch: Any, idx: int) -> Any:
+            if before is not None:
+                batch = before(batch, idx)
+            if cast is not None:
+                batch = cast(batch)
+            if to_device is not None:
+                batch = to_device(batch, device, idx)
+            return after(batch, idx) if after is not None else batch
+
+        return transfer
+
+    def _data_hook(self, name: str) -> Callable[..., Any] | None:
+        """The hook of whoever overrode it: the DataModule wins."""
+        for owner in (self.datamodule, self.module):
+            if owner is not None and overridden(owner, name):
+                hook: Callable[..., Any] = getattr(owner, name)
+                return hook
+        return None
+
+    def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
+        """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
+        function = self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders))
+        if self.precision.plain:
+            return function
+        precision = self.precision
+
+        def in_context(*args: Any) -> Any:
+            with precision.context():
+                return function(*args)
+
+        return in_context
+
+    # ---------------------------------------------------------------- data
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation loader and a step for it."""
+        loader = "val" in self._sources or self._data_hook("val_dataloader") is not None
+        return loader and overridden(self.module, "validation_step")
+
+    def _loader(self, stage: str) -> Any:
+        if stage not in self._sources:
+            hook = self._data_hook(f"{stage}_dataloader")
+            if hook is None:
+                raise ConfigurationError(
+                    f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
+                )
+            self._sources[stage] = hook()
+        return self._sources[stage]
+
+    def feeds(self, stage: str, reload: bool = False) -> list[Feed]:
+        """The loaders of "train", "val", "test" or "predict", sharded; built once."""
+        if reload and stage not in self.task.loaders:
+            self._sources.pop(stage, None)
+            self._feeds.pop(stage, None)
+        if stage not in self._feeds:
+            loaders = as_list(self._loader(stage))
+            if not loaders:
+                raise ConfigurationError(f"{stage}_dataloader() returned {self._loader(stage)!r}: return a loader.")
+            seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+            self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
+        return self._feeds[stage]
+
+    def _lengths(self, stage: str) -> Any:
+        lengths = [feed.length for feed in self.feeds(stage)]
+        return lengths[0] if stage == "train" else lengths
+
+    # ---------------------------------------------------------------- metrics and end
+
+    def take_metrics(self, metrics: dict[str, float]) -> None:
+        """Metrics reduced over all workers, from the driver."""
+        self.view.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    def step_plateau(self, interval: str, epoch_or_step: int) -> None:
+        """Step the schedulers that wait for a metric."""
+        for config in self.view.lr_scheduler_configs:
+            if not config.on_metric or config.interval != interval or epoch_or_step % config.frequency:
+                continue
+            metrics = self.view.callback_metrics
+            if config.monitor in metrics:
+                step = self.hooks.guarded("lr_scheduler_step", self.module.lr_scheduler_step)
+                step(config.scheduler, metrics[config.monitor])
+                continue
+            message = (
+                f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which has not been logged; there are "
+                f"{sorted(metrics)}."
+            )
+            if config.strict:
+                raise ConfigurationError(f"{message} Log it, or set strict=False to skip the step.")
+            log.warning(message)
+
+    def resume_generators(self) -> None:
+        """Put the generators where a checkpoint left them, once, right before training goes on."""
+        if self.rng is not None:
+            restore_rng(self.rng)
+            self.rng = None
+
+    def teardown(self) -> None:
+        """Run the last hooks and leave the process as it was found."""
+        try:
+            if self.datamodule is not None:
+                self.datamodule.teardown(self.task.stage)
+            self.hooks.call("teardown", self.task.stage)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Undo what the run changed in this process; also after a failure."""
+        self._undo_flags()
+        self.module.__dict__["_view"] = None
+        if self.datamodule is not None:
+            self.datamodule.__dict__.pop("trainer", None)
+
+
+def plain(value: Any, depth: int = 4) -> bool:
+    """Whether `value` is data rather than machinery: numbers, strings, tensors, and containers of them."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor)):
+        return True
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return all(plain(item, depth - 1) for item in value)
+    if depth and isinstance(value, dict):
+        return all(plain(item, depth - 1) for pair in value.items() for item in pair)
+    return False

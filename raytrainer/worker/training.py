@@ -1,0 +1,345 @@
+"""The training loop of one worker: chunks of batches, each a step or part of one.
+
+In pseudocode, hooks aside:
+
+    for batch in chunk:
+        batch to the device
+        loss = training_step(batch); zero gradients; backward
+        on stepping batches: clip; optimizer step; schedulers that count steps
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raytrainer.data.loaders import Feed, LookAhead
+from raytrainer.errors import ConfigurationError
+from raytrainer.messages import MetricReport, TrainReport, TrainStart
+from raytrainer.worker.hooks import overridden
+
+if TYPE_CHECKING:
+    from raytrainer.worker.run import Run
+
+__all__ = ["TrainingLoop"]
+
+
+class TrainingLoop:
+    """Trains on what the driver asks for; `batch` and `epoch` are the data cursor."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.view, self.metrics = run, run.view, run.view.metrics
+        feeds = run.feeds("train")
+        if len(feeds) != 1:
+            raise ConfigurationError(
+                f"{len(feeds)} training loaders: return one loader from train_dataloader(); join datasets with "
+                f"torch.utils.data.ConcatDataset or StackDataset."
+            )
+        self.feed: Feed = feeds[0]
+        self.epoch = 0
+        self.batch = 0
+        self._iterator: Iterator[Any] | None = None
+        self._run_batch = self._bind_optimization()
+        bind = run.hooks.bind
+        self._on_batch_start = bind("on_train_batch_start")
+        self._on_batch_end = bind("on_train_batch_end")
+        self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
+
+    def _bind_optimization(self) -> Callable[[Any, int, bool], Any]:
+        run, module = self.run, self.run.module
+        step = run.step("training_step", 1)
+        if overridden(module, "training_step_end"):
+            step_end = run.hooks.guarded("training_step_end", module.training_step_end)
+            inner = step
+
+            def step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+                return step_end(inner(batch, batch_idx, dataloader_idx))
+
+        step = run.strategy.prepare(module, step)
+        if module.automatic_optimization:
+            return _Automatic(run, step)
+        return _Manual(run, step)
+
+    def describe(self) -> TrainStart:
+        run = self.run
+        validates = run.has_validation and run.task.settings.limit_val_batches != 0
+        return TrainStart(
+            batches=self.feed.length,
+            batch_size=getattr(self.feed.source, "batch_size", None),
+            val_batches=[feed.length for feed in run.feeds("val")] if validates else [],
+        )
+
+    def start_epoch(self, epoch: int, skip: int = 0) -> TrainStart:
+        """Begin `epoch` at batch `skip`; build the loader anew where the settings ask for that."""
+        every = self.view.settings.reload_dataloaders_every_n_epochs
+        if every and epoch and epoch % every == 0 and skip == 0:
+            self.feed = self.run.feeds("train", reload=True)[0]
+            if self.run.has_validation:
+                self.run.feeds("val", reload=True)
+        self.view.current_epoch = self.epoch = epoch
+        self.batch = skip
+        self.view.running = "train"
+        self._iterator = None
+        if skip == 0:
+            self.run.resume_generators()
+        self.run.hooks.call("on_train_epoch_start")
+        self.run.resume_generators()
+        return self.describe()
+
+    def _batches(self) -> Iterator[Any]:
+        if self._iterator is None:
+            strategy = self.run.strategy
+            agree = strategy.all_agree if strategy.ranks.world_size > 1 else None
+            self._iterator = self.feed.start(self.epoch, self.batch, agree)
+        return self._iterator
+
+    def train(self, batches: int, stop_at_step: int | None = None) -> TrainReport:
+        """Train at most `batches` batches, ending early at an optimizer step or at the loader's end."""
+        clock = time.perf_counter
+        start = clock()
+        run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
+        view.running = "train"
+        iterator, length = self._batches(), self.feed.length
+        look_ahead = iterator if isinstance(iterator, LookAhead) else None
+        accumulate = view.settings.accumulate_grad_batches
+        first, exhausted, waited = self.batch, False, clock() - start
+        for _ in range(batches):
+            asked = clock()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                exhausted = True
+                break
+            waited += clock() - asked
+            index = self.batch
+            if transfer is not None:
+                batch = transfer(batch, 0)
+            metrics.begin_batch(batch)
+            if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
+                exhausted = True
+                break
+            last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
+            stepping = last or accumulate == 1 or (index + 1) % accumulate == 0
+            outputs = self._run_batch(batch, index, stepping)
+            if stepping and view.lr_scheduler_configs:
+                self._step_schedulers()
+            if self._on_batch_end is not None:
+                self._on_batch_end(_visible(outputs), batch, index)
+            self.batch = index + 1
+            if stepping:
+                if metrics.is_log_step(run.stepped):
+                    metrics.note_row(run.stepped, self.epoch)
+                run.stepped += 1
+            if look_ahead is not None and last:
+                exhausted = True
+                break
+            if stop_at_step is not None and view.global_step >= stop_at_step:
+                break
+        metrics.batch = None
+        report = metrics.report()
+        return TrainReport(
+            batches=self.batch - first,
+            batch=self.batch,
+            step=view.global_step,
+            seconds=clock() - start,
+            exhausted=exhausted,
+            stop=view.should_stop,
+            data_seconds=waited,
+            metrics=report,
+        )
+
+    def _step_schedulers(self) -> None:
+        """Step the schedulers that count steps. In manual optimization the user steps them."""
+        if not self.run.module.automatic_optimization:
+            return
+        done = self.run.stepped + 1
+        for config in self.view.lr_scheduler_configs:
+            if config.interval == "step" and not config.on_metric and done % config.frequency == 0:
+                self._scheduler_step(config.scheduler, None)
+
+    def step_epoch_schedulers(self) -> None:
+        """Step the schedulers that count epochs; when the epoch's last batch is done, before validation."""
+        if not self.run.module.automatic_optimization:
+            return
+        for config in self.view.lr_scheduler_configs:
+            if config.interval == "epoch" and not config.on_metric and (self.epoch + 1) % config.frequency == 0:
+                self._scheduler_step(config.scheduler, None)
+
+    def end_epoch(self) -> MetricReport:
+        """Run the module's hook; report the epoch's metrics."""
+        self._iterator = None
+        self.run.take_metrics(self.metrics.local_values())
+        self.run.hooks.call("on_train_epoch_end")
+        self.view.running = None
+        return self.metrics.report(end_of_epoch=True)
+
+
+class _Automatic:
+    """A batch with automatic optimization: forward, backward and, on stepping batches, the optimizer's step."""
+
+    def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
+        self.run, self.view, self.module, self.step = run, run.view, run.module, step
+        settings = run.view.settings
+        self.accumulate = settings.accumulate_grad_batches
+        self.strategy, self.precision = run.strategy, run.precision
+        if len(run.view.optimizers) > 1:
+            raise ConfigurationError(
+                f"configure_optimizers returned {len(run.view.optimizers)} optimizers: with automatic optimization "
+                f"there is one. Set self.automatic_optimization = False in __init__ and step them in training_step."
+            )
+        self.optimizer: Optimizer | None = run.view.optimizers[0] if run.view.optimizers else None
+        bind, module = run.hooks.bind, run.module
+        self.on_before_zero_grad = bind("on_before_zero_grad")
+        self.on_before_backward = bind("on_before_backward")
+        self.on_after_backward = bind("on_after_backward")
+        self.on_before_optimizer_step = bind("on_before_optimizer_step")
+        self.zero_grad = _own(run, "optimizer_zero_grad")
+        self.backward = _own(run, "backward")
+        self.clip = _own(run, "configure_gradient_clipping")
+        if self.clip is None and settings.gradient_clip_val is not None:
+            self.clip = module.configure_gradient_clipping
+        self.clipping = settings.gradient_clip_val, settings.gradient_clip_algorithm
+        # the user's own optimizer_step, or an optimizer such as LBFGS that evaluates several times, gets a closure
+        self.optimizer_step = _own(run, "optimizer_step")
+        if self.optimizer_step is None and self.optimizer is not None and _needs_closure(self.optimizer):
+            self.optimizer_step = module.optimizer_step
+        if self.optimizer_step is not None and run.precision.scaler is not None:
+            raise ConfigurationError(
+                'precision="16-mixed" scales gradients, which does not work with an optimizer_step of your own or an '
+                'optimizer that needs a closure; use "bf16-mixed".'
+            )
+        self.batch: Any = None
+        self.index = 0
+        self.outputs: Any = None
+
+    def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
+        self.batch, self.index = batch, index
+        if self.accumulate > 1:
+            self.strategy.sync_next(stepping)
+        if not stepping or self.optimizer is None:
+            self._forward_backward()
+            stepped = stepping
+        elif self.optimizer_step is not None:
+            self.optimizer_step(self.view.current_epoch, index, self.optimizer, self._closure)
+            stepped = True
+        else:
+            self._closure()
+            stepped = self.precision.step(self.optimizer)
+        if stepped:
+            self.view.global_step += 1
+        outputs, self.outputs, self.batch = self.outputs, None, None
+        return outputs
+
+    def _closure(self) -> Any:
+        loss = self._forward_backward()
+        optimizer = self.optimizer
+        assert optimizer is not None
+        self.precision.unscale(optimizer)
+        if self.on_before_optimizer_step is not None:
+            self.on_before_optimizer_step(optimizer)
+        if self.clip is not None:
+            self.clip(optimizer, *self.clipping)
+        return loss
+
+    def _forward_backward(self) -> Tensor | None:
+        outputs = self.outputs = self.step(self.batch, self.index, 0)
+        loss = _loss(outputs)
+        optimizer = self.optimizer
+        if optimizer is not None and (self.accumulate == 1 or self.index % self.accumulate == 0):
+            if self.on_before_zero_grad is not None:
+                self.on_before_zero_grad(optimizer)
+            if self.zero_grad is not None:
+                self.zero_grad(self.view.current_epoch, self.index, optimizer)
+            else:
+                optimizer.zero_grad()
+        if loss is None:
+            return None
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        scaled = self.precision.scale(loss)
+        if self.on_before_backward is not None:
+            self.on_before_backward(scaled)
+        if self.backward is not None:
+            self.backward(scaled)
+        else:
+            scaled.backward()
+        if self.on_after_backward is not None:
+            self.on_after_backward()
+        return loss
+
+
+class _Manual:
+    """A batch with manual optimization: the user's step does it all; steps are counted at the optimizers."""
+
+    def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
+        self.step = step
+        settings = run.view.settings
+        if settings.accumulate_grad_batches > 1 or settings.gradient_clip_val is not None:
+            raise ConfigurationError(
+                "accumulate_grad_batches and gradient_clip_val do not work with manual optimization: accumulate in "
+                "training_step, and call self.clip_gradients(optimizer, gradient_clip_val=...) before its step."
+            )
+        view, module, strategy, precision = run.view, run.module, run.strategy, run.precision
+        before_step = run.hooks.bind("on_before_optimizer_step")
+        before_backward, after_backward = run.hooks.bind("on_before_backward"), run.hooks.bind("on_after_backward")
+
+        def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            view.global_step += 1
+
+        for optimizer in view.optimizers:
+            if before_step is not None:
+                optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
+            optimizer.register_step_post_hook(count)
+        if precision.scaler is not None:
+            raise ConfigurationError('precision="16-mixed" with manual optimization: use "bf16-mixed".')
+
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            if before_backward is not None:
+                before_backward(loss)
+            module.backward(loss, *args, **kwargs)
+            strategy.sync_manual(module)
+            if after_backward is not None:
+                after_backward()
+
+        view.manual_backward = manual_backward
+
+    def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
+        return self.step(batch, index, 0)
+
+
+def _own(run: Run, name: str) -> Callable[..., Any] | None:
+    """The module's own version of a hook that has a default, or None."""
+    return run.hooks.guarded(name, getattr(run.module, name)) if overridden(run.module, name) else None
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _loss(outputs: Any) -> Tensor | None:
+    if outputs is None or isinstance(outputs, Tensor):
+        return outputs
+    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+    if isinstance(loss, Tensor):
+        return loss
+    raise ConfigurationError(
+        f"training_step returned {type(outputs).__name__}{sorted(outputs) if isinstance(outputs, dict) else ''}: "
+        f'return the loss as a tensor, a dict with a tensor under "loss", or None to skip the batch.'
+    )
+
+
+def _visible(outputs: Any) -> Any:
+    """What `on_train_batch_end` is given: a dict whose loss is detached, or None."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs.detach()}
+    if isinstance(outputs, dict):
+        return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
+    return outputs
+
+

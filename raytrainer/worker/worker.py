@@ -1,0 +1,185 @@
+"""`Worker`: the verbs that the driver's coordinator speaks. The same class serves in process and in a Ray actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raytrainer.data.transfer import map_leaves
+from raytrainer.errors import RaytrainerError
+from raytrainer.messages import (
+    EvaluationReport,
+    EvaluationStart,
+    FinishReport,
+    MetricReport,
+    SetupReport,
+    Task,
+    TrainReport,
+    TrainStart,
+)
+from raytrainer.plan.ranks import Ranks
+from raytrainer.strategies import DDPStrategy, SingleStrategy, Strategy
+from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
+from raytrainer.worker.process_group import ProcessGroup
+from raytrainer.worker.run import Run, plain
+from raytrainer.worker.state import capture_state, restore_state
+from raytrainer.worker.training import TrainingLoop
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """Obeys verbs, one at a time. Holds at most one run."""
+
+    def __init__(self, ranks: Ranks | None = None, device: torch.device | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.device = device or torch.device("cpu")
+        self.group: ProcessGroup | None = None
+        self._run: Run | None = None
+        self._training: TrainingLoop | None = None
+        self._evaluation: EvaluationLoop | None = None
+
+    @property
+    def run(self) -> Run:
+        if self._run is None:
+            raise RaytrainerError("this worker has no run; this is a bug in raytrainer")
+        return self._run
+
+    # ---------------------------------------------------------------- set-up
+
+    def prepare_data(self, task: Task) -> None:
+        """Run `prepare_data` of DataModule and Module, in one worker of each node."""
+        for owner in (task.datamodule, task.module):
+            if owner is not None:
+                owner.prepare_data()
+
+    def setup(self, task: Task) -> SetupReport:
+        """Take up a run, dropping what an earlier one may have left."""
+        self.abandon()
+        self._run = Run(task, self._strategy())
+        return self._run.setup()
+
+    def _strategy(self) -> Strategy:
+        if self.group is None:
+            return SingleStrategy(self.ranks, self.device)
+        return DDPStrategy(self.ranks, self.device, self.group.control)
+
+    def start_fit(self) -> None:
+        self.run.hooks.call("on_fit_start")
+
+    def start_training(self) -> TrainStart:
+        self._training = TrainingLoop(self.run)
+        self.run.hooks.call("on_train_start")
+        return self._training.describe()
+
+    @property
+    def training(self) -> TrainingLoop:
+        if self._training is None:
+            raise RaytrainerError("start_training comes first; this is a bug in raytrainer")
+        return self._training
+
+    # ---------------------------------------------------------------- training
+
+    def start_epoch(self, epoch: int, skip: int = 0) -> TrainStart:
+        return self.training.start_epoch(epoch, skip)
+
+    def train(
+        self, batches: int, stop_at_step: int | None = None, metrics: dict[str, float] | None = None
+    ) -> TrainReport:
+        """Train a chunk. `metrics` are those reduced over all workers since the last one."""
+        if metrics:
+            self.run.take_metrics(metrics)
+        report = self.training.train(batches, stop_at_step)
+        settings = self.run.view.settings
+        self.run.accumulating = report.batch % settings.accumulate_grad_batches != 0 and not report.exhausted
+        return report
+
+    def step_epoch_schedulers(self) -> None:
+        self.run.accumulating = False
+        self.training.step_epoch_schedulers()
+
+    def step_plateau(self, interval: str, count: int, metrics: dict[str, float]) -> None:
+        self.run.take_metrics(metrics)
+        self.run.step_plateau(interval, count)
+
+    def end_epoch(self) -> MetricReport:
+        return self.training.end_epoch()
+
+    def end_training(self) -> None:
+        self.run.hooks.call("on_train_end")
+
+    def end_fit(self) -> None:
+        self.run.hooks.call("on_fit_end")
+
+    # ---------------------------------------------------------------- evaluation
+
+    def start_evaluation(self, stage: str, sanity: int | None = None) -> EvaluationStart:
+        self._evaluation = EvaluationLoop(self.run, stage, sanity)
+        return self._evaluation.start(within_fit=self.run.task.stage == "fit")
+
+    def evaluate(self, batches: int) -> EvaluationReport:
+        assert self._evaluation is not None
+        return self._evaluation.evaluate(batches)
+
+    def end_evaluation(self) -> EvaluationReport:
+        assert self._evaluation is not None
+        report = self._evaluation.end()
+        self._evaluation = None
+        return report
+
+    # ---------------------------------------------------------------- state
+
+    def capture(self, weights_only: bool = False) -> dict[str, Any] | None:
+        """This worker's share of a checkpoint: rank 0 the module and its optimizers, every rank its generators."""
+        return capture_state(self.run, weights_only)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Put module, optimizers, schedulers and generators into a checkpoint's state."""
+        restore_state(self.run, checkpoint)
+
+    def finish(self, trained: bool) -> FinishReport:
+        """Tear the run down; where it has trained, rank 0 hands over the results."""
+        run, module = self.run, self.run.module
+        run.teardown()
+        report = FinishReport()
+        if trained and self.ranks.rank == 0:
+            report.state_dict = {name: to_cpu(tensor) for name, tensor in module.state_dict().items()}
+            report.hparams = dict(module.hparams)
+            report.attributes = _attributes(module)
+            if run.datamodule is not None:
+                report.datamodule_state = run.datamodule.state_dict()
+        if self.device.type == "cuda":
+            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        self._forget()
+        return report
+
+    def finish_in_place(self, trained: bool) -> FinishReport:
+        """As `finish`, where the module is the driver's own and nothing needs to travel."""
+        self.run.teardown()
+        self._forget()
+        return FinishReport()
+
+    def fetch_module(self) -> Any:
+        """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""
+        return self._finished.cpu() if self._finished is not None and self.ranks.rank == 0 else None
+
+    def abandon(self) -> None:
+        """Drop the run without any further hook."""
+        if self._run is not None:
+            self._run.release()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._finished = self._run.module if self._run is not None else None
+        self._run = self._training = self._evaluation = None
+
+
+#: attributes of torch's, and ours, that are no user data
+_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    """The module's plain attributes (counters, histories), which training may have changed."""
+    found = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and plain(v)}
+    return {name: map_leaves(value, to_cpu) for name, value in found.items()}

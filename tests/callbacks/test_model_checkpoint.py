@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
+from raytrainer.errors import ConfigurationError
+
+
+def stored(trainer: Any) -> list[str]:
+    """Names of the stored checkpoints, without the folder."""
+    return sorted(path.rpartition("/")[2] for path in trainer.stored)
+
+
+def run(trainer: Any, callback: ModelCheckpoint, losses: list[float], name: str = "val_loss") -> None:
+    callback.setup(trainer, None, "fit")
+    callback.on_train_start(trainer, None)
+    for loss in losses:
+        trainer.epoch(callback, val={name: loss})
+    callback.on_train_end(trainer, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({}, ["epoch=3-step=40.ckpt"]),
+        ({"save_top_k": 0}, []),
+        ({"save_top_k": 0, "save_last": True}, ["last.ckpt"]),
+        ({"every_n_epochs": 0}, []),
+        ({"every_n_epochs": 3}, ["epoch=2-step=30.ckpt"]),
+        ({"save_top_k": -1, "every_n_epochs": 2}, ["epoch=1-step=20.ckpt", "epoch=3-step=40.ckpt"]),
+        ({"filename": "best"}, ["best.ckpt"]),
+        ({"monitor": "val_loss", "filename": "{epoch}"}, ["epoch=1.ckpt"]),
+        ({"monitor": "val_loss", "filename": "{epoch}", "mode": "max"}, ["epoch=0.ckpt"]),
+        ({"monitor": "val_loss", "filename": "{epoch}", "save_top_k": 2}, ["epoch=1.ckpt", "epoch=2.ckpt"]),
+        ({"monitor": "val_loss", "filename": "best"}, ["best.ckpt"]),
+        ({"monitor": "val_loss", "filename": "b", "save_top_k": 2}, ["b-v1.ckpt", "b.ckpt"]),
+        ({"monitor": "val_loss", "filename": "{val_loss:.1f}", "save_last": True}, ["last.ckpt", "val_loss=1.0.ckpt"]),
+        ({"monitor": "val_loss", "filename": "x{val_loss:.1f}", "auto_insert_metric_name": False}, ["x1.0.ckpt"]),
+    ],
+)
+def test_what_is_kept(trainer, arguments, kept):
+    run(trainer, ModelCheckpoint(**arguments), [4.0, 1.0, 2.0, 3.0])
+    assert stored(trainer) == kept
+
+
+def test_attributes(trainer, tmp_path):
+    callback = ModelCheckpoint(tmp_path, "{epoch}", "val_loss", save_top_k=2)
+    run(trainer, callback, [4.0, 1.0, 2.0, 3.0])
+    assert callback.best_model_path == f"{tmp_path}/epoch=1.ckpt"
+    assert callback.kth_best_model_path == f"{tmp_path}/epoch=2.ckpt"
+    assert isinstance(callback.best_model_score, torch.Tensor) and callback.best_model_score.ndim == 0
+    assert (callback.best_model_score, callback.current_score) == (1.0, 3.0)
+    assert {path: score.item() for path, score in callback.best_k_models.items()} == {
+        f"{tmp_path}/epoch=1.ckpt": 1.0,
+        f"{tmp_path}/epoch=2.ckpt": 2.0,
+    }
+
+
+def test_without_monitor_the_latest_is_best(trainer):
+    callback = ModelCheckpoint(filename="{epoch}")
+    run(trainer, callback, [4.0, 1.0])
+    assert callback.best_model_path.endswith("/epoch=1.ckpt")
+    assert callback.best_model_score is None and callback.best_k_models == {}
+
+
+def test_nan_is_worst(trainer):
+    callback = ModelCheckpoint(monitor="val_loss", mode="max", filename="{epoch}", save_top_k=2)
+    run(trainer, callback, [float("nan"), -5.0, -6.0, float("nan")])
+    assert stored(trainer) == ["epoch=1.ckpt", "epoch=2.ckpt"]
+    assert callback.best_model_score == -5.0
+
+
+def test_slash_in_a_metric_makes_no_folder(trainer, tmp_path):
+    run(trainer, ModelCheckpoint(tmp_path, "{val/loss:.1f}", "val/loss"), [0.5], name="val/loss")
+    assert list(trainer.stored) == [f"{tmp_path}/val_loss=0.5.ckpt"]
+
+
+def test_folder(trainer, tmp_path):
+    run(trainer, ModelCheckpoint(filename="a"), [1.0])
+    trainer.log_dir = f"{tmp_path}/logs/version_0"
+    run(trainer, ModelCheckpoint(filename="a"), [1.0])
+    run(trainer, ModelCheckpoint("s3://bucket/x/", filename="a"), [1.0])
+    expected = [f"{tmp_path}/checkpoints", f"{tmp_path}/logs/version_0/checkpoints", "s3://bucket/x"]
+    assert list(trainer.stored) == [f"{folder}/a.ckpt" for folder in expected]
+
+
+def test_foreign_checkpoints_are_not_overwritten(trainer, tmp_path):
+    trainer.stored = {f"{tmp_path}/a.ckpt": 7, f"{tmp_path}/last.ckpt": 7}
+    run(trainer, ModelCheckpoint(tmp_path, "a", save_last=True), [1.0, 1.0])
+    assert stored(trainer) == ["a-v1.ckpt", "a.ckpt", "last-v1.ckpt", "last.ckpt"]
+    assert trainer.stored[f"{tmp_path}/a.ckpt"] == 7 and trainer.stored[f"{tmp_path}/last.ckpt"] == 7
+
+
+def test_every_n_train_steps(trainer):
+    callback = ModelCheckpoint(every_n_train_steps=4, filename="{step}", save_top_k=-1)
+    assert callback.every_n_train_steps == 4 and ModelCheckpoint().every_n_train_steps is None
+    callback.setup(trainer, None, "fit")
+    saves: list[str] = []
+    trainer.on_save = saves.append
+    for step in (0, 3, 4, 4, 6, 8):
+        trainer.global_step = step
+        callback.on_train_chunk_end(trainer, None, SimpleNamespace())
+    trainer.validate(callback, val_loss=1.0)
+    callback.on_train_epoch_end(trainer, None)
+    assert stored(trainer) == ["step=4.ckpt", "step=8.ckpt"] and len(saves) == 2
+
+
+def test_step_saves_wait_for_the_metric(trainer, caplog):
+    callback = ModelCheckpoint(every_n_train_steps=2, monitor="val_loss", filename="{step}")
+    callback.setup(trainer, None, "fit")
+    for step in (2, 4):
+        trainer.global_step = step
+        callback.on_train_chunk_end(trainer, None, SimpleNamespace())
+    assert stored(trainer) == [] and len(caplog.records) == 1
+    trainer.log(val_loss=1.0)
+    trainer.global_step = 6
+    callback.on_train_chunk_end(trainer, None, SimpleNamespace())
+    assert stored(trainer) == ["step=6.ckpt"]
+
+
+@pytest.mark.parametrize(("at_epoch_end", "saved_at"), [(None, "validation"), (False, "validation"), (True, "epoch")])
+def test_moment(trainer, at_epoch_end, saved_at):
+    callback = ModelCheckpoint(save_on_train_epoch_end=at_epoch_end)
+    callback.setup(trainer, None, "fit")
+    trainer.global_step = 10
+    trainer.validate(callback, val_loss=1.0)
+    assert len(trainer.stored) == (saved_at == "validation")
+    callback.on_train_epoch_end(trainer, None)
+    assert len(trainer.stored) == 1
+
+
+def test_without_validation_saves_after_the_epoch(trainer):
+    trainer.num_val_batches = []
+    callback = ModelCheckpoint(filename="{epoch}")
+    callback.setup(trainer, None, "fit")
+    trainer.epoch(callback)
+    assert stored(trainer) == ["epoch=0.ckpt"]
+
+
+def test_monitor_that_training_logs_is_taken_after_the_epoch(trainer):
+    callback = ModelCheckpoint(monitor="loss", filename="{epoch}")
+    callback.setup(trainer, None, "fit")
+    for loss in (2.0, 1.0, 3.0):
+        trainer.epoch(callback, train={"loss": loss}, val={"val_loss": 0.0})
+    assert stored(trainer) == ["epoch=1.ckpt"] and callback.best_model_score == 1.0
+
+
+def test_missing_monitor(trainer):
+    callback = ModelCheckpoint(monitor="nope")
+    trainer.epoch(callback, train={"loss": 1.0})  # validation may still bring it
+    with pytest.raises(ConfigurationError, match=r"'nope'.*there are: loss, val_loss"):
+        trainer.epoch(callback, val={"val_loss": 1.0})
+
+
+@pytest.mark.parametrize("setting", ["sanity_checking", "fast_dev_run", "state"])
+def test_does_nothing_outside_a_real_fit(trainer, setting):
+    if setting == "state":
+        trainer.state.fn = "validate"
+    else:
+        setattr(trainer, setting, True)
+    callback = ModelCheckpoint(save_last=True, every_n_epochs=1)
+    trainer.epoch(callback, val={"val_loss": 1.0})
+    callback.on_train_end(trainer, None)
+    assert trainer.stored == {}
+
+
+def test_last_is_brought_up_to_date_at_the_end(trainer, tmp_path):
+    callback = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=2)
+    run(trainer, callback, [1.0, 1.0, 1.0])
+    assert trainer.stored[callback.last_model_path] == 30
+    assert callback.last_model_path == f"{tmp_path}/last.ckpt"
+
+
+def test_never_removes_what_the_run_resumed_from(trainer, tmp_path):
+    first = ModelCheckpoint(tmp_path, "{epoch}")
+    run(trainer, first, [1.0])
+    trainer.ckpt_path = f"{tmp_path}/epoch=0.ckpt/"
+    resumed = ModelCheckpoint(tmp_path, "{epoch}")
+    resumed.load_state_dict(first.state_dict())
+    run(trainer, resumed, [1.0, 1.0])
+    assert stored(trainer) == ["epoch=0.ckpt", "epoch=2.ckpt"]
+
+
+def test_saves_before_it_removes_and_forgets_what_failed(trainer):
+    callback = ModelCheckpoint(filename="{epoch}", monitor="val_loss", save_last=True)
+    run(trainer, callback, [2.0])
+    before = callback.state_dict()
+
+    def fail(path: str) -> None:
+        raise OSError("disk full")
+
+    trainer.on_save = fail
+    with pytest.raises(OSError, match="disk full"):
+        trainer.epoch(callback, val={"val_loss": 1.0})
+    assert stored(trainer) == ["epoch=0.ckpt", "last.ckpt"]
+    assert callback.state_dict() == {**before, "current_score": 1.0}
+
+
+def test_a_checkpoint_contains_its_own_record(trainer):
+    callback = ModelCheckpoint(monitor="val_loss", filename="{epoch}", save_last=True)
+    records: dict[str, Any] = {}
+    trainer.on_save = lambda path: records.update({path: callback.state_dict()})
+    run(trainer, callback, [1.0])
+    best, last = records.items()
+    assert best[1]["best_model_path"] == best[0] and best[1]["best_k_models"] == {best[0]: 1.0}
+    assert last[1]["last_model_path"] == last[0]
+
+
+@pytest.mark.parametrize("dirpath", ["here", None])
+def test_resume_in_the_same_folder(trainer, tmp_path, dirpath):
+    def make() -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath and tmp_path / dirpath, "{epoch}", "val_loss", save_last=True)
+
+    first, second = make(), make()
+    run(trainer, first, [2.0, 1.0])
+    second.load_state_dict(first.state_dict())
+    run(trainer, second, [1.5, 0.5])
+    assert stored(trainer) == ["epoch=3.ckpt", "last.ckpt"]
+    assert second.best_model_score == 0.5
+
+
+def test_resume_in_another_folder(trainer, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "raytrainer")
+    first = ModelCheckpoint(tmp_path / "a", "{epoch}", "val_loss")
+    second = ModelCheckpoint(tmp_path / "b", "{epoch}", "val_loss")
+    run(trainer, first, [1.0])
+    second.load_state_dict(first.state_dict())
+    assert "folder changed" in caplog.text and second.best_model_path == ""
+    run(trainer, second, [5.0])
+    assert stored(trainer) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+
+
+def test_state_is_plain(trainer):
+    callback = ModelCheckpoint(monitor="val_loss")
+    run(trainer, callback, [1.0])
+    plain = (str, float, dict, type(None))
+    assert all(isinstance(value, plain) for value in callback.state_dict().values())
+
+
+def test_a_second_fit_from_step_0_saves_again(trainer):
+    callback = ModelCheckpoint(filename="{epoch}")
+    run(trainer, callback, [1.0])
+    trainer.global_step, trainer.current_epoch, trainer.stored = 0, 0, {}
+    run(trainer, callback, [1.0])
+    assert stored(trainer) == ["epoch=0.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mode": "best"}, "mode='best'.*'min' and 'max'"),
+        ({"save_top_k": -2}, "save_top_k=-2"),
+        ({"save_top_k": 2}, "save_top_k=2, monitor=None"),
+        ({"every_n_epochs": -1}, "every_n_epochs=-1"),
+        ({"every_n_train_steps": -1}, "every_n_train_steps=-1"),
+        ({"every_n_epochs": 1, "every_n_train_steps": 5}, "every_n_epochs=1, every_n_train_steps=5"),
+        ({"filename": "{epoch"}, "filename"),
+        ({"filename": "{}"}, "without a name"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ConfigurationError, match=words):
+        ModelCheckpoint(**arguments)
+
+
+def test_runs_last_and_has_its_own_key():
+    assert ModelCheckpoint.runs_last
+    assert ModelCheckpoint(monitor="a").state_key != ModelCheckpoint(monitor="b").state_key

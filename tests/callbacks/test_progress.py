@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from raytrainer.callbacks import _display
+from raytrainer.callbacks._display import PlainDisplay, RichDisplay, format_metrics, format_value, is_live
+from raytrainer.callbacks.progress import ProgressBar, add_up, epoch_label
+from raytrainer.errors import ConfigurationError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def chunk(batch: int) -> SimpleNamespace:
+    return SimpleNamespace(batch=batch, batches=batch)
+
+
+def epoch(trainer, bar: ProgressBar) -> None:
+    bar.on_train_epoch_start(trainer, None)
+    for batch in (5, 10):
+        bar.on_train_chunk_end(trainer, None, chunk(batch))
+    bar.on_validation_start(trainer, None)
+    bar.on_evaluation_chunk_end(trainer, None, chunk(2))
+    bar.on_validation_end(trainer, None)
+    trainer.progress_bar_metrics = {"loss": 0.1234, "val_acc": 0.98}
+    bar.on_train_epoch_end(trainer, None)
+    trainer.current_epoch += 1
+
+
+def fit(trainer, bar: ProgressBar) -> None:
+    bar.setup(trainer, None, "fit")
+    trainer.sanity_checking = True
+    bar.on_validation_start(trainer, None)
+    bar.on_validation_end(trainer, None)
+    trainer.sanity_checking = False
+    epoch(trainer, bar)
+    epoch(trainer, bar)
+    bar.on_train_end(trainer, None)
+    bar.teardown(trainer, None, "fit")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12345, "0.123"), (0, "0"), (0.0, "0.000"), (12, "12"), (3e-5, "3.00e-05"), (2e7, "2.00e+07"), (-1.5, "-1.500")],
+)
+def test_values_are_short(value, text):
+    assert format_value(value) == text
+
+
+def test_values_that_are_no_numbers():
+    assert [format_value(float("nan")), format_value(float("-inf"))] == ["nan", "-inf"]
+
+
+def test_words():
+    assert format_metrics({"loss": 0.1, "n": 3}) == "loss 0.100  n 3"
+    assert [epoch_label(2, 9), epoch_label(2, None), epoch_label(2, -1)] == ["Epoch 3/9", "Epoch 3", "Epoch 3"]
+    assert [add_up([2, 3]), add_up([2, None]), add_up([])] == [5, None, 0]
+
+
+def test_plain_lines_without_a_terminal(trainer, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which batch systems set, and which must not bring live bars
+    bar = ProgressBar()
+    fit(trainer, bar)
+    fit(trainer, bar)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/9", "epoch 2/9", "epoch 3/9", "epoch 4/9"]
+    assert lines[0] == "epoch 1/9  10 batches  0.0 s  loss 0.123  val_acc 0.980"
+
+
+@pytest.mark.parametrize(("stage", "label"), [("validate", "validation"), ("test", "test"), ("predict", "predict")])
+def test_a_line_for_an_evaluation_of_its_own(trainer, capsys, stage, label):
+    trainer.state.fn, trainer.progress_bar_metrics = stage, {"acc": 0.5}
+    hook = "validation" if stage == "validate" else stage
+    bar = ProgressBar()
+    bar.setup(trainer, None, stage)
+    getattr(bar, f"on_{hook}_start")(trainer, None)
+    bar.on_evaluation_chunk_end(trainer, None, chunk(4))
+    getattr(bar, f"on_{hook}_end")(trainer, None)
+    bar.teardown(trainer, None, stage)
+    assert capsys.readouterr().out == f"{label}  4 batches  0.0 s  acc 0.500\n"
+
+
+def test_heartbeat():
+    lines: list[str] = []
+    now = [0.0]
+    display = PlainDisplay(lines.append, lambda: now[0])
+    display.start("train", "Epoch 1/9", 500)
+    for second in range(1, 71):
+        now[0] = float(second)
+        display.update("train", 100 + second * 5, {"loss": 0.5})
+    assert lines == [
+        "epoch 1/9  250/500 batches  30.0 s  5.0 it/s  loss 0.500",
+        "epoch 1/9  400/500 batches  60.0 s  5.0 it/s  loss 0.500",
+    ]
+
+
+def test_nothing_at_rate_0(trainer, capsys):
+    fit(trainer, ProgressBar(refresh_rate=0))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigurationError, match="-1"):
+        ProgressBar(refresh_rate=-1)
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = Terminal()
+    monkeypatch.setattr(
+        _display, "Console", lambda: Console(file=file, width=120, force_terminal=True, color_system=None)
+    )
+    return file
+
+
+def last_screen(file: Terminal) -> list[str]:
+    """What is left after the last redraw."""
+    screen = file.getvalue().rpartition("\x1b[2K")[2].replace("\x1b[?25h", "")
+    return [line.rstrip() for line in screen.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 2/9"]), (True, ["Epoch 1/9", "Epoch 2/9"])])
+def test_live_bars(trainer, terminal, leave, epochs):
+    fit(trainer, ProgressBar(leave=leave))
+    text = terminal.getvalue()
+    assert "Sanity check" in text and "Validation" in text
+    lines = last_screen(terminal)
+    assert [line.split("  ")[0] for line in lines] == epochs
+    assert "10/10" in lines[-1] and "it/s" in lines[-1] and "loss=0.123 val_acc=0.980" in lines[-1]
+    assert text.rstrip("\n").count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again
+
+
+def test_live_bar_of_unknown_length(trainer, terminal):
+    trainer.num_training_batches = None
+    bar = ProgressBar()
+    bar.setup(trainer, None, "fit")
+    bar.on_train_epoch_start(trainer, None)
+    bar.on_train_chunk_end(trainer, None, chunk(7))
+    assert isinstance(bar._display, RichDisplay)
+    assert bar._display._progress.tasks[0].total is None
+    bar.on_train_epoch_end(trainer, None)
+    bar.on_train_end(trainer, None)
+    assert "7/7" in last_screen(terminal)[-1]
+
+
+@pytest.mark.parametrize("end", ["on_exception", "teardown"])
+def test_the_terminal_is_given_back(trainer, terminal, end):
+    stdout = sys.stdout
+    bar = ProgressBar()
+    bar.setup(trainer, None, "fit")
+    bar.on_train_epoch_start(trainer, None)
+    progress = bar._display._progress
+    assert progress.live.is_started
+    bar.on_exception(trainer, None, KeyboardInterrupt()) if end == "on_exception" else bar.teardown(
+        trainer, None, "fit"
+    )
+    assert not progress.live.is_started and sys.stdout is stdout
+    bar.teardown(trainer, None, "fit")
+    bar.on_train_chunk_end(trainer, None, chunk(1))  # nothing to draw on any more: no error
+    fit(trainer, bar)
+
+
+def test_live_only_where_it_can_be_redrawn(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_live(Console(file=Terminal()))
+    assert not is_live(Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setenv("TERM", "dumb")
+    assert not is_live(Console(file=Terminal()))
