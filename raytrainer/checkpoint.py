@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -70,18 +71,15 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         name: _hyper_parameters(value) if name.endswith("hyper_parameters") else _portable(value, name)
         for name, value in checkpoint.items()
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     filesystem, directory = _locate(path)
     filesystem.create_dir(directory, recursive=True)
     name = f"state-{uuid.uuid4().hex[:12]}.pt"
-    with filesystem.open_output_stream(f"{directory}/{name}") as stream:
-        stream.write(buffer.getbuffer())
+    size = _write_state(filesystem, f"{directory}/{name}", state)
     meta = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "state": name,
-        "bytes": buffer.getbuffer().nbytes,
+        "bytes": size,
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
         "versions": _versions(),
@@ -91,6 +89,23 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         stream.write(json.dumps(meta, indent=2).encode())
     filesystem.move(f"{directory}/{name}.json", f"{directory}/meta.json")
     _delete_other_states(filesystem, directory, name)
+
+
+def _write_state(filesystem: FileSystem, path: str, state: dict[str, Any]) -> int:
+    """Write the state file; return its size in bytes.
+
+    torch writes to a real file, not to a stream, since only then it lets other threads run: training goes on.
+    """
+    from pyarrow import fs
+
+    if isinstance(filesystem, fs.LocalFileSystem):
+        torch.save(state, path)
+        return os.path.getsize(path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "state.pt")
+        torch.save(state, local)
+        fs.copy_files(local, path, destination_filesystem=filesystem, source_filesystem=fs.LocalFileSystem())
+        return os.path.getsize(local)
 
 
 def _delete_other_states(filesystem: FileSystem, directory: str, keep: str) -> None:
@@ -139,9 +154,7 @@ def _read_meta(filesystem: FileSystem, directory: str, shown: str) -> dict[str, 
         with filesystem.open_input_stream(f"{directory}/meta.json") as stream:
             meta = json.loads(stream.read())
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{shown}: no checkpoint there (a checkpoint is a directory with a meta.json)."
-        ) from None
+        raise CheckpointError(f"{shown}: no checkpoint there (a checkpoint is a directory with a meta.json).") from None
     except (ValueError, UnicodeDecodeError):
         raise CheckpointError(f"{shown}: its meta.json is damaged; use another checkpoint.") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or "/" in str(meta.get("state", "/")):
@@ -159,7 +172,7 @@ def checkpoint_exists(path: str | Path) -> bool:
     from pyarrow import fs
 
     filesystem, directory = _locate(path)
-    return filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File
+    return bool(filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File)
 
 
 def remove_checkpoint(path: str | Path) -> None:

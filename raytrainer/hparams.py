@@ -45,7 +45,8 @@ class HyperparametersMixin:
         """The saved hyperparameters; change them freely, e.g. `self.hparams.lr = 0.1`."""
         if "_hparams" not in self.__dict__:
             self.__dict__["_hparams"] = AttributeDict()
-        return self.__dict__["_hparams"]  # type: ignore[no-any-return]
+        found: AttributeDict = self.__dict__["_hparams"]
+        return found
 
     @property
     def hparams_initial(self) -> AttributeDict:

@@ -18,8 +18,9 @@ from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, Progre
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
+from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import attached, ensure_ray
-from raytrainer.driver.coordinator import Coordinator
+from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.group import LocalGroup, WorkerGroup
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
@@ -28,7 +29,7 @@ from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.loggers import CSVLogger, Logger
 from raytrainer.messages import Task
 from raytrainer.module import Module
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.settings import Settings, build_settings
 from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
@@ -84,6 +85,11 @@ class Trainer:
         callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
         enable_progress_bar: Show progress.
         enable_model_summary: Print a summary of the module before training.
+        max_failures: Lost workers to recover from in one `fit`: the group is rebuilt and goes on from the newest
+            snapshot or checkpoint. Errors of user code are never retried. "local" recovers nothing.
+        snapshot_every: In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at
+            most every 10 s, costing under 1 % of the time; None: none.
+        hang_timeout: Seconds without an answer from training workers after which they count as lost.
         enable_checkpointing: Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given.
         default_root_dir: Where logs and checkpoints go [the working directory].
         idle_timeout: Seconds that unused workers are kept for the next run; 0: not at all.
@@ -126,6 +132,9 @@ class Trainer:
         use_distributed_sampler: bool = True,
         reload_dataloaders_every_n_epochs: int = 0,
         log_every_n_steps: int | None = 50,
+        max_failures: int = 3,
+        snapshot_every: int | str | timedelta | None = "auto",
+        hang_timeout: float = 600.0,
         logger: Logger | Iterable[Logger] | bool | None = True,
         callbacks: Callback | WorkerCallback | Iterable[Callback | WorkerCallback] | None = None,
         enable_progress_bar: bool = True,
@@ -146,6 +155,7 @@ class Trainer:
             benchmark=benchmark, seed=last_seed() if seed is None else seed, detect_anomaly=detect_anomaly,
             inference_mode=inference_mode, use_distributed_sampler=use_distributed_sampler,
             reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs, log_every_n_steps=log_every_n_steps,
+            max_failures=max_failures, snapshot_every=snapshot_every, hang_timeout=hang_timeout,
             cluster_attached=attached(address),
         )  # fmt: skip
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
@@ -161,6 +171,7 @@ class Trainer:
         self._own_callbacks = arrange_callbacks(callbacks, extras)
         self._callbacks = self._own_callbacks
         self._state = RunState()
+        self._writer = CheckpointWriter()
         self._module: Module | None = None
         self._datamodule: DataModule | None = None
         self._coordinator: Coordinator | None = None
@@ -174,9 +185,7 @@ class Trainer:
         given = [logger] if isinstance(logger, Logger) else list(logger)
         for item in given:
             if not isinstance(item, Logger):
-                raise ConfigurationError(
-                    f"logger={item!r}: give a raytrainer Logger, a list of them, True or False."
-                )
+                raise ConfigurationError(f"logger={item!r}: give a raytrainer Logger, a list of them, True or False.")
         return given
 
     # ---------------------------------------------------------------- the four verbs
@@ -208,12 +217,14 @@ class Trainer:
             if not overridden(module, name):
                 raise ConfigurationError(f"{type(module).__name__} has no {name}(); fit needs one.")
         if "train" not in loaders and not _has_loader("train", module, datamodule):
-            raise ConfigurationError("fit needs training data: pass a loader or DataModule, or write train_dataloader().")
+            raise ConfigurationError(
+                "fit needs training data: pass a loader or DataModule, or write train_dataloader()."
+            )
         checkpoint = self._read(ckpt_path)
         task = self._begin("fit", module, datamodule, loaders)
-        if checkpoint is not None:
-            self._resume(checkpoint)
         with self._running(task) as coordinator:
+            if checkpoint is not None:
+                self._resume(checkpoint, coordinator)
             report = coordinator.fit(checkpoint)
             bring_home(module, datamodule, report, coordinator.group)
             self._emit("on_fit_end")
@@ -305,7 +316,7 @@ class Trainer:
         task.ask_predictions = ask_predictions
         with self._running(task) as coordinator:
             values, predictions = coordinator.evaluate(stage, checkpoint)
-        results = _by_loader(values[0], len(self._state.num_batches[stage]))
+        results = _by_loader(values, len(self._state.num_batches[stage]))
         if verbose:
             _print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])
@@ -339,14 +350,14 @@ class Trainer:
     def _running(self, task: Task) -> Iterator[Coordinator]:
         """A group, the interrupt handler, and the orderly end of a run, however it ends."""
         state, status = self._state, "failed"
+        self._coordinator = coordinator = None
         group = self._group()
-        state.world_size = group.size
         driver_callbacks = [c for c in self._callbacks if isinstance(c, Callback)]
         marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
         try:
             with Interrupt() as interrupt:
-                coordinator = Coordinator(task, group, state, self._emit, self._log_rows, interrupt, marks)
-                self._coordinator = coordinator
+                host = Hosted(self._emit, self._log_rows, self._callback_states, self._restore_callbacks, self._group)
+                self._coordinator = coordinator = Coordinator(task, group, state, host, interrupt, marks)
                 log.info("%s on %s", task.stage, group.describe())
                 self._log_hyperparameters(task)
                 yield coordinator
@@ -355,6 +366,7 @@ class Trainer:
         except BaseException as error:
             state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             state.interrupted |= isinstance(error, KeyboardInterrupt)
+            group = coordinator.group if coordinator is not None else group
             if isinstance(error, Exception):
                 group.call_off()
             else:
@@ -362,12 +374,14 @@ class Trainer:
             self._emit("on_exception", error)
             raise
         finally:
+            group = coordinator.group if coordinator is not None else group
             self._coordinator = None
             self._emit("teardown", task.stage)
             for logger in self._loggers:
                 self._safely(logger.finalize, status)
             pool.set_idle_timeout(self._idle_timeout)
             group.release()
+            self._writer.flush()
 
     def _group(self) -> WorkerGroup:
         settings = self._settings
@@ -431,22 +445,27 @@ class Trainer:
         """
         if self._module is None:
             raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
-        if self._coordinator is not None and self._state.trainer.status == "running":
-            captured = self._coordinator.group.call("capture", weights_only)
+        path = os.fspath(filepath)
+        if self._coordinator is None or self._state.trainer.status != "running":
+            state = self._idle_state()
+            self._emit("on_save_checkpoint", state)
+            checkpoints.write_checkpoint(path, state)
+            return
+        captured = self._coordinator.capture(weights_only)
+        if any(_overrides(callback, "on_save_checkpoint") for callback in self._callbacks):
+            state = captured.resolve()
+            self._emit("on_save_checkpoint", state)
+            self._writer.save(path, lambda: state)
         else:
-            captured = [self._idle_state()]
-            weights_only = True
-        checkpoint: dict[str, Any] = captured[0]
-        if not weights_only:
-            checkpoint["rng"] = [part["rng"] for part in captured]
-            checkpoint["progress"] = vars(self._state.progress).copy()
-            checkpoint["world_size"] = self._state.world_size
-            checkpoint["seed"] = self._coordinator.task.seed if self._coordinator else None
-            checkpoint["callbacks"] = {
-                c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)
-            }
-        self._emit("on_save_checkpoint", checkpoint)
-        checkpoints.write_checkpoint(filepath, checkpoint)
+            self._writer.save(path, captured.resolve)
+
+    def _callback_states(self) -> dict[str, Any]:
+        return {c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)}
+
+    def _restore_callbacks(self, states: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            if isinstance(callback, Callback) and callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
 
     def _idle_state(self) -> dict[str, Any]:
         assert self._module is not None
@@ -462,11 +481,11 @@ class Trainer:
     def remove_checkpoint(self, filepath: str) -> None:
         """Delete a checkpoint, but never the one that this run went on from."""
         if filepath != self.ckpt_path:
-            checkpoints.remove_checkpoint(filepath)
+            self._writer.remove(filepath)
 
     def checkpoint_exists(self, filepath: str) -> bool:
         """Whether a whole checkpoint is there."""
-        return checkpoints.checkpoint_exists(filepath)
+        return self._writer.exists(filepath)
 
     def _read(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         if ckpt_path is None:
@@ -484,11 +503,9 @@ class Trainer:
                 found = callback.best_model_path if name == "best" else callback.last_model_path
                 if found:
                     return found
-        raise CheckpointError(
-            f'ckpt_path="{name}": no ModelCheckpoint of this trainer has written one; give its path.'
-        )
+        raise CheckpointError(f'ckpt_path="{name}": no ModelCheckpoint of this trainer has written one; give its path.')
 
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
+    def _resume(self, checkpoint: dict[str, Any], coordinator: Coordinator) -> None:
         """Take up the counters and callbacks of a checkpoint; workers take up the rest."""
         if "progress" not in checkpoint:
             raise CheckpointError(
@@ -496,12 +513,9 @@ class Trainer:
                 f"{type(self._module).__name__}.load_from_checkpoint(...) and fit that."
             )
         self._resumed_from = checkpoint.pop("path")
-        self._state.progress = Progress(**checkpoint["progress"])
-        saved = checkpoint.get("callbacks") or {}
+        coordinator.take_up(checkpoint)
         self._emit("on_load_checkpoint", checkpoint)
-        for callback in self._callbacks:
-            if isinstance(callback, Callback) and callback.state_key in saved:
-                callback.load_state_dict(saved[callback.state_key])
+        self._restore_callbacks(checkpoint.get("callbacks") or {})
 
     # ---------------------------------------------------------------- what users look at
 
@@ -583,6 +597,11 @@ class Trainer:
     def world_size(self) -> int:
         """Workers of the last run."""
         return self._state.world_size
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        """Failures that the last run has recovered from: what was lost, replayed, and how long it took."""
+        return self._state.recoveries
 
     @property
     def settings(self) -> Settings:
@@ -681,6 +700,10 @@ def _sources(
     if datamodule is not None and not isinstance(datamodule, DataModule):
         raise ConfigurationError(f"datamodule={type(datamodule).__name__}: give a raytrainer.DataModule.")
     return model, datamodule, loaders
+
+
+def _overrides(callback: Any, hook: str) -> bool:
+    return isinstance(callback, Callback) and getattr(type(callback), hook) is not getattr(Callback, hook)
 
 
 def _has_loader(stage: str, module: Module, datamodule: DataModule | None) -> bool:

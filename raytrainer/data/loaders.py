@@ -71,10 +71,11 @@ class Feed:
         own = _length(self.loader)
         # fractions are of the longest part, so that all workers agree on them
         longest = own if self.batches is None or own is None else -(-self.batches.total // self.batches.share.count)
-        limit = resolve_limit(f"limit_{stage}_batches", settings.limit(stage), longest)
+        self._limit = limit = resolve_limit(f"limit_{stage}_batches", settings.limit(stage), longest)
         self.length = limit if own is None else own if limit is None else min(own, limit)
+        self._replay = 0
         self.ends_unannounced = own is None or self.iterable_dataset
-        if own == 0 and limit != 0:
+        if own == 0 and settings.limit(stage) != 0:
             self._refuse_empty(settings)
 
     def _refuse_empty(self, settings: Settings) -> None:
@@ -95,16 +96,16 @@ class Feed:
 
     def _sharded(self, loader: DataLoader[Any], settings: Settings) -> DataLoader[Any]:
         """A copy of the loader with samplers of ours."""
+        # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
+        copied = copy.copy(loader)
+        copied.__dict__["_iterator"] = None
         if self.iterable_dataset:
             if self.share.count > 1 and not settings.fast_dev_run:
                 log.info(
                     "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
                     "self.trainer.global_rank or torch.distributed.get_rank().", self.stage,
                 )  # fmt: skip
-            return loader
-        # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
-        copied = copy.copy(loader)
-        copied.__dict__["_iterator"] = None
+            return copied
         batched = loader.batch_sampler is not None
         outer: Any = loader.batch_sampler if batched else loader.sampler
         inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
@@ -112,7 +113,7 @@ class Feed:
         train = self.stage == "train"
         if train and settings.overfit:
             inner = torch.utils.data.SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-        share = Share(0, 1)
+        share, redraw = Share(0, 1), False
         seeded = batched and loader.num_workers > 0
         if settings.use_distributed_sampler and not own_sharding:
             share = self.share
@@ -121,7 +122,9 @@ class Feed:
                 shard = IndexShard(inner, share if train else Share(0, 1), self.seed)
                 outer = BatchSampler(shard, outer.batch_size, outer.drop_last) if batched else shard
                 share = Share(0, 1) if train else share
-        self.batches = ShardedBatches(outer, share, self.seed, pad=train, seeded=seeded)
+            else:
+                redraw = _length(outer) is not None
+        self.batches = ShardedBatches(outer, share, self.seed, pad=train, seeded=seeded, redraw=redraw)
         self.batches.rank = self.share.index
         if _length(outer) is None and share.count > 1:
             raise DataError(
@@ -135,6 +138,20 @@ class Feed:
 
     # ---------------------------------------------------------------- reading
 
+    def rebase(self, offset: int) -> None:
+        """Leave out the first `offset` batches, counted over all workers, which a group of another size has done."""
+        count = self.share.count
+        if self.batches is None:
+            self._replay = offset // count
+        elif isinstance(shard := getattr(self.batches.source, "sampler", self.batches.source), IndexShard):
+            shard.begin = offset * (getattr(self.source, "batch_size", None) or 1)
+        else:
+            self.batches.begin = offset
+        if offset or self.length is not None:
+            own = _length(self.loader)
+            left = None if self._limit is None else max(0, -(-(self._limit * count - offset) // count))
+            self.length = left if own is None else own if left is None else min(own, left)
+
     def start(self, epoch: int, skip: int = 0, agree: Callable[[bool], bool] | None = None) -> Iterator[Any]:
         """Batches of `epoch` from batch `skip` on.
 
@@ -144,6 +161,7 @@ class Feed:
             self.batches.set_epoch(epoch, skip)
             skip = 0
         else:
+            skip += self._replay
             dataset = getattr(self.loader, "dataset", None)
             for owner in (dataset, getattr(self.loader, "sampler", None)):
                 set_epoch = getattr(owner, "set_epoch", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +40,19 @@ class IndexShard(Sampler[Any]):
     def __init__(self, source: Any, share: Share, seed: int) -> None:
         self.source, self.share, self.seed = source, share, seed
         self.epoch = 0
+        self.begin = 0  # samples at the front that are done already, by a group of another size
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.share.count)
+        return -(-max(0, len(self.source) - self.begin) // self.share.count)
 
     def __iter__(self) -> Iterator[Any]:
-        indices = self._all()
+        indices: Any = self._all()[self.begin :]
+        if not indices:
+            return iter(())
         count = self.share.count
         missing = -len(indices) % count
         if missing:
-            indices = [*indices, *(indices * -(-missing // len(indices)))[:missing]]
+            indices = [*indices, *(list(indices) * -(-missing // len(indices)))[:missing]]
         return iter(indices[self.share.index :: count])
 
     def _all(self) -> Sequence[Any]:
@@ -75,12 +79,17 @@ class ShardedBatches(Sampler[list[Any]]):
         seed: The run's seed.
         pad: Repeat batches so that every worker has equally many; for training.
         seeded: Hand out batches as `SeededIndices`, for a loader with processes over a `SeededDataset`.
+        redraw: Draw `source`'s order from (seed, epoch) rather than from wherever the generators are.
     """
 
-    def __init__(self, source: Any, share: Share, seed: int, *, pad: bool, seeded: bool = False) -> None:
+    def __init__(
+        self, source: Any, share: Share, seed: int, *, pad: bool, seeded: bool = False, redraw: bool = False
+    ) -> None:
         self.source, self.share, self.seed, self.pad, self.seeded = source, share, seed, pad, seeded
+        self.redraw = redraw or share.count > 1
         self.epoch = 0
         self.skip = 0
+        self.begin = 0  # batches at the front that are done already, by a group of another size
         self.rank = share.index
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -91,7 +100,7 @@ class ShardedBatches(Sampler[list[Any]]):
     @property
     def total(self) -> int:
         """Batches of all workers together."""
-        return len(self.source)
+        return max(0, len(self.source) - self.begin)
 
     def __len__(self) -> int:
         index, count = self.share.index, self.share.count
@@ -111,12 +120,12 @@ class ShardedBatches(Sampler[list[Any]]):
 
     def _shard(self) -> Iterator[list[Any]]:
         index, count = self.share.index, self.share.count
-        if count == 1:
-            yield from self.source
+        if not self.redraw:
+            yield from itertools.islice(self.source, self.begin, None)
             return
         with rng_untouched():  # a custom batch sampler draws its order here, alike on all workers
             seed_generators(derive_seed(self.seed, "batches", self.epoch))
-            batches = list(self.source)
+            batches = list(self.source)[self.begin :]
         missing = -len(batches) % count if self.pad else 0
         if missing and batches:
             batches += (batches * -(-missing // len(batches)))[:missing]

@@ -25,7 +25,7 @@ def map_leaves(batch: Any, leaf: Callable[[Any], Any]) -> Any:
             return leaf(batch)
         kind: Any = type(batch)
         return items if kind is dict else kind(items)
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple) and not hasattr(batch, "to"):  # torch's PackedSequence is one that moves itself
         values = [map_leaves(value, leaf) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
     if isinstance(batch, list):

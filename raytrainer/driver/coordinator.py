@@ -1,11 +1,12 @@
-"""The coordinator: decides on the driver, from pure functions, when workers train, validate and stop.
+"""The coordinator: decides on the driver, from pure functions, when workers train, validate, save and stop.
 
-    setup; sanity check
-    until done:
-        start epoch
-        until the epoch ends: train a chunk up to the next decision; validate if due; stop if asked
-        end epoch
-    finish
+    until done, or again after a worker was lost:
+        setup; sanity check; take up where a checkpoint or snapshot left off
+        until done:
+            start epoch
+            until the epoch ends: train a chunk up to the next decision; validate if due; stop if asked
+            end epoch
+        finish
 
 A chunk is at most about a second of work, so that Ctrl-C, time limits, early stopping and progress act at its end and
 cost the workers no collective.
@@ -13,31 +14,69 @@ cost the workers no collective.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+from raytrainer.driver.checkpoints import Captured
 from raytrainer.driver.group import WorkerGroup
 from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.snapshots import Snapshots
 from raytrainer.driver.state import RunState
-from raytrainer.messages import EvaluationReport, FinishReport, Task, TrainReport
+from raytrainer.errors import WorkerLostError
+from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, Task, TrainReport
 from raytrainer.plan import schedule
+from raytrainer.plan.recovery import Recovery
+from raytrainer.plan.schedule import Progress
 
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "Host"]
+
+log = logging.getLogger("raytrainer")
 
 _HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
+Rows = list[tuple[int, dict[str, float]]]
+
+
+class Host(Protocol):
+    """What the coordinator asks of whoever started it (the Trainer)."""
+
+    def emit(self, hook: str, *args: Any) -> None:
+        """Call a hook of the driver's callbacks."""
+
+    def log_rows(self, rows: Rows) -> None:
+        """Give rows (step, values) to the loggers."""
+
+    def callback_states(self) -> dict[str, Any]:
+        """States of the driver's callbacks."""
+
+    def restore_callbacks(self, states: dict[str, Any]) -> None:
+        """Put them back."""
+
+    def regroup(self) -> WorkerGroup:
+        """New workers, in place of lost ones."""
+
+
+@dataclass
+class Hosted:
+    """A `Host` made of functions."""
+
+    emit: Callable[..., None]
+    log_rows: Callable[[Rows], None]
+    callback_states: Callable[[], dict[str, Any]]
+    restore_callbacks: Callable[[dict[str, Any]], None]
+    regroup: Callable[[], WorkerGroup]
 
 
 class Coordinator:
-    """Drives one run on one group.
+    """Drives one run.
 
     Args:
         task: What the workers are given.
-        group: The workers.
+        group: The workers to begin with.
         state: Where to keep counters and metrics.
-        emit: Calls a hook of the driver's callbacks: `emit("on_train_start")`.
-        log: Gives rows (step, values) to the loggers.
+        host: Callbacks, loggers and new workers.
         interrupt: Whether the user asked for the end.
         step_marks: Optimizer steps (multiples of each) at which a callback wants to be called.
     """
@@ -47,41 +86,68 @@ class Coordinator:
         task: Task,
         group: WorkerGroup,
         state: RunState,
-        emit: Callable[..., None],
-        log: Callable[[list[tuple[int, dict[str, float]]]], None],
+        host: Host,
         interrupt: Interrupt,
         step_marks: Sequence[int] = (),
     ) -> None:
         self.task, self.settings, self.group = task, task.settings, group
-        self.state, self.emit, self.log, self.interrupt = state, emit, log, interrupt
-        self.marks = tuple(step_marks)
+        self.state, self.host, self.interrupt = state, host, interrupt
+        self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
+        self.marks = (*step_marks, *self.snapshots.step_marks)
         self.validates = False
         self.plateau_steps: tuple[int, ...] = ()
         self.plateau_epochs = False
         self._chunk = 1
+        self._clock = 0.0
         self._fresh_metrics = False
+        self._closing = False  # the epoch is over for the workers; callbacks are being told
+        self._emitted: set[str] = set()
+        self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
     # ---------------------------------------------------------------- fit
 
     def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
-        """Train; return what rank 0 hands over."""
+        """Train, over as many failures as are allowed; return what rank 0 hands over."""
+        resumed = checkpoint
+        while True:
+            try:
+                return self._attempt(resumed)
+            except WorkerLostError as error:
+                resumed = self._recover(error, checkpoint)
+
+    def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)
-        self.emit("on_fit_start")
+        self._emit_once("on_fit_start")
         self.group.call("start_fit")
         if self.settings.limit_train_batches != 0 and not self._done():
             if checkpoint is None:
                 self._sanity_check()
-            self._train()
+            self._start_training()
+            while not self._done():
+                self._epoch()
+            self._emit_once("on_train_end")
+            self.group.call("end_training")
+        self.group.call("end_fit")
         return self._finish(trained=True)
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
-        self.emit("setup", self.task.stage)
+        self._emit_once("setup", self.task.stage)
         reports = self.group.setup(self.task)
         self.state.trainer.status = "running"
+        self.state.world_size = self.group.size
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
         self.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
         if checkpoint is not None:
             self.group.call("restore", checkpoint)
+            if self.task.stage == "fit":
+                before = checkpoint.get("world_size", self.group.size)
+                schedule.rescale(self.state.progress, before, self.group.size)
+
+    def _emit_once(self, hook: str, *args: Any) -> None:
+        """For hooks of a whole run, which a recovery must not repeat."""
+        if hook not in self._emitted:
+            self._emitted.add(hook)
+            self.host.emit(hook, *args)
 
     def _sanity_check(self) -> None:
         if not self.validates or self.settings.num_sanity_val_steps == 0:
@@ -89,30 +155,27 @@ class Coordinator:
         self.state.sanity_checking = True
         self.state.trainer.stage = "sanity"
         try:
-            self.emit("on_sanity_check_start")
+            self.host.emit("on_sanity_check_start")
             self._evaluate("validate", self.settings.num_sanity_val_steps)
-            self.emit("on_sanity_check_end")
+            self.host.emit("on_sanity_check_end")
         finally:
             self.state.sanity_checking = False
 
-    def _train(self) -> None:
+    def _start_training(self) -> None:
         state = self.state
         state.trainer.stage = "train"
         starts = self.group.call("start_training")
         state.num_training_batches = _shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         state.num_batches["validate"] = _longest([start.val_batches for start in starts])
-        self.emit("on_train_start")
-        self.clock = time.perf_counter() - state.progress.seconds
-        while not self._done():
-            self._epoch()
-        self.emit("on_train_end")
-        self.group.call("end_training")
+        self._emit_once("on_train_start")
+        self._clock = time.perf_counter() - state.progress.seconds
+        self.snapshots.restart(state.progress.step)
 
     def _epoch(self) -> None:
         progress = self.state.progress
-        self.emit("on_train_epoch_start")
-        starts = self.group.call("start_epoch", progress.epoch, progress.batch)
+        self.host.emit("on_train_epoch_start")
+        starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.offset)
         self.state.num_training_batches = length = _shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length) if self.validates else None
         while not progress.epoch_ended:
@@ -120,15 +183,16 @@ class Coordinator:
             if schedule.epoch_done(progress, length, report.exhausted):
                 self.group.call("step_epoch_schedulers")
                 progress.epoch_ended = True
-            self.emit("on_train_chunk_end", report)
+            self.host.emit("on_train_chunk_end", report)
             if self._validation_due(val_every):
                 self._validate()
             if self._done():
                 break
+            self._snapshot_if_due()
         if not self.state.interrupted:
             self._end_epoch()
         if progress.epoch_ended:
-            progress.epoch, progress.batch, progress.epoch_ended = progress.epoch + 1, 0, False
+            progress.next_epoch()
 
     def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
         """Train up to the next decision; take up what the workers report."""
@@ -142,12 +206,11 @@ class Coordinator:
         steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
         progress.total_batches += report.batches
-        progress.seconds = time.perf_counter() - self.clock
+        progress.seconds = time.perf_counter() - self._clock
         self._chunk = schedule.chunk_batches(report.batches, report.seconds)
         state.should_stop |= report.stop
         state.interrupted |= self.interrupt.requested
-        rows = state.board.step_values([r.metrics for r in reports])
-        self.log([(step, {**values, "epoch": epoch}) for step, epoch, values in rows])
+        self._log_steps("train", [r.metrics for r in reports])
         for every in self.plateau_steps:
             if progress.step != steps_before and progress.step % every == 0:
                 self.group.call("step_plateau", "step", progress.step, state.board.plain())
@@ -173,18 +236,14 @@ class Coordinator:
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call("end_epoch")
-        values = state.board.epoch_values(reports, f"epoch {progress.epoch}")
-        self._log_epoch_values(values)
+        self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}"))
         if self.plateau_epochs and progress.epoch_ended:
             self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
-        self.emit("on_train_epoch_end")
-
-    def _log_epoch_values(self, values: dict[str, float]) -> None:
-        self._fresh_metrics = True
-        if values:
-            # the step of the batch just done, as for values logged with it
-            step = max(0, self.state.progress.step - 1)
-            self.log([(step, {**values, "epoch": self.state.progress.epoch})])
+        self._closing = True
+        try:
+            self.host.emit("on_train_epoch_end")
+        finally:
+            self._closing = False
 
     def _done(self) -> bool:
         """Whether to stop training here, by the limits, by request, or by Ctrl-C."""
@@ -194,7 +253,7 @@ class Coordinator:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[list[dict[str, float]], list[Any]]:
+    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[dict[str, float], list[Any]]:
         """Validate, test or predict.
 
         Returns:
@@ -204,14 +263,14 @@ class Coordinator:
         self.state.trainer.stage = stage
         values, predictions = self._evaluate(stage)
         self._finish(trained=False)
-        return [values], predictions
+        return values, predictions
 
     def _evaluate(self, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:
         state, name = self.state, _HOOK[stage]
         starts = self.group.call("start_evaluation", stage, sanity)
         state.num_batches["sanity" if sanity is not None else stage] = _longest([s.batches for s in starts])
-        self.emit(f"on_{name}_start")
-        self.emit(f"on_{name}_epoch_start")
+        self.host.emit(f"on_{name}_start")
+        self.host.emit(f"on_{name}_epoch_start")
         predictions: list[Any] = []
         had_batches = [False] * self.group.size
         chunk, before, finished = 1, 0, False
@@ -222,28 +281,105 @@ class Coordinator:
                 had_batches[rank] |= report.batches > 0
                 predictions += report.predictions
             if sanity is None:
-                rows = state.board.step_values([report.metrics for report in reports])
-                self.log([(step, {**values, "epoch": epoch}) for step, epoch, values in rows])
+                self._log_steps(stage, [report.metrics for report in reports])
             done = max(report.batches for report in reports)
             chunk = schedule.chunk_batches(max(1, done - before), max(report.seconds for report in reports))
             before = done
             shown = replace(reports[0], batches=done, done=finished, predictions=[])
-            self.emit("on_evaluation_chunk_end", shown)
+            self.host.emit("on_evaluation_chunk_end", shown)
         state.interrupted |= self.interrupt.requested
         ends = self.group.call("end_evaluation")
         values = {}
         if sanity is None:
             values = state.board.epoch_values([end.metrics for end in ends], f"on_{name}_epoch_end", had_batches)
-            self._log_epoch_values(values)
-        self.emit(f"on_{name}_epoch_end")
-        self.emit(f"on_{name}_end")
+            self._log_epoch(stage, values)
+        self.host.emit(f"on_{name}_epoch_end")
+        self.host.emit(f"on_{name}_end")
         return values, sorted(predictions, key=lambda item: item[:2])
+
+    # ---------------------------------------------------------------- logging
+
+    def _log_steps(self, kind: str, reports: Sequence[MetricReport]) -> None:
+        rows = self.state.board.step_values(reports)
+        logged = self._logged.get(kind, -1)
+        fresh = [(step, {**values, "epoch": epoch}) for step, epoch, values in rows if step > logged]
+        if fresh:
+            self._logged[kind] = fresh[-1][0]
+            self.host.log_rows(fresh)
+
+    def _log_epoch(self, kind: str, values: dict[str, float]) -> None:
+        self._fresh_metrics = True
+        progress = self.state.progress
+        if not values or self._logged.get(f"{kind} values", -1) >= progress.total_batches > 0:
+            return
+        self._logged[f"{kind} values"] = progress.total_batches
+        # the step of the batch just done, as for values logged with it
+        self.host.log_rows([(max(0, progress.step - 1), {**values, "epoch": progress.epoch})])
+
+    # ---------------------------------------------------------------- state
+
+    def capture(self, weights_only: bool = False) -> Captured:
+        """Have the state of the run copied aside; training may go on at once."""
+        began = time.perf_counter()
+        fetch = self.group.capture(weights_only)
+        captured = Captured(fetch, {} if weights_only else self._driver_state())
+        if not weights_only:
+            self.snapshots.take(captured, self.state.progress.step, time.perf_counter() - began)
+        return captured
+
+    def _driver_state(self) -> dict[str, Any]:
+        cursor = replace(self.state.progress)
+        if self._closing and cursor.epoch_ended:
+            cursor.next_epoch()
+        return {
+            "progress": vars(cursor),
+            "metrics": self.state.board.plain(),
+            "should_stop": self.state.should_stop,
+            "callbacks": self.host.callback_states(),
+            "world_size": self.group.size,
+            "seed": self.task.seed,
+        }
+
+    def take_up(self, checkpoint: dict[str, Any]) -> None:
+        """Put the driver's counters where a checkpoint has them; `_setup` does so for the workers."""
+        self.state.progress = Progress(**checkpoint["progress"])
+        self.task.seed = checkpoint["seed"] if self.settings.seed is None else self.task.seed
+        if self.state.progress.epoch_ended:
+            self.state.board.take(checkpoint["metrics"])
+
+    def _snapshot_if_due(self) -> None:
+        progress, accumulate = self.state.progress, self.settings.accumulate_grad_batches
+        between_steps = progress.epoch_ended or progress.batch % accumulate == 0
+        if between_steps and self.snapshots.due(progress.step):
+            self.capture()
+
+    def _recover(self, error: WorkerLostError, original: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Replace the group; return the state to go on from, or raise if there is no recovering."""
+        began = time.perf_counter()
+        state = self.state
+        lost_at = state.progress
+        self.group.abort()
+        if not self.snapshots.enabled or len(state.recoveries) >= self.settings.max_failures:
+            raise error
+        log.warning("%s Recovering.", error)
+        self.group = self.host.regroup()
+        checkpoint = self.snapshots.latest() or original
+        if checkpoint is not None:
+            self.take_up(checkpoint)
+            state.should_stop = checkpoint.get("should_stop", False)
+            self.host.restore_callbacks(checkpoint.get("callbacks") or {})
+        else:
+            state.progress = Progress()
+        replayed = max(0, lost_at.total_batches - state.progress.total_batches)
+        seconds = time.perf_counter() - began
+        recovery = Recovery(str(error), lost_at.step, state.progress.step, replayed, seconds, self.group.size)
+        state.recoveries.append(recovery)
+        log.warning("Recovered. %s", recovery)
+        return checkpoint
 
     # ---------------------------------------------------------------- end
 
     def _finish(self, trained: bool) -> FinishReport:
-        if trained:
-            self.group.call("end_fit")
         reports: list[FinishReport] = self.group.call("finish", trained)
         self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
         return reports[0]
@@ -251,9 +387,8 @@ class Coordinator:
 
 def _merge(reports: Sequence[TrainReport]) -> TrainReport:
     """One report for all workers: the slowest time, any request to stop."""
-    first = reports[0]
     return replace(
-        first,
+        reports[0],
         seconds=max(r.seconds for r in reports),
         data_seconds=max(r.data_seconds for r in reports),
         exhausted=any(r.exhausted for r in reports),
@@ -269,5 +404,8 @@ def _shortest(lengths: Sequence[int | None]) -> int | None:
 
 def _longest(by_worker: Sequence[list[int | None]]) -> list[int | None]:
     """For each loader, the batches of the worker that has most."""
-    return [None if None in lengths else max(n for n in lengths if n is not None) for lengths in zip(*by_worker, strict=True)]
-
+    longest: list[int | None] = []
+    for lengths in zip(*by_worker, strict=True):
+        known = [n for n in lengths if n is not None]
+        longest.append(max(known) if len(known) == len(lengths) else None)
+    return longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from raytrainer.messages import Task
@@ -19,7 +20,7 @@ class WorkerGroup(Protocol):
 
     @property
     def in_process(self) -> bool:
-        """Whether the workers use the driver's own objects."""
+        """Whether the worker uses the driver's own objects, and lives and dies with it."""
 
     def describe(self) -> str:
         """Where the workers are, in a few words."""
@@ -34,6 +35,9 @@ class WorkerGroup(Protocol):
             Exception: What user code raised in a worker; its `__cause__` is a `WorkerError` saying where.
             WorkerLostError: A worker is gone.
         """
+
+    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time."""
 
     def call_off(self) -> None:
         """The run has failed with an error that is being told: end it, keeping workers that are well."""
@@ -65,6 +69,11 @@ class LocalGroup:
         if verb == "finish":
             verb = "finish_in_place"
         return [getattr(self.worker, verb)(*args)]
+
+    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        self.worker.capture(weights_only)
+        staged = self.worker.take_staged()
+        return lambda: [staged]
 
     def call_off(self) -> None:
         self.worker.abandon()

@@ -25,6 +25,10 @@ def bring_home(module: Module, datamodule: DataModule | None, report: FinishRepo
         module.configure_model()
     if set(report.state_dict) != set(module.state_dict()):
         _graft(group.call("fetch_module")[0], module)
+    # as in process, a precision such as 64 or "bf16-true" stays with the module
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in report.state_dict:
+            tensor.data = tensor.data.to(report.state_dict[name].dtype)
     module.load_state_dict(report.state_dict)
     module.hparams.update(report.hparams or {})
     for name, value in report.attributes.items():

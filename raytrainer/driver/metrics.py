@@ -75,6 +75,10 @@ class MetricBoard:
         if spec.prog_bar:
             self.progress[full_name] = value
 
+    def take(self, values: dict[str, float]) -> None:
+        """Go on from the metrics of a checkpoint."""
+        self.callback.update({name: torch.tensor(value) for name, value in values.items()})
+
     def plain(self) -> dict[str, float]:
         """All metrics as numbers."""
         return {name: value.item() for name, value in self.callback.items()}

@@ -7,7 +7,7 @@ import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from raytrainer.driver.cluster import resources_text
 from raytrainer.driver.remote import Failure, RemoteWorker
 from raytrainer.errors import ResourceError, SerializationError, WorkerError, WorkerLostError
 from raytrainer.messages import Task
+from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks, assign_ranks
-from raytrainer.plan.recovery import Failed, choose_culprit
+from raytrainer.plan.recovery import Failed, choose_culprit, is_consequence
 
 __all__ = ["RayGroup", "Request"]
 
@@ -30,6 +31,9 @@ log = logging.getLogger("raytrainer")
 
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
+
+#: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
+_WATCHED = frozenset({"train", "evaluate", "capture"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class RayGroup:
         self.size = request.nodes * request.per_node
         self.session = ray.get_runtime_context().gcs_address
         self.broken = False
+        self.hang_timeout: float | None = None  # seconds; of the run in progress
         self.stale = False  # the process group may hold half a collective: join anew before the next run
         self._placement = _place(request, timeout)
         try:
@@ -84,7 +89,8 @@ class RayGroup:
     def _start(self) -> None:
         request = self.request
         options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": 1 if request.gpu else 0}
-        actor_class = ray.remote(RemoteWorker)
+        # a second thread hands over copied state while the first goes on training
+        actor_class = ray.remote(concurrency_groups={"io": 1})(RemoteWorker)
         self._actors = [
             actor_class.options(
                 **options,
@@ -145,24 +151,61 @@ class RayGroup:
     def call(self, verb: str, *args: Any) -> list[Any]:
         """Every worker obeys `verb`."""
         if verb == "restore":
-            args = tuple(ray.put(arg) for arg in args)  # once, however many workers there are
-        return self._ask([actor.obey.remote(verb, *args) for actor in self._actors])
+            args = (ray.put(pack(args[0])),)  # once, however many workers there are
+        patience = self.hang_timeout if verb in _WATCHED else None
+        return self._ask([actor.obey.remote(verb, *args) for actor in self._actors], patience)
 
-    def _ask(self, refs: Sequence[Any]) -> list[Any]:
-        """All answers, by rank; or the one failure to tell about, as soon as it can be told."""
+    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        """Copy aside, then hand over in the background.
+
+        The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
+        a second node holds one too.
+        """
+        self.call("capture", weights_only, True)
+        refs = [actor.fetch_staged.remote() for actor in self._actors]
+        return lambda: self._fetch(refs)
+
+    def _fetch(self, refs: Sequence[Any]) -> list[dict[str, Any]]:
+        parts = []
+        for ref in refs:
+            try:
+                part = ray.get(ref)
+            except RayError:
+                part = None  # gone with its node; the replica serves
+            parts.append(None if isinstance(part, Failure) else unpack(part))
+        if not any(part and "state_dict" in part for part in parts):
+            raise WorkerLostError(0, "its copy of the state is gone with it")
+        return [part or {} for part in parts]
+
+    def _ask(self, refs: Sequence[Any], patience: float | None = None) -> list[Any]:
+        """All answers, by rank; or the one failure to tell about, as soon as it can be told.
+
+        Args:
+            refs: One reference a worker.
+            patience: Seconds to wait for the answers; without one after that, the workers count as lost.
+        """
         answers: dict[Any, Any] = {}
         pending = list(refs)
-        deadline: float | None = None
+        deadline = None if patience is None else time.monotonic() + patience
+        failed = False
         while pending:
-            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, pending = ray.wait(pending, num_returns=1, timeout=patience)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, pending = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
                 break
             answer = self._answer(ready[0], refs.index(ready[0]))
             answers[ready[0]] = answer
-            if isinstance(answer, (Failure, WorkerLostError)) and deadline is None:
-                deadline = time.monotonic() + GRACE
+            if isinstance(answer, WorkerLostError):
+                break  # the others may hang for ever
+            if isinstance(answer, Failure) and not failed:
+                failed, deadline = True, time.monotonic() + GRACE
+        failures: list[Failure | WorkerLostError]
         failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
+        if pending and not failures:
+            silent = [rank for rank, ref in enumerate(refs) if ref in pending]
+            failures = [
+                WorkerLostError(silent[0], f"no answer from rank(s) {silent} for {patience:.0f} s (hang_timeout)")
+            ]
         if failures:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
@@ -195,6 +238,9 @@ class RayGroup:
             self.stale = True
         if isinstance(culprit, WorkerLostError):
             raise culprit
+        if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
+            self.abort()
+            raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
         where = WorkerError(culprit.rank, culprit.node, culprit.traceback)
         try:
             original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
+from ray import cloudpickle
 
+from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
@@ -46,8 +49,6 @@ class RemoteWorker:
 
     def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
         """This worker's node: its id, its address, and the indices of the GPUs given to it."""
-        import ray
-
         context = ray.get_runtime_context()
         self.node = ray.util.get_node_ip_address()
         gpus = [int(i) for i in ray.get_gpu_ids()] if on_gpu else []
@@ -60,7 +61,8 @@ class RemoteWorker:
 
     def join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> Failure | None:
         """Take a rank and join the process group, leaving one joined before."""
-        return self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))
+        failure: Failure | None = self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))
+        return failure
 
     def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
         self.ranks = ranks
@@ -81,20 +83,32 @@ class RemoteWorker:
         def load() -> None:
             self.task = pickle.loads(pickled)
 
-        return self._guard(load)
+        failure: Failure | None = self._guard(load)
+        return failure
 
     def obey(self, verb: str, *args: Any) -> Any:
         """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task."""
         return self._guard(lambda: self._obey(verb, args))
 
     def _obey(self, verb: str, args: tuple[Any, ...]) -> Any:
-        assert self.worker is not None
+        worker = self._worker()
         if verb == "prepare_data":
-            return self.worker.prepare_data(self.task)
+            return worker.prepare_data(self.task)
         if verb == "setup":
             task, self.task = self.task, None
-            return self.worker.setup(task)
-        return getattr(self.worker, verb)(*args)
+            return worker.setup(task)
+        if verb == "restore":
+            return worker.restore(unpack(args[0]))
+        return getattr(worker, verb)(*args)
+
+    @ray.method(concurrency_group="io")
+    def fetch_staged(self) -> Any:
+        """Hand over what "capture" has copied, while the next chunk is being trained."""
+        return self._guard(lambda: pack(dict(self._worker().take_staged())))
+
+    def _worker(self) -> Worker:
+        assert self.worker is not None
+        return self.worker
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:
@@ -102,8 +116,6 @@ class RemoteWorker:
         except Exception as error:
             pickled = None
             with contextlib.suppress(Exception):
-                from ray import cloudpickle
-
                 pickled = cloudpickle.dumps(error)
                 pickle.loads(pickled)
             text = "".join(traceback.format_exception(error))

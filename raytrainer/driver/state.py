@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raytrainer.driver.metrics import MetricBoard
+from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
 
 __all__ = ["RunState", "TrainerState"]
@@ -36,7 +37,6 @@ class RunState:
     trainer: TrainerState = field(default_factory=TrainerState)
     progress: Progress = field(default_factory=Progress)
     board: MetricBoard = field(default_factory=MetricBoard)
-    stepped: int = 0  # batches that ended in a step: the loggers' step axis
     should_stop: bool = False
     interrupted: bool = False
     sanity_checking: bool = False
@@ -44,3 +44,4 @@ class RunState:
     batch_size: int | None = None
     num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
     world_size: int = 1
+    recoveries: list[Recovery] = field(default_factory=list)

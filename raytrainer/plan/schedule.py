@@ -19,6 +19,7 @@ __all__ = [
     "is_done",
     "may_stop",
     "next_step_stop",
+    "rescale",
     "resolve_limit",
     "resolve_val_every",
     "validation_due",
@@ -32,6 +33,7 @@ class Progress:
     Attributes:
         epoch: Index of the epoch in progress.
         batch: Batches done in the epoch in progress.
+        offset: Batches of the epoch in progress that a group of another size has done, counted over all its workers.
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
         seconds: Time spent training, over resumed runs too.
@@ -41,6 +43,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0
+    offset: int = 0
     total_batches: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -51,6 +54,10 @@ class Progress:
     def completed(self) -> int:
         """Epochs whose batches are all done."""
         return self.epoch + self.epoch_ended
+
+    def next_epoch(self) -> None:
+        """The epoch in progress is over."""
+        self.epoch, self.batch, self.offset, self.epoch_ended = self.epoch + 1, 0, 0, False
 
 
 def resolve_limit(name: str, limit: int | float, length: int | None) -> int | None:
@@ -163,6 +170,13 @@ def next_step_stop(settings: Settings, progress: Progress, every: tuple[int, ...
     stops = [progress.step + n - progress.step % n for n in every]
     stops += [s for s in (settings.max_steps, settings.min_steps) if s is not None and s > progress.step]
     return min(stops, default=None)
+
+
+def rescale(progress: Progress, workers_before: int, workers_now: int) -> None:
+    """Move the cursor within an epoch to a group of another size: what was done becomes an offset into the epoch."""
+    if workers_before != workers_now and progress.batch:
+        progress.offset += progress.batch * workers_before
+        progress.batch = 0
 
 
 def chunk_batches(previous: int, seconds: float, target: float = 1.0) -> int:

@@ -59,6 +59,10 @@ class Settings:
     num_processes: int = 1
     gpus: int | tuple[int, ...] = 0
     log_every_n_steps: int = 50
+    # failures
+    max_failures: int = 3
+    snapshot_every: int | float | str | None = "auto"
+    hang_timeout: float = 600.0
 
     @property
     def on_gpu(self) -> bool:
@@ -112,6 +116,9 @@ def build_settings(
     num_processes: int | None = None,
     gpus: Any = None,
     log_every_n_steps: int | None = 50,
+    max_failures: int = 3,
+    snapshot_every: Any = "auto",
+    hang_timeout: float = 600.0,
     cluster_attached: bool = False,
 ) -> Settings:
     """Validate a Trainer's arguments (documented there) and bring each into its one normal form.
@@ -127,9 +134,7 @@ def build_settings(
         min_steps=checks.count("min_steps", min_steps, least=0, none=True),
         max_steps=_unlimited(checks.count("max_steps", max_steps, least=0, none=True, minus_one="no limit")),
         max_seconds=checks.duration("max_time", max_time),
-        check_val_every_n_epoch=checks.count(
-            "check_val_every_n_epoch", check_val_every_n_epoch, least=1, none=True
-        ),
+        check_val_every_n_epoch=checks.count("check_val_every_n_epoch", check_val_every_n_epoch, least=1, none=True),
         val_check_interval=_val_check_interval(val_check_interval, check_val_every_n_epoch),
         num_sanity_val_steps=checks.count(
             "num_sanity_val_steps", num_sanity_val_steps, least=0, minus_one="the whole validation set"
@@ -155,6 +160,9 @@ def build_settings(
         seed=_seed(seed),
         **_placement(strategy, num_nodes, num_processes, gpus, cluster_attached),
         log_every_n_steps=_every(log_every_n_steps),
+        max_failures=checks.count("max_failures", max_failures, least=0),
+        snapshot_every=_snapshot_every(snapshot_every),
+        hang_timeout=checks.number("hang_timeout", hang_timeout, above=0.0, none=False) or 0.0,
     )
     if settings.deterministic is True and benchmark:
         raise ConfigurationError(
@@ -174,13 +182,14 @@ def _unlimited(value: Any) -> Any:
 
 
 def _epochs(name: str, value: int | None, default: int) -> int:
-    return default if value is None else checks.count(name, value, least=0)
+    return default if value is None else int(checks.count(name, value, least=0))
 
 
 def _max_epochs(value: int | None, max_steps: int | None, max_time: Any) -> int | None:
     if value is None:
         return 1000 if max_steps in (None, -1) and max_time is None else None
-    return _unlimited(checks.count("max_epochs", value, least=0, minus_one="no limit"))
+    epochs: int | None = _unlimited(checks.count("max_epochs", value, least=0, minus_one="no limit"))
+    return epochs
 
 
 def _val_check_interval(value: int | float | None, every_n_epoch: int | None) -> int | float:
@@ -229,6 +238,16 @@ def _seed(value: int | None) -> int | None:
 
 def _every(value: int | None) -> int:
     return 0 if value is None else checks.count("log_every_n_steps", value, least=0)
+
+
+def _snapshot_every(value: Any) -> int | float | str | None:
+    """Steps as an int, seconds as a float, "auto", or None for never."""
+    if value in (None, 0) or value == "auto":
+        return value or None
+    if isinstance(value, int):
+        steps: int = checks.count("snapshot_every", value, least=1)
+        return steps
+    return checks.duration("snapshot_every", value)
 
 
 def _placement(

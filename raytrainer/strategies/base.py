@@ -40,6 +40,10 @@ class Strategy(ABC):
         """Synchronise the gradients that a manual backward pass has left."""
 
     @abstractmethod
+    def sync_buffers(self, module: Module) -> None:
+        """Give every worker the buffers of rank 0 (running statistics), so that all evaluate one and the same model."""
+
+    @abstractmethod
     def all_agree(self, flag: bool) -> bool:
         """Whether `flag` is true on every worker."""
 

@@ -105,6 +105,11 @@ class DDPStrategy(Strategy):
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    @torch.no_grad()
+    def sync_buffers(self, module: Module) -> None:
+        for buffer in module.buffers():
+            dist.broadcast(buffer.data, src=0)
+
     def all_agree(self, flag: bool) -> bool:
         vote = torch.tensor([int(flag)])
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.control)

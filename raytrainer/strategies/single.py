@@ -31,6 +31,9 @@ class SingleStrategy(Strategy):
     def sync_manual(self, module: Module) -> None:
         pass
 
+    def sync_buffers(self, module: Module) -> None:
+        pass
+
     def all_agree(self, flag: bool) -> bool:
         return flag
 

@@ -70,6 +70,8 @@ class EvaluationLoop:
         view.running = "sanity" if self.sanity is not None else self.stage
         if within_fit and self.sanity is None and not self.run.accumulating:
             self.run.module.on_validation_model_zero_grad()
+        if within_fit:
+            self.run.strategy.sync_buffers(self.run.module)
         view.modes = {module: module.training for module in self.run.module.modules()}
         with self._no_grad():
             getattr(self.run.module, f"on_{name}_model_eval")()
@@ -97,9 +99,7 @@ class EvaluationLoop:
         finished = self.loader >= len(self.feeds)
         self.metrics.batch = None
         report = self.metrics.report()
-        return EvaluationReport(
-            self.stage, self.done, time.perf_counter() - start, finished, report, predictions
-        )
+        return EvaluationReport(self.stage, self.done, time.perf_counter() - start, finished, report, predictions)
 
     def _next(self) -> tuple[Any] | None:
         """The next batch in a tuple; None when a loader is through (and the next one is up)."""

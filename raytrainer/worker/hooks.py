@@ -86,9 +86,7 @@ def bind_step(function: Callable[..., Any], name: str, loaders: int = 1) -> Call
 
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if "dataloader_iter" in names:
         raise ConfigurationError(f"{name}(dataloader_iter) is not supported: take (batch, batch_idx).")
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):

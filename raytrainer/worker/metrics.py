@@ -17,17 +17,45 @@ from raytrainer.messages import MetricReport, MetricSpec, Partial, StepRow
 __all__ = ["MetricStore"]
 
 _STEP_HOOKS = frozenset(
-    "on_before_backward backward on_after_backward on_before_optimizer_step optimizer_step configure_gradient_clipping "
-    "on_before_zero_grad optimizer_zero_grad on_train_batch_start on_train_batch_end training_step "
-    "training_step_end".split()
+    [
+        "on_before_backward",
+        "backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "optimizer_step",
+        "configure_gradient_clipping",
+        "on_before_zero_grad",
+        "optimizer_zero_grad",
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "training_step",
+        "training_step_end",
+    ]
 )
 _BATCH_HOOKS = frozenset(
-    "on_validation_batch_start on_validation_batch_end on_test_batch_start on_test_batch_end validation_step "
-    "validation_step_end test_step test_step_end".split()
+    [
+        "on_validation_batch_start",
+        "on_validation_batch_end",
+        "on_test_batch_start",
+        "on_test_batch_end",
+        "validation_step",
+        "validation_step_end",
+        "test_step",
+        "test_step_end",
+    ]
 )
 _EPOCH_HOOKS = frozenset(
-    "on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start "
-    "on_validation_epoch_end on_test_start on_test_epoch_start on_test_epoch_end".split()
+    [
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_validation_start",
+        "on_validation_epoch_start",
+        "on_validation_epoch_end",
+        "on_test_start",
+        "on_test_epoch_start",
+        "on_test_epoch_end",
+    ]
 )
 _REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
 
@@ -37,7 +65,7 @@ class _Slot:
 
     __slots__ = ("arguments", "custom", "folded", "fx", "kept", "last", "moment", "pending", "spec", "total", "weight")
 
-    def __init__(self, spec: MetricSpec, arguments: tuple[Any, ...], fx: Any) -> None:
+    def __init__(self, spec: MetricSpec, arguments: tuple[Any, ...] | None, fx: Any) -> None:
         self.spec, self.arguments, self.fx = spec, arguments, fx
         self.last: Any = None  # latest step value
         self.moment = -1  # batch in which it was logged
@@ -103,7 +131,7 @@ class MetricStore:
         """See `Module.log`."""
         slot = self._slots.get((self.hook, name, self.loader_idx))
         arguments = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
-        if slot is None:
+        if slot is None or slot.arguments is None:
             slot = self._new_slot(name, arguments, sync_dist_group)
         elif slot.arguments != arguments:
             raise MetricError(
@@ -134,7 +162,7 @@ class MetricStore:
     def _scalar(self, name: str, value: Tensor) -> Tensor:
         if value.numel() != 1:
             raise MetricError(
-                f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log a tensor with one element, e.g. its mean."
+                f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log one element, e.g. its mean."
             )
         return value.reshape(())
 
@@ -157,8 +185,10 @@ class MetricStore:
             if on_step:
                 raise MetricError(f"self.log({name!r}, ..., on_step=True) in {hook}: there is no step in it.")
         else:
-            raise MetricError(f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps "
-                              f"and in the hooks around batches and epochs.")  # fmt: skip
+            raise MetricError(
+                f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps and in the "
+                f"hooks around batches and epochs."
+            )
         if on_step is not None and on_epoch is None:
             epoch = epoch if on_step else True
         step = step if on_step is None else on_step
@@ -181,6 +211,9 @@ class MetricStore:
             full = f"{name}/dataloader_idx_{self.loader_idx}"
         spec = MetricSpec(full, step, epoch, prog_bar, logger is not False, sync_dist, reduction, rank_zero_only)
         slot = _Slot(spec, arguments, reduce_fx if reduction == "custom" else None)
+        restored = self._slots.get((hook, name, self.loader_idx))
+        if restored is not None:
+            slot.folded, slot.custom = restored.folded, restored.custom
         self._slots[hook, name, self.loader_idx] = slot
         return slot
 
@@ -221,6 +254,28 @@ class MetricStore:
                 report.epoch[spec.name] = Partial(total, weight, tuple(slot.custom), slot.fx)
                 slot.folded, slot.custom = [], []
         return report
+
+    def sums(self) -> list[dict[str, Any]]:
+        """The epoch's sums so far as plain values, for a checkpoint; call after `report`."""
+        return [
+            {
+                "key": list(key),
+                "spec": vars(slot.spec).copy(),
+                "folded": list(slot.folded),
+                "custom": list(slot.custom),
+            }
+            for key, slot in self._slots.items()
+            if slot.folded or slot.custom
+        ]
+
+    def take_sums(self, saved: list[dict[str, Any]]) -> None:
+        """Go on from sums that `sums` gave."""
+        self.clear()
+        for item in saved:
+            hook, name, loader_idx = item["key"]
+            slot = _Slot(MetricSpec(**item["spec"]), None, None)
+            slot.folded, slot.custom = list(item["folded"]), list(item["custom"])
+            self._slots[hook, name, loader_idx] = slot
 
     def local_values(self) -> dict[str, float]:
         """This worker's own epoch values so far; call after `report`."""

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytrainer.plan.ranks import Ranks
 
 __all__ = ["ProcessGroup", "interface_of", "make_store"]
 
 
-def make_store(host: str, world_size: int) -> tuple[dist.TCPStore, int]:
+def make_store(host: str, world_size: int) -> tuple[TCPStore, int]:
     """The rendezvous store, served by rank 0 on a free port of `host`."""
-    store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+    store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
     return store, store.port
 
 
@@ -64,7 +65,7 @@ class ProcessGroup:
         own_address: str,
         backend: str,
         device: torch.device,
-        store: dist.TCPStore | None = None,
+        store: TCPStore | None = None,
         timeout: float = 1800.0,
     ) -> None:
         interface = interface_of(own_address)
@@ -83,7 +84,7 @@ class ProcessGroup:
             GROUP_RANK=str(ranks.node_rank),
         )
         if store is None:
-            store = dist.TCPStore(host, port, ranks.world_size, is_master=False)
+            store = TCPStore(host, port, ranks.world_size, is_master=False)
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         dist.init_process_group(
             backend,

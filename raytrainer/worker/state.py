@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.checkpoint import load_into
 from raytrainer.errors import CheckpointError
 from raytrainer.seeding import capture_rng
-from raytrainer.worker.evaluation import to_cpu
+from raytrainer.worker.staging import Staged, Staging
 
 if TYPE_CHECKING:
     from raytrainer.worker.run import Run
@@ -15,37 +16,55 @@ if TYPE_CHECKING:
 __all__ = ["capture_state", "restore_state"]
 
 
-def capture_state(run: Run, weights_only: bool) -> dict[str, Any]:
-    """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its generators.
+def capture_state(run: Run, staging: Staging, weights_only: bool, replica: bool) -> Staged:
+    """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its own streams and sums.
 
     Keys are those that Lightning's users know: "state_dict", "optimizer_states", "lr_schedulers", "epoch",
-    "global_step", "hyper_parameters".
+    "global_step", "hyper_parameters"; what differs from rank to rank is under "own".
+
+    Args:
+        run: The run.
+        staging: Where copies are made.
+        weights_only: Leave out what only resuming needs.
+        replica: One more worker, on another node, gives what rank 0 gives.
     """
     view, module = run.view, run.module
-    rng = {} if weights_only else {"rng": capture_rng()}
-    if view.ranks.rank != 0:
-        return rng
-    checkpoint: dict[str, Any] = {
+    state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
+    second = replica and view.ranks.node_rank == 1 and view.ranks.local_rank == 0
+    if view.ranks.rank != 0 and not second:
+        return staging.copy(state)
+    state |= {
         "epoch": view.current_epoch,
         "global_step": view.global_step,
         "state_dict": module.state_dict(),
         "hyper_parameters": dict(module.hparams),
     }
     if not weights_only:
-        checkpoint["optimizer_states"] = [o.state_dict() for o in view.optimizers]
-        checkpoint["lr_schedulers"] = [_scheduler_state(c.scheduler) for c in view.lr_scheduler_configs]
-        checkpoint["precision"] = run.precision.state_dict()
-        checkpoint["stepped"] = run.stepped
-        checkpoint["worker_callbacks"] = {c.state_key: c.state_dict() for c in view.callbacks}
+        state["optimizer_states"] = [o.state_dict() for o in view.optimizers]
+        state["lr_schedulers"] = [_scheduler_state(c.scheduler) for c in view.lr_scheduler_configs]
+        state["precision"] = run.precision.state_dict()
+        state["stepped"] = run.stepped
+        state["worker_callbacks"] = {c.state_key: c.state_dict() for c in view.callbacks}
     if run.datamodule is not None:
-        checkpoint["datamodule"] = run.datamodule.state_dict()
-        checkpoint["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
-    module.on_save_checkpoint(checkpoint)
-    return {**to_cpu(checkpoint), **rng}
+        state["datamodule"] = run.datamodule.state_dict()
+        state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
+    module.on_save_checkpoint(state)
+    return staging.copy(state)
+
+
+def _own_state(run: Run) -> dict[str, Any]:
+    """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
+    own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
+    own["evaluated"] = dict(run.evaluated)
+    if run.accumulating:
+        own["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
+    return own
 
 
 def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
-    """The reverse of `capture_state`, on every rank; `checkpoint["rng"]` is a list by rank.
+    """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
+
+    With another number of workers than the checkpoint was made with, each worker's own streams begin anew.
 
     Raises:
         CheckpointError: The checkpoint does not fit the module or its optimizers.
@@ -68,9 +87,9 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
                 f"same optimizers, or load the weights alone with Module.load_from_checkpoint."
             )
     for optimizer, state in zip(view.optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(copy.deepcopy(state))
     for config, state in zip(view.lr_scheduler_configs, schedulers, strict=True):
-        config.scheduler.load_state_dict(state)
+        config.scheduler.load_state_dict(copy.deepcopy(state))
     run.precision.load_state_dict(checkpoint.get("precision") or {})
     saved_callbacks = checkpoint.get("worker_callbacks") or {}
     for callback in view.callbacks:
@@ -78,9 +97,20 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
             callback.load_state_dict(saved_callbacks[callback.state_key])
     view.global_step, view.current_epoch = checkpoint["global_step"], checkpoint["epoch"]
     run.stepped = checkpoint.get("stepped", checkpoint["global_step"])
-    generators = checkpoint.get("rng") or []
-    if view.ranks.rank < len(generators) and len(generators) == view.ranks.world_size:
-        run.rng = generators[view.ranks.rank]
+    by_rank = checkpoint.get("own") or []
+    if len(by_rank) == view.ranks.world_size:
+        _restore_own(run, by_rank[view.ranks.rank])
+
+
+def _restore_own(run: Run, own: dict[str, Any]) -> None:
+    run.rng = own["rng"]
+    run.evaluated.update(own["evaluated"])
+    run.view.metrics.take_sums(own["metrics"])
+    gradients = own.get("gradients") or {}
+    for name, parameter in run.module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, copy=True)
+    run.accumulating = bool(gradients)
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:

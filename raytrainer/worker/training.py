@@ -49,6 +49,7 @@ class TrainingLoop:
         self._on_batch_start = bind("on_train_batch_start")
         self._on_batch_end = bind("on_train_batch_end")
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
+        self._epoch_scheduled = False
 
     def _bind_optimization(self) -> Callable[[Any, int, bool], Any]:
         run, module = self.run, self.run.module
@@ -74,8 +75,11 @@ class TrainingLoop:
             val_batches=[feed.length for feed in run.feeds("val")] if validates else [],
         )
 
-    def start_epoch(self, epoch: int, skip: int = 0) -> TrainStart:
-        """Begin `epoch` at batch `skip`; build the loader anew where the settings ask for that."""
+    def start_epoch(self, epoch: int, skip: int = 0, offset: int = 0) -> TrainStart:
+        """Begin `epoch` at this worker's batch `skip`; build the loader anew where the settings ask for that.
+
+        `offset` batches, of all workers together, have been done by a group of another size.
+        """
         every = self.view.settings.reload_dataloaders_every_n_epochs
         if every and epoch and epoch % every == 0 and skip == 0:
             self.feed = self.run.feeds("train", reload=True)[0]
@@ -83,12 +87,13 @@ class TrainingLoop:
                 self.run.feeds("val", reload=True)
         self.view.current_epoch = self.epoch = epoch
         self.batch = skip
+        self._epoch_scheduled = False
         self.view.running = "train"
         self._iterator = None
+        self.feed.rebase(offset)
         if skip == 0:
             self.run.resume_generators()
         self.run.hooks.call("on_train_epoch_start")
-        self.run.resume_generators()
         return self.describe()
 
     def _batches(self) -> Iterator[Any]:
@@ -96,6 +101,7 @@ class TrainingLoop:
             strategy = self.run.strategy
             agree = strategy.all_agree if strategy.ranks.world_size > 1 else None
             self._iterator = self.feed.start(self.epoch, self.batch, agree)
+            self.run.resume_generators()
         return self._iterator
 
     def train(self, batches: int, stop_at_step: int | None = None) -> TrainReport:
@@ -128,6 +134,8 @@ class TrainingLoop:
             outputs = self._run_batch(batch, index, stepping)
             if stepping and view.lr_scheduler_configs:
                 self._step_schedulers()
+                if last:
+                    self.step_epoch_schedulers()
             if self._on_batch_end is not None:
                 self._on_batch_end(_visible(outputs), batch, index)
             self.batch = index + 1
@@ -163,9 +171,10 @@ class TrainingLoop:
                 self._scheduler_step(config.scheduler, None)
 
     def step_epoch_schedulers(self) -> None:
-        """Step the schedulers that count epochs; when the epoch's last batch is done, before validation."""
-        if not self.run.module.automatic_optimization:
+        """Step the schedulers that count epochs, once an epoch: with its last batch, or when it proves to be over."""
+        if self._epoch_scheduled or not self.run.module.automatic_optimization:
             return
+        self._epoch_scheduled = True
         for config in self.view.lr_scheduler_configs:
             if config.interval == "epoch" and not config.on_metric and (self.epoch + 1) % config.frequency == 0:
                 self._scheduler_step(config.scheduler, None)
@@ -173,6 +182,7 @@ class TrainingLoop:
     def end_epoch(self) -> MetricReport:
         """Run the module's hook; report the epoch's metrics."""
         self._iterator = None
+        self.run.resume_generators()
         self.run.take_metrics(self.metrics.local_values())
         self.run.hooks.call("on_train_epoch_end")
         self.view.running = None
@@ -341,5 +351,3 @@ def _visible(outputs: Any) -> Any:
     if isinstance(outputs, dict):
         return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
     return outputs
-
-

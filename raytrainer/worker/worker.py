@@ -23,6 +23,7 @@ from raytrainer.strategies import DDPStrategy, SingleStrategy, Strategy
 from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.run import Run, plain
+from raytrainer.worker.staging import Staged, Staging
 from raytrainer.worker.state import capture_state, restore_state
 from raytrainer.worker.training import TrainingLoop
 
@@ -39,6 +40,9 @@ class Worker:
         self._run: Run | None = None
         self._training: TrainingLoop | None = None
         self._evaluation: EvaluationLoop | None = None
+        self._finished: Any = None
+        self._staging = Staging()
+        self._staged: Staged | None = None
 
     @property
     def run(self) -> Run:
@@ -70,8 +74,9 @@ class Worker:
 
     def start_training(self) -> TrainStart:
         self._training = TrainingLoop(self.run)
+        start = self._training.describe()
         self.run.hooks.call("on_train_start")
-        return self._training.describe()
+        return start
 
     @property
     def training(self) -> TrainingLoop:
@@ -81,8 +86,8 @@ class Worker:
 
     # ---------------------------------------------------------------- training
 
-    def start_epoch(self, epoch: int, skip: int = 0) -> TrainStart:
-        return self.training.start_epoch(epoch, skip)
+    def start_epoch(self, epoch: int, skip: int = 0, offset: int = 0) -> TrainStart:
+        return self.training.start_epoch(epoch, skip, offset)
 
     def train(
         self, batches: int, stop_at_step: int | None = None, metrics: dict[str, float] | None = None
@@ -130,9 +135,15 @@ class Worker:
 
     # ---------------------------------------------------------------- state
 
-    def capture(self, weights_only: bool = False) -> dict[str, Any] | None:
-        """This worker's share of a checkpoint: rank 0 the module and its optimizers, every rank its generators."""
-        return capture_state(self.run, weights_only)
+    def capture(self, weights_only: bool = False, replica: bool = False) -> None:
+        """Copy this worker's share of a checkpoint aside; `take_staged` hands it over, while training goes on."""
+        self._staged = capture_state(self.run, self._staging, weights_only, replica)
+
+    def take_staged(self) -> Staged:
+        """What `capture` has copied. The one verb that may be called beside another."""
+        assert self._staged is not None
+        staged, self._staged = self._staged, None
+        return staged
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Put module, optimizers, schedulers and generators into a checkpoint's state."""
@@ -173,6 +184,7 @@ class Worker:
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None
         self._run = self._training = self._evaluation = None
+        self._staged = None
 
 
 #: attributes of torch's, and ours, that are no user data

@@ -1,0 +1,133 @@
+"""Who gets which rows: pure arithmetic, so that every row reaches one worker and all workers end together.
+
+Two ways: `spans` where all rows can be reached by number; `Dealer` where blocks come by and their number is unknown.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["Dealer", "Piece", "batches_of_each", "evaluation_spans", "mixed", "tail_sizes", "training_spans"]
+
+T = TypeVar("T")
+
+
+def batches_of_each(shortest: int, longest: int, batch_size: int, drop_last: bool) -> int:
+    """Training batches of every worker, when parts have `shortest` to `longest` rows, a difference of at most one.
+
+    A part that is one row short cuts its last full batch in two where that gives it as many batches as the others.
+    Where it cannot (batches of one row), the others leave their last row out.
+    """
+    if drop_last:
+        return shortest // batch_size
+    most = -(-longest // batch_size)
+    return most if shortest >= most else -(-shortest // batch_size)
+
+
+def tail_sizes(rows: int, batches: int, batch_size: int) -> list[int]:
+    """Sizes of `batches` batches out of `rows` rows: full ones, and what is left; the last two share if it must be."""
+    sizes = [batch_size] * (batches - 1)
+    last = rows - sum(sizes)
+    if batches > 1 and last == 0:
+        sizes[-1], last = batch_size - 1, 1
+    return [*sizes, min(batch_size, last)] if batches else []
+
+
+def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last: bool) -> list[tuple[int, int]]:
+    """The batches of one of `count` workers, as (start, stop) in the epoch's order of `rows` rows.
+
+    Batches are dealt in turn, so that after k batches on each worker the first k * count * batch_size rows are done:
+    an epoch can go on with another number of workers. The rows that fill no batch on every worker are spread evenly.
+    """
+    batches = batches_of_each(rows // count, -(-rows // count), batch_size, drop_last)
+    full = rows // (count * batch_size)
+    spread = batches - full  # last batches of uneven size: 0 or 1 ...
+    rest = rows - full * count * batch_size
+    if spread and rest < count:  # ... or 2, with a full round broken up to give everyone a row
+        full, spread, rest = full - 1, 2, rest + count * batch_size
+    spans = [((i * count + rank) * batch_size, (i * count + rank + 1) * batch_size) for i in range(full)]
+    if spread:
+        base, extra = divmod(rest, count)
+        start = rows - rest + rank * base + min(rank, extra)
+        for size in tail_sizes(base + (rank < extra), spread, batch_size):
+            spans.append((start, start + size))
+            start += size
+    return spans
+
+
+def evaluation_spans(rows: int, rank: int, count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Every `count`-th batch: each is what one worker alone would see, and every row is in exactly one."""
+    starts = range(rank * batch_size, rows, count * batch_size)
+    return [(start, min(start + batch_size, rows)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Piece(Generic[T]):
+    """Rows `start` to `stop` of a block."""
+
+    block: T
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+class Dealer(Generic[T]):
+    """Deals blocks of known size to `count` parts, whole as long as it goes, so that each crosses the network once.
+
+    It holds back as many rows as are needed to make all parts equal in the end; then the parts differ by one row at
+    most, the longer ones first, and nothing is dropped. (`streaming_split(equal=True)` drops the remainder;
+    `equal=False` leaves parts a block apart.) Depends on the order of blocks alone, not on who asks first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.totals = [0] * count
+        self.held: deque[Piece[T]] = deque()
+        self.held_rows = 0
+
+    def add(self, block: T, rows: int) -> Iterator[tuple[int, Piece[T]]]:
+        """Take a block; yield (part, piece) for whatever can be dealt now."""
+        if rows:
+            self.held.append(Piece(block, 0, rows))
+            self.held_rows += rows
+        while self.held:
+            part = self.totals.index(min(self.totals))
+            size = self.held[0].rows
+            highest = max(*self.totals, self.totals[part] + size)
+            missing = highest * len(self.totals) - sum(self.totals) - size
+            if self.held_rows - size < missing:
+                return
+            yield part, self._hand(part, size)
+
+    def finish(self) -> Iterator[tuple[int, Piece[T]]]:
+        """No more blocks: deal what is held, making the parts equal."""
+        base, extra = divmod(sum(self.totals) + self.held_rows, len(self.totals))
+        for part in range(len(self.totals)):
+            while (wanted := base + (part < extra) - self.totals[part]) > 0:
+                yield part, self._hand(part, wanted)
+
+    def _hand(self, part: int, rows: int) -> Piece[T]:
+        front = self.held.popleft()
+        piece = front if front.rows <= rows else Piece(front.block, front.start, front.start + rows)
+        if piece is not front:
+            self.held.appendleft(Piece(front.block, piece.stop, front.stop))
+        self.totals[part] += piece.rows
+        self.held_rows -= piece.rows
+        return piece
+
+
+def mixed(items: Iterable[T], window: int, seed: int) -> Iterator[T]:
+    """The items in another order: each is drawn from the next `window` that have not been handed out."""
+    generator, waiting = random.Random(seed), list[T]()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) >= window:
+            yield waiting.pop(generator.randrange(len(waiting)))
+    while waiting:
+        yield waiting.pop(generator.randrange(len(waiting)))

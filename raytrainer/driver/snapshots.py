@@ -1,0 +1,60 @@
+"""In-memory snapshots: the state to go on from when a worker is lost, kept off the disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from raytrainer.driver.checkpoints import Captured
+from raytrainer.plan.recovery import snapshot_due
+from raytrainer.plan.settings import Settings
+
+__all__ = ["Snapshots"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Snapshots:
+    """The newest states of a run. Every full checkpoint counts as one too.
+
+    Args:
+        settings: How often.
+        enabled: Whether there is anything to recover from: workers in the driver's process die with it.
+    """
+
+    def __init__(self, settings: Settings, enabled: bool) -> None:
+        self.enabled = enabled and settings.max_failures > 0
+        self.every = settings.snapshot_every if self.enabled else None
+        self.step_marks = (self.every,) if isinstance(self.every, int) else ()
+        self._kept: list[Captured] = []
+        self._taken = time.perf_counter()
+        self._step = 0
+        self._cost = 0.0
+
+    def restart(self, step: int) -> None:
+        """Training begins, or goes on, here."""
+        self._taken, self._step = time.perf_counter(), step
+
+    def due(self, step: int) -> bool:
+        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
+
+    def take(self, captured: Captured, step: int, cost: float) -> None:
+        """Keep a state whose copying blocked training for `cost` seconds."""
+        if not self.enabled:
+            return
+        # the one before stays until the next: a worker may die before it has handed over the newest
+        self._kept = [*self._kept[-1:], captured]
+        self._cost = cost
+        self.restart(step)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest state that can still be fetched."""
+        while self._kept:
+            captured = self._kept[-1]
+            try:
+                return captured.resolve()
+            except Exception as error:
+                log.warning("A snapshot cannot be fetched any more (%s); using an older one.", error)
+                self._kept.pop()
+        return None

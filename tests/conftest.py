@@ -1,0 +1,99 @@
+"""Every test starts from the same seeds and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import raytrainer
+from raytrainer import seeding
+
+# helpers of multiprocessing that live as long as the process
+_LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Generators start alike, and no test sees another one's `seed_everything`."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    yield
+    seeding._last_seed = None
+
+
+def _own_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive() and not thread.daemon}
+
+
+def _children() -> dict[int, str]:
+    """Child processes and their command lines; none where there is no /proc."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_text()
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return {pid: line for pid, line in found.items() if not any(word in line for word in _LASTING)}
+
+
+def _environment() -> dict[str, str]:
+    # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made
+    exempt = ("PYTEST_", "TORCHINDUCTOR_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(exempt)}
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a thread, a process or a changed environment. Ray, which lasts a session, is exempt."""
+    if "ray" in Path(str(request.path)).parts or "ray_session" in request.fixturenames:
+        yield
+        return
+    threads, children, environment = _own_threads(), _children(), _environment()
+    directory, dtype = os.getcwd(), torch.get_default_dtype()
+    yield
+    deadline = time.monotonic() + 5.0
+    while (left := (_own_threads() - threads, _children().keys() - children)) != (set(), set()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"threads and processes left behind: {left}, {_children()}")
+        gc.collect()
+        time.sleep(0.02)
+    after = _environment()
+    changed = {name for name in environment.keys() | after.keys() if environment.get(name) != after.get(name)}
+    assert not changed, f"environment variables changed: {sorted(changed)}"
+    assert os.getcwd() == directory
+    assert torch.get_default_dtype() == dtype
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_anomaly_enabled()
+
+
+@pytest.fixture
+def local_trainer(tmp_path: Path) -> Callable[..., raytrainer.Trainer]:
+    """Makes quiet trainers of this process, which write below `tmp_path` only."""
+
+    def make(**options: Any) -> raytrainer.Trainer:
+        quiet: dict[str, Any] = {
+            "strategy": "local",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+        }
+        return raytrainer.Trainer(**{**quiet, **options})
+
+    return make

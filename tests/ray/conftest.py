@@ -1,0 +1,90 @@
+"""One Ray for the session. raytrainer keeps its groups warm between tests, so most of them cost well under a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raytrainer
+from raytrainer.driver import pool
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ray: starts real Ray actors")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("ray")
+
+
+@pytest.fixture(scope="session")
+def ray_ended() -> Iterator[Callable[[], None]]:
+    """A function that ends the session's Ray; it is ended anyway when the tests are over."""
+
+    def end() -> None:
+        import ray
+
+        pool.close_idle()
+        ray.shutdown()
+
+    yield end
+    end()
+
+
+@pytest.fixture
+def ray_session(ray_ended: Callable[[], None]) -> str:
+    """The session's Ray, started by the first test that wants it; its address."""
+    import ray
+
+    if not ray.is_initialized():
+        # workers import test modules by their names, as pytest does here
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        ray.init(num_cpus=4, include_dashboard=False)
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture
+def no_ray(ray_ended: Callable[[], None]) -> None:
+    """No Ray is running."""
+    ray_ended()
+
+
+def quiet(tmp_path: Path, **options: Any) -> raytrainer.Trainer:
+    """A trainer that says and writes nothing unless asked."""
+    defaults: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": tmp_path,
+    }
+    return raytrainer.Trainer(**{**defaults, **options})
+
+
+@pytest.fixture
+def ray_trainer(ray_session: str, tmp_path: Path) -> Callable[..., raytrainer.Trainer]:
+    """Makes quiet trainers over Ray workers, two unless told otherwise."""
+
+    def make(**options: Any) -> raytrainer.Trainer:
+        return quiet(tmp_path, **{"strategy": "ddp", "num_processes": 2, **options})
+
+    return make
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Callable[..., raytrainer.Trainer]:
+    """Makes quiet trainers of the driver's process, to compare with."""
+
+    def make(**options: Any) -> raytrainer.Trainer:
+        return quiet(tmp_path, **{"strategy": "local", **options})
+
+    return make

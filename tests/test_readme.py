@@ -1,0 +1,49 @@
+"""Every Python block in the README runs, from top to bottom, as a reader would run them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import sklearn.datasets  # noqa: F401  # sets environment variables, which no test may do
+
+from raytrainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks() -> list[tuple[int, str]]:
+    """Line number and code of each block; those marked "python no-run" are left out."""
+    found = re.finditer(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [(README.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks()
+    assert len(blocks) > 5
+    names = {"__name__": "readme"}
+    for line, code in blocks:
+        # empty lines in front, so that tracebacks give the README's line numbers
+        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), names)
+
+
+def test_ci_runs_the_readme_command() -> None:
+    commands = re.findall(r"^```sh\n(.*?)\n```$", README, flags=re.MULTILINE | re.DOTALL)
+    install_and_test = next(command for command in commands if "pytest" in command)
+    assert install_and_test in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_trainer_argument_is_in_the_table() -> None:
+    section = README.split("\n## Trainer\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    table = {name: default.strip() for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    parameters = inspect.signature(Trainer).parameters
+    assert sorted(table) == sorted(parameters)
+    for name, parameter in parameters.items():
+        shown = table[name].split("` (")[0].strip("`")
+        assert shlex.split(shown) == shlex.split(repr(parameter.default)), name

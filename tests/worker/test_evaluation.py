@@ -1,0 +1,92 @@
+"""The verbs of an evaluation, called as the coordinator calls them: chunks of any size give the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from raytrainer import Module
+from raytrainer.driver.metrics import reduce_partials
+from raytrainer.messages import Task
+from raytrainer.plan.settings import build_settings
+from raytrainer.worker.worker import Worker
+
+
+class Sums(Module):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("sum", batch.sum(), reduce_fx="sum")
+        self.log("mean", batch.mean())
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"twice": batch * 2, "where": (batch_idx, dataloader_idx)}
+
+
+def start(stage: str, loaders: Any, **options: Any) -> Worker:
+    worker = Worker()
+    name = {"validate": "val"}.get(stage, stage)
+    worker.setup(Task(stage, Sums(), None, build_settings(**options), [], loaders={name: loaders}))
+    return worker
+
+
+def drive(worker: Worker, stage: str, chunk: int) -> tuple[dict[str, float], list[Any], int]:
+    worker.start_evaluation(stage)
+    predictions, calls = [], 0
+    while True:
+        report = worker.evaluate(chunk)
+        calls += 1
+        predictions += report.predictions
+        if report.done:
+            break
+    end = worker.end_evaluation().metrics
+    worker.finish_in_place(False)
+    values = {name: reduce_partials(end.specs[name].reduce, [partial]) for name, partial in end.epoch.items()}
+    return values, predictions, calls
+
+
+LOADERS = [
+    torch.utils.data.DataLoader(torch.arange(10.0), batch_size=4),
+    torch.utils.data.DataLoader(torch.arange(3.0), batch_size=1),
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_chunks_do_not_matter(chunk):
+    values, _, calls = drive(start("validate", LOADERS), "validate", chunk)
+    assert values == {
+        "sum/dataloader_idx_0": 45.0,
+        "mean/dataloader_idx_0": 4.5,
+        "sum/dataloader_idx_1": 3.0,
+        "mean/dataloader_idx_1": 1.0,
+    }
+    assert calls <= 6 // chunk + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_predictions_say_where_they_belong(chunk):
+    _, predictions, _ = drive(start("predict", LOADERS), "predict", chunk)
+    assert [(loader, batch) for loader, batch, _ in predictions] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert all(output["where"] == (batch, loader) for loader, batch, output in predictions)
+    assert torch.equal(torch.cat([output["twice"] for loader, _, output in predictions if loader == 0]),
+                       2 * torch.arange(10.0))  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "lengths"), [(1.0, [3, 3]), (2, [2, 2]), (0.34, [1, 1]), (50, [3, 3])])
+def test_limits_are_per_loader(limit, lengths):
+    worker = start("validate", LOADERS, limit_val_batches=limit)
+    assert worker.start_evaluation("validate").batches == lengths
+    assert worker.evaluate(100).batches == sum(lengths)
+
+
+@pytest.mark.parametrize(("sanity", "batches"), [(2, 4), (1, 2), (-1, 6), (99, 6)])
+def test_sanity_check_takes_some_of_each_loader(sanity, batches):
+    worker = start("validate", LOADERS)
+    worker.start_evaluation("validate", sanity)
+    assert worker.run.view.sanity_checking
+    assert worker.evaluate(100).batches == batches
+    assert worker.end_evaluation().metrics.epoch.keys() >= set()
+    assert not worker.run.view.sanity_checking
+    # a real one afterwards starts from nothing
+    values, _, _ = drive(worker, "validate", 100)
+    assert values["sum/dataloader_idx_0"] == 45.0

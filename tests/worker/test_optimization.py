@@ -1,0 +1,102 @@
+"""Every form that `configure_optimizers` may return."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.worker.optimization import SchedulerConfig, parse_optimizers
+
+
+def _things() -> SimpleNamespace:
+    a, b = (SGD([torch.nn.Parameter(torch.zeros(1))], 0.1) for _ in "ab")
+    return SimpleNamespace(a=a, b=b, sa=StepLR(a, 1), sb=StepLR(b, 1), plateau=ReduceLROnPlateau(a))
+
+
+T = _things()
+
+
+def config(scheduler, **options):
+    return SchedulerConfig(scheduler, **options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "optimizers", "schedulers"),
+    [
+        (None, [], []),
+        (T.a, [T.a], []),
+        ([T.a], [T.a], []),
+        ([T.a, T.b], [T.a, T.b], []),
+        ((T.a, T.b), [T.a, T.b], []),
+        (([T.a], [T.sa]), [T.a], [config(T.sa)]),
+        (([T.a, T.b], []), [T.a, T.b], []),
+        ([[T.a, T.b], [T.sa, T.sb]], [T.a, T.b], [config(T.sa), config(T.sb)]),
+        (([T.a], [{"scheduler": T.sa, "interval": "step"}]), [T.a], [config(T.sa, interval="step")]),
+        (([T.a], T.sa), [T.a], [config(T.sa)]),
+        ({"optimizer": T.a}, [T.a], []),
+        ({"optimizer": T.a, "lr_scheduler": T.sa}, [T.a], [config(T.sa)]),
+        ({"optimizer": T.a, "lr_scheduler": None}, [T.a], []),
+        (
+            {"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "interval": "step", "frequency": 3, "name": "lr"}},
+            [T.a],
+            [config(T.sa, interval="step", frequency=3, name="lr")],
+        ),
+        (
+            {"optimizer": T.a, "lr_scheduler": {"scheduler": T.plateau, "monitor": "val_loss", "strict": False}},
+            [T.a],
+            [config(T.plateau, monitor="val_loss", strict=False, on_metric=True)],
+        ),
+        (
+            {"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "reduce_on_plateau": True, "monitor": "x"}},
+            [T.a],
+            [config(T.sa, monitor="x", on_metric=True)],
+        ),
+        (
+            [{"optimizer": T.a, "lr_scheduler": T.sa}, {"optimizer": T.b}],
+            [T.a, T.b],
+            [config(T.sa)],
+        ),
+        (({"optimizer": T.a, "lr_scheduler": T.sa}, {"optimizer": T.b, "lr_scheduler": T.sb}), [T.a, T.b],
+         [config(T.sa), config(T.sb)]),
+    ],
+)  # fmt: skip
+def test_forms(answer, optimizers, schedulers):
+    assert parse_optimizers(answer) == (optimizers, schedulers)
+
+
+class HandWritten:
+    """No LRScheduler, but steps and has a state."""
+
+    def step(self): ...
+    def state_dict(self): ...
+
+
+def test_any_object_that_steps_is_a_scheduler():
+    scheduler = HandWritten()
+    assert parse_optimizers(([T.a], [scheduler]))[1] == [SchedulerConfig(scheduler)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (3, r"returned 3: return an optimizer, a list"),
+        ("sgd", r"'sgd' as an optimizer|returned 'sgd'|returned 's'"),
+        ([T.a, T.sa], r"as an optimizer: return"),
+        ({"optimiser": T.a}, r"keys \['optimiser'\]: it needs 'optimizer'"),
+        ({"optimizer": T.a, "scheduler": T.sa}, r"keys \['optimizer', 'scheduler'\].*'lr_scheduler'"),
+        ({"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "intervall": "step"}}, r"\['intervall'\] are unknown"),
+        ({"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "interval": "batch"}}, r"interval='batch'.*\"step\""),
+        ({"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "frequency": 0}}, r"frequency=0.*at least 1"),
+        ({"optimizer": T.a, "lr_scheduler": {"interval": "step"}}, r"None.*step\(\) and state_dict"),
+        ({"optimizer": T.a, "lr_scheduler": T.plateau}, r"ReduceLROnPlateau steps with a metric.*monitor"),
+        (([T.a], [T.plateau]), r"monitor"),
+    ],
+)
+def test_refused(answer, message):
+    with pytest.raises(ConfigurationError, match=message):
+        parse_optimizers(answer)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.worker.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.BatchNorm1d(2)
+        self.register_buffer("table", torch.arange(3))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+
+
+TRUE = [("64-true", torch.float64), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRUE)
+def test_true_casts_parameters_and_floating_buffers(name, dtype):
+    net = Net()
+    Precision(name, CPU).convert_module(net)
+    found = {key: tensor.dtype for key, tensor in net.state_dict().items()}
+    whole = {"table": torch.int64, "mask": torch.bool, "layer.num_batches_tracked": torch.int64}
+    assert found == {key: whole.get(key, dtype) for key in found}
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRUE)
+def test_true_casts_inputs(name, dtype):
+    convert = Precision(name, CPU).convert_input
+    assert convert is not None
+    batch = convert({"x": torch.zeros(2), "y": torch.zeros(2, dtype=torch.long), "more": [torch.zeros(1), "text"]})
+    assert (batch["x"].dtype, batch["y"].dtype, batch["more"][0].dtype) == (dtype, torch.long, dtype)
+    assert batch["more"][1] == "text"
+
+
+@pytest.mark.parametrize("name", ["32-true", "bf16-mixed"])
+def test_others_leave_module_and_inputs_alone(name):
+    net, precision = Net(), Precision(name, CPU)
+    before = {key: tensor.dtype for key, tensor in net.state_dict().items()}
+    precision.convert_module(net)
+    assert {key: tensor.dtype for key, tensor in net.state_dict().items()} == before
+    assert precision.convert_input is None
+
+
+@pytest.mark.parametrize(
+    ("name", "product", "made", "plain"),
+    [
+        ("32-true", torch.float32, torch.float32, True),
+        ("bf16-mixed", torch.bfloat16, torch.float32, False),
+        ("64-true", torch.float32, torch.float64, False),
+    ],
+)
+def test_context(name, product, made, plain):
+    precision = Precision(name, CPU)
+    a = torch.ones(2, 2)
+    with precision.context():
+        assert (a @ a).dtype == product
+        assert torch.zeros(1).dtype == made
+    assert torch.zeros(1).dtype == torch.float32 and (a @ a).dtype == torch.float32
+    assert precision.plain is plain
+
+
+def test_context_is_left_after_an_error():
+    with pytest.raises(ZeroDivisionError), Precision("64-true", CPU).context():
+        _ = 1 / 0
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_fp16_scaling_needs_a_gpu():
+    with pytest.raises(ConfigurationError, match=r"16-mixed.*GPU.*bf16-mixed"):
+        Precision("16-mixed", CPU)
+
+
+def test_no_scaler_steps_plainly():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], 1.0)
+    precision = Precision("32-true", CPU)
+    loss = precision.scale(parameter.sum())
+    loss.backward()
+    precision.unscale(optimizer)
+    assert precision.step(optimizer) is True
+    assert parameter.item() == 0.0
+    assert precision.state_dict() == {}
