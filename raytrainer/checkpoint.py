@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT_VERSION",
     "checkpoint_exists",
+    "export_weights",
+    "find_checkpoints",
     "load_into",
     "read_checkpoint",
     "remove_checkpoint",
@@ -175,6 +177,20 @@ def checkpoint_exists(path: str | Path) -> bool:
     return bool(filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File)
 
 
+def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
+    """(time of writing in seconds, path) of every checkpoint in a directory tree."""
+    from pyarrow import fs
+
+    filesystem, directory = _locate(root)
+    scheme = str(root).split("://")[0] + "://" if "://" in str(root) else ""
+    entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
+    return [
+        (entry.mtime_ns / 1e9, scheme + entry.path.removesuffix("/meta.json"))
+        for entry in entries
+        if entry.base_name == "meta.json"
+    ]
+
+
 def remove_checkpoint(path: str | Path) -> None:
     """Delete a checkpoint, if it is there. Never deletes a directory that is not one."""
     if checkpoint_exists(path):
@@ -237,3 +253,21 @@ def _hyper_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
                 "ignore it in save_hyperparameters(ignore=[...]).", name, type(value).__name__,
             )  # fmt: skip
     return kept
+
+
+def export_weights(module: nn.Module, path: str | Path) -> None:
+    """Write the module's state dict alone: as safetensors if `path` ends in ".safetensors", else with torch.save.
+
+    Raises:
+        CheckpointError: The safetensors package is missing.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    if not str(path).endswith(".safetensors"):
+        torch.save(state, path)
+        return
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise CheckpointError(f"{path}: install the package safetensors to write this format.") from None
+    # the format refuses tensors that share memory, such as tied weights: each gets its own
+    save_file({name: tensor.clone() for name, tensor in state.items()}, str(path))

@@ -51,7 +51,8 @@ class HyperparametersMixin:
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyperparameters as they were when saved."""
-        return copy.deepcopy(self.__dict__.get("_hparams_initial", AttributeDict()))
+        saved: AttributeDict = self.__dict__.get("_hparams_initial", AttributeDict())
+        return copy.deepcopy(saved)
 
     def save_hyperparameters(
         self,

@@ -54,6 +54,7 @@ class MetricSpec:
     sync_dist: bool
     reduce: str  # "mean", "sum", "min", "max" or "custom"
     rank_zero_only: bool = False
+    loader: int | None = None  # the evaluation loader it belongs to, where there are several
 
     @property
     def step_name(self) -> str:
@@ -172,6 +173,7 @@ class EvaluationReport:
         done: All loaders are through.
         metrics: What was logged; epoch values only when done.
         predictions: For "predict": (loader, batch index in the whole loader, output) of this chunk.
+        by_loader: Batches done of each loader, when the evaluation has ended.
     """
 
     stage: str
@@ -180,6 +182,7 @@ class EvaluationReport:
     done: bool
     metrics: MetricReport
     predictions: list[tuple[int, int, Any]] = field(default_factory=list)
+    by_loader: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -149,7 +149,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
             on_step: Log each step's value. Default: True in training hooks of a batch, else False.
             on_epoch: Log the epoch's value, reduced over batches and over all workers. Default: the opposite of
                 `on_step`'s. With both, the names become `name_step` and `name_epoch`.
-            reduce_fx: "mean" (weighted by batch size), "sum", "min", "max", or a function of a 1-d tensor of all values.
+            reduce_fx: "mean" (weighted by batch size), "sum", "min", "max", or a function of a 1-d tensor of values.
             enable_graph: Accepted for compatibility; values are always detached.
             sync_dist: Average *step* values over workers; epoch values always are reduced over workers.
             sync_dist_group: Not supported: must be None.
@@ -374,6 +374,16 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         module.on_load_checkpoint(checkpoint)
         load_into(module, checkpoint["state_dict"], module.strict_loading if strict is None else strict)
         return module
+
+    def export_weights(self, path: str | Path) -> None:
+        """Write the weights alone, for use without raytrainer.
+
+        Args:
+            path: A file; ".safetensors" gives that format, anything else a state dict for `torch.load`.
+        """
+        from raytrainer.checkpoint import export_weights
+
+        export_weights(self, path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add plain values and tensors of your own to a checkpoint. Runs on rank 0."""

@@ -19,7 +19,7 @@ from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import attached, ensure_ray
+from raytrainer.driver.cluster import attached, ensure_ray, free_resources
 from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.group import LocalGroup, WorkerGroup
 from raytrainer.driver.home import bring_home
@@ -51,9 +51,11 @@ class Trainer:
     Args:
         strategy: "auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process),
             "ddp", "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp").
-        num_nodes: Nodes to train on.
-        num_processes: CPU workers on each node [1].
-        gpus: GPUs on each node; None or 0 for CPU.
+        num_nodes: Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be
+            had again within `placement_timeout`, it goes on with fewer, and grows again at the next epoch when it can.
+        num_processes: CPU workers on each node [1]; or a pair, as for `num_nodes`.
+        gpus: GPUs on each node; None or 0 for CPU; "2-4" is elastic.
+        placement_timeout: Seconds to wait until the cluster has what is asked for.
         address: A Ray cluster to attach to; None: the Ray that is initialised, else RAY_ADDRESS, else one is started.
         max_epochs: Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit.
         min_epochs: Epochs before a requested stop is honoured.
@@ -102,9 +104,10 @@ class Trainer:
         self,
         *,
         strategy: str = "auto",
-        num_nodes: int = 1,
-        num_processes: int | None = None,
+        num_nodes: int | tuple[int, int] = 1,
+        num_processes: int | tuple[int, int] | None = None,
         gpus: int | str | Sequence[int] | None = None,
+        placement_timeout: float = 60.0,
         address: str | None = None,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
@@ -159,7 +162,7 @@ class Trainer:
             cluster_attached=attached(address),
         )  # fmt: skip
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
-        self._address, self._idle_timeout = address, idle_timeout
+        self._address, self._idle_timeout, self._placement_timeout = address, idle_timeout, placement_timeout
         self._loggers = self._make_loggers(logger)
         extras: list[Callback] = []
         if enable_progress_bar:
@@ -205,7 +208,8 @@ class Trainer:
             train_dataloaders: A training loader, or a DataModule.
             val_dataloaders: One validation loader or a list of them.
             datamodule: Where loaders come from that are not given here.
-            ckpt_path: A checkpoint to go on from.
+            ckpt_path: A checkpoint to go on from: its path or URI; "last": the newest that this trainer's
+                `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best".
 
         Raises:
             Exception: Whatever user code raised; from a worker, with a `WorkerError` as its cause.
@@ -220,8 +224,8 @@ class Trainer:
             raise ConfigurationError(
                 "fit needs training data: pass a loader or DataModule, or write train_dataloader()."
             )
-        checkpoint = self._read(ckpt_path)
         task = self._begin("fit", module, datamodule, loaders)
+        checkpoint = self._read(ckpt_path)
         with self._running(task) as coordinator:
             if checkpoint is not None:
                 self._resume(checkpoint, coordinator)
@@ -356,7 +360,14 @@ class Trainer:
         marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
         try:
             with Interrupt() as interrupt:
-                host = Hosted(self._emit, self._log_rows, self._callback_states, self._restore_callbacks, self._group)
+                host = Hosted(
+                    self._emit,
+                    self._log_rows,
+                    self._callback_states,
+                    self._restore_callbacks,
+                    self._group,
+                    self._can_grow,
+                )
                 self._coordinator = coordinator = Coordinator(task, group, state, host, interrupt, marks)
                 log.info("%s on %s", task.stage, group.describe())
                 self._log_hyperparameters(task)
@@ -388,13 +399,18 @@ class Trainer:
         if settings.strategy == "local":
             return LocalGroup()
         ensure_ray(self._address, settings.world_size)
-        return pool.take(self._request())
+        return pool.take(self._requests(), self._placement_timeout)
 
-    def _request(self) -> Request:
+    def _requests(self) -> list[Request]:
+        """The resources that would do, best first."""
         from raytrainer.driver.ray_group import Request
 
+        return [Request(nodes, workers, self._settings.on_gpu) for nodes, workers in self._settings.sizes]
+
+    def _can_grow(self, group: WorkerGroup) -> bool:
         settings = self._settings
-        return Request(settings.num_nodes, settings.workers_per_node, settings.on_gpu)
+        larger = [nodes * workers for nodes, workers in settings.sizes if nodes * workers > group.size]
+        return bool(larger) and free_resources("GPU" if settings.on_gpu else "CPU") >= min(larger) - group.size
 
     def _emit(self, hook: str, *args: Any) -> None:
         """Call a hook of the driver's callbacks; those that save run last."""
@@ -490,20 +506,34 @@ class Trainer:
     def _read(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         if ckpt_path is None:
             return None
-        path = os.fspath(ckpt_path)
-        if path in ("best", "last"):
-            path = self._named_checkpoint(path)
+        path: str | None = os.fspath(ckpt_path)
+        if path == "best":
+            path = next((c.best_model_path for c in self._checkpoint_callbacks if c.best_model_path), None)
+            if path is None:
+                raise CheckpointError('ckpt_path="best": no ModelCheckpoint of this trainer has one; give its path.')
+        elif path == "last":
+            path = self._newest_checkpoint()
+            if path is None:
+                log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
+                return None
+        assert path is not None
         checkpoint = checkpoints.read_checkpoint(path)
         checkpoint["path"] = path
         return checkpoint
 
-    def _named_checkpoint(self, name: str) -> str:
-        for callback in self._callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                found = callback.best_model_path if name == "best" else callback.last_model_path
-                if found:
-                    return found
-        raise CheckpointError(f'ckpt_path="{name}": no ModelCheckpoint of this trainer has written one; give its path.')
+    @property
+    def _checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        return [c for c in self._callbacks if isinstance(c, ModelCheckpoint)]
+
+    def _newest_checkpoint(self) -> str | None:
+        """The newest checkpoint where this trainer's callbacks write, or would have written in an earlier process."""
+        places = {c.dirpath for c in self._checkpoint_callbacks if c.dirpath is not None}
+        if any(c.dirpath is None for c in self._checkpoint_callbacks):
+            # each process has a log directory of its own, side by side
+            roots = [logger.root_dir for logger in self._loggers if logger.root_dir]
+            places.add(roots[0] if roots else f"{self.default_root_dir}/checkpoints")
+        found = [item for place in places for item in checkpoints.find_checkpoints(place)]
+        return max(found)[1] if found else None
 
     def _resume(self, checkpoint: dict[str, Any], coordinator: Coordinator) -> None:
         """Take up the counters and callbacks of a checkpoint; workers take up the rest."""

@@ -75,7 +75,7 @@ class Callback(_Stateful):
         """Before an epoch's first batch."""
 
     def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
-        """After an epoch, its validation, and the module's own hook; epoch metrics are in `trainer.callback_metrics`."""
+        """After an epoch, its validation and the module's own hook; `trainer.callback_metrics` has its metrics."""
 
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
         """After each chunk of training batches (at most about a second of work)."""

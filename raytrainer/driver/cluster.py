@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["attached", "ensure_ray", "resources_text"]
+__all__ = ["attached", "ensure_ray", "free_resources", "resources_text"]
 
 log = logging.getLogger("raytrainer")
 
@@ -34,7 +34,15 @@ def ensure_ray(address: str | None, workers: int) -> None:
     log.info("Starting Ray on this machine, with %d CPUs.", cpus)
     # without FutureWarning about accelerator variables, which concerns tasks without GPUs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+
+
+def free_resources(name: str) -> float:
+    """How much of "CPU" or "GPU" nobody in the cluster holds."""
+    import ray
+
+    return float(ray.available_resources().get(name, 0.0))
 
 
 def resources_text() -> str:

@@ -55,7 +55,10 @@ class Host(Protocol):
         """Put them back."""
 
     def regroup(self) -> WorkerGroup:
-        """New workers, in place of lost ones."""
+        """New workers, in place of the group's."""
+
+    def can_grow(self, group: WorkerGroup) -> bool:
+        """Whether an elastic run could have more workers than `group` has."""
 
 
 @dataclass
@@ -67,6 +70,11 @@ class Hosted:
     callback_states: Callable[[], dict[str, Any]]
     restore_callbacks: Callable[[dict[str, Any]], None]
     regroup: Callable[[], WorkerGroup]
+    can_grow: Callable[[WorkerGroup], bool]
+
+
+class _MoreWorkers(Exception):
+    """An elastic run can have more workers now."""
 
 
 class Coordinator:
@@ -114,6 +122,8 @@ class Coordinator:
                 return self._attempt(resumed)
             except WorkerLostError as error:
                 resumed = self._recover(error, checkpoint)
+            except _MoreWorkers:
+                resumed = self._grow()
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)
@@ -124,6 +134,8 @@ class Coordinator:
                 self._sanity_check()
             self._start_training()
             while not self._done():
+                if self.state.progress.total_batches and self.host.can_grow(self.group):
+                    raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
             self.group.call("end_training")
@@ -272,13 +284,11 @@ class Coordinator:
         self.host.emit(f"on_{name}_start")
         self.host.emit(f"on_{name}_epoch_start")
         predictions: list[Any] = []
-        had_batches = [False] * self.group.size
         chunk, before, finished = 1, 0, False
         while not finished and not self.interrupt.requested:
             reports: list[EvaluationReport] = self.group.call("evaluate", chunk)
             finished = all(report.done for report in reports)
-            for rank, report in enumerate(reports):
-                had_batches[rank] |= report.batches > 0
+            for report in reports:
                 predictions += report.predictions
             if sanity is None:
                 self._log_steps(stage, [report.metrics for report in reports])
@@ -291,7 +301,8 @@ class Coordinator:
         ends = self.group.call("end_evaluation")
         values = {}
         if sanity is None:
-            values = state.board.epoch_values([end.metrics for end in ends], f"on_{name}_epoch_end", had_batches)
+            batches = [end.by_loader for end in ends]
+            values = state.board.epoch_values([end.metrics for end in ends], f"on_{name}_epoch_end", batches)
             self._log_epoch(stage, values)
         self.host.emit(f"on_{name}_epoch_end")
         self.host.emit(f"on_{name}_end")
@@ -375,6 +386,15 @@ class Coordinator:
         recovery = Recovery(str(error), lost_at.step, state.progress.step, replayed, seconds, self.group.size)
         state.recoveries.append(recovery)
         log.warning("Recovered. %s", recovery)
+        return checkpoint
+
+    def _grow(self) -> dict[str, Any]:
+        """Go on with a larger group, from right here."""
+        checkpoint = self.capture().resolve()
+        before = self.group.size
+        self.group.abort()
+        self.group = self.host.regroup()
+        log.info("Epoch %d begins with %d workers instead of %d.", self.state.progress.epoch, self.group.size, before)
         return checkpoint
 
     # ---------------------------------------------------------------- end

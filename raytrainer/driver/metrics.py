@@ -45,16 +45,16 @@ class MetricBoard:
         return rows
 
     def epoch_values(
-        self, reports: Sequence[MetricReport], what: str, had_batches: Sequence[bool] | None = None
+        self, reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None
     ) -> dict[str, float]:
         """Take up the epoch's values, reduced over workers; return those for the loggers.
 
-        Workers without a batch (`had_batches`) need not have logged what the others did.
+        Workers without a batch of a loader (`batches`, by worker and loader) need not have logged what others did.
 
         Raises:
             MetricError: Workers that had batches logged different names; says which worker lacks which.
         """
-        _check_names([r for i, r in enumerate(reports) if had_batches is None or had_batches[i]], what)
+        _check_names(reports, what, batches)
         specs: dict[str, MetricSpec] = {}
         for report in reports:
             for name in report.epoch:
@@ -108,15 +108,19 @@ def reduce_partials(reduce: str, partials: Sequence[Partial]) -> float:
     return sum(totals) / weight if weight else float("nan")
 
 
-def _check_names(reports: Sequence[MetricReport], what: str) -> None:
-    """Every worker must have logged the same names, but for those that only rank 0 logs."""
-    names = [{n for n in report.epoch if not report.specs[n].rank_zero_only} for report in reports]
-    everywhere = set().union(*names)
-    details = [
-        f"rank {rank} did not log {', '.join(repr(name) for name in sorted(everywhere - logged))}"
-        for rank, logged in enumerate(names)
-        if logged != everywhere
-    ]
+def _check_names(reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None) -> None:
+    """Every worker must have logged the same names, but for those of rank 0 alone and of loaders it had no batch of."""
+    specs = {n: report.specs[n] for report in reports for n in report.epoch if not report.specs[n].rank_zero_only}
+    details = []
+    for rank, report in enumerate(reports):
+        own = batches[rank] if batches is not None else [1]
+        missing = [
+            repr(name)
+            for name, spec in sorted(specs.items())
+            if name not in report.epoch and any(own) and (spec.loader is None or own[spec.loader])
+        ]
+        if missing:
+            details.append(f"rank {rank} did not log {', '.join(missing)}")
     if details:
         raise MetricError(
             f"workers logged different names in {what}: {'; '.join(details)}. Log the same names on every rank, or "

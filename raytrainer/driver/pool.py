@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from raytrainer.errors import ResourceError
 
 if TYPE_CHECKING:
     from raytrainer.driver.ray_group import RayGroup, Request
 
 __all__ = ["close_idle", "put_back", "set_idle_timeout", "take"]
+
+log = logging.getLogger("raytrainer")
 
 _lock = threading.RLock()
 _idle: dict[Request, list[tuple[RayGroup, threading.Timer | None]]] = {}
@@ -22,23 +28,43 @@ def set_idle_timeout(seconds: float) -> None:
     _timeout = seconds
 
 
-def take(request: Request) -> RayGroup:
-    """An idle group with these resources, or a new one."""
+def take(requests: Sequence[Request], timeout: float = 60.0) -> RayGroup:
+    """An idle group with the first of these resources, or a new one with the first that can be had.
+
+    Args:
+        requests: What would do, best first.
+        timeout: Seconds to wait for the best; later ones get a few seconds each.
+
+    Raises:
+        ResourceError: None can be had.
+    """
     from raytrainer.driver.ray_group import RayGroup
 
+    group = _take_idle(requests[0])
+    if group is not None:
+        return group
+    # what idles may hold the very resources that are asked for
+    close_idle()
+    for request in requests[:-1]:
+        try:
+            return RayGroup(request, timeout)
+        except ResourceError as error:
+            log.warning("%s Trying with less.", error)
+            timeout = min(timeout, 3.0)
+    return RayGroup(requests[-1], timeout)
+
+
+def _take_idle(request: Request) -> RayGroup | None:
     while True:
         with _lock:
             groups = _idle.get(request, [])
             if not groups:
-                break
+                return None
             group, timer = groups.pop()
         if timer is not None:
             timer.cancel()
         if group.usable:
             return group
-    # what idles may hold the very resources that are asked for
-    close_idle()
-    return RayGroup(request)
 
 
 def put_back(group: RayGroup) -> None:

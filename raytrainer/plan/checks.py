@@ -9,7 +9,18 @@ from typing import Any
 
 from raytrainer.errors import ConfigurationError
 
-__all__ = ["boolean", "choice", "count", "duration", "fraction_or_count", "gpus", "number", "precision"]
+__all__ = [
+    "boolean",
+    "choice",
+    "count",
+    "duration",
+    "fraction_or_count",
+    "gpu_span",
+    "gpus",
+    "number",
+    "precision",
+    "span",
+]
 
 _PRECISIONS = {
     "32": "32-true",
@@ -143,3 +154,22 @@ def gpus(value: Any) -> int | tuple[int, ...]:
             raise ConfigurationError(f"gpus={value!r}: an index is given twice; {advice}")
         return tuple(sorted(chosen)) if chosen else 0
     raise ConfigurationError(f"gpus={value!r}: {advice}")
+
+
+def span(name: str, value: Any) -> tuple[int, int]:
+    """(fewest, most): an int is both; a pair lets an elastic run have any number between them."""
+    pair = (value, value) if _is_int(value) else value
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_int(n) for n in pair) and 1 <= pair[0] <= pair[1]:
+        return pair[0], pair[1]
+    raise ConfigurationError(
+        f"{name}={value!r}: give an integer of at least 1, or a pair (fewest, most) for an elastic run."
+    )
+
+
+def gpu_span(value: Any) -> tuple[int, int | tuple[int, ...]]:
+    """(fewest, GPUs): as `gpus`, and "2-4" for an elastic run with two to four GPUs a node. 0: not elastic."""
+    if isinstance(value, str) and value.count("-") == 1 and not value.startswith("-"):
+        first, _, last = value.partition("-")
+        if first.strip().isdigit() and last.strip().isdigit():
+            return span("gpus", (int(first), int(last)))
+    return 0, gpus(value)

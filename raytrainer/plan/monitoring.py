@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["Moment", "MonitorMoment"]
 
 
-class Moment(str, Enum):
+class Moment(StrEnum):
     """After each validation, or after each training epoch."""
 
     VALIDATION = "validation"

@@ -58,6 +58,8 @@ class Settings:
     num_nodes: int = 1
     num_processes: int = 1
     gpus: int | tuple[int, ...] = 0
+    fewest_nodes: int = 1  # an elastic run goes on with as few nodes and workers per node as these
+    fewest_per_node: int = 1
     log_every_n_steps: int = 50
     # failures
     max_failures: int = 3
@@ -77,6 +79,16 @@ class Settings:
     @property
     def world_size(self) -> int:
         return 1 if self.strategy == "local" else self.num_nodes * self.workers_per_node
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(nodes, workers per node) that the run may have, largest first; one, unless it is elastic."""
+        sizes = [
+            (nodes, workers)
+            for nodes in range(self.fewest_nodes, self.num_nodes + 1)
+            for workers in range(min(self.fewest_per_node, self.workers_per_node), self.workers_per_node + 1)
+        ]
+        return sorted(sizes, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
 
     def limit(self, stage: str) -> int | float:
         """The limit on batches of "train", "val", "test" or "predict"."""
@@ -112,8 +124,8 @@ def build_settings(
     inference_mode: bool = True,
     seed: int | None = None,
     strategy: str = "auto",
-    num_nodes: int = 1,
-    num_processes: int | None = None,
+    num_nodes: int | tuple[int, int] = 1,
+    num_processes: int | tuple[int, int] | None = None,
     gpus: Any = None,
     log_every_n_steps: int | None = 50,
     max_failures: int = 3,
@@ -251,12 +263,16 @@ def _snapshot_every(value: Any) -> int | float | str | None:
 
 
 def _placement(
-    strategy: str, num_nodes: int, num_processes: int | None, gpus: Any, cluster_attached: bool
+    strategy: str,
+    num_nodes: int | tuple[int, int],
+    num_processes: int | tuple[int, int] | None,
+    gpus: Any,
+    cluster_attached: bool,
 ) -> dict[str, Any]:
     checks.choice("strategy", strategy, STRATEGIES)
-    nodes = checks.count("num_nodes", num_nodes, least=1)
-    processes = checks.count("num_processes", num_processes, least=1, none=True)
-    chosen = checks.gpus(gpus)
+    fewest_nodes, nodes = checks.span("num_nodes", num_nodes)
+    fewest_processes, processes = (None, None) if num_processes is None else checks.span("num_processes", num_processes)
+    fewest_gpus, chosen = checks.gpu_span(gpus)
     if chosen and processes is not None:
         raise ConfigurationError(
             f"gpus={gpus!r} with num_processes={processes}: with GPUs there is one worker per GPU; drop num_processes."
@@ -280,6 +296,8 @@ def _placement(
         "num_nodes": nodes,
         "num_processes": processes,
         "gpus": chosen,
+        "fewest_nodes": fewest_nodes,
+        "fewest_per_node": fewest_gpus or fewest_processes or count,
     }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["StopReason", "StoppingRules", "StoppingState", "Verdict", "is_better", "judge", "worst_score"]
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why training was asked to end; `NONE` while it goes on."""
 
     NONE = "none"

@@ -56,6 +56,7 @@ class EvaluationLoop:
         self.loader = 0
         self.batch = 0
         self.done = 0
+        self.by_loader = [0] * len(self.feeds)
         self._iterator: Iterator[Any] | None = None
         self._rng = capture_rng() if sanity is not None else None
         self._outer_running = self.view.running
@@ -95,6 +96,7 @@ class EvaluationLoop:
                     predictions.append((self.loader, self.batch * share.count + share.index, to_cpu(output)))
                 self.batch += 1
                 self.done += 1
+                self.by_loader[self.loader] += 1
                 left -= 1
         finished = self.loader >= len(self.feeds)
         self.metrics.batch = None
@@ -157,7 +159,7 @@ class EvaluationLoop:
         self.view.running = self._outer_running
         if self._rng is not None:
             restore_rng(self._rng)
-        return EvaluationReport(self.stage, self.done, 0.0, True, report)
+        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
 
 
 def to_cpu(value: Any) -> Any:

@@ -209,7 +209,9 @@ class MetricStore:
         full = name
         if add_dataloader_idx and self.loader_idx is not None:
             full = f"{name}/dataloader_idx_{self.loader_idx}"
-        spec = MetricSpec(full, step, epoch, prog_bar, logger is not False, sync_dist, reduction, rank_zero_only)
+        spec = MetricSpec(
+            full, step, epoch, prog_bar, logger is not False, sync_dist, reduction, rank_zero_only, self.loader_idx
+        )
         slot = _Slot(spec, arguments, reduce_fx if reduction == "custom" else None)
         restored = self._slots.get((hook, name, self.loader_idx))
         if restored is not None:

@@ -191,8 +191,7 @@ def test_max_time(seconds, done):
 
 
 def test_next_epoch_moves_the_cursor_only():
-    progress = Progress(epoch=2, batch=10, total_batches=30, step=15, seconds=1.5, epoch_ended=True, epoch_closed=True,
-                        validated_at=30)  # fmt: skip
+    progress = Progress(epoch=2, batch=10, total_batches=30, step=15, seconds=1.5, epoch_ended=True, validated_at=30)
     assert progress.completed == 3
     progress.next_epoch()
     assert progress == Progress(epoch=3, total_batches=30, step=15, seconds=1.5, validated_at=30)
