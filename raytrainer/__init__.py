@@ -7,6 +7,7 @@ import sys
 
 from raytrainer.callbacks import (
     Callback,
+    DeviceStatsMonitor,
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -14,6 +15,7 @@ from raytrainer.callbacks import (
     ProgressBar,
     WorkerCallback,
 )
+from raytrainer.data.dataset import RayDataset
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import (
     CheckpointError,
@@ -28,17 +30,22 @@ from raytrainer.errors import (
 )
 from raytrainer.loggers import CSVLogger, Logger, TensorBoardLogger
 from raytrainer.module import Module
+from raytrainer.plan.strategies import DDP, DDP2, DP
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
 from raytrainer.version import __version__
 
 __all__ = [
+    "DDP",
+    "DDP2",
+    "DP",
     "CSVLogger",
     "Callback",
     "CheckpointError",
     "ConfigurationError",
     "DataError",
     "DataModule",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "LearningRateMonitor",
     "Logger",
@@ -47,6 +54,7 @@ __all__ = [
     "ModelSummary",
     "Module",
     "ProgressBar",
+    "RayDataset",
     "RaytrainerError",
     "ResourceError",
     "SerializationError",

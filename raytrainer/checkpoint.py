@@ -159,7 +159,7 @@ def _read_meta(filesystem: FileSystem, directory: str, shown: str) -> dict[str, 
         raise CheckpointError(f"{shown}: no checkpoint there (a checkpoint is a directory with a meta.json).") from None
     except (ValueError, UnicodeDecodeError):
         raise CheckpointError(f"{shown}: its meta.json is damaged; use another checkpoint.") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or "/" in str(meta.get("state", "/")):
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not _is_whole(meta):
         raise CheckpointError(f"{shown}: this is not a checkpoint of raytrainer.")
     if meta["version"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -167,6 +167,12 @@ def _read_meta(filesystem: FileSystem, directory: str, shown: str) -> dict[str, 
             f"written by {meta.get('versions')}. Upgrade raytrainer."
         )
     return meta
+
+
+def _is_whole(meta: Mapping[str, Any]) -> bool:
+    state = meta.get("state")
+    named = isinstance(state, str) and state.startswith("state-") and "/" not in state
+    return named and isinstance(meta.get("version"), int) and isinstance(meta.get("bytes"), int)
 
 
 def checkpoint_exists(path: str | Path) -> bool:
@@ -220,8 +226,14 @@ def _portable(value: Any, where: str) -> Any:
     Raises:
         CheckpointError: There is no such form; `where` names it.
     """
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+    if value is None or isinstance(value, (bool, torch.dtype, torch.device)):
         return value
+    exact: tuple[Any, ...] = (int, float, complex, bytes)
+    for kind in exact:
+        if isinstance(value, kind):  # NumPy's float64 is a float, and an IntEnum's member an int: store what they are
+            return value if type(value) is kind else kind(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, nn.Parameter):
         return value.detach()
     if isinstance(value, Tensor):

@@ -52,7 +52,7 @@ class HyperparametersMixin:
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyperparameters as they were when saved."""
         saved: AttributeDict = self.__dict__.get("_hparams_initial", AttributeDict())
-        return copy.deepcopy(saved)
+        return AttributeDict(_copy(saved))
 
     def save_hyperparameters(
         self,

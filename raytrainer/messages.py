@@ -38,8 +38,14 @@ class Task:
     loaders: dict[str, Any] = field(default_factory=dict)  # handed straight to fit(...): by "train", "val", ...
     seed: int = 0  # of shuffling and loader processes; drawn by the driver where the user gave none
     reseed: bool = True  # whether workers seed their own generators from it
+    resuming: bool = False  # whether a checkpoint is restored right after `setup`, before there are optimizers
     default_root_dir: str = "."
     ask_predictions: bool = True  # whether predictions are sent to the driver
+    datasets: dict[str, list[Any]] = field(default_factory=dict)  # Ray Datasets made ready: by "train", "val", ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        # datasets travel beside the task: Ray must see the references to blocks in them
+        return {**self.__dict__, "datasets": {}}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class MetricSpec:
     reduce: str  # "mean", "sum", "min", "max" or "custom"
     rank_zero_only: bool = False
     loader: int | None = None  # the evaluation loader it belongs to, where there are several
+    once_per_node: bool = False  # all workers of a node log the same value: the first one's counts
 
     @property
     def step_name(self) -> str:
@@ -96,6 +103,8 @@ class MetricReport:
     rows: list[StepRow] = field(default_factory=list)
     step: dict[str, float] = field(default_factory=dict)
     epoch: dict[str, Partial] = field(default_factory=dict)
+    samples: list[StepRow] = field(default_factory=list)  # of this worker alone
+    idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
 
 
 @dataclass
@@ -107,12 +116,14 @@ class SetupReport:
         plateau_steps: Every so many optimizer steps, a scheduler waits for a metric.
         plateau_epochs: Whether a scheduler waits for a metric at the end of epochs.
         has_validation: Whether there is something to validate with.
+        parts: Batches that the group reads at the same time: one per worker, per node (ddp2), or in all (dp).
     """
 
     rank: int
     plateau_steps: tuple[int, ...] = ()
     plateau_epochs: bool = False
     has_validation: bool = False
+    parts: int = 1
 
 
 @dataclass
@@ -143,6 +154,7 @@ class TrainReport:
         stop: The module or a worker callback asked the run to stop.
         data_seconds: Share of `seconds` spent waiting for the loader.
         metrics: What was logged.
+        skipped_steps: Steps in the whole run so far that were left out for infinite gradients.
     """
 
     batches: int
@@ -153,6 +165,7 @@ class TrainReport:
     stop: bool
     data_seconds: float
     metrics: MetricReport
+    skipped_steps: int = 0
 
 
 @dataclass

@@ -47,8 +47,8 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         self.__dict__["_device"] = torch.device("cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        # the view belongs to one process
-        return {**self.__dict__, "_view": None}
+        # the view and compiled code belong to one process
+        return {k: v for k, v in self.__dict__.items() if k != "_compiled_call_impl"} | {"_view": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result: Self = super()._apply(fn, recurse)
@@ -245,6 +245,9 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
             return
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ConfigurationError(f'gradient_clip_algorithm={gradient_clip_algorithm!r}: give "norm" or "value".')
+        view = self.__dict__.get("_view")
+        if view is not None:
+            view.unscale(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -255,7 +258,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizer, or the list of them if there are several. The argument is accepted for compatibility."""
-        optimizers = self.trainer.optimizers
+        optimizers = self.trainer.given_optimizers or self.trainer.optimizers
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def lr_schedulers(self) -> Any:
@@ -373,7 +376,8 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         load_into(module, checkpoint["state_dict"], module.strict_loading if strict is None else strict)
-        return module
+        device = next((value.device for value in checkpoint["state_dict"].values() if isinstance(value, Tensor)), None)
+        return module if device is None else module.to(device)
 
     def export_weights(self, path: str | Path) -> None:
         """Write the weights alone, for use without raytrainer.

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,21 +22,25 @@ from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import attached, ensure_ray, free_resources
 from raytrainer.driver.coordinator import Coordinator, Hosted
-from raytrainer.driver.group import LocalGroup, WorkerGroup
+from raytrainer.driver.datasets import has_dataset, prepare_datasets, release_datasets
+from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.state import RunState, TrainerState
 from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.gpu.memory import open_nvml
+from raytrainer.gpu.select import count_all
 from raytrainer.loggers import CSVLogger, Logger
 from raytrainer.messages import Task
 from raytrainer.module import Module
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.settings import Settings, build_settings
+from raytrainer.plan.strategies import DDP
 from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
 
 if TYPE_CHECKING:
-    from raytrainer.driver.ray_group import Request
+    from raytrainer.driver.placement import Request
 
 __all__ = ["Trainer"]
 
@@ -50,11 +55,19 @@ class Trainer:
 
     Args:
         strategy: "auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process),
-            "ddp", "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp").
+            "ddp" (one batch per worker), "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp"), "ddp2" (one batch
+            per node, split over its workers), "dp" (one batch for the job, split over the workers of one node); or a
+            `DDP`, `DDP2` or `DP` object, which has settings.
         num_nodes: Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be
             had again within `placement_timeout`, it goes on with fewer, and grows again at the next epoch when it can.
         num_processes: CPU workers on each node [1]; or a pair, as for `num_nodes`.
-        gpus: GPUs on each node; None or 0 for CPU; "2-4" is elastic.
+        gpus: GPUs on each node: a number, -1 for all, None or 0 for CPU; or which ones: [0, 2] or "0,2", in PCI bus
+            order (as `nvidia-smi` counts), the same on every node; "2-4" is elastic. One GPU without a cluster is used
+            by the driver's own process.
+        auto_select_gpus: Of each node's GPUs, use those that NVML shows free (no process, next to no memory), least
+            loaded first; `gpus` is then a number.
+        log_gpu_memory: On logging steps, log the memory in use (MiB, by NVML) of every GPU of the job: "all": each, as
+            "gpu_memory/node0-gpu1"; "min_max": "gpu_memory/min" and "gpu_memory/max"; None: do not.
         placement_timeout: Seconds to wait until the cluster has what is asked for.
         address: A Ray cluster to attach to; None: the Ray that is initialised, else RAY_ADDRESS, else one is started.
         max_epochs: Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit.
@@ -77,6 +90,11 @@ class Trainer:
         precision: 32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed", "16-true", "bf16-true".
         deterministic: True: only deterministic algorithms; "warn": where they exist.
         benchmark: Let cuDNN pick the fastest kernels, which pays off when input sizes stay the same.
+        float32_matmul_precision: "highest", "high" or "medium": how exactly float32 matrices are multiplied on GPUs;
+            "high" uses TF32. None: as torch is set.
+        compile: True, or a dict of options of `torch.compile`: compile the module's `forward` and its direct children,
+            in place, for the run. Names in state dicts stay as they are.
+        sync_batchnorm: Normalise by the samples of all workers (`torch.nn.SyncBatchNorm`); on GPUs only.
         seed: Seeds generators, shuffling and loader processes in all workers [that of `seed_everything`, if called].
         detect_anomaly: Find the operation that produced a NaN in the backward pass; slow.
         inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
@@ -103,10 +121,12 @@ class Trainer:
     def __init__(
         self,
         *,
-        strategy: str = "auto",
+        strategy: str | DDP = "auto",
         num_nodes: int | tuple[int, int] = 1,
         num_processes: int | tuple[int, int] | None = None,
         gpus: int | str | Sequence[int] | None = None,
+        auto_select_gpus: bool = False,
+        log_gpu_memory: str | None = None,
         placement_timeout: float = 60.0,
         address: str | None = None,
         max_epochs: int | None = None,
@@ -129,6 +149,9 @@ class Trainer:
         precision: int | str = 32,
         deterministic: bool | str = False,
         benchmark: bool | None = None,
+        float32_matmul_precision: str | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        sync_batchnorm: bool = False,
         seed: int | None = None,
         detect_anomaly: bool = False,
         inference_mode: bool = True,
@@ -146,6 +169,9 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] | None = None,
         idle_timeout: float = 300.0,
     ) -> None:
+        on_cluster = attached(address)
+        if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
+            gpus = count_all(open_nvml())
         self._settings = build_settings(
             strategy=strategy, num_nodes=num_nodes, num_processes=num_processes, gpus=gpus,
             max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, max_time=max_time,
@@ -155,13 +181,15 @@ class Trainer:
             limit_predict_batches=limit_predict_batches, overfit_batches=overfit_batches, fast_dev_run=fast_dev_run,
             gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm,
             accumulate_grad_batches=accumulate_grad_batches, precision=precision, deterministic=deterministic,
-            benchmark=benchmark, seed=last_seed() if seed is None else seed, detect_anomaly=detect_anomaly,
+            benchmark=benchmark, float32_matmul_precision=float32_matmul_precision, compile=compile,
+            sync_batchnorm=sync_batchnorm, seed=last_seed() if seed is None else seed, detect_anomaly=detect_anomaly,
             inference_mode=inference_mode, use_distributed_sampler=use_distributed_sampler,
             reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs, log_every_n_steps=log_every_n_steps,
             max_failures=max_failures, snapshot_every=snapshot_every, hang_timeout=hang_timeout,
-            cluster_attached=attached(address),
+            cluster_attached=on_cluster, auto_select_gpus=auto_select_gpus, log_gpu_memory=log_gpu_memory,
         )  # fmt: skip
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
+        self._every_gpu = self._settings.gpus == -1
         self._address, self._idle_timeout, self._placement_timeout = address, idle_timeout, placement_timeout
         self._loggers = self._make_loggers(logger)
         extras: list[Callback] = []
@@ -205,8 +233,8 @@ class Trainer:
 
         Args:
             model: The module.
-            train_dataloaders: A training loader, or a DataModule.
-            val_dataloaders: One validation loader or a list of them.
+            train_dataloaders: A training loader, a `RayDataset` (or `ray.data.Dataset`), or a DataModule.
+            val_dataloaders: One validation loader or `RayDataset`, or a list of them.
             datamodule: Where loaders come from that are not given here.
             ckpt_path: A checkpoint to go on from: its path or URI; "last": the newest that this trainer's
                 `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best".
@@ -232,6 +260,7 @@ class Trainer:
             report = coordinator.fit(checkpoint)
             bring_home(module, datamodule, report, coordinator.group)
             self._emit("on_fit_end")
+        self._say_end()
 
     def validate(
         self,
@@ -329,6 +358,8 @@ class Trainer:
 
     def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
         """A fresh state and the task of a run."""
+        if self._every_gpu:
+            self._count_gpus()
         self._module, self._datamodule = module, datamodule
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
@@ -350,11 +381,20 @@ class Trainer:
             default_root_dir=self.default_root_dir,
         )
 
+    def _count_gpus(self) -> None:
+        """What gpus=-1 means on the cluster as it is now."""
+        ensure_ray(self._address, 1)
+        from raytrainer.driver.reserve import all_gpus
+
+        count = all_gpus(self._settings.num_nodes)
+        self._settings = replace(self._settings, gpus=count, fewest_per_node=count)
+
     @contextmanager
     def _running(self, task: Task) -> Iterator[Coordinator]:
         """A group, the interrupt handler, and the orderly end of a run, however it ends."""
         state, status = self._state, "failed"
         self._coordinator = coordinator = None
+        prepare_datasets(task, self._settings, self._address)
         group = self._group()
         driver_callbacks = [c for c in self._callbacks if isinstance(c, Callback)]
         marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
@@ -392,20 +432,26 @@ class Trainer:
                 self._safely(logger.finalize, status)
             pool.set_idle_timeout(self._idle_timeout)
             group.release()
+            release_datasets(task)
             self._writer.flush()
 
     def _group(self) -> WorkerGroup:
         settings = self._settings
         if settings.strategy == "local":
-            return LocalGroup()
+            return local_group(settings)
         ensure_ray(self._address, settings.world_size)
         return pool.take(self._requests(), self._placement_timeout)
 
     def _requests(self) -> list[Request]:
         """The resources that would do, best first."""
-        from raytrainer.driver.ray_group import Request
+        from raytrainer.driver.placement import Request
 
-        return [Request(nodes, workers, self._settings.on_gpu) for nodes, workers in self._settings.sizes]
+        settings = self._settings
+        indices = settings.gpus if isinstance(settings.gpus, tuple) else ()
+        return [
+            Request(nodes, workers, settings.on_gpu, indices=indices, free=settings.auto_select_gpus)
+            for nodes, workers in settings.sizes
+        ]
 
     def _can_grow(self, group: WorkerGroup) -> bool:
         settings = self._settings
@@ -417,6 +463,13 @@ class Trainer:
         for callback in self._callbacks:
             if isinstance(callback, Callback):
                 getattr(callback, hook)(self, self._module, *args)
+
+    def _say_end(self) -> None:
+        peaks, skipped = self.peak_memory_bytes, self.skipped_steps
+        if peaks:
+            log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
+        if skipped:
+            log.info("%d of %d steps were left out for infinite gradients.", skipped, self.global_step)
 
     # ---------------------------------------------------------------- logging
 
@@ -634,6 +687,16 @@ class Trainer:
         return self._state.recoveries
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps of the last fit that "16-mixed" left out for infinite gradients; `global_step` counts them too."""
+        return self._state.skipped_steps
+
+    @property
+    def peak_memory_bytes(self) -> list[int]:
+        """Most memory that each worker of the last run has had allocated on its GPU, by rank; empty on CPUs."""
+        return self._state.peak_memory_bytes
+
+    @property
     def settings(self) -> Settings:
         """The validated settings."""
         return self._settings
@@ -737,7 +800,8 @@ def _overrides(callback: Any, hook: str) -> bool:
 
 
 def _has_loader(stage: str, module: Module, datamodule: DataModule | None) -> bool:
-    return any(o is not None and overridden(o, f"{stage}_dataloader") for o in (datamodule, module))
+    owners = datamodule, module
+    return has_dataset(stage, *owners) or any(o is not None and overridden(o, f"{stage}_dataloader") for o in owners)
 
 
 def _by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:

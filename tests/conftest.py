@@ -18,6 +18,9 @@ import torch
 import raytrainer
 from raytrainer import seeding
 
+# several runs share a machine, and threads that wait for each other make tiny models slow
+torch.set_num_threads(1)
+
 # helpers of multiprocessing that live as long as the process
 _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
 

@@ -20,11 +20,12 @@ def test_every_hook_is_recorded():
     public = {n for c in (Module, DataHooks) for n in vars(c) if n.startswith("on_") or n in vars(DataHooks)}
     hooks = {n for n in public if not n.startswith("_")}
     assert hooks <= set(dir(hook_order.RecordingModule))
-    assert hooks - set(vars(hook_order.RecordingModule)) <= {f"{s}_dataloader" for s in hook_order.STAGES}
+    data = {f"{stage}_{kind}" for stage in hook_order.STAGES for kind in ("dataloader", "dataset")}
+    assert hooks - set(vars(hook_order.RecordingModule)) <= data
 
 
 def test_checkpoint_hooks(tmp_path, local_trainer):
-    """Saving comes after the module's `on_train_epoch_end`; loading after `setup` and before `on_fit_start`."""
+    """Saving comes after the module's `on_train_epoch_end`; loading before there are optimizers."""
     first, second = tmp_path / "first", tmp_path / "second"
     options = {"limit_train_batches": 1, "limit_val_batches": 0, "callbacks": ModelCheckpoint(dirpath=tmp_path / "c")}
     local_trainer(max_epochs=1, **options).fit(hook_order.RecordingModule(first))
@@ -34,7 +35,8 @@ def test_checkpoint_hooks(tmp_path, local_trainer):
     path = options["callbacks"].best_model_path
     local_trainer(max_epochs=2, **options).fit(hook_order.RecordingModule(second), ckpt_path=path)
     calls = second.read_text().split()
-    assert calls.index("configure_model") < calls.index("on_load_checkpoint") < calls.index("on_fit_start")
+    start = [c for c in calls if c not in ("configure_callbacks", "prepare_data")][:5]
+    assert start == ["setup(fit)", "configure_model", "on_load_checkpoint", "configure_optimizers", "on_fit_start"]
     assert calls.count("on_train_epoch_start") == calls.count("on_train_epoch_end") == 1
 
 

@@ -1,6 +1,7 @@
 """Callbacks: `Callback` runs on the driver, `WorkerCallback` beside the module in every worker."""
 
 from raytrainer.callbacks.callback import Callback, WorkerCallback
+from raytrainer.callbacks.device_stats_monitor import DeviceStatsMonitor
 from raytrainer.callbacks.early_stopping import EarlyStopping
 from raytrainer.callbacks.learning_rate_monitor import LearningRateMonitor
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
@@ -9,6 +10,7 @@ from raytrainer.callbacks.progress import ProgressBar
 
 __all__ = [
     "Callback",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "LearningRateMonitor",
     "ModelCheckpoint",

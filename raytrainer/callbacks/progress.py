@@ -62,7 +62,7 @@ class ProgressBar(Callback):
         self._batch = 0
         if self._display is not None:
             label = epoch_label(trainer.current_epoch, trainer.max_epochs)
-            self._display.start("train", label, trainer.num_training_batches)
+            self._display.start("train", label, self._batches_to_come(trainer))
 
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
         """Move the bar."""
@@ -107,6 +107,15 @@ class ProgressBar(Callback):
         self._evaluated = report.batches
         if self._display is not None:
             self._display.update("evaluation", report.batches, {})
+
+    @staticmethod
+    def _batches_to_come(trainer: Trainer) -> int | None:
+        """The epoch's batches, or fewer if `max_steps` ends it before; an epoch that is resumed shows them all."""
+        batches, max_steps = trainer.num_training_batches, trainer.max_steps
+        if max_steps is None or trainer.ckpt_path is not None:
+            return batches
+        left = (max_steps - trainer.global_step) * trainer.settings.accumulate_grad_batches
+        return left if batches is None else min(batches, left)
 
     def _start_evaluation(self, label: str, batches: Sequence[int | None]) -> None:
         self._evaluated = 0

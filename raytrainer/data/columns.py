@@ -87,8 +87,10 @@ def cut(columns: Columns, start: int, stop: int) -> Columns:
     return {name: values[start:stop] for name, values in columns.items()}
 
 
-def joined(parts: Sequence[Columns]) -> Columns:
-    """The rows of all parts, copied."""
+def joined(parts: Sequence[Columns], copy: bool = True) -> Columns:
+    """The rows of all parts. `copy`: also where there is only one part."""
+    if len(parts) == 1 and not copy:
+        return parts[0]
     return {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -144,8 +146,8 @@ def finished(columns: Columns, source: RayDataset) -> Columns:
         if not isinstance(values, Tensor):
             if source.collate_fn is None:
                 raise DataError(
-                    f"column {name!r} holds {_kind(values)}, which cannot be a tensor: leave it out with columns=[...], "
-                    f"or make a batch of it with collate_fn."
+                    f"column {name!r} holds {_kind(values)}, which cannot be a tensor: leave it out with "
+                    f"columns=[...], or make a batch of it with collate_fn."
                 )
             result[name] = values
             continue

@@ -39,6 +39,26 @@ class DataHooks:
         """Return the prediction loader, or a list of them."""
         raise NotImplementedError
 
+    def train_dataset(self) -> Any:
+        """Return the training data as a `RayDataset` (or a `ray.data.Dataset`), instead of a `train_dataloader`.
+
+        Unlike the loader hooks, this and its siblings run on the driver, before the workers' `prepare_data` and
+        `setup`; Ray is running by then.
+        """
+        raise NotImplementedError
+
+    def val_dataset(self) -> Any:
+        """Return the validation data as a `RayDataset`, or a list of them; None: no validation."""
+        raise NotImplementedError
+
+    def test_dataset(self) -> Any:
+        """Return the test data as a `RayDataset`, or a list of them."""
+        raise NotImplementedError
+
+    def predict_dataset(self) -> Any:
+        """Return the data to predict as a `RayDataset`; `Trainer.predict` then returns a `ray.data.Dataset`."""
+        raise NotImplementedError
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Change a batch before it moves to the device; return it."""
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from raytrainer.errors import DataError
 from raytrainer.plan.schedule import resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
+from raytrainer.seeding import rng_untouched, seed_generators
 
 __all__ = ["Feed", "as_list"]
 
@@ -92,6 +94,14 @@ class Feed:
             f"switch the stage off with limit_{self.stage}_batches=0."
         )
 
+    def refuse_nothing(self, epoch: int) -> None:
+        """The loader ended before its first batch of a training epoch, which would otherwise train for ever."""
+        raise DataError(
+            f"the {self.stage} loader gave no batch to rank {self.share.index} of {self.share.count} in epoch {epoch}. "
+            f"If it reads an IterableDataset, make sure that each worker yields something; if it is an iterator, which "
+            f"can be read once only, return a DataLoader or an object whose __iter__ starts anew."
+        )
+
     # ---------------------------------------------------------------- sharding
 
     def _sharded(self, loader: DataLoader[Any], settings: Settings) -> DataLoader[Any]:
@@ -99,6 +109,9 @@ class Feed:
         # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
         copied = copy.copy(loader)
         copied.__dict__["_iterator"] = None
+        if settings.on_gpu and loader.num_workers > 0:
+            # done by a thread of the loader's, it costs the training loop nothing
+            copied.__dict__["pin_memory"] = True
         if self.iterable_dataset:
             if self.share.count > 1 and not settings.fast_dev_run:
                 log.info(
@@ -171,11 +184,29 @@ class Feed:
             # seeds the loader's processes; the global generators are left to the training
             seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
             self.loader.generator = torch.Generator().manual_seed(seed)
-        iterator = iter(self.loader)
+        iterator = self._read_alike(epoch) if self.share.readers > 1 else iter(self.loader)
         for _ in range(skip):  # a loader that cannot skip is replayed
             if next(iterator, _END) is _END:
                 break
         return LookAhead(iterator, agree) if self.ends_unannounced else iterator
+
+    def _read_alike(self, epoch: int) -> Iterator[Any]:
+        """Batches that are random in the same way on all readers of the share.
+
+        What is drawn in this process (by samplers, and by datasets without loader processes) depends on (seed, share,
+        epoch, batch) alone, and leaves the generators of the training (dropout) as they are.
+        """
+        iterator: Iterator[Any] | None = None
+        begin = 0 if self.batches is None else self.batches.skip
+        for position in itertools.count(begin):
+            with rng_untouched():
+                seed_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position))
+                if iterator is None:
+                    iterator = iter(self.loader)
+                batch = next(iterator, _END)
+            if batch is _END:
+                return
+            yield batch
 
 
 _END = object()
@@ -190,10 +221,12 @@ class LookAhead(Iterator[Any]):
     def __init__(self, iterator: Iterator[Any], agree: Callable[[bool], bool] | None) -> None:
         self.iterator = iterator
         self.agree = agree
+        self.ended = False  # here, rather than for another worker
         self.ahead = self._read()
 
     def _read(self) -> Any:
         item = next(self.iterator, _END)
+        self.ended = item is _END
         if self.agree is not None and not self.agree(item is not _END):
             return _END
         return item

@@ -18,10 +18,11 @@ __all__ = ["IndexShard", "SeededDataset", "SeededIndices", "ShardedBatches", "Sh
 
 @dataclass(frozen=True)
 class Share:
-    """Part `index` of `count` equal parts."""
+    """Part `index` of `count` equal parts, read alike by so many workers (`readers`)."""
 
     index: int
     count: int
+    readers: int = 1
 
 
 class IndexShard(Sampler[Any]):

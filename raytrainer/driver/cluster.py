@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["attached", "ensure_ray", "free_resources", "resources_text"]
+__all__ = ["attached", "ensure_ray", "free_resources", "may_grow", "resources_text"]
 
 log = logging.getLogger("raytrainer")
 
@@ -43,6 +43,14 @@ def free_resources(name: str) -> float:
     import ray
 
     return float(ray.available_resources().get(name, 0.0))
+
+
+def may_grow() -> bool:
+    """Whether nodes could join, through an autoscaler or a person: not where this very process has started Ray."""
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    return node is None or not getattr(node, "head", False)
 
 
 def resources_text() -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from raytrainer.data.slicing import join_parts
 from raytrainer.driver.checkpoints import Captured
 from raytrainer.driver.group import WorkerGroup
 from raytrainer.driver.interrupt import Interrupt
@@ -30,6 +31,7 @@ from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, Ta
 from raytrainer.plan import schedule
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
+from raytrainer.plan.strategies import effective_batch
 
 __all__ = ["Coordinator", "Host"]
 
@@ -107,6 +109,7 @@ class Coordinator:
         self.plateau_epochs = False
         self._chunk = 1
         self._clock = 0.0
+        self._parts = 1  # batches that the group reads at the same time
         self._fresh_metrics = False
         self._closing = False  # the epoch is over for the workers; callbacks are being told
         self._emitted: set[str] = set()
@@ -129,10 +132,13 @@ class Coordinator:
         self._setup(checkpoint)
         self._emit_once("on_fit_start")
         self.group.call("start_fit")
-        if self.settings.limit_train_batches != 0 and not self._done():
+        unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
+        if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
             if checkpoint is None:
                 self._sanity_check()
             self._start_training()
+            if unfinished:
+                self._epoch()
             while not self._done():
                 if self.state.progress.total_batches and self.host.can_grow(self.group):
                     raise _MoreWorkers
@@ -144,16 +150,18 @@ class Coordinator:
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
         self._emit_once("setup", self.task.stage)
+        self.task.resuming = checkpoint is not None
         reports = self.group.setup(self.task)
+        if checkpoint is not None:
+            reports = self.group.call("restore", checkpoint)
         self.state.trainer.status = "running"
         self.state.world_size = self.group.size
+        self._parts = reports[0].parts
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
         self.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
-        if checkpoint is not None:
-            self.group.call("restore", checkpoint)
-            if self.task.stage == "fit":
-                before = checkpoint.get("world_size", self.group.size)
-                schedule.rescale(self.state.progress, before, self.group.size)
+        if checkpoint is not None and self.task.stage == "fit":
+            before = checkpoint.get("parts") or checkpoint.get("world_size", self._parts)
+            schedule.rescale(self.state.progress, before, self._parts)
 
     def _emit_once(self, hook: str, *args: Any) -> None:
         """For hooks of a whole run, which a recovery must not repeat."""
@@ -179,6 +187,11 @@ class Coordinator:
         starts = self.group.call("start_training")
         state.num_training_batches = _shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
+        unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
+        accumulate = self.settings.accumulate_grad_batches
+        size = effective_batch(state.batch_size, self._parts, accumulate, unit)
+        if size is not None and self.group.size > 1:
+            log.info("%s", size)
         state.num_batches["validate"] = _longest([start.val_batches for start in starts])
         self._emit_once("on_train_start")
         self._clock = time.perf_counter() - state.progress.seconds
@@ -190,12 +203,17 @@ class Coordinator:
         starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.offset)
         self.state.num_training_batches = length = _shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length) if self.validates else None
-        while not progress.epoch_ended:
-            report = self._train_chunk(length, val_every)
-            if schedule.epoch_done(progress, length, report.exhausted):
-                self.group.call("step_epoch_schedulers")
-                progress.epoch_ended = True
-            self.host.emit("on_train_chunk_end", report)
+        if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
+            self._validate()
+        resumed = progress.batch > 0  # perhaps from a state that was captured right before a validation
+        while resumed or not progress.epoch_ended:
+            if not resumed:
+                report = self._train_chunk(length, val_every)
+                if schedule.epoch_done(progress, length, report.exhausted):
+                    self.group.call("step_epoch_schedulers")
+                    progress.epoch_ended = True
+                self.host.emit("on_train_chunk_end", report)
+            resumed = False
             if self._validation_due(val_every):
                 self._validate()
             if self._done():
@@ -217,6 +235,7 @@ class Coordinator:
         report = _merge(reports)
         steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
+        state.skipped_steps = report.skipped_steps
         progress.total_batches += report.batches
         progress.seconds = time.perf_counter() - self._clock
         self._chunk = schedule.chunk_batches(report.batches, report.seconds)
@@ -306,7 +325,7 @@ class Coordinator:
             self._log_epoch(stage, values)
         self.host.emit(f"on_{name}_epoch_end")
         self.host.emit(f"on_{name}_end")
-        return values, sorted(predictions, key=lambda item: item[:2])
+        return values, _in_order(predictions)
 
     # ---------------------------------------------------------------- logging
 
@@ -348,6 +367,7 @@ class Coordinator:
             "should_stop": self.state.should_stop,
             "callbacks": self.host.callback_states(),
             "world_size": self.group.size,
+            "parts": self._parts,
             "seed": self.task.seed,
         }
 
@@ -401,6 +421,7 @@ class Coordinator:
 
     def _finish(self, trained: bool) -> FinishReport:
         reports: list[FinishReport] = self.group.call("finish", trained)
+        self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
         self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
         return reports[0]
 
@@ -414,6 +435,14 @@ def _merge(reports: Sequence[TrainReport]) -> TrainReport:
         exhausted=any(r.exhausted for r in reports),
         stop=any(r.stop for r in reports),
     )
+
+
+def _in_order(predictions: Sequence[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
+    """(loader, batch, output) sorted, where workers that split a batch have each sent a part, in order of rank."""
+    parts: dict[tuple[int, int], list[Any]] = {}
+    for loader, batch, output in predictions:
+        parts.setdefault((loader, batch), []).append(output)
+    return [(*key, outputs[0] if len(outputs) == 1 else join_parts(outputs)) for key, outputs in sorted(parts.items())]
 
 
 def _shortest(lengths: Sequence[int | None]) -> int | None:

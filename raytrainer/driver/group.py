@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
+from raytrainer.gpu.memory import open_nvml
+from raytrainer.gpu.select import local_ordinal, use_pci_order
 from raytrainer.messages import Task
+from raytrainer.plan.settings import Settings
 from raytrainer.worker.worker import Worker
 
-__all__ = ["LocalGroup", "WorkerGroup"]
+__all__ = ["LocalGroup", "WorkerGroup", "local_group"]
 
 
 class WorkerGroup(Protocol):
@@ -57,17 +62,23 @@ class LocalGroup:
 
     def __init__(self, worker: Worker | None = None) -> None:
         self.worker = worker or Worker()
+        self._module: torch.nn.Module | None = None
 
     def describe(self) -> str:
         return f"this process ({self.worker.device})"
 
     def setup(self, task: Task) -> list[Any]:
+        if self.worker.device.type == "cuda":
+            torch.cuda.set_device(self.worker.device)
+        self._module = task.module
         self.worker.prepare_data(task)
         return [self.worker.setup(task)]
 
     def call(self, verb: str, *args: Any) -> list[Any]:
         if verb == "finish":
-            verb = "finish_in_place"
+            report = self.worker.finish_in_place(*args)
+            self._bring_back()
+            return [report]
         return [getattr(self.worker, verb)(*args)]
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
@@ -77,9 +88,41 @@ class LocalGroup:
 
     def call_off(self) -> None:
         self.worker.abandon()
+        self._bring_back()
 
     def abort(self) -> None:
-        self.worker.abandon()
+        self.call_off()
+
+    def _bring_back(self) -> None:
+        """The run is over: the module is on the CPU, as after a run on other processes."""
+        if self._module is not None and self.worker.device.type != "cpu":
+            self._module.cpu()
+        self._module = None
 
     def release(self) -> None:
         pass
+
+
+def local_group(settings: Settings) -> LocalGroup:
+    """A group for strategy "local": on a GPU where the settings ask for one. CUDA starts with its first run.
+
+    Raises:
+        ConfigurationError: There is no such GPU.
+        ResourceError: No GPU is free, for auto_select_gpus.
+    """
+    if not settings.on_gpu:
+        return LocalGroup()
+    started = torch.cuda.is_initialized()
+    if not started:
+        use_pci_order()
+    # what this process holds already would look taken
+    select = settings.auto_select_gpus and not (started and _selected)
+    if settings.auto_select_gpus and not select:
+        return LocalGroup(Worker(device=torch.device("cuda", _selected[-1])))
+    ordinal = local_ordinal(settings.gpus, select, open_nvml())
+    if select:
+        _selected.append(ordinal)
+    return LocalGroup(Worker(device=torch.device("cuda", ordinal)))
+
+
+_selected: list[int] = []  # what auto_select_gpus has picked in this process

@@ -33,7 +33,7 @@ class MetricBoard:
                 continue
             value = _synced(spec, values)
             self._show(spec, spec.step_name, value)
-        rows = []
+        rows: list[tuple[int, int, dict[str, float]]] = []
         others = [{row.step: row.values for row in report.rows} for report in reports[1:]]
         for row in reports[0].rows:
             merged = dict(row.values)
@@ -41,6 +41,8 @@ class MetricBoard:
                 values = [merged[name], *(r[row.step][name] for r in others if name in r.get(row.step, {}))]
                 merged[name] = sum(values) / len(values)
             rows.append((row.step, row.epoch, merged))
+        rows = _with_samples(rows, reports)
+        for _, _, merged in rows:
             self.logged.update({name: torch.tensor(value) for name, value in merged.items()})
         return rows
 
@@ -84,6 +86,22 @@ class MetricBoard:
         return {name: value.item() for name, value in self.callback.items()}
 
 
+def _with_samples(
+    rows: list[tuple[int, int, dict[str, float]]], reports: Sequence[MetricReport]
+) -> list[tuple[int, int, dict[str, float]]]:
+    """The rows with what each worker has measured of itself; ".../min" and ".../max" become those of all workers."""
+    by_step = {step: (epoch, dict(values)) for step, epoch, values in rows}
+    own: dict[int, dict[str, list[float]]] = {}
+    for row in (row for report in reports for row in report.samples):
+        by_step.setdefault(row.step, (row.epoch, {}))
+        for name, value in row.values.items():
+            own.setdefault(row.step, {}).setdefault(name, []).append(value)
+    for step, named in own.items():
+        for name, values in named.items():
+            by_step[step][1][name] = min(values) if name.endswith("/min") else max(values)
+    return [(step, *by_step[step]) for step in sorted(by_step)] if own else rows
+
+
 def _synced(spec: MetricSpec, values: Sequence[float]) -> float:
     if not spec.sync_dist or len(values) == 1:
         return values[0]
@@ -113,7 +131,7 @@ def _check_names(reports: Sequence[MetricReport], what: str, batches: Sequence[S
     specs = {n: report.specs[n] for report in reports for n in report.epoch if not report.specs[n].rank_zero_only}
     details = []
     for rank, report in enumerate(reports):
-        own = batches[rank] if batches is not None else [1]
+        own = batches[rank] if batches is not None else [int(not report.idle)]
         missing = [
             repr(name)
             for name, spec in sorted(specs.items())

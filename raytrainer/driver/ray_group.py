@@ -1,25 +1,24 @@
-"""`RayGroup`: workers as Ray actors, one bundle of a placement group per node, kept warm between runs."""
+"""`RayGroup`: workers as Ray actors in reserved places, kept warm between runs."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrainer.driver.cluster import resources_text
+from raytrainer.driver.placement import Request
 from raytrainer.driver.remote import Failure, RemoteWorker
-from raytrainer.errors import ResourceError, SerializationError, WorkerError, WorkerLostError
+from raytrainer.driver.reserve import place
+from raytrainer.errors import SerializationError, WorkerError, WorkerLostError
 from raytrainer.messages import Task
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks, assign_ranks
@@ -27,34 +26,11 @@ from raytrainer.plan.recovery import Failed, choose_culprit, is_consequence
 
 __all__ = ["RayGroup", "Request"]
 
-log = logging.getLogger("raytrainer")
-
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
 
 #: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
 _WATCHED = frozenset({"train", "evaluate", "capture"})
-
-
-@dataclass(frozen=True)
-class Request:
-    """The resources of a group; groups with equal requests are interchangeable.
-
-    Attributes:
-        nodes: Nodes to use.
-        per_node: Workers on each.
-        gpu: Whether each worker has a GPU.
-        cpus: CPUs per worker, as Ray counts them.
-    """
-
-    nodes: int
-    per_node: int
-    gpu: bool = False
-    cpus: float = 1.0
-
-    def __str__(self) -> str:
-        kind = "CPU and a GPU" if self.gpu else "CPU"
-        return f"{self.per_node} worker(s) on each of {self.nodes} node(s), each worker with a {kind}"
 
 
 class RayGroup:
@@ -77,7 +53,7 @@ class RayGroup:
         self.broken = False
         self.hang_timeout: float | None = None  # seconds; of the run in progress
         self.stale = False  # the process group may hold half a collective: join anew before the next run
-        self._placement = _place(request, timeout)
+        self._slots = place(request, timeout)
         try:
             self._start()
         except BaseException:
@@ -88,18 +64,17 @@ class RayGroup:
 
     def _start(self) -> None:
         request = self.request
-        options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": 1 if request.gpu else 0}
         # a second thread hands over copied state while the first goes on training
         actor_class = ray.remote(concurrency_groups={"io": 1})(RemoteWorker)
         self._actors = [
             actor_class.options(
-                **options,
+                num_cpus=slot.cpus,
+                num_gpus=1 if request.gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._placement, placement_group_bundle_index=bundle
+                    slot.group, placement_group_bundle_index=slot.bundle
                 ),
             ).remote()
-            for bundle in range(request.nodes)
-            for _ in range(request.per_node)
+            for slot in self._slots
         ]
         self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
         places = self._ask([actor.where.remote(request.gpu) for actor in self._actors])
@@ -142,8 +117,10 @@ class RayGroup:
         """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
         if self.stale:
             self._join()
-        pickled = ray.put(_pickle(task))
-        self._ask([actor.load.remote(pickled) for actor in self._actors])
+        for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
+            blocks.renew()
+        pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
+        self._ask([actor.load.remote(pickled, datasets) for actor in self._actors])
         first_of_node = [a for a, ranks in zip(self._actors, self.ranks, strict=True) if ranks.local_rank == 0]
         self._ask([actor.obey.remote("prepare_data") for actor in first_of_node])
         return self.call("setup")
@@ -215,7 +192,10 @@ class RayGroup:
         try:
             return ray.get(ref)
         except RayActorError as error:
-            return WorkerLostError(rank, str(error).splitlines()[0] if str(error) else repr(error))
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+            # an actor that could not start says why in its last line: a package that its node lacks, say
+            unborn = "creation task" in lines[0] and len(lines) > 1
+            return WorkerLostError(rank, f"it could not start: {lines[-1]}" if unborn else lines[0])
         except RayError as error:
             return WorkerLostError(rank, f"{type(error).__name__}: {error}")
 
@@ -276,35 +256,15 @@ class RayGroup:
         for actor in getattr(self, "_actors", []):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        with contextlib.suppress(RayError):
-            remove_placement_group(self._placement)
+        for group in {slot.group.id: slot.group for slot in self._slots}.values():
+            with contextlib.suppress(RayError):
+                remove_placement_group(group)
 
     def release(self) -> None:
         """Hand the group back to the pool, for the next run that asks for the same."""
         from raytrainer.driver import pool
 
         pool.put_back(self)
-
-
-def _place(request: Request, timeout: float) -> PlacementGroup:
-    """One bundle a node, so that ranks of a node stay together."""
-    bundle: dict[str, float] = {"CPU": request.cpus * request.per_node}
-    if request.gpu:
-        bundle["GPU"] = request.per_node
-    strategy = "STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK"
-    group = placement_group([bundle] * request.nodes, strategy=strategy)
-    waited = time.monotonic()
-    if group.wait(min(timeout, 5.0)):
-        return group
-    log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
-    if group.wait(max(0.0, timeout - (time.monotonic() - waited))):
-        return group
-    have = resources_text()
-    remove_placement_group(group)
-    raise ResourceError(
-        f"{request}: not to be had within {timeout:.0f} s; the cluster has {have}. Ask for fewer workers, free what "
-        f"other jobs hold, or add nodes."
-    )
 
 
 def _pickle(task: Task) -> bytes:
@@ -318,9 +278,14 @@ def _pickle(task: Task) -> bytes:
         return pickled
     except Exception as error:
         culprit = _unpicklable(task)
+        if ".hparams." in culprit:
+            remedy = "Leave it out of the hyperparameters: save_hyperparameters(ignore=[...])."
+        else:
+            remedy = (
+                "Create it in setup(stage), which runs in each worker, or leave it out of pickling with __getstate__."
+            )
         raise SerializationError(
-            f"{culprit} cannot be sent to the workers: {type(error).__name__}: {error}. Create it in setup(stage), "
-            f"which runs in each worker, or leave it out of pickling with __getstate__."
+            f"{culprit} cannot be sent to the workers: {type(error).__name__}: {error}. {remedy}"
         ) from None
 
 
@@ -344,9 +309,12 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(str(k), v) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [(str(i), v) for i, v in enumerate(value)]
-    attributes = dict(getattr(value, "__dict__", {}))
+    state = value.__getstate__()
+    attributes = dict(state) if isinstance(state, dict) else {}
     modules = attributes.pop("_modules", None) or {}
-    return [*attributes.items(), *modules.items()]
+    # last, so that what is an attribute too is named as that
+    saved = [("hparams", attributes.pop(name)) for name in ("_hparams", "_hparams_initial") if name in attributes]
+    return [*attributes.items(), *modules.items(), *saved]
 
 
 def _fails(value: Any) -> bool:

@@ -16,6 +16,8 @@ import ray
 import torch
 from ray import cloudpickle
 
+from raytrainer.driver.reserve import own_gpu_indices
+from raytrainer.gpu.select import use_pci_order
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks
 from raytrainer.worker.process_group import ProcessGroup, make_store
@@ -48,11 +50,12 @@ class RemoteWorker:
         self.device = torch.device("cpu")
 
     def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
-        """This worker's node: its id, its address, and the indices of the GPUs given to it."""
+        """This worker's node: its id, its address, and the PCI indices of the GPUs given to it."""
         context = ray.get_runtime_context()
         self.node = ray.util.get_node_ip_address()
-        gpus = [int(i) for i in ray.get_gpu_ids()] if on_gpu else []
-        return context.get_node_id(), self.node, gpus
+        if on_gpu:
+            use_pci_order()
+        return context.get_node_id(), self.node, own_gpu_indices() if on_gpu else []
 
     def serve(self, host: str, world_size: int) -> int:
         """Serve the rendezvous store; return its port."""
@@ -77,11 +80,12 @@ class RemoteWorker:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
 
-    def load(self, pickled: bytes) -> Failure | None:
-        """Unpickle a task; it stays here until `setup`."""
+    def load(self, pickled: bytes, datasets: dict[str, Any]) -> Failure | None:
+        """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets."""
 
         def load() -> None:
             self.task = pickle.loads(pickled)
+            self.task.datasets = datasets
 
         failure: Failure | None = self._guard(load)
         return failure

@@ -45,3 +45,5 @@ class RunState:
     num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
     world_size: int = 1
     recoveries: list[Recovery] = field(default_factory=list)
+    skipped_steps: int = 0
+    peak_memory_bytes: list[int] = field(default_factory=list)  # of each worker's GPU, by rank; empty on CPUs

@@ -12,6 +12,7 @@ from raytrainer.errors import ConfigurationError
 __all__ = [
     "boolean",
     "choice",
+    "compile_options",
     "count",
     "duration",
     "fraction_or_count",
@@ -126,6 +127,20 @@ def precision(value: Any) -> str:
     raise ConfigurationError(
         f'precision={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".'
     )
+
+
+def compile_options(value: Any) -> dict[str, Any] | None:
+    """Options for torch.compile; None: do not compile."""
+    known = ("backend", "disable", "dynamic", "fullgraph", "mode", "options")
+    if isinstance(value, bool):
+        return {} if value else None
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"compile={value!r}: give True, False, or a dict of torch.compile's options.")
+    if unknown := set(value) - set(known):
+        raise ConfigurationError(
+            f"compile={dict(value)!r}: {sorted(unknown)} are no options of torch.compile; there are {list(known)}."
+        )
+    return dict(value)
 
 
 def gpus(value: Any) -> int | tuple[int, ...]:

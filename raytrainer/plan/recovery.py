@@ -36,11 +36,16 @@ class Failed:
 
 
 def is_consequence(failure: Failed) -> bool:
-    """Whether it looks like what a worker sees when another one is gone."""
+    """Whether it looks like what a worker sees when another one is gone.
+
+    gloo raises RuntimeError; a ConnectionResetError, say, is of a user's own connections.
+    """
     if failure.kind == "lost":
         return False
+    if failure.type_name in _CONSEQUENCE_TYPES:
+        return True
     text = failure.message.lower()
-    return failure.type_name in _CONSEQUENCE_TYPES or any(word in text for word in _CONSEQUENCE_WORDS)
+    return failure.type_name == "RuntimeError" and any(word in text for word in _CONSEQUENCE_WORDS)
 
 
 def choose_culprit(failures: Sequence[Failed]) -> Failed:

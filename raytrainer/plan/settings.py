@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import checks
+from raytrainer.plan.strategies import DDP, parse_strategy
 
 __all__ = ["STAGES", "Settings", "build_settings"]
 
 log = logging.getLogger("raytrainer")
 
 STAGES = ("fit", "validate", "test", "predict")
-STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,20 @@ class Settings:
     precision: str = "32-true"
     deterministic: bool | str = False
     benchmark: bool | None = None
+    float32_matmul_precision: str | None = None
+    compile: dict[str, Any] | None = None  # options of torch.compile
+    sync_batchnorm: bool = False
     detect_anomaly: bool = False
     inference_mode: bool = True
     seed: int | None = None
     # where
     strategy: str = "local"
+    ddp: DDP = field(default_factory=DDP)
     num_nodes: int = 1
     num_processes: int = 1
-    gpus: int | tuple[int, ...] = 0
+    gpus: int | tuple[int, ...] = 0  # -1: all of each node, a number that is known when a run begins
+    auto_select_gpus: bool = False
+    log_gpu_memory: str | None = None  # "all" or "min_max"
     fewest_nodes: int = 1  # an elastic run goes on with as few nodes and workers per node as these
     fewest_per_node: int = 1
     log_every_n_steps: int = 50
@@ -120,13 +127,18 @@ def build_settings(
     precision: int | str = 32,
     deterministic: bool | str = False,
     benchmark: bool | None = None,
+    float32_matmul_precision: str | None = None,
+    compile: bool | Mapping[str, Any] = False,
+    sync_batchnorm: bool = False,
     detect_anomaly: bool = False,
     inference_mode: bool = True,
     seed: int | None = None,
-    strategy: str = "auto",
+    strategy: str | DDP = "auto",
     num_nodes: int | tuple[int, int] = 1,
     num_processes: int | tuple[int, int] | None = None,
     gpus: Any = None,
+    auto_select_gpus: bool = False,
+    log_gpu_memory: str | None = None,
     log_every_n_steps: int | None = 50,
     max_failures: int = 3,
     snapshot_every: Any = "auto",
@@ -167,10 +179,17 @@ def build_settings(
         precision=checks.precision(precision),
         deterministic=checks.choice("deterministic", deterministic, (False, True, "warn")),
         benchmark=checks.boolean("benchmark", benchmark, none=True),
+        float32_matmul_precision=checks.choice(
+            "float32_matmul_precision", float32_matmul_precision, (None, "highest", "high", "medium")
+        ),
+        compile=checks.compile_options(compile),
+        sync_batchnorm=bool(checks.boolean("sync_batchnorm", sync_batchnorm)),
         detect_anomaly=bool(checks.boolean("detect_anomaly", detect_anomaly)),
         inference_mode=bool(checks.boolean("inference_mode", inference_mode)),
         seed=_seed(seed),
         **_placement(strategy, num_nodes, num_processes, gpus, cluster_attached),
+        auto_select_gpus=_auto_select(auto_select_gpus, gpus),
+        log_gpu_memory=checks.choice("log_gpu_memory", log_gpu_memory, (None, "all", "min_max")),
         log_every_n_steps=_every(log_every_n_steps),
         max_failures=checks.count("max_failures", max_failures, least=0),
         snapshot_every=_snapshot_every(snapshot_every),
@@ -180,6 +199,11 @@ def build_settings(
         raise ConfigurationError(
             "deterministic=True with benchmark=True: benchmarking picks kernels by their speed, which differs from "
             "run to run; drop one of the two."
+        )
+    if settings.sync_batchnorm and not settings.on_gpu and settings.world_size > 1:
+        raise ConfigurationError(
+            f"sync_batchnorm=True with {settings.world_size} CPU workers: torch.nn.SyncBatchNorm works on GPUs only; "
+            f"use gpus=..., or sync_batchnorm=False (each worker then normalises by its own samples)."
         )
     if max_steps not in (None, -1) and max_epochs is not None:
         log.warning(
@@ -263,13 +287,13 @@ def _snapshot_every(value: Any) -> int | float | str | None:
 
 
 def _placement(
-    strategy: str,
+    strategy: str | DDP,
     num_nodes: int | tuple[int, int],
     num_processes: int | tuple[int, int] | None,
     gpus: Any,
     cluster_attached: bool,
 ) -> dict[str, Any]:
-    checks.choice("strategy", strategy, STRATEGIES)
+    strategy, ddp = parse_strategy(strategy)
     fewest_nodes, nodes = checks.span("num_nodes", num_nodes)
     fewest_processes, processes = (None, None) if num_processes is None else checks.span("num_processes", num_processes)
     fewest_gpus, chosen = checks.gpu_span(gpus)
@@ -282,23 +306,39 @@ def _placement(
     if strategy == "ddp_spawn":
         log.info('strategy="ddp_spawn" is "ddp" here: workers are Ray actors, which have none of spawn\'s limits.')
     processes = processes or 1
-    count = len(chosen) if isinstance(chosen, tuple) else chosen or processes
+    count = len(chosen) if isinstance(chosen, tuple) else max(chosen, 0) or processes
     several = nodes * count != 1
     if strategy == "local" and several:
         raise ConfigurationError(
             f'strategy="local" with {nodes} node(s) and {count} worker(s) each: "local" is the driver\'s own process; '
             f'use "ddp" for several workers.'
         )
+    if strategy == "dp" and nodes > 1:
+        raise ConfigurationError(
+            f'strategy="dp" with num_nodes={num_nodes!r}: it splits each batch over the workers of one node; use '
+            f'"ddp2" for one batch per node.'
+        )
     if strategy == "auto":
-        strategy = "ddp" if several or cluster_attached else "local"
+        strategy = "ddp" if several or cluster_attached or chosen == -1 else "local"
     return {
-        "strategy": "local" if strategy == "local" else "ddp",
+        "strategy": "ddp" if strategy in ("ddp_cpu", "ddp_spawn") else strategy,
+        "ddp": ddp,
         "num_nodes": nodes,
         "num_processes": processes,
         "gpus": chosen,
         "fewest_nodes": fewest_nodes,
         "fewest_per_node": fewest_gpus or fewest_processes or count,
     }
+
+
+def _auto_select(value: bool, gpus: Any) -> bool:
+    chosen = checks.gpu_span(gpus)[1]
+    if checks.boolean("auto_select_gpus", value) and (isinstance(chosen, tuple) or chosen < 1):
+        raise ConfigurationError(
+            f"auto_select_gpus=True with gpus={gpus!r}: it picks GPUs that are free, so give their number; with chosen "
+            f"ones, all or none there is nothing to pick."
+        )
+    return value
 
 
 def _for_fast_dev_run(settings: Settings, fast_dev_run: int | bool) -> Settings:

@@ -2,6 +2,8 @@
 
 from raytrainer.strategies.base import Strategy
 from raytrainer.strategies.ddp import DDPStrategy
+from raytrainer.strategies.ddp2 import DDP2Strategy
+from raytrainer.strategies.dp import DPStrategy
 from raytrainer.strategies.single import SingleStrategy
 
-__all__ = ["DDPStrategy", "SingleStrategy", "Strategy"]
+__all__ = ["DDP2Strategy", "DDPStrategy", "DPStrategy", "SingleStrategy", "Strategy"]

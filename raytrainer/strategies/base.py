@@ -13,7 +13,10 @@ from raytrainer.data.sharding import Share
 from raytrainer.module import Module
 from raytrainer.plan.ranks import Ranks
 
-__all__ = ["Strategy"]
+__all__ = ["NOTHING", "Strategy"]
+
+#: What a worker whose slice of a batch is empty has to gather.
+NOTHING: Any = object()
 
 
 class Strategy(ABC):
@@ -26,6 +29,15 @@ class Strategy(ABC):
     @abstractmethod
     def share(self) -> Share:
         """Which part of every loader this worker gets."""
+
+    @property
+    def split(self) -> Share:
+        """Which slice of every batch that is read this worker takes; the whole, but where a node's workers split it."""
+        return Share(0, 1)
+
+    def gather(self, output: Any) -> list[Any]:
+        """Outputs of the workers that split a batch, by rank, without those that had `NOTHING`. Differentiable."""
+        return [output]
 
     @abstractmethod
     def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:

@@ -2,134 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from typing import final
 
 from raytrainer.data.sharding import Share
-from raytrainer.module import Module
-from raytrainer.plan.ranks import Ranks
-from raytrainer.strategies.base import Strategy
+from raytrainer.strategies.replicated import ReplicatedStrategy
 
 __all__ = ["DDPStrategy"]
 
 
-class _Step(nn.Module):
-    """What DDP wraps: its forward is the training step, so that DDP sees the pass from its beginning."""
-
-    def __init__(self, module: Module, step: Callable[[Any, int, int], Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.__dict__["step"] = step
-
-    def forward(self, batch: Any, batch_idx: int) -> Any:
-        output = self.__dict__["step"](batch, batch_idx, 0)
-        if output is None and self.module.automatic_optimization:
-            # a rank that skips its batch must still take part in the averaging: with zero gradients
-            return _Skipped(sum(p.sum() * 0.0 for p in self.module.parameters() if p.requires_grad))
-        return output
-
-
-class _Skipped(dict[str, Any]):
-    """The output of a rank that skipped: a loss whose gradients are zero."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__(loss=loss)
-
-
 @final
-class DDPStrategy(Strategy):
-    """torch's DistributedDataParallel over NCCL or gloo.
-
-    Args:
-        ranks: This worker's ranks.
-        device: Its device.
-        control: A gloo group for agreements that must not wait for the device.
-        options: Keyword arguments for DistributedDataParallel.
-    """
-
-    def __init__(
-        self, ranks: Ranks, device: torch.device, control: Any = None, options: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(ranks, device)
-        self.control = control
-        self.options = options or {}
-        self._ddp: DistributedDataParallel | None = None
+class DDPStrategy(ReplicatedStrategy):
+    """Each worker reads its own share of every loader."""
 
     @property
     def share(self) -> Share:
         return Share(self.ranks.rank, self.ranks.world_size)
-
-    def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
-        trainable = any(p.requires_grad for p in module.parameters())
-        if not trainable:
-            return step
-        if not module.automatic_optimization:
-            # manual passes are averaged by sync_manual; DDP, which allows one backward per forward, only aligns ranks
-            _broadcast_state(module)
-            return step
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, **self.options}
-        self._ddp = DistributedDataParallel(_Step(module, step), **options)
-        ddp = self._ddp
-        return lambda batch, batch_idx, dataloader_idx: ddp(batch, batch_idx)
-
-    def sync_next(self, sync: bool) -> None:
-        if self._ddp is not None and self._ddp.require_backward_grad_sync is not sync:
-            self._ddp.require_backward_grad_sync = sync
-
-    @torch.no_grad()
-    def sync_manual(self, module: Module) -> None:
-        """Average gradients over workers, in one collective per dtype.
-
-        Averaging what earlier passes had already averaged leaves it as it is, so several backward passes before a step
-        are right too. A gradient that no worker has stays None.
-        """
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        dist.all_reduce(present)
-        kinds: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter, count in zip(parameters, present.tolist(), strict=True):
-            if count:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                kinds.setdefault(parameter.grad.dtype, []).append(parameter)
-        for members in kinds.values():
-            gradients = [p.grad for p in members if p.grad is not None]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            flat /= self.ranks.world_size
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    @torch.no_grad()
-    def sync_buffers(self, module: Module) -> None:
-        for buffer in module.buffers():
-            dist.broadcast(buffer.data, src=0)
-
-    def all_agree(self, flag: bool) -> bool:
-        vote = torch.tensor([int(flag)])
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.control)
-        return bool(vote.item())
-
-    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
-        tensor = tensor.contiguous()
-        if sync_grads:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.stack(list(all_gather(tensor)))
-        parts = [torch.empty_like(tensor) for _ in range(self.ranks.world_size)]
-        dist.all_gather(parts, tensor.detach())
-        return torch.stack(parts)
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
-
-
-@torch.no_grad()
-def _broadcast_state(module: nn.Module) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.data, src=0)

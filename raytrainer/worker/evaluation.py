@@ -13,7 +13,6 @@ from torch import Tensor
 from raytrainer.data.transfer import map_leaves
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.seeding import capture_rng, restore_rng
-from raytrainer.worker.hooks import overridden
 
 if TYPE_CHECKING:
     from raytrainer.worker.run import Run
@@ -44,13 +43,8 @@ class EvaluationLoop:
             self.lengths = [sanity if n is None else min(n, sanity) for n in self.lengths]
         self.name = _HOOK[stage]
         self.several = len(self.feeds) > 1
-        self.step = run.step(_STEP[stage], len(self.feeds))
-        module, step_end = run.module, f"{_STEP[stage]}_end"
-        self.step_end = (
-            run.hooks.guarded(step_end, getattr(module, step_end))
-            if stage != "predict" and overridden(module, step_end)
-            else None
-        )
+        step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
+        self.step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
         self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
         self.on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
         self.loader = 0
@@ -91,15 +85,15 @@ class EvaluationLoop:
                 if batch is None:
                     continue
                 output = self._evaluate_batch(batch[0])
-                if self.stage == "predict" and self.run.task.ask_predictions:
+                if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
                     share = self.run.strategy.share
                     predictions.append((self.loader, self.batch * share.count + share.index, to_cpu(output)))
                 self.batch += 1
                 self.done += 1
-                self.by_loader[self.loader] += 1
+                self.by_loader[self.loader] += self.run.slices.rows > 0
                 left -= 1
         finished = self.loader >= len(self.feeds)
-        self.metrics.batch = None
+        self.metrics.begin_batch(None)
         report = self.metrics.report()
         return EvaluationReport(self.stage, self.done, time.perf_counter() - start, finished, report, predictions)
 
@@ -120,6 +114,7 @@ class EvaluationLoop:
 
     def _evaluate_batch(self, batch: Any) -> Any:
         transfer, idx = self.run.transfer, self.loader
+        batch = self.run.slices.take(batch)
         if transfer is not None:
             batch = transfer(batch, idx)
         self.metrics.loader_idx = idx if self.several else None
@@ -128,8 +123,6 @@ class EvaluationLoop:
         if self.on_batch_start is not None:
             self.on_batch_start(batch, *position)
         output = self.step(batch, self.batch, idx)
-        if self.step_end is not None:
-            output = self.step_end(output)
         if self.on_batch_end is not None:
             self.on_batch_end(output, batch, *position)
         if self.metrics.is_log_step(self.run.evaluated[self.stage]):

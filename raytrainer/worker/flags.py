@@ -13,7 +13,7 @@ __all__ = ["apply_flags"]
 
 
 def apply_flags(settings: Settings) -> Callable[[], None]:
-    """Set determinism, cuDNN benchmarking and anomaly detection; return what puts them back."""
+    """Set determinism, cuDNN benchmarking, matmul precision and anomaly detection; return what puts them back."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
@@ -28,6 +28,10 @@ def apply_flags(settings: Settings) -> Callable[[], None]:
         torch.backends.cudnn.benchmark = False
     if settings.benchmark is not None:
         torch.backends.cudnn.benchmark = settings.benchmark
+    matmul = settings.float32_matmul_precision
+    matmul_before = None if matmul is None else torch.get_float32_matmul_precision()
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
     if settings.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
 
@@ -35,6 +39,8 @@ def apply_flags(settings: Settings) -> Callable[[], None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
         torch.autograd.set_detect_anomaly(anomaly)
+        if matmul_before is not None:
+            torch.set_float32_matmul_precision(matmul_before)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 

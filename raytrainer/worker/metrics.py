@@ -5,6 +5,8 @@ A call costs a dictionary lookup and a detached copy. Nothing is reduced, moved 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,9 @@ _EPOCH_HOOKS = frozenset(
 )
 _REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
 
+#: What changes no reduced value.
+_NEUTRAL = {"min": float("inf"), "max": float("-inf")}
+
 
 class _Slot:
     """One name in one hook: how it is treated, its latest value, and the values of the epoch not yet fetched."""
@@ -93,7 +98,10 @@ class MetricStore:
         self.batch: Any = None  # the batch that runs, for its size
         self.moment = 0  # counts batches
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
+        self.first_of_node = True  # among workers that see the same batch of a node: the one whose values count
+        self._whole: int | None = None  # samples in the node's batch, while a hook runs that sees all of it
         self._size: int | None = None
+        self._samples: list[StepRow] = []
         self._ledgers = {"train": _Ledger(), "evaluate": _Ledger()}
         self.switch("train")
 
@@ -113,6 +121,18 @@ class MetricStore:
         self._size = None
         self.moment += 1
 
+    @contextmanager
+    def whole_node(self, samples: int) -> Iterator[None]:
+        """Inside, all workers of a node log the same values, of its whole batch: they count once, with that weight."""
+        self._whole = samples
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def _counts(self, spec: MetricSpec) -> bool:
+        return self.first_of_node or not spec.once_per_node
+
     def log(
         self,
         name: str,
@@ -129,7 +149,9 @@ class MetricStore:
         rank_zero_only: bool,
     ) -> None:
         """See `Module.log`."""
-        slot = self._slots.get((self.hook, name, self.loader_idx))
+        # without the loader in its name, a metric is one over all loaders
+        loader = self.loader_idx if add_dataloader_idx else None
+        slot = self._slots.get((self.hook, name, loader))
         arguments = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
         if slot is None or slot.arguments is None:
             slot = self._new_slot(name, arguments, sync_dist_group)
@@ -153,7 +175,7 @@ class MetricStore:
             slot.moment = self.moment
         if spec.on_epoch:
             if batch_size is None:
-                batch_size = self._size
+                batch_size = self._size if self._whole is None else self._whole
                 if batch_size is None:
                     batch_size = self._size = first_batch_size(self.batch)
             slot.pending.append(value)
@@ -206,17 +228,16 @@ class MetricStore:
             raise MetricError(
                 f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}): give one of {sorted(_REDUCTIONS)}, or a function."
             )
-        full = name
-        if add_dataloader_idx and self.loader_idx is not None:
-            full = f"{name}/dataloader_idx_{self.loader_idx}"
-        spec = MetricSpec(
-            full, step, epoch, prog_bar, logger is not False, sync_dist, reduction, rank_zero_only, self.loader_idx
-        )
+        loader = self.loader_idx if add_dataloader_idx else None
+        full = name if loader is None else f"{name}/dataloader_idx_{loader}"
+        shown = logger is not False
+        once = self._whole is not None
+        spec = MetricSpec(full, step, epoch, prog_bar, shown, sync_dist, reduction, rank_zero_only, loader, once)
         slot = _Slot(spec, arguments, reduce_fx if reduction == "custom" else None)
-        restored = self._slots.get((hook, name, self.loader_idx))
+        restored = self._slots.get((hook, name, loader))
         if restored is not None:
             slot.folded, slot.custom = restored.folded, restored.custom
-        self._slots[hook, name, self.loader_idx] = slot
+        self._slots[hook, name, loader] = slot
         return slot
 
     def note_row(self, step: int, epoch: int) -> None:
@@ -224,10 +245,19 @@ class MetricStore:
         row = [
             (slot.spec.step_name, slot.last)
             for slot in self._slots.values()
-            if slot.spec.logger and slot.moment == self.moment and (self.rank == 0 or slot.spec.sync_dist)
+            if slot.spec.logger and slot.moment == self.moment and self._tells_steps(slot.spec)
         ]
         if row:
             self._rows.append((step, epoch, row))
+
+    def _tells_steps(self, spec: MetricSpec) -> bool:
+        """Whether this worker's step values are wanted."""
+        return self.rank == 0 or (spec.sync_dist and self._counts(spec))
+
+    def note_samples(self, step: int, epoch: int, samplers: Sequence[Callable[[], dict[str, float]]]) -> None:
+        """Keep what is measured of this worker right now as a row for the loggers."""
+        values = {name: value for sampler in samplers for name, value in sampler().items()}
+        self._samples.append(StepRow(step, epoch, values))
 
     def is_log_step(self, step: int) -> bool:
         """Whether the 0-based `step` is one whose values the loggers are given."""
@@ -240,12 +270,13 @@ class MetricStore:
         for step, epoch, row in self._rows:
             report.rows.append(StepRow(step, epoch, {name: next(fetched) for name, _ in row}))
         self._rows.clear()
+        report.samples, self._samples = self._samples, []
         for slot in self._slots.values():
             spec = slot.spec
             if slot.last is not None:
                 last = next(fetched)
                 report.specs[spec.name] = spec
-                if self.rank == 0 or spec.sync_dist:
+                if self._tells_steps(spec):
                     report.step[spec.name] = last
                 slot.last = None
             if slot.pending:
@@ -253,7 +284,10 @@ class MetricStore:
             if end_of_epoch and slot.spec.on_epoch and (slot.folded or slot.custom):
                 report.specs[spec.name] = spec
                 total, weight = slot.folded or (0.0, 0.0)
-                report.epoch[spec.name] = Partial(total, weight, tuple(slot.custom), slot.fx)
+                share = Partial(total, weight, tuple(slot.custom), slot.fx)
+                if not self._counts(spec):
+                    share = Partial(_NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
+                report.epoch[spec.name] = share
                 slot.folded, slot.custom = [], []
         return report
 

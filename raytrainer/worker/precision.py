@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
-from raytrainer.errors import ConfigurationError
 
-__all__ = ["Precision"]
+__all__ = ["Precision", "ScaledOptimizer"]
 
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -21,7 +21,8 @@ _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 class Precision:
     """One of "32-true", "64-true", "16-true", "bf16-true" (everything in that type) or a "-mixed" one (autocast).
 
-    Mixed fp16 scales the loss (`torch.amp.GradScaler`), so that small gradients survive.
+    Mixed fp16 scales the loss (`torch.amp.GradScaler`), so that small gradients survive. A step whose gradients are not
+    finite leaves the weights alone and is counted in `skipped_steps`.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -30,14 +31,19 @@ class Precision:
         self.autocast_dtype = _MIXED.get(name)
         self.scaler: torch.amp.GradScaler | None = None
         if name == "16-mixed":
-            if device.type == "cpu":
-                raise ConfigurationError('precision="16-mixed" needs a GPU; on CPUs use "bf16-mixed" or 32.')
             self.scaler = torch.amp.GradScaler(device.type)
+        self._unscaled: set[int] = set()  # optimizers whose gradients are unscaled; the scale is to be adjusted
+        self._ran = False  # whether the latest step reached the optimizer
+        self._found: Tensor | None = None  # of a fused optimizer: on the device, non-zero if it skipped the step
+        self._unread: list[Tensor] = []  # the same, of steps that are not counted yet
+        self._skipped = 0
 
     def convert_module(self, module: nn.Module) -> None:
         """Cast parameters and floating-point buffers, where the whole module has one type."""
-        if self.dtype is not None:
-            module.to(self.dtype)
+        dtype = self.dtype
+        if dtype is not None:
+            # Module.to would throw the imaginary part of complex ones away
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
     @property
     def convert_input(self) -> Callable[[Any], Any] | None:
@@ -66,26 +72,139 @@ class Precision:
         else:
             yield
 
+    # ---------------------------------------------------------------- scaling
+
     def scale(self, loss: Tensor) -> Tensor:
-        return loss if self.scaler is None else self.scaler.scale(loss)
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
-
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step with a gradient already unscaled. False if it was skipped for infinite gradients."""
         if self.scaler is None:
+            return loss
+        self._adjust()
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Bring an optimizer's gradients to their true size, once before its step."""
+        optimizer = _inner(optimizer)
+        if self.scaler is not None and id(optimizer) not in self._unscaled and _has_gradient(optimizer):
+            self.scaler.unscale_(optimizer)
+            self._unscaled.add(id(optimizer))
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Step, unless a gradient is not finite."""
+        optimizer = _inner(optimizer)
+        self._ran, self._found = True, None
+        if self.scaler is None or not _has_gradient(optimizer):
             optimizer.step()
-            return True
-        before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        return self.scaler.get_scale() >= before
+            return
+        self.unscale(optimizer)
+        self._ran = False
+        # torch calls the step of an ordinary optimizer, after a look at the device, if gradients are finite; a fused
+        # one always, which then looks for itself, so that nothing waits for the device
+        handle = optimizer.register_step_post_hook(self._note)
+        try:
+            self.scaler.step(optimizer)
+        finally:
+            handle.remove()
+        if self._found is not None:
+            self._unread.append(self._found)
+        elif not self._ran:
+            self._skipped += 1
+
+    def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._ran = True
+        found = getattr(optimizer, "found_inf", None)
+        if isinstance(found, Tensor):
+            self._found = found
+
+    def _adjust(self) -> None:
+        """Let the scale follow what the last steps have found. Later than their steps, for all optimizers at once."""
+        if self.scaler is not None and self._unscaled:
+            self._unscaled.clear()
+            self.scaler.update()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the latest step left the weights alone. With a fused optimizer, waits for the device."""
+        if self._found is not None:
+            self._count()
+        return not self._ran
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for infinite gradients. With a fused optimizer, waits for the device."""
+        self._count()
+        return self._skipped
+
+    def _count(self) -> None:
+        if self._unread:
+            found = torch.stack(self._unread).ne(0).tolist()
+            self._skipped += sum(found)
+            if self._found is not None:
+                self._ran, self._found = not found[-1], None
+            self._unread.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.scaler is None else self.scaler.state_dict()
+        if self.scaler is None:
+            return {}
+        self._adjust()
+        return {**self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+            self._skipped = state.get("skipped_steps", 0)
+
+
+class ScaledOptimizer:
+    """Stands for an optimizer in user code under "16-mixed": its `step` unscales, and leaves infinite gradients out.
+
+    Everything else is the optimizer's own, `isinstance` included.
+
+    Args:
+        optimizer: The optimizer.
+        precision: With a scaler.
+        before: Called before each step, with the gradients unscaled.
+        after: Called after each step, also one that was left out.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        precision: Precision,
+        before: Callable[[Optimizer], Any] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self.__dict__.update(inner=optimizer, precision=precision, before=before, after=after)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure, which makes the gradients, if there is one; then step."""
+        own = self.__dict__
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        own["precision"].unscale(own["inner"])
+        if own["before"] is not None:
+            own["before"](own["inner"])
+        own["precision"].step(own["inner"])
+        if own["after"] is not None:
+            own["after"]()
+        return loss
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.__dict__["inner"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["inner"], name, value)
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    kind: type = type(optimizer)  # isinstance would be told the inner one's
+    inner: Optimizer = optimizer.__dict__["inner"] if kind is ScaledOptimizer else optimizer
+    return inner
+
+
+def _has_gradient(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

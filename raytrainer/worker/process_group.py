@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from raytrainer.plan.ranks import Ranks
 
@@ -96,6 +97,36 @@ class ProcessGroup:
         )
         self.store = store
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+        self._of_node: tuple[Any, Any] | None = None
+        self.timeout = timeout
+
+    def of_node(self, ranks: Ranks) -> tuple[Any, Any]:
+        """The group of this worker's node, and a gloo one beside it. All workers must call it together."""
+        if self._of_node is None:
+            nodes: list[Any] = [None] * ranks.world_size
+            dist.all_gather_object(nodes, ranks.node_rank, group=self.control)
+            members = [[r for r, node in enumerate(nodes) if node == n] for n in range(ranks.num_nodes)]
+            self._of_node = self._subgroups(members, ranks.node_rank)
+        return self._of_node
+
+    def _subgroups(self, members: list[list[int]], own: int) -> tuple[Any, Any]:
+        if len(members) == 1:
+            return dist.group.WORLD, self.control
+        # every worker takes part in making every group
+        timeout = timedelta(seconds=self.timeout)
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        if self.control is dist.group.WORLD:
+            return groups[own], groups[own]
+        return groups[own], [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in members][own]
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let collectives wait so long for the other workers from now on."""
+        if seconds == self.timeout:
+            return
+        groups = {group for group in (dist.group.WORLD, self.control, *(self._of_node or ())) if group is not None}
+        for group in groups:
+            _set_pg_timeout(timedelta(seconds=seconds), group)
+        self.timeout = seconds
 
     def close(self) -> None:
         if dist.is_initialized():

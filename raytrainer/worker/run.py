@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from raytrainer.data.hooks import DataHooks
 from raytrainer.data.loaders import Feed, as_list
+from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
+from raytrainer.gpu.memory import MemorySampler, open_nvml, own_index
 from raytrainer.messages import SetupReport, Task
+from raytrainer.module import Module
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.base import Strategy
+from raytrainer.worker.compiling import compile_module
 from raytrainer.worker.flags import apply_flags
 from raytrainer.worker.hooks import Hooks, bind_step, overridden
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
+from raytrainer.worker.slices import Slices
 from raytrainer.worker.view import TrainerView
 
-__all__ = ["Run"]
+if TYPE_CHECKING:
+    from raytrainer.data.ray_feed import RayFeed
+
+__all__ = ["AnyFeed", "Run"]
+
+AnyFeed: TypeAlias = "Feed | RayFeed"
 
 log = logging.getLogger("raytrainer")
 
@@ -50,25 +60,29 @@ class Run:
             datamodule=task.datamodule,
         )
         self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps)
+        self.slices = Slices(strategy, self.view.metrics)
         self.view.loader_source = self._loader
         self.view.length_source = self._lengths
         self.hooks = Hooks(self.view, self.module, task.callbacks)
         self.precision = Precision(settings.precision, strategy.device)
+        self.view.unscale = self.precision.unscale
+        self.view.skipped_source = lambda: self.precision.skipped_steps
         self.transfer: Callable[[Any, int], Any] | None = None
         self.evaluated = {"validate": 0, "test": 0, "predict": 0}  # batches so far, the step axis of on_step values
         self.stepped = 0  # batches that ended in a step: the loggers' step axis
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
-        self._feeds: dict[str, list[Feed]] = {}
+        self._feeds: dict[str, list[AnyFeed]] = {}
         self._sources: dict[str, Any] = dict(task.loaders)
         self._undo_flags = apply_flags(settings)
+        self._undo_compile: Callable[[], None] = lambda: None
 
     # ---------------------------------------------------------------- set-up
 
     def setup(self) -> SetupReport:
         """Everything up to, and without, `on_fit_start`."""
         task, module, view, device = self.task, self.module, self.view, self.strategy.device
-        module.__dict__["_view"] = view
+        self._attach(view)
         if self.datamodule is not None:
             self.datamodule.trainer = view
         if task.reseed:
@@ -78,25 +92,61 @@ class Run:
             self.datamodule.setup(task.stage)
         self.hooks.call("setup", task.stage)
         module.configure_model()
+        self._attach(view)
+        if task.settings.sync_batchnorm and device.type == "cuda" and self.strategy.ranks.world_size > 1:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.precision.convert_module(module)
         module.to(device)
         if task.stage == "fit" and not module.training:
             module.train()
-        if task.stage == "fit":
+        self.transfer = self._bind_transfer()
+        self._sample_memory()
+        if not task.resuming:
+            self.configure()
+        return self.describe()
+
+    def configure(self) -> None:
+        """Make the optimizers; those of a resumed run once the checkpoint's weights are in the module."""
+        module, view = self.module, self.view
+        if self.task.stage == "fit":
             if overridden(module, "configure_optimizers"):
                 view.optimizers, view.lr_scheduler_configs = parse_optimizers(module.configure_optimizers())
             else:
                 module.configure_optimizers()
             if not view.optimizers:
                 log.warning("configure_optimizers returned None: nothing will be optimised.")
-        self.transfer = self._bind_transfer()
+        if self.task.settings.compile is not None:
+            self._undo_compile = compile_module(module, self.task.settings.compile)
+
+    def describe(self) -> SetupReport:
+        """What the driver needs to know of this worker's run."""
+        view = self.view
         frequencies = [c.frequency for c in view.lr_scheduler_configs if c.on_metric and c.interval == "step"]
         return SetupReport(
             rank=self.strategy.ranks.rank,
             plateau_steps=tuple(sorted(set(frequencies))),
             plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
             has_validation=self.has_validation,
+            parts=self.strategy.share.count,
         )
+
+    def _attach(self, view: TrainerView | None) -> None:
+        """Give the module, and Modules inside it, their `trainer`."""
+        for part in self.module.modules():
+            if isinstance(part, Module):
+                part.__dict__["_view"] = view
+
+    def _sample_memory(self) -> None:
+        """Have `log_gpu_memory` measured on logging steps."""
+        mode, device = self.task.settings.log_gpu_memory, self.strategy.device
+        if mode is None or self.task.stage != "fit":
+            return
+        nvml = open_nvml() if device.type == "cuda" else None
+        index = None if nvml is None else own_index(device, nvml)
+        if nvml is None or index is None:
+            log.warning("log_gpu_memory=%r: NVML knows no GPU of this worker (%s).", mode, device)
+            return
+        self.view.samplers.append(MemorySampler(mode, nvml, index, self.strategy.ranks.node_rank))
 
     def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
@@ -107,7 +157,7 @@ class Run:
         )
         cast = self.precision.convert_input
         if device.type != "cpu" and to_device is None:
-            to_device = DataHooks().transfer_batch_to_device
+            to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
         if before is None and to_device is None and after is None:
             return None if cast is None else lambda batch, idx: cast(batch)
 
@@ -132,7 +182,16 @@ class Run:
 
     def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
         """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
-        function = self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders))
+        return self._in_context(self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders)))
+
+    def step_end(self, name: str) -> Callable[[Any], Any] | None:
+        """`<name>_end` of the module, bound likewise; None if nobody wrote it."""
+        end = f"{name}_end"
+        if not overridden(self.module, end):
+            return None
+        return self._in_context(self.hooks.guarded(end, getattr(self.module, end)))
+
+    def _in_context(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.precision.plain:
             return function
         precision = self.precision
@@ -147,11 +206,14 @@ class Run:
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation loader and a step for it."""
-        loader = "val" in self._sources or self._data_hook("val_dataloader") is not None
+        """Whether there is a validation loader or dataset, and a step for it."""
+        given = "val" in self._sources or "val" in self.task.datasets
+        loader = given or self._data_hook("val_dataloader") is not None
         return loader and overridden(self.module, "validation_step")
 
     def _loader(self, stage: str) -> Any:
+        if stage in self.task.datasets:
+            return [blocks.source for blocks in self.task.datasets[stage]]
         if stage not in self._sources:
             hook = self._data_hook(f"{stage}_dataloader")
             if hook is None:
@@ -161,11 +223,13 @@ class Run:
             self._sources[stage] = hook()
         return self._sources[stage]
 
-    def feeds(self, stage: str, reload: bool = False) -> list[Feed]:
+    def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
         """The loaders of "train", "val", "test" or "predict", sharded; built once."""
-        if reload and stage not in self.task.loaders:
+        if reload and stage not in self.task.loaders and stage not in self.task.datasets:
             self._sources.pop(stage, None)
             self._feeds.pop(stage, None)
+        if stage not in self._feeds and stage in self.task.datasets:
+            self._feeds[stage] = self._dataset_feeds(stage)
         if stage not in self._feeds:
             loaders = as_list(self._loader(stage))
             if not loaders:
@@ -173,6 +237,12 @@ class Run:
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
             self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
         return self._feeds[stage]
+
+    def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
+        from raytrainer.data.ray_feed import RayFeed
+
+        seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+        return [RayFeed(blocks, stage, share, seed, settings) for blocks in self.task.datasets[stage]]
 
     def _lengths(self, stage: str) -> Any:
         lengths = [feed.length for feed in self.feeds(stage)]
@@ -220,7 +290,8 @@ class Run:
     def release(self) -> None:
         """Undo what the run changed in this process; also after a failure."""
         self._undo_flags()
-        self.module.__dict__["_view"] = None
+        self._undo_compile()
+        self._attach(None)
         if self.datamodule is not None:
             self.datamodule.__dict__.pop("trainer", None)
 

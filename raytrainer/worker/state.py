@@ -74,6 +74,7 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
     load_into(module, checkpoint["state_dict"], module.strict_loading)
     if run.datamodule is not None:
         run.datamodule.load_state_dict(checkpoint.get("datamodule") or {})
+    run.configure()
     if run.task.stage != "fit" or "optimizer_states" not in checkpoint:
         return
     states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raytrainer.data.loaders import Feed, LookAhead
+from raytrainer.data.loaders import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
 from raytrainer.worker.hooks import overridden
+from raytrainer.worker.precision import ScaledOptimizer
 
 if TYPE_CHECKING:
-    from raytrainer.worker.run import Run
+    from raytrainer.worker.run import AnyFeed, Run
 
 __all__ = ["TrainingLoop"]
 
@@ -40,7 +41,7 @@ class TrainingLoop:
                 f"{len(feeds)} training loaders: return one loader from train_dataloader(); join datasets with "
                 f"torch.utils.data.ConcatDataset or StackDataset."
             )
-        self.feed: Feed = feeds[0]
+        self.feed: AnyFeed = feeds[0]
         self.epoch = 0
         self.batch = 0
         self._iterator: Iterator[Any] | None = None
@@ -50,17 +51,11 @@ class TrainingLoop:
         self._on_batch_end = bind("on_train_batch_end")
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
         self._epoch_scheduled = False
+        self._idle = False  # has had no sample in this epoch, since batches had fewer than the node has workers
 
     def _bind_optimization(self) -> Callable[[Any, int, bool], Any]:
         run, module = self.run, self.run.module
-        step = run.step("training_step", 1)
-        if overridden(module, "training_step_end"):
-            step_end = run.hooks.guarded("training_step_end", module.training_step_end)
-            inner = step
-
-            def step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-                return step_end(inner(batch, batch_idx, dataloader_idx))
-
+        step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         step = run.strategy.prepare(module, step)
         if module.automatic_optimization:
             return _Automatic(run, step)
@@ -80,14 +75,15 @@ class TrainingLoop:
 
         `offset` batches, of all workers together, have been done by a group of another size.
         """
+        self.view.current_epoch = self.epoch = epoch
         every = self.view.settings.reload_dataloaders_every_n_epochs
         if every and epoch and epoch % every == 0 and skip == 0:
             self.feed = self.run.feeds("train", reload=True)[0]
             if self.run.has_validation:
                 self.run.feeds("val", reload=True)
-        self.view.current_epoch = self.epoch = epoch
         self.batch = skip
         self._epoch_scheduled = False
+        self._idle = self.run.slices.active
         self.view.running = "train"
         self._iterator = None
         self.feed.rebase(offset)
@@ -109,6 +105,7 @@ class TrainingLoop:
         clock = time.perf_counter
         start = clock()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
+        slices = run.slices
         view.running = "train"
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
@@ -119,10 +116,15 @@ class TrainingLoop:
             try:
                 batch = next(iterator)
             except StopIteration:
+                if self.batch == 0 and (look_ahead is None or look_ahead.ended):
+                    self.feed.refuse_nothing(self.epoch)
                 exhausted = True
                 break
             waited += clock() - asked
             index = self.batch
+            if slices.active:
+                batch = slices.take(batch)
+                self._idle = self._idle and not slices.rows
             if transfer is not None:
                 batch = transfer(batch, 0)
             metrics.begin_batch(batch)
@@ -142,13 +144,15 @@ class TrainingLoop:
             if stepping:
                 if metrics.is_log_step(run.stepped):
                     metrics.note_row(run.stepped, self.epoch)
+                    if view.samplers:
+                        metrics.note_samples(run.stepped, self.epoch, view.samplers)
                 run.stepped += 1
             if look_ahead is not None and last:
                 exhausted = True
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 break
-        metrics.batch = None
+        metrics.begin_batch(None)
         report = metrics.report()
         return TrainReport(
             batches=self.batch - first,
@@ -159,15 +163,20 @@ class TrainingLoop:
             stop=view.should_stop,
             data_seconds=waited,
             metrics=report,
+            skipped_steps=view.skipped_steps,
         )
 
     def _step_schedulers(self) -> None:
         """Step the schedulers that count steps. In manual optimization the user steps them."""
         if not self.run.module.automatic_optimization:
             return
-        done = self.run.stepped + 1
-        for config in self.view.lr_scheduler_configs:
-            if config.interval == "step" and not config.on_metric and done % config.frequency == 0:
+        due = [c for c in self.view.lr_scheduler_configs if c.interval == "step" and not c.on_metric]
+        scaled = self.run.precision.scaler is not None
+        if not due or (scaled and self.run.precision.skipped):
+            return
+        done = self.run.stepped + 1 - (self.run.precision.skipped_steps if scaled else 0)
+        for config in due:
+            if done % config.frequency == 0:
                 self._scheduler_step(config.scheduler, None)
 
     def step_epoch_schedulers(self) -> None:
@@ -186,7 +195,9 @@ class TrainingLoop:
         self.run.take_metrics(self.metrics.local_values())
         self.run.hooks.call("on_train_epoch_end")
         self.view.running = None
-        return self.metrics.report(end_of_epoch=True)
+        report = self.metrics.report(end_of_epoch=True)
+        report.idle = self._idle
+        return report
 
 
 class _Automatic:
@@ -216,13 +227,17 @@ class _Automatic:
         self.clipping = settings.gradient_clip_val, settings.gradient_clip_algorithm
         # the user's own optimizer_step, or an optimizer such as LBFGS that evaluates several times, gets a closure
         self.optimizer_step = _own(run, "optimizer_step")
-        if self.optimizer_step is None and self.optimizer is not None and _needs_closure(self.optimizer):
+        closing = self.optimizer is not None and _needs_closure(self.optimizer)
+        if self.optimizer_step is None and closing:
             self.optimizer_step = module.optimizer_step
-        if self.optimizer_step is not None and run.precision.scaler is not None:
-            raise ConfigurationError(
-                'precision="16-mixed" scales gradients, which does not work with an optimizer_step of your own or an '
-                'optimizer that needs a closure; use "bf16-mixed".'
-            )
+        self.given: Any = self.optimizer  # what optimizer_step is given
+        if run.precision.scaler is not None and self.optimizer is not None:
+            if closing:
+                raise ConfigurationError(
+                    f'precision="16-mixed" with {type(self.optimizer).__name__}: an optimizer that evaluates a closure '
+                    f'several times cannot work with scaled gradients; use "bf16-mixed".'
+                )
+            self.given = ScaledOptimizer(self.optimizer, run.precision)
         self.batch: Any = None
         self.index = 0
         self.outputs: Any = None
@@ -233,14 +248,13 @@ class _Automatic:
             self.strategy.sync_next(stepping)
         if not stepping or self.optimizer is None:
             self._forward_backward()
-            stepped = stepping
         elif self.optimizer_step is not None:
-            self.optimizer_step(self.view.current_epoch, index, self.optimizer, self._closure)
-            stepped = True
+            self.optimizer_step(self.view.current_epoch, index, self.given, self._closure)
         else:
             self._closure()
-            stepped = self.precision.step(self.optimizer)
-        if stepped:
+            self.precision.step(self.optimizer)
+        if stepping:
+            # also where infinite gradients were left out: only the device knows, and all else is counted in steps
             self.view.global_step += 1
         outputs, self.outputs, self.batch = self.outputs, None, None
         return outputs
@@ -298,17 +312,21 @@ class _Manual:
         before_step = run.hooks.bind("on_before_optimizer_step")
         before_backward, after_backward = run.hooks.bind("on_before_backward"), run.hooks.bind("on_after_backward")
 
-        def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def count(optimizer: Optimizer | None, args: Any, kwargs: Any) -> None:
             view.global_step += 1
 
-        for optimizer in view.optimizers:
+        if precision.scaler is not None:
+            view.given_optimizers = [
+                ScaledOptimizer(optimizer, precision, before_step, lambda: count(None, (), {}))
+                for optimizer in view.optimizers
+            ]
+        for optimizer in view.optimizers if precision.scaler is None else []:
             if before_step is not None:
                 optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
             optimizer.register_step_post_hook(count)
-        if precision.scaler is not None:
-            raise ConfigurationError('precision="16-mixed" with manual optimization: use "bf16-mixed".')
 
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            loss = precision.scale(loss)
             if before_backward is not None:
                 before_backward(loss)
             module.backward(loss, *args, **kwargs)

@@ -39,6 +39,8 @@ class TrainerView:
         callback_metrics: Metrics by name, reduced over workers, as of the latest report.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
+        samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
+            callback may add to them. Names must differ from worker to worker.
     """
 
     settings: Settings
@@ -60,6 +62,10 @@ class TrainerView:
     loader_source: Callable[[str], Any] = lambda stage: None
     length_source: Callable[[str], Any] = lambda stage: None
     manual_backward: Callable[..., None] = lambda *args: None
+    unscale: Callable[[Optimizer], None] = lambda optimizer: None
+    skipped_source: Callable[[], int] = lambda: 0
+    given_optimizers: list[Any] | None = None  # what stands for `optimizers` in user code, where that differs
+    samplers: list[Callable[[], dict[str, float]]] = field(default_factory=list)
     modes: dict[Any, bool] = field(default_factory=dict)
 
     # ranks
@@ -78,6 +84,14 @@ class TrainerView:
     @property
     def world_size(self) -> int:
         return self.ranks.world_size
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that precision="16-mixed" has left out for infinite gradients; `global_step` counts them too.
+
+        Waits for the device with a fused optimizer.
+        """
+        return self.skipped_source()
 
     @property
     def num_nodes(self) -> int:

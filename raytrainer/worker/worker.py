@@ -19,7 +19,8 @@ from raytrainer.messages import (
     TrainStart,
 )
 from raytrainer.plan.ranks import Ranks
-from raytrainer.strategies import DDPStrategy, SingleStrategy, Strategy
+from raytrainer.plan.settings import Settings
+from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
 from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.run import Run, plain
@@ -61,13 +62,21 @@ class Worker:
     def setup(self, task: Task) -> SetupReport:
         """Take up a run, dropping what an earlier one may have left."""
         self.abandon()
-        self._run = Run(task, self._strategy())
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._run = Run(task, self._strategy(task.settings))
         return self._run.setup()
 
-    def _strategy(self) -> Strategy:
-        if self.group is None:
+    def _strategy(self, settings: Settings) -> Strategy:
+        group = self.group
+        if group is None:
             return SingleStrategy(self.ranks, self.device)
-        return DDPStrategy(self.ranks, self.device, self.group.control)
+        group.set_timeout(settings.ddp.timeout_seconds)
+        common = self.ranks, self.device, group.control, settings.ddp
+        if settings.strategy == "ddp":
+            return DDPStrategy(*common)
+        kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
+        return kind(*common, *group.of_node(self.ranks))
 
     def start_fit(self) -> None:
         self.run.hooks.call("on_fit_start")
@@ -145,9 +154,10 @@ class Worker:
         staged, self._staged = self._staged, None
         return staged
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Put module, optimizers, schedulers and generators into a checkpoint's state."""
+    def restore(self, checkpoint: dict[str, Any]) -> SetupReport:
+        """Put module, optimizers, schedulers and generators into a checkpoint's state; this completes `setup`."""
         restore_state(self.run, checkpoint)
+        return self.run.describe()
 
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained, rank 0 hands over the results."""
@@ -160,16 +170,18 @@ class Worker:
             report.attributes = _attributes(module)
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
-        if self.device.type == "cuda":
-            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        report.peak_memory_bytes = self._peak()
         self._forget()
         return report
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def finish_in_place(self, trained: bool) -> FinishReport:
         """As `finish`, where the module is the driver's own and nothing needs to travel."""
         self.run.teardown()
         self._forget()
-        return FinishReport()
+        return FinishReport(peak_memory_bytes=self._peak())
 
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""

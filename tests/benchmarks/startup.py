@@ -106,7 +106,9 @@ def launched(role: str, path: str) -> float:
         command = [sys.executable]
     begun = time.time()
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, __file__, "--role", role, "--path", path], check=True, env=environment, capture_output=True)
+    subprocess.run(
+        [*command, __file__, "--role", role, "--path", path], check=True, env=environment, capture_output=True
+    )
     return first_step(path, begun)
 
 

@@ -69,7 +69,12 @@ def make(base: type[Any], logs: int) -> Any:
 
 def ours(data: DataLoader[Any], logs: int, **options: Any) -> float:
     model = make(raytrainer.Module, logs)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     raytrainer.Trainer(max_epochs=1, strategy="local", **{**quiet, **options}).fit(model(), data)
     return float(model.seconds) / len(data)
 
@@ -78,7 +83,12 @@ def lightnings(data: DataLoader[Any], logs: int, **options: Any) -> float:
     import lightning
 
     model = make(lightning.LightningModule, logs)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     lightning.Trainer(max_epochs=1, accelerator="cpu", **{**quiet, **options}).fit(model(), data)
     return float(model.seconds) / len(data)
 

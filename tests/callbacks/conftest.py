@@ -19,6 +19,8 @@ class FakeTrainer:
         self.progress_bar_metrics: dict[str, float] = {}
         self.global_step = self.current_epoch = 0
         self.max_epochs: int | None = 9
+        self.max_steps: int | None = None
+        self.settings = SimpleNamespace(accumulate_grad_batches=1)
         self.sanity_checking = self.should_stop = False
         self.fast_dev_run = 0
         self.num_training_batches: int | None = 10

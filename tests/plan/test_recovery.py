@@ -30,7 +30,8 @@ def test_culprit(failures, culprit):
 @pytest.mark.parametrize(
     ("failure", "expected"), [(USER, False), (LOST, False), (GLOO, True), (NCCL, True),
                               (Failed(0, "raised", "RuntimeError", "Socket Timeout"), True),
-                              (Failed(0, "raised", "RuntimeError", "CUDA out of memory"), False)],
+                              (Failed(0, "raised", "RuntimeError", "CUDA out of memory"), False),
+                              (Failed(0, "raised", "ConnectionResetError", "connection reset by peer"), False)],
 )  # fmt: skip
 def test_consequence(failure, expected):
     assert is_consequence(failure) is expected

@@ -48,7 +48,7 @@ def ray_session(ray_ended: Callable[[], None]) -> str:
         # workers import test modules by their names, as pytest does here
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-        ray.init(num_cpus=4, include_dashboard=False)
+        ray.init("local", num_cpus=4, include_dashboard=False)
     return str(ray.get_runtime_context().gcs_address)
 
 

@@ -104,8 +104,7 @@ class Broad(Module):
     def validation_step(self, batch: Pair, batch_idx: int, dataloader_idx: int) -> None:
         assert not self.training and not torch.is_grad_enabled()
         self.log("val", nn.functional.mse_loss(self(batch), batch.extra["y"][0]))
-        if dataloader_idx == 0:
-            self.log("val_all", 1.0, add_dataloader_idx=False)
+        self.log("val_all", float(dataloader_idx), add_dataloader_idx=False)
 
     def test_step(self, batch: Pair, batch_idx: int) -> None:
         self.log_dict({"test": nn.functional.mse_loss(self(batch), batch.extra["y"][0]), "one": 1.0})
@@ -179,7 +178,7 @@ def test_a_broad_run(ray_trainer, tmp_path):
     assert counts.ended == 1 and len(counts.epochs) == 4
     metrics = trainer.callback_metrics
     assert {"loss", "loss_step", "loss_epoch", "val/dataloader_idx_0", "val/dataloader_idx_1", "val_all", "halved"} <= set(metrics)
-    assert metrics["val_all"] == 1.0 and float(metrics["val/dataloader_idx_0"]) == counts.epochs[-1]
+    assert metrics["val_all"] == pytest.approx(9 / 53) and float(metrics["val/dataloader_idx_0"]) == counts.epochs[-1]
     assert set(trainer.progress_bar_metrics) == {"loss_step", "loss_epoch"}
     assert trainer.logged_metrics["loss_epoch"] == metrics["loss_epoch"]
     with open(tmp_path / "log/version_0/metrics.csv") as file:
@@ -225,8 +224,7 @@ def test_hooks_come_in_the_order_of_one_process(name, tmp_path, ray_trainer):
     assert hook_order.run_scenario(scenario, tmp_path / "calls", ray_trainer) == [*scenario.expected, *brought_home]
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_evaluation_is_that_of_one_process(workers, ray_trainer, one_process):
+def check_evaluation(workers: int, ray_trainer: Any, one_process: Any) -> None:
     """Uneven data, a last batch that is smaller, fewer batches than a whole number for each worker."""
     module = Net()
     loaders = [loader(27, 4), loader(5, 5)]  # 7 batches, 1 batch
@@ -252,8 +250,7 @@ def test_the_mean_is_weighted_by_batch_size(ray_trainer):
     assert metrics["weighted"] == pytest.approx(10 / 12)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_predictions_come_in_the_loaders_order(workers, ray_trainer, one_process):
+def check_predictions(workers: int, ray_trainer: Any, one_process: Any) -> None:
     class Echo(Net):
         def predict_step(self, batch, batch_idx, dataloader_idx=0):
             return {"x": batch * 2 + dataloader_idx, "text": f"{int(batch[0])}"}
@@ -265,9 +262,17 @@ def test_predictions_come_in_the_loaders_order(workers, ray_trainer, one_process
     for outputs, expected in zip(there, here, strict=True):
         for output, one in zip(outputs, expected, strict=True):
             assert output["text"] == one["text"] and torch.equal(output["x"], one["x"])
-    (only,) = [ray_trainer(num_processes=workers, limit_predict_batches=2).predict(module, numbers(20, 2))]
+    only = ray_trainer(num_processes=workers, limit_predict_batches=2).predict(module, numbers(20, 2))
     assert torch.cat([output["x"] for output in only]).flatten().tolist() == [2.0 * i for i in range(4 * workers)]
     assert ray_trainer(num_processes=workers).predict(module, numbers(4, 2), return_predictions=False) is None
+
+
+def test_evaluation_is_that_of_one_process(ray_trainer, one_process):
+    check_evaluation(2, ray_trainer, one_process)
+
+
+def test_predictions_come_in_the_loaders_order(ray_trainer, one_process):
+    check_predictions(2, ray_trainer, one_process)
 
 
 def test_limits_are_per_worker(ray_trainer):
@@ -312,3 +317,9 @@ def test_what_the_user_prints_reaches_the_driver(ray_trainer, capfd):
 
     eventually(arrived, 10, "the workers' lines")
     assert captured.count("said once") == 1
+
+
+def test_three_workers(ray_trainer, one_process):
+    """In one test, since each change of the number of workers starts them anew."""
+    check_evaluation(3, ray_trainer, one_process)
+    check_predictions(3, ray_trainer, one_process)

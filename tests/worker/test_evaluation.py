@@ -72,6 +72,23 @@ def test_predictions_say_where_they_belong(chunk):
                        2 * torch.arange(10.0))  # fmt: skip
 
 
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_a_value_of_the_whole_epoch_has_weight_one(chunk):
+    """Over several workers, the size of each one's last batch must not matter for it."""
+
+    class Ending(Sums):
+        def on_validation_epoch_end(self):
+            self.log("end", 1.0)
+
+    worker = Worker()
+    worker.setup(Task("validate", Ending(), None, build_settings(), [], loaders={"val": LOADERS[0]}))
+    worker.start_evaluation("validate")
+    while not worker.evaluate(chunk).done:
+        pass
+    assert worker.end_evaluation().metrics.epoch["end"].weight == 1
+    worker.finish_in_place(False)
+
+
 @pytest.mark.parametrize(("limit", "lengths"), [(1.0, [3, 3]), (2, [2, 2]), (0.34, [1, 1]), (50, [3, 3])])
 def test_limits_are_per_loader(limit, lengths):
     worker = start("validate", LOADERS, limit_val_batches=limit)

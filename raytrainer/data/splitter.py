@@ -1,0 +1,128 @@
+"""`Splitter`: executes a Ray Dataset and deals its blocks, in an actor or in the driver's process."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from raytrainer.data.dealing import Dealer, Piece, mixed
+from raytrainer.errors import DataError
+from raytrainer.plan.seeds import derive_seed
+
+__all__ = ["Splitter", "blocks_of"]
+
+#: Blocks that a shuffle in windows holds, to draw the next one from.
+BLOCK_WINDOW = 4
+
+#: Pieces handed over in one answer, at most.
+PIECES = 16
+
+
+class Splitter:
+    """Executes a dataset once an epoch and deals its blocks to the workers that ask.
+
+    It works when asked, so workers that stop asking leave nothing hanging: the first one to ask for the next epoch ends
+    this one.
+
+    Args:
+        dataset: A `ray.data.Dataset`.
+        training: Whether there is likely to be another epoch.
+    """
+
+    def __init__(self, dataset: Any, training: bool) -> None:
+        self.training = training
+        self.dataset = type(dataset).copy(dataset, _deep_copy=True)
+        self.dataset.context.enable_progress_bars = False
+        self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed
+        self.token: tuple[int, int] = (-1, -1)
+        self.dealer: Dealer[Any] | None = None
+        self.blocks: Iterator[tuple[Any, int]] = iter(())
+        self.ready: list[deque[Piece[Any]]] = []
+        self.ended = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
+        self._ahead: tuple[Any, Future[Any]] | None = None
+
+    def next(
+        self, token: tuple[int, int], part: int, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int
+    ) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
+        """Pieces for one part, at least one but at the end; and at the end the rows of the shortest and longest part.
+
+        Raises:
+            DataError: The workers have gone on to a later epoch.
+        """
+        if token > self.token:
+            self._open(token, count, epoch, seed, shuffle, begin)
+        elif token < self.token:
+            raise DataError("a worker asked for data of an epoch that is over")
+        assert self.dealer is not None
+        while not self.ready[part] and not self.ended:
+            block = next(self.blocks, None)
+            if block is None:
+                self.ended = True
+                self._read_ahead(epoch + 1, seed, shuffle)
+            dealt = self.dealer.finish() if block is None else self.dealer.add(*block)
+            for receiver, piece in dealt:
+                self.ready[receiver].append(piece)
+        ready = self.ready[part]
+        pieces = [ready.popleft() for _ in range(min(PIECES, len(ready)))]
+        over = self.ended and not ready
+        return pieces, (min(self.dealer.totals), max(self.dealer.totals)) if over else None
+
+    def close(self) -> None:
+        """End what runs. An execution that is alive when Ray ends would start another Ray."""
+        self.blocks, self.dealer = iter(()), None
+        self.ready.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None
+        gc.collect()
+
+    def _open(self, token: Any, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int) -> None:
+        self.blocks = iter(())
+        self.ready.clear()
+        self.dealer = None
+        gc.collect()  # ends the execution of an epoch that was left early
+        blocks = None
+        if self._ahead is not None:
+            key, future = self._ahead
+            self._ahead = None
+            opened = future.result()
+            if key == (epoch, seed, shuffle) and begin == 0:
+                blocks = opened
+            del opened, future
+        self.blocks = blocks if blocks is not None else self._execute(epoch, seed, shuffle, begin)
+        self.token, self.ended = token, False
+        self.dealer, self.ready = Dealer(count), [deque() for _ in range(count)]
+
+    def _read_ahead(self, epoch: int, seed: int, shuffle: bool | int) -> None:
+        """Begin the next epoch's execution while workers are busy with the last blocks of this one."""
+        if self.training:
+            self._ahead = (epoch, seed, shuffle), self._pool.submit(self._execute, epoch, seed, shuffle, 0)
+
+    def _execute(self, epoch: int, seed: int, shuffle: bool | int, begin: int) -> Iterator[tuple[Any, int]]:
+        dataset, drawn = self.dataset, derive_seed(seed, "shuffle", epoch)
+        if shuffle is True:
+            dataset = dataset.random_shuffle(seed=drawn % 2**32)
+        blocks = _trimmed(blocks_of(dataset.iter_internal_ref_bundles()), begin)
+        return blocks if isinstance(shuffle, bool) else mixed(blocks, BLOCK_WINDOW, drawn)
+
+
+def blocks_of(bundles: Iterator[Any]) -> Iterator[tuple[Any, int]]:
+    """References to blocks, with their rows."""
+    for bundle in bundles:
+        for entry in bundle.blocks:
+            ref, metadata = (entry.ref, entry.metadata) if hasattr(entry, "ref") else entry
+            if metadata.num_rows:
+                yield ref, metadata.num_rows
+
+
+def _trimmed(blocks: Iterator[tuple[Any, int]], begin: int) -> Iterator[tuple[Any, int]]:
+    """The blocks from about row `begin` on: those that a group of another size has done, as far as whole blocks go."""
+    for ref, rows in blocks:
+        if begin >= rows:
+            begin -= rows
+        else:
+            begin = 0
+            yield ref, rows

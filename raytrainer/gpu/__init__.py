@@ -1,0 +1,1 @@
+"""NVIDIA GPUs through NVML: which there are, which are free, what they hold. Never starts CUDA."""

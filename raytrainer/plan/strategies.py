@@ -1,0 +1,129 @@
+"""Strategies as objects: `Trainer(strategy=DDP(find_unused_parameters=True))`. A name alone stands for the defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.plan import checks
+
+__all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
+
+STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn", "ddp2", "dp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDP:
+    """One batch per worker; gradients are averaged over all workers (torch's DistributedDataParallel).
+
+    Args:
+        find_unused_parameters: Look in each step for parameters that the loss does not depend on. Needed where that
+            happens; slower.
+        static_graph: The same parameters are used, in the same way, in every step: allows checkpointed activations, and
+            unused parameters without a search.
+        bucket_cap_mb: MiB of gradients that are averaged together [torch's: 25].
+        gradient_as_bucket_view: Gradients live in the buckets, which saves memory and a copy.
+        broadcast_buffers: Every forward pass in training begins with rank 0's buffers.
+        gradient_compression: Send gradients as "bf16" or "fp16": half the bytes, rounded. None: as they are.
+        process_group_timeout: Seconds, or a timedelta, that a collective waits for the other workers.
+
+    Raises:
+        ConfigurationError: A value is not allowed.
+    """
+
+    name: ClassVar[str] = "ddp"
+
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    bucket_cap_mb: float | None = None
+    gradient_as_bucket_view: bool = True
+    broadcast_buffers: bool = True
+    gradient_compression: str | None = None
+    process_group_timeout: float | timedelta = 1800.0
+
+    def __post_init__(self) -> None:
+        for name in ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers"):
+            checks.boolean(f"{type(self).__name__}: {name}", getattr(self, name))
+        checks.number("bucket_cap_mb", self.bucket_cap_mb, above=0.0)
+        checks.choice("gradient_compression", self.gradient_compression, (None, "bf16", "fp16"))
+        timeout = self.process_group_timeout
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not number or not math.isfinite(seconds) or seconds <= 0:
+            raise ConfigurationError(f"process_group_timeout={timeout!r}: give seconds above 0, or a timedelta.")
+        object.__setattr__(self, "process_group_timeout", float(seconds))
+
+    @property
+    def timeout_seconds(self) -> float:
+        timeout = self.process_group_timeout
+        return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for torch's DistributedDataParallel."""
+        options: dict[str, Any] = {
+            "find_unused_parameters": self.find_unused_parameters,
+            "static_graph": self.static_graph,
+            "gradient_as_bucket_view": self.gradient_as_bucket_view,
+        }
+        if not self.broadcast_buffers:  # newer versions of torch warn where it is given at all
+            options["broadcast_buffers"] = False
+        return options if self.bucket_cap_mb is None else {**options, "bucket_cap_mb": self.bucket_cap_mb}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDP2(DDP):
+    """One batch per node, split over its workers; `*_step_end` sees the node's whole batch. Arguments as for `DDP`."""
+
+    name: ClassVar[str] = "ddp2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DP(DDP):
+    """One batch for the whole job, split over the workers of one node. Arguments as for `DDP`."""
+
+    name: ClassVar[str] = "dp"
+
+
+_OBJECTS: dict[str, type[DDP]] = {"ddp2": DDP2, "dp": DP}
+
+
+def parse_strategy(value: Any) -> tuple[str, DDP]:
+    """The name of a strategy, and its settings.
+
+    Raises:
+        ConfigurationError: No such strategy.
+    """
+    if isinstance(value, DDP):
+        return value.name, value
+    if isinstance(value, type) and issubclass(value, DDP):
+        raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
+    checks.choice("strategy", value, STRATEGIES, "or an object: DDP(...), DDP2(...), DP(...).")
+    return value, _OBJECTS.get(value, DDP)()
+
+
+def effective_batch(batch_size: int | None, parts: int, accumulate: int, unit: str) -> str | None:
+    """A line that says how many samples make a step; None where the loader does not tell its batch size.
+
+    Args:
+        batch_size: Samples in a loader's batch.
+        parts: Batches that are read at the same time: one per worker (ddp), per node (ddp2), or one (dp).
+        accumulate: Batches per step.
+        unit: What reads a batch: "worker", "node" or "job".
+
+    Example:
+        "16 samples a batch x 2 nodes x 4 accumulated = 128 samples a step"
+    """
+    if batch_size is None:
+        return None
+    factors = [f"{batch_size} samples a batch"]
+    if unit == "job":
+        factors.append("1 for the whole job")
+    else:
+        factors.append(f"{parts} {unit}{'s' if parts != 1 else ''}")
+    if accumulate > 1:
+        factors.append(f"{accumulate} accumulated")
+    return f"{' x '.join(factors)} = {batch_size * parts * accumulate} samples a step"

@@ -1,0 +1,187 @@
+"""How long a save blocks training: 400 MB of state on the CPU, and on a GPU if there is one.
+
+Beside it: a bare copy into buffers that are used again, `torch.distributed.checkpoint.async_save` (default and with a
+kept `DefaultStager`), `torch.save`, and Lightning's `save_checkpoint` (if installed). Then: how much slower steps are
+while the write goes on.
+
+Run: python tests/benchmarks/checkpoint.py [--rounds 5] [--megabytes 400]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from timing import interleaved, table
+from torch import nn
+from torch.utils.data import DataLoader
+
+import raytrainer
+
+
+class Model(raytrainer.Module):
+    """`megabytes` of parameters in 16 tensors, and a step that uses few of them."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__()
+        each = megabytes * 2**20 // 4 // 16
+        self.blocks = nn.ParameterList(nn.Parameter(torch.randn(each), requires_grad=False) for _ in range(16))
+        self.head = nn.Linear(256, 256)
+        self.moments: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.moments.append(time.perf_counter())
+        for _ in range(20):
+            batch = self.head(batch).tanh()
+        return batch.square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.head.parameters(), lr=1e-3)
+
+
+class SaveEvery(raytrainer.Callback):
+    """Saves at every n-th step; keeps how long each call took."""
+
+    def __init__(self, folder: str, every: int) -> None:
+        self.folder, self.every_n_train_steps = folder, every
+        self.seconds: list[float] = []
+
+    def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:
+        if trainer.global_step % (self.every_n_train_steps or 1) == 0:
+            begun = time.perf_counter()
+            trainer.save_checkpoint(f"{self.folder}/ours.ckpt")
+            self.seconds.append(time.perf_counter() - begun)
+
+
+def train(model: Model, steps: int, folder: str, every: int, device: torch.device) -> SaveEvery:
+    callback = SaveEvery(folder, every)
+    trainer = raytrainer.Trainer(
+        max_steps=steps, strategy="local", gpus=1 if device.type == "cuda" else None, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callback,
+    )  # fmt: skip
+    data = [torch.randn(64, 256) for _ in range(64)]
+    trainer.fit(model, data)
+    return callback
+
+
+def blocked(model: Model, folder: str, device: torch.device) -> float:
+    """The median of saves after the first, which allocates the buffers."""
+    return statistics.median(train(model, 1800, folder, 300, device).seconds[2:])
+
+
+def bare_copy(model: Model, buffers: dict[str, torch.Tensor]) -> float:
+    begun = time.perf_counter()
+    for name, tensor in model.state_dict().items():
+        if name not in buffers:
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffers[name].copy_(tensor, non_blocking=True)
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def async_save(model: Model, folder: str, stager: Any) -> float:
+    begun = time.perf_counter()
+    options = {"async_stager": stager} if stager is not None else {}
+    response: Any = dcp.async_save(dict(model.state_dict()), checkpoint_id=f"{folder}/dcp", **options)
+    staged = getattr(response, "staging_completion", None)
+    if staged is not None:
+        staged.result()
+    seconds = time.perf_counter() - begun
+    (response.upload_completion if hasattr(response, "upload_completion") else response).result()
+    return seconds
+
+
+def torch_save(model: Model, folder: str) -> float:
+    begun = time.perf_counter()
+    torch.save(model.state_dict(), f"{folder}/plain.pt")
+    return time.perf_counter() - begun
+
+
+def lightning_save(model: Model, folder: str) -> float:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Wrapped(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model.head(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model.head.parameters(), lr=1e-3)
+
+    trainer = lightning.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Wrapped(), DataLoader(torch.randn(64, 256), batch_size=64))
+    begun = time.perf_counter()
+    trainer.save_checkpoint(f"{folder}/lightning.ckpt")
+    return time.perf_counter() - begun
+
+
+def slowdown(megabytes: int, folder: str, device: torch.device) -> float:
+    """Median time between steps while a write goes on, over that without any."""
+    calm, busy = Model(megabytes), Model(megabytes)
+    train(calm, 1500, folder, 10**9, device)
+    train(busy, 1500, folder, 50, device)
+    gaps = [
+        statistics.median(b - a for a, b in zip(m.moments[200:], m.moments[201:], strict=False)) for m in (busy, calm)
+    ]
+    return gaps[0] / gaps[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=400)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("raytrainer").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for device in [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available():
+        folder = tempfile.mkdtemp()
+        model = Model(arguments.megabytes).to(device)
+        buffers: dict[str, torch.Tensor] = {}
+        bare_copy(model, buffers)
+        sides: dict[str, Callable[[], float]] = {
+            "bare copy into kept buffers": lambda m=model, b=buffers: bare_copy(m, b),
+            "raytrainer": lambda m=model, f=folder, d=device: blocked(m, f, d),
+            "torch.save": lambda m=model, f=folder: torch_save(m, f),
+        }
+        if importlib.util.find_spec("lightning") and device.type == "cpu":
+            sides["Lightning save_checkpoint"] = lambda m=model, f=folder: lightning_save(m, f)
+        try:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        except ImportError:
+            pass
+        else:
+            on_gpu = device.type == "cuda"
+            stager = DefaultStager(StagingOptions(on_gpu, True, on_gpu, on_gpu))
+            async_save(model, folder, stager)
+            sides["DCP async_save, kept stager"] = lambda m=model, f=folder, s=stager: async_save(m, f, s)
+        sides["DCP async_save"] = lambda m=model, f=folder: async_save(m, f, None)
+        figures = interleaved(sides, arguments.rounds)
+        print(f"\n{arguments.megabytes} MB on {device}: time that training is blocked\n")
+        print(table(figures, "bare copy into kept buffers", "ms", 1e3))
+        ratios = [slowdown(arguments.megabytes, folder, device) for _ in range(3)]
+        print(f"\nSteps while a write goes on take {statistics.median(ratios):.2f} of the usual time.")
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

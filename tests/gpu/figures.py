@@ -1,0 +1,195 @@
+"""Milliseconds a step on GPUs: raw torchrun loop, raytrainer over Ray actors, Lightning; eager and compiled.
+
+Run on a machine with GPUs: python tests/gpu/figures.py --gpus 2 [--rounds 2] [--workloads gpt linear] [--no-compile]
+Prints one Markdown table for each workload.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from workloads import WORKLOADS, Workload
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+class Clock:
+    """Times the steps after the warm ones, the device's work included."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.begun = 0.0
+
+    def before(self, step: int) -> None:
+        if step == self.workload.warm:
+            torch.cuda.synchronize()
+            self.begun = time.perf_counter()
+
+    def milliseconds(self) -> float:
+        torch.cuda.synchronize()
+        return (time.perf_counter() - self.begun) / (self.workload.steps - self.workload.warm) * 1e3
+
+
+def raw(workload: Workload, compiled: bool, out: str) -> None:
+    """A rank of torchrun: the loop one would write by hand."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
+    from torch.utils.data.distributed import DistributedSampler
+
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    model: Any = workload.model().to(device)
+    optimizer = workload.optimizer(model)
+    if compiled:
+        model = torch.compile(model)
+    source = workload.loader(world)
+    sampler = None
+    if world > 1:
+        dist.init_process_group("nccl", device_id=device)
+        model = DistributedDataParallel(model, device_ids=[rank], gradient_as_bucket_view=True)
+        sampler = DistributedSampler(source.dataset, shuffle=False)
+    data = DataLoader(source.dataset, batch_size=source.batch_size, sampler=sampler, pin_memory=True)
+    mixed = workload.precision == "bf16-mixed"
+    clock = Clock(workload)
+    for step, (batch,) in enumerate(data):
+        clock.before(step)
+        batch = batch.to(device, non_blocking=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16) if mixed else contextlib.nullcontext():
+            loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if rank == 0:
+        Path(out).write_text(str(clock.milliseconds()))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def module_of(base: type[Any], workload: Workload) -> Any:
+    """The same module on raytrainer's or Lightning's base class."""
+
+    class Model(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = workload.model()
+            self.result = 0.0
+
+        def on_train_epoch_start(self) -> None:
+            self.__dict__["clock"] = Clock(workload)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.__dict__["clock"].before(batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            self.result = self.__dict__.pop("clock").milliseconds()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.model(batch[0])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return workload.optimizer(self.model)
+
+    return Model
+
+
+def ours(workload: Workload, gpus: int, compiled: bool) -> float:
+    import raytrainer
+
+    logging.getLogger("raytrainer").setLevel(logging.ERROR)
+    trainer = raytrainer.Trainer(
+        gpus=gpus, strategy="ddp", max_epochs=1, precision=workload.precision, logger=False, compile=compiled,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    module = module_of(raytrainer.Module, workload)()
+    trainer.fit(module, workload.loader(gpus))
+    return float(module.result)
+
+
+def lightning(workload: Workload, compiled: bool, out: str, gpus: int) -> None:
+    import lightning as L
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = L.Trainer(
+        accelerator="gpu", devices=gpus, strategy="ddp" if gpus > 1 else "auto", max_epochs=1, logger=False,
+        precision=workload.precision, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    module = module_of(L.LightningModule, workload)()
+    trainer.fit(torch.compile(module) if compiled else module, workload.loader(gpus))
+    if trainer.is_global_zero:
+        Path(out).write_text(str(module.result))
+
+
+def launched(role: str, workload: Workload, gpus: int, compiled: bool) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/ms"
+        command = [sys.executable]
+        if role == "raw":
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        command += [__file__, "--role", role, "--workloads", workload.name, "--gpus", str(gpus), "--out", out]
+        command += ["--compiled"] * compiled
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{role} failed:\n{done.stderr[-3000:]}")
+        return float(Path(out).read_text())
+
+
+def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool]) -> str:
+    """Interleaved rounds; a Markdown table of medians and ratios to the raw loop of the same kind."""
+    figures: dict[tuple[str, bool], list[float]] = {}
+    for _ in range(rounds):
+        for compiled in kinds:
+            figures.setdefault(("raw torchrun", compiled), []).append(launched("raw", workload, gpus, compiled))
+            figures.setdefault(("raytrainer", compiled), []).append(ours(workload, gpus, compiled))
+            if importlib.util.find_spec("lightning"):
+                figures.setdefault(("Lightning", compiled), []).append(launched("lightning", workload, gpus, compiled))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "?"
+    lines = [f"\n{workload.name} on {gpus} x {name}\n", "| | ms a step | ratio to raw |", "|---|---|---|"]
+    for (side, compiled), values in figures.items():
+        base = figures["raw torchrun", compiled]
+        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
+        lines.append(f"| {side}{', compiled' if compiled else ''} | {statistics.median(values):.2f} | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workloads", nargs="+", default=["linear", "gpt"])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--role", default="")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--out", default="")
+    arguments = parser.parse_args()
+    workload = WORKLOADS[arguments.workloads[0]]
+    if arguments.role == "raw":
+        raw(workload, arguments.compiled, arguments.out)
+    elif arguments.role == "lightning":
+        lightning(workload, arguments.compiled, arguments.out, arguments.gpus)
+    else:
+        for name in arguments.workloads:
+            kinds = [False] if arguments.no_compile or name == "linear" else [False, True]
+            print(measure(WORKLOADS[name], arguments.gpus, arguments.rounds, kinds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Worker groups last: reused while resources are the same, released when closed, idle, or no longer well."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import pytest
+import ray
+import torch
+from ray_models import Net, Where, alive, assert_same, eventually, loader, moved, numbers
+
+from raytrainer import ResourceError
+from raytrainer.driver import pool
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Where(tmp_path / "where")
+
+
+def fit(trainer, module):
+    trainer.fit(module, loader(16, 4))
+
+
+def test_runs_share_their_workers(ray_trainer, where):
+    trainer = ray_trainer(max_epochs=1)
+    fit(trainer, where)
+    first = where.taken()
+    assert len(set(first)) == 2
+    fit(trainer, where)
+    assert where.taken() == first
+    trainer.validate(where, loader(16, 4), verbose=False)
+    assert where.taken() == first
+    another = ray_trainer(max_epochs=2, seed=4, gradient_clip_val=1.0)
+    another.predict(where, numbers(4, 1, collate_fn=lambda samples: torch.ones(1, 4)))
+    assert where.taken() == first
+    # asked for as "ddp_cpu", or as "ddp_spawn", the resources are the same
+    fit(ray_trainer(strategy="ddp_cpu", max_epochs=1), where)
+    assert where.taken() == first
+
+
+def test_ddp_spawn_is_explained(ray_trainer, caplog):
+    with caplog.at_level(logging.INFO, "raytrainer"):
+        trainer = ray_trainer(strategy="ddp_spawn", max_epochs=1)
+    assert "actors" in caplog.text and '"ddp"' in caplog.text
+    fit(trainer, Net())
+    assert trainer.world_size == 2
+
+
+def test_a_reused_group_and_a_fresh_one_give_the_same_bits(ray_trainer):
+    class Untidy(Net):
+        """Leaves much behind in its process."""
+
+        def on_fit_end(self):
+            torch.manual_seed(99)
+            self.body[0].weight.data.zero_()
+
+    def run() -> Net:
+        module = Net(dropout=0.3)
+        ray_trainer(max_epochs=2, seed=3).fit(module, loader(32, 4, shuffle=True), loader(8, 4))
+        return module
+
+    pool.close_idle()
+    fresh, reused = run(), run()
+    ray_trainer(max_epochs=1, deterministic=True, precision=64, detect_anomaly=True).fit(Untidy(), loader(16, 4))
+    after_another = run()
+    assert_same(fresh, reused)
+    assert_same(fresh, after_another)
+    assert moved(Net(), fresh)
+
+
+def test_other_resources_get_another_group(ray_trainer, where):
+    fit(ray_trainer(max_epochs=1), where)
+    pair = where.taken()
+    single = ray_trainer(max_epochs=1, num_processes=1)
+    fit(single, where)
+    (alone,) = where.taken()
+    assert alone not in pair and single.world_size == 1
+    # the pair was released, lest it hold what is asked for
+    eventually(lambda: not any(map(alive, pair)), 15, "the others end")
+
+
+def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
+    trainer = one_process(strategy="auto", max_epochs=1)
+    fit(trainer, where)
+    assert where.taken() != [os.getpid()]
+    assert trainer.settings.strategy == "ddp"
+
+
+# the rest with one worker, which starts sooner
+
+
+def test_close_and_with_release(ray_trainer, where):
+    trainer = ray_trainer(max_epochs=1, num_processes=1)
+    fit(trainer, where)
+    closed = where.taken()
+    trainer.close()
+    eventually(lambda: not any(map(alive, closed)), 15, "closed workers end")
+    with trainer:
+        fit(trainer, where)  # a closed trainer may run again
+        pids = where.taken()
+        assert pids != closed and all(map(alive, pids))
+    eventually(lambda: not any(map(alive, pids)), 15, "workers end with the block")
+
+
+def test_idle_workers_are_released(ray_trainer, where):
+    fit(ray_trainer(max_epochs=1, num_processes=1, idle_timeout=0.3), where)
+    pids = where.taken()
+    eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
+    eventually(lambda: ray.available_resources().get("CPU") == 4.0, 15, "their CPUs are free")
+
+
+def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
+    trainer = ray_trainer(max_epochs=1, num_processes=1)
+    fit(trainer, where)
+    (pid,) = where.taken()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid), 5, "it is dead")
+    fit(trainer, where)
+    assert where.taken() != [pid]
+
+
+def test_too_many_workers(ray_trainer, caplog):
+    """An error that says what was asked and what there is."""
+    options = {"max_epochs": 1, "placement_timeout": 0.2}
+    with pytest.raises(ResourceError, match=r"9 worker\(s\) on each of 1 node.*CPU \d of 4 free on 1 node"):
+        fit(ray_trainer(num_processes=9, **options), Net())
+    with pytest.raises(ResourceError, match=r"2 node\(s\)"):
+        fit(ray_trainer(num_nodes=2, num_processes=1, **options), Net())
+    trainer = ray_trainer(num_processes=1, max_epochs=1)
+    fit(trainer, Net())
+    assert trainer.state.finished

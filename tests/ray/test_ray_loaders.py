@@ -1,0 +1,201 @@
+"""Loaders inside Ray workers: processes of their own, iterable datasets, samplers, and loaders that fit nobody."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from ray_models import Net, alive, assert_same, eventually, loader, moved, numbers, table
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from raytrainer import DataModule
+from raytrainer.errors import ConfigurationError, DataError, MetricError
+
+
+class Records(Net):
+    """Keeps the first number of each sample that every worker trained on, epoch by epoch: (rank, number)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[list[list[float]]] = []
+        self.now: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        self.now += batch.flatten().tolist()
+        return self(torch.ones(1, 4)).sum()
+
+    def on_train_epoch_end(self):
+        gathered = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, self.now)
+        self.epochs.append(gathered)
+        self.now = []
+
+
+def test_loader_processes(ray_trainer):
+    """They run, give what no processes give, and end with the run."""
+
+    class Pids(Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return torch.tensor([os.getpid()])
+
+    class Collects(Net):
+        def __init__(self):
+            super().__init__()
+            self.pids = set()
+
+        def training_step(self, batch, batch_idx):
+            self.pids |= {int(pid) for pid in self.all_gather(batch).flatten()}
+            return self(torch.ones(1, 4)).sum()
+
+    module = Collects()
+    ray_trainer(max_epochs=1).fit(module, DataLoader(Pids(), batch_size=3, num_workers=2))
+    assert len(module.pids) == 4
+    eventually(lambda: not any(alive(pid) for pid in module.pids), 15, "loader processes end")
+
+    modules = Net(), Net()
+    for module, processes in zip(modules, (0, 2), strict=True):
+        ray_trainer(max_epochs=2, seed=4).fit(module, loader(32, 4, shuffle=True, num_workers=processes))
+    assert_same(*modules)
+
+
+def test_shuffling_covers_everything_anew_each_epoch(ray_trainer):
+    module = Records()
+    ray_trainer(max_epochs=3, seed=1).fit(module, numbers(20, 4, shuffle=True))
+    orders = [tuple(map(tuple, epoch)) for epoch in module.epochs]
+    assert len(set(orders)) == 3
+    for first, second in module.epochs:
+        assert sorted(first + second) == list(range(20))
+
+
+def test_without_our_sampler_every_worker_reads_all(ray_trainer):
+    module = Records()
+    ray_trainer(max_epochs=1, use_distributed_sampler=False).fit(module, numbers(8, 2))
+    assert module.epochs == [[[*range(8)]] * 2]
+
+
+def test_the_users_own_distributed_sampler_is_kept(ray_trainer):
+    class Data(DataModule):
+        def train_dataloader(self):
+            data = torch.arange(12.0).unsqueeze(1)
+            sampler = DistributedSampler(data, shuffle=True, seed=9)
+            return DataLoader(data, batch_size=2, sampler=sampler)
+
+    module = Records()
+    ray_trainer(max_epochs=2, seed=1).fit(module, datamodule=Data())
+    for epoch, parts in enumerate(module.epochs):
+        for rank, part in enumerate(parts):
+            sampler = DistributedSampler(range(12), num_replicas=2, rank=rank, shuffle=True, seed=9)
+            sampler.set_epoch(epoch)
+            assert part == list(sampler)
+
+
+def test_a_custom_batch_sampler_is_sharded_by_batches(ray_trainer):
+    class Buckets(torch.utils.data.Sampler):
+        def __iter__(self):
+            yield from ([0, 1, 2], [3], [4, 5], [6, 7])
+
+        def __len__(self):
+            return 4
+
+    module = Records()
+    ray_trainer(max_epochs=1).fit(module, DataLoader(torch.arange(8.0).unsqueeze(1), batch_sampler=Buckets()))
+    assert module.epochs == [[[0, 1, 2, 4, 5], [3, 6, 7]]]
+
+
+class Stream(IterableDataset):
+    """Worker r yields `lengths[r]` samples."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank()
+        for i in range(self.lengths[rank]):
+            yield torch.tensor([100.0 * rank + i])
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}], ids=str)
+def test_iterable_datasets_of_unequal_length_end_together(options, ray_trainer):
+    module = Records()
+    trainer = ray_trainer(max_epochs=2, **options)
+    trainer.fit(module, DataLoader(Stream(9, 13), batch_size=2))
+    # five batches on rank 0, the last of one sample; rank 1 would have two more
+    assert module.epochs == [[[*range(9)], [100.0 + i for i in range(10)]]] * 2
+    assert trainer.global_step == (4 if options else 10)
+
+
+def test_iterable_datasets_in_evaluation_are_read_to_the_end(ray_trainer):
+    class Counts(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("count", float(len(batch)), reduce_fx="sum")
+
+    (metrics,) = ray_trainer().validate(Counts(), DataLoader(Stream(3, 8), batch_size=2), verbose=False)
+    assert metrics["count"] == 11
+
+
+def test_a_stream_that_is_empty_for_one_rank(ray_trainer):
+    """No training batch at all is an error that says where; training would go on for ever otherwise."""
+    with pytest.raises(DataError, match="rank 1"):
+        ray_trainer(max_epochs=2).fit(Net(), DataLoader(Stream(4, 0), batch_size=2))
+
+
+def test_nothing_for_some_rank(ray_trainer):
+    with pytest.raises(DataError, match=r"no batch for rank \d of 2.*3 sample.*batch_size=4"):
+        ray_trainer(max_epochs=1).fit(Net(), loader(3, 4, drop_last=True))
+    trainer = ray_trainer(max_epochs=1)
+    trainer.fit(Net(), loader(8, 4), loader(3, 4))  # evaluation may have fewer batches than workers
+    assert trainer.callback_metrics["samples"] == 3
+    (metrics,) = trainer.validate(Net(), loader(3, 4), verbose=False)
+    assert metrics["samples"] == 3
+
+
+def test_ranks_that_log_different_names(ray_trainer):
+    class Differs(Net):
+        def training_step(self, batch, batch_idx):
+            self.log("common" if self.global_rank else "rare", 1.0, on_epoch=True, sync_dist=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.log(f"val_{self.global_rank}", 1.0)
+
+    with pytest.raises(MetricError, match=r"rank 0 did not log 'common'; rank 1 did not log 'rare'"):
+        ray_trainer(max_epochs=1).fit(Differs(), loader(16, 4))
+    with pytest.raises(MetricError, match=r"rank 0 did not log 'val_1'; rank 1 did not log 'val_0'"):
+        ray_trainer().validate(Differs(), loader(16, 4), verbose=False)
+    module = Net()
+    ray_trainer(max_epochs=1).fit(module, loader(16, 4))
+    assert moved(Net(), module)
+
+
+def test_a_wrong_number_of_arguments_is_told_as_such(ray_trainer):
+    class Net2(Net):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(ConfigurationError, match="2 loaders: add a dataloader_idx argument"):
+        ray_trainer().validate(Net2(), [loader(8, 4), loader(8, 4)])
+
+
+def test_datasets_of_a_datamodule(ray_trainer):
+    data = DataModule.from_datasets(table(16), [table(8), table(4)], batch_size=4)
+    trainer = ray_trainer(max_epochs=1)
+    trainer.fit(Net(), datamodule=data)
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["samples/dataloader_idx_1"] == 4
+
+
+def test_a_loader_that_is_reloaded(ray_trainer):
+    class Grows(DataModule):
+        made = 0
+
+        def train_dataloader(self):
+            self.made += 1
+            return numbers(8 * self.made, 4)
+
+    module = Records()
+    ray_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(module, datamodule=Grows())
+    assert [len(epoch[0]) for epoch in module.epochs] == [4, 8, 12]

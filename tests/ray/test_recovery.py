@@ -1,0 +1,96 @@
+"""Lost workers over real Ray: the run ends as if nothing had happened, and says what did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from exact import Exact, run, same
+
+import raytrainer
+from raytrainer.plan.schedule import Progress
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 3}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_ended):
+    return {}
+
+
+def calm_run(undisturbed: dict, folder: Path, **options):
+    """The undisturbed run with these options, once."""
+    key = tuple(sorted(options.items()))
+    if key not in undisturbed:
+        module = Exact()
+        undisturbed[key] = module, *run(module, folder, **{**OVER_RAY, **options})
+    return undisturbed[key]
+
+
+@pytest.mark.parametrize(
+    ("die", "verb"), [((1, 0), "train"), ((1, 6), "train"), ((0, 9), "train"), ((1, 14), "validate")]
+)
+def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, die, verb):
+    calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
+    module = Exact(die, "kill", f"{tmp_path}/flag", verb=verb)
+    trainer, struck_rows = run(module, tmp_path, num_workers=1, **OVER_RAY)
+    assert Path(f"{tmp_path}/flag").exists()
+    assert same(module, calm)
+    assert struck_rows == rows
+    (recovery,) = trainer.recoveries
+    assert f"rank {die[0]}" in recovery.error
+    assert recovery.workers == 2
+    assert recovery.step - recovery.resumed_step <= 3
+    assert recovery.seconds > 0
+
+
+def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
+    calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
+    module = Exact((1, 6), "hang", f"{tmp_path}/flag")
+    trainer, struck_rows = run(module, tmp_path, num_workers=1, hang_timeout=4.0, **OVER_RAY)
+    assert same(module, calm)
+    assert struck_rows == rows
+    assert "hang_timeout" in trainer.recoveries[0].error
+
+
+def test_max_failures(tmp_path):
+    with pytest.raises(raytrainer.WorkerLostError, match="rank 1"):
+        run(Exact((1, 4), "kill", f"{tmp_path}/flag"), tmp_path, max_failures=0, **OVER_RAY)
+
+
+def test_user_errors_are_not_retried(tmp_path):
+    with pytest.raises(BaseException) as caught:
+        run(Exact((1, 4), "raise", f"{tmp_path}/flag"), tmp_path, **OVER_RAY)
+    assert "Died" in repr(caught.value) + repr(caught.value.__cause__)
+    assert Path(f"{tmp_path}/flag").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_resumed_with_another_number_of_workers(tmp_path, before, after):
+    """No sample of the epoch is repeated or missed, but for what padding repeats."""
+    seen = f"{tmp_path}/seen"
+    with pytest.raises(raytrainer.WorkerLostError):
+        run(
+            Exact((0, 4), "kill", f"{tmp_path}/flag", seen), tmp_path, save_every=1, max_failures=0,
+            strategy="ddp", num_processes=before, max_epochs=1, accumulate_grad_batches=1,
+        )  # fmt: skip
+    done = [p for p in tmp_path.glob("seen-*")]
+    first = [int(line.split()[1]) for p in done for line in p.read_text().splitlines()]
+    for path in done:
+        path.unlink()
+    # the checkpoint after the fourth batch may not have been written when the process died
+    from raytrainer.checkpoint import read_checkpoint
+
+    cursor = Progress(**read_checkpoint(f"{tmp_path}/last.ckpt")["progress"])
+    assert 3 <= cursor.batch <= 4
+    run(
+        Exact(seen=seen), tmp_path, ckpt_path="last", save_every=1,
+        strategy="ddp", num_processes=after, max_epochs=1, accumulate_grad_batches=1,
+    )  # fmt: skip
+    second = [int(line.split()[1]) for p in tmp_path.glob("seen-*") for line in p.read_text().splitlines()]
+    consumed = cursor.batch * before * 4
+    assert len(second) - (53 - consumed) < after  # padding alone
+    if cursor.batch == 4:
+        assert set(first) | set(second) == set(range(53))
+        assert len(set(first) & set(second)) < after

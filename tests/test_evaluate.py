@@ -1,0 +1,285 @@
+"""validate, test and predict: results, several loaders, where data may come from."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from tiny import Tiny, data, weights
+from torch.utils.data import DataLoader
+
+from raytrainer import Callback, ConfigurationError, DataError, DataModule
+
+Pair = namedtuple("Pair", "x y")
+
+
+class Mean(Tiny):
+    def validation_step(self, batch, batch_idx):
+        self.log("mean", batch.mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("mean", batch.mean())
+        self.log("sum", batch.sum(), reduce_fx="sum")
+
+    def predict_step(self, batch, batch_idx):
+        return Pair(batch * 2, {"index": batch_idx})
+
+
+def numbers(count, batch_size=4):
+    return DataLoader(torch.arange(float(count)), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_means_weigh_the_last_batch_by_its_size(verb, local_trainer):
+    trainer = local_trainer()
+    results = getattr(trainer, verb)(Mean(), numbers(10), verbose=False)
+    assert results[0]["mean"] == 4.5 and len(results) == 1
+    assert trainer.callback_metrics["mean"] == 4.5 and trainer.logged_metrics["mean"] == 4.5
+    assert (trainer.state.fn, trainer.state.status) == (verb, "finished")
+
+
+@pytest.mark.parametrize(
+    ("verb", "limit", "expected"),
+    [
+        ("validate", {"limit_val_batches": 2}, [{"mean": 3.5}]),
+        ("test", {"limit_test_batches": 0.5}, [{"mean": 1.5, "sum": 6.0}]),
+        ("validate", {"limit_val_batches": 0}, []),
+        ("test", {"limit_test_batches": 0}, []),
+        ("predict", {"limit_predict_batches": 0}, []),
+        ("validate", {"fast_dev_run": 1}, [{"mean": 1.5}]),
+    ],
+)
+def test_limits(verb, limit, expected, local_trainer):
+    loader = numbers(10 if verb == "validate" else 8)
+    options = {} if verb == "predict" else {"verbose": False}
+    assert getattr(local_trainer(**limit), verb)(Mean(), loader, **options) == expected
+
+
+def test_several_loaders(local_trainer):
+    class Each(Tiny):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            self.log("sum", batch.sum(), reduce_fx="sum")
+            self.log("both", batch.sum(), reduce_fx="sum", add_dataloader_idx=False) if dataloader_idx == 0 else None
+
+        def on_test_epoch_end(self):
+            self.log("end", 1.0)
+
+        def on_test_batch_end(self, outputs, batch, batch_idx, dataloader_idx):
+            self.events.append((batch_idx, dataloader_idx))
+
+    trainer, module = local_trainer(), Each()
+    results = trainer.test(module, [numbers(6), numbers(3)], verbose=False)
+    assert results == [
+        {"sum/dataloader_idx_0": 15.0, "both": 15.0, "end": 1.0},
+        {"sum/dataloader_idx_1": 3.0, "both": 15.0, "end": 1.0},
+    ]
+    assert module.events == [(0, 0), (1, 0), (0, 1)]
+    assert trainer.num_test_batches == [2, 1]
+    assert set(trainer.callback_metrics) == {"sum/dataloader_idx_0", "sum/dataloader_idx_1", "both", "end"}
+
+
+def test_several_loaders_need_the_index(local_trainer):
+    with pytest.raises(ConfigurationError, match=r"test_step\(batch, batch_idx\) with 2 loaders: add a dataloader_idx"):
+        local_trainer().test(Mean(), [numbers(2), numbers(2)])
+
+
+def test_predictions(local_trainer):
+    trainer, module = local_trainer(), Mean()
+    outputs = trainer.predict(module, numbers(10))
+    assert [type(output) for output in outputs] == [Pair] * 3
+    assert torch.equal(torch.cat([output.x for output in outputs]), 2 * torch.arange(10.0))
+    assert [output.y["index"] for output in outputs] == [0, 1, 2]
+    both = trainer.predict(_with_index(), [numbers(4), numbers(8)])
+    assert [[list(item) for item in loader] for loader in both] == [[[0, 0]], [[0, 1], [1, 1]]]
+    assert trainer.predict(module, numbers(10), return_predictions=False) is None
+
+
+def _with_index():
+    class Index(Tiny):
+        def predict_step(self, batch, batch_idx, dataloader_idx):
+            return batch_idx, dataloader_idx
+
+    return Index()
+
+
+def test_predict_calls_the_module_by_default(local_trainer):
+    class Plain(Tiny):
+        def forward(self, batch):
+            assert not self.training and not torch.is_grad_enabled()
+            return self.layer(batch[0])
+
+    module = Plain()
+    outputs = local_trainer().predict(module, data(6))
+    expected = [module.layer(batch[0]) for batch in data(6)]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_evaluation_changes_nothing(local_trainer):
+    module = Tiny()
+    module.layer.weight.grad = torch.ones_like(module.layer.weight)
+    before = weights(module)
+    trainer = local_trainer()
+    trainer.validate(module, data(4), verbose=False)
+    trainer.test(module, data(4), verbose=False)
+    assert torch.equal(weights(module), before)
+    assert module.layer.weight.grad is not None
+
+
+def test_the_last_module_is_the_default(local_trainer):
+    trainer, module = local_trainer(max_epochs=1), Tiny()
+    with pytest.raises(ConfigurationError, match=r"validate\(\) needs a model"):
+        trainer.validate(dataloaders=data(4))
+    trainer.fit(module, data())
+    expected = sum(module.loss(batch).item() for batch in data(4)) / 2
+    assert trainer.validate(dataloaders=data(4), verbose=False)[0]["val_loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_what_is_needed(verb, local_trainer):
+    with pytest.raises(
+        ConfigurationError, match=rf"{verb} needs data: .*write {verb[:3] if verb == 'validate' else verb}_dataloader"
+    ):
+        getattr(local_trainer(), verb)(Tiny())
+    if verb != "predict":
+        module = Tiny()
+        setattr(module, {"validate": "validation_step"}.get(verb, f"{verb}_step"), None)
+        with pytest.raises(ConfigurationError, match=rf"Tiny has no .*step\(\); {verb} needs one"):
+            getattr(local_trainer(), verb)(module, data(4))
+
+
+def test_empty_loader(local_trainer):
+    with pytest.raises(DataError, match=r"test loader has no batch.*limit_test_batches=0"):
+        local_trainer().test(Tiny(), DataLoader([], batch_size=2))
+
+
+def test_printed_table(local_trainer, capsys):
+    local_trainer().test(Mean(), numbers(8))
+    printed = capsys.readouterr().out
+    assert "mean" in printed and "3.5" in printed and "28" in printed
+    local_trainer().test(Mean(), numbers(8), verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- DataModule
+
+
+class Numbers(DataModule):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def prepare_data(self):
+        self.calls.append("prepare")
+
+    def setup(self, stage):
+        self.calls.append(f"setup {stage} {self.trainer.world_size}")
+
+    def teardown(self, stage):
+        self.calls.append(f"teardown {stage}")
+
+    def train_dataloader(self):
+        return data()
+
+    def val_dataloader(self):
+        return [data(4), data(6)]
+
+    def test_dataloader(self):
+        return data(4)
+
+    def predict_dataloader(self):
+        return data(2)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        self.calls.append((device.type, dataloader_idx))
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class Two(Tiny):
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+
+def test_datamodule(local_trainer):
+    dm, module, trainer = Numbers(), Two(), local_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=dm)
+    assert dm.calls[:2] == ["prepare", "setup fit 1"] and dm.calls[-1] == "teardown fit"
+    assert set(dm.calls[2:-1]) == {("cpu", 0), ("cpu", 1)}
+    assert dm.trainer is None
+    assert set(trainer.callback_metrics) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
+    dm.calls.clear()
+    # a trainer remembers where the data of its module came from
+    assert len(trainer.validate(verbose=False)) == 2
+    assert len(trainer.test(datamodule=dm, verbose=False)) == 1
+    assert len(trainer.predict(module, dm)) == 1
+    assert [call for call in dm.calls if isinstance(call, str)] == [
+        text
+        for stage in ("validate", "test", "predict")
+        for text in ("prepare", f"setup {stage} 1", f"teardown {stage}")
+    ]
+
+
+def test_given_loaders_win_over_hooks(local_trainer):
+    class Own(Tiny):
+        def test_dataloader(self):
+            raise AssertionError("not asked for")
+
+    assert local_trainer().test(Own(), data(4), verbose=False)
+
+
+def test_hooks_of_the_datamodule_win_over_the_modules(local_trainer):
+    class Own(Two):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            raise AssertionError("not asked for")
+
+        def test_dataloader(self):
+            raise AssertionError("not asked for")
+
+    local_trainer().test(Own(), datamodule=Numbers(), verbose=False)
+
+
+def test_from_datasets(local_trainer):
+    pairs = data(10).dataset
+    dm = DataModule.from_datasets(pairs, val_dataset=[pairs, pairs], test_dataset={"a": pairs}, batch_size=5)
+    module, trainer = Two(), local_trainer(max_epochs=1)
+    trainer.fit(module, dm)
+    assert trainer.num_training_batches == 2 and trainer.num_val_batches == [2, 2]
+    assert len(trainer.test(module, dm, verbose=False)) == 1
+    with pytest.raises(ConfigurationError, match="predict needs data"):
+        trainer.predict(module, datamodule=dm)
+    assert type(dm.train_dataloader().sampler).__name__ == "RandomSampler"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_dataloaders": Numbers(), "datamodule": Numbers()}, "two DataModules"),
+        ({"datamodule": data()}, r"datamodule=DataLoader: give a raytrainer\.DataModule"),
+    ],
+)
+def test_datamodules_that_do_not_fit(arguments, message, local_trainer):
+    with pytest.raises(ConfigurationError, match=message):
+        local_trainer().fit(Tiny(), **arguments)
+
+
+def test_teardown_and_exception_hooks_after_an_error(local_trainer):
+    class Failing(Two):
+        def test_step(self, batch, batch_idx):
+            raise ZeroDivisionError
+
+    calls = []
+
+    class Watching(Callback):
+        def on_exception(self, trainer, module, exception):
+            calls.append(type(exception))
+
+        def teardown(self, trainer, module, stage):
+            calls.append(stage)
+
+    trainer = local_trainer(callbacks=Watching())
+    with pytest.raises(ZeroDivisionError):
+        trainer.test(Failing(), data(4))
+    assert calls == [ZeroDivisionError, "test"] and trainer.state.status == "failed"

@@ -1,0 +1,197 @@
+"""What `self.log` becomes on the driver: metrics, rows of the loggers, and what fails harmlessly."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny import Tiny, data
+
+from raytrainer import Callback, Logger, MetricError
+
+
+class Rows(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.rows, self.hparams, self.ended = [], None, None
+
+    def log_rows(self, rows):
+        self.rows += rows
+
+    def log_metrics(self, metrics, step=None):
+        raise AssertionError("rows come together")
+
+    def log_hyperparams(self, params):
+        self.hparams = params
+
+    def finalize(self, status):
+        self.ended = status
+
+
+class Logging(Tiny):
+    def training_step(self, batch, batch_idx):
+        self.log("loss", float(batch_idx), prog_bar=True, on_epoch=True)
+        self.log("step", float(batch_idx))
+        self.log("epoch", float(batch_idx), on_step=False, on_epoch=True)
+        self.log("hidden", 1.0, logger=False)
+        self.log_dict({"a": 1.0, "b": 2.0}, on_step=False, on_epoch=True)
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", float(batch_idx))
+        self.log("both", float(batch_idx), on_step=True, on_epoch=True)
+
+
+def test_metrics_by_name(local_trainer):
+    trainer = local_trainer(max_epochs=1, limit_train_batches=4, log_every_n_steps=1)
+    trainer.fit(Logging(), data(), data(4))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert metrics == {
+        "loss": 1.5, "loss_step": 3.0, "loss_epoch": 1.5, "step": 3.0, "epoch": 1.5, "hidden": 1.0, "a": 1.0, "b": 2.0,
+        "val": 0.5, "both": 0.5, "both_step": 1.0, "both_epoch": 0.5,
+    }  # fmt: skip
+    logged = {name: value.item() for name, value in trainer.logged_metrics.items()}
+    assert logged == {n: v for n, v in metrics.items() if n not in ("loss", "hidden", "both")}
+    assert trainer.progress_bar_metrics == {"loss_step": 3.0, "loss_epoch": 1.5}
+    assert all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in trainer.callback_metrics.values())
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [3]), (None, [])])
+def test_rows(every, steps, local_trainer):
+    logger = Rows()
+    trainer = local_trainer(max_epochs=2, limit_train_batches=3, log_every_n_steps=every, logger=logger)
+    trainer.fit(Logging(), data(), data(4))
+    assert [step for step, values in logger.rows if "step" in values] == steps
+    assert all(values["step"] == float(step % 3) for step, values in logger.rows if "step" in values)
+    assert all(values["epoch"] == step // 3 for step, values in logger.rows if "step" in values)
+    epochs = [(step, values["loss_epoch"]) for step, values in logger.rows if "loss_epoch" in values]
+    assert epochs == [(2, 1.0), (5, 1.0)]
+    assert [step for step, values in logger.rows if "val" in values] == [2, 5]
+    assert not any("hidden" in values for _, values in logger.rows)
+    assert logger.ended == "success"
+
+
+def test_steps_of_rows_count_optimizer_steps(local_trainer):
+    logger = Rows()
+    trainer = local_trainer(max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1, logger=logger)
+    trainer.fit(Logging(), data())
+    assert [(step, v["step"]) for step, v in logger.rows if "step" in v] == [(0, 3.0), (1, 7.0), (2, 9.0)]
+
+
+def test_the_order_of_rows_does_not_depend_on_chunks(local_trainer, monkeypatch):
+    rows = []
+    for chunk in (None, 1, 5):
+        if chunk:
+            monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *a, chunk=chunk, **k: chunk)
+        logger = Rows()
+        local_trainer(max_epochs=2, log_every_n_steps=2, logger=logger, val_check_interval=3).fit(
+            Logging(), data(), data(4)
+        )
+        rows.append(logger.rows)
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_metrics_are_current_wherever_they_are_looked_at(local_trainer):
+    seen = []
+
+    class Looking(Logging):
+        def on_train_epoch_end(self):
+            seen.append(("module", float(self.trainer.callback_metrics["epoch"])))
+
+    class Watching(Callback):
+        def on_validation_end(self, trainer, module):
+            seen.append(("val", float(trainer.callback_metrics["val"])))
+
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(("train", float(trainer.callback_metrics["epoch"])))
+
+    trainer = local_trainer(max_epochs=1, callbacks=Watching(), num_sanity_val_steps=0)
+    trainer.fit(Looking(), data(), data(4))
+    assert seen == [("val", 0.5), ("module", 4.5), ("train", 4.5)]
+
+
+def test_values_of_an_epoch_across_validations(local_trainer):
+    trainer = local_trainer(max_epochs=1, val_check_interval=2)
+    trainer.fit(Logging(), data(), data(4))
+    assert trainer.callback_metrics["epoch"] == 4.5
+
+
+def test_metrics_of_a_child_module(local_trainer):
+    """A Module inside a Module logs, and knows its trainer, as Lightning's does."""
+
+    class Outer(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.inner = Logging()
+
+        def training_step(self, batch, batch_idx):
+            assert self.inner.trainer is self.trainer and self.inner.device == self.device
+            self.inner.log("inner", 2.0)
+            return self.loss(batch)
+
+    module = Outer()
+    trainer = local_trainer(max_epochs=1)
+    trainer.fit(module, data())
+    assert trainer.callback_metrics["inner"] == 2.0
+    with pytest.raises(RuntimeError, match="not attached"):
+        _ = module.inner.trainer
+
+
+def test_hyperparameters_reach_the_loggers_once(local_trainer):
+    class Saving(Tiny):
+        def __init__(self, width=3, secret="x"):
+            super().__init__()
+            self.save_hyperparameters(ignore="secret")
+
+    logger = Rows()
+    local_trainer(max_epochs=1, logger=[logger]).fit(Saving(5), data())
+    assert logger.hparams == {"width": 5}
+
+
+class Broken(Logger):
+    def log_metrics(self, metrics, step=None):
+        raise OSError("disk full")
+
+    def log_hyperparams(self, params):
+        raise OSError("disk full")
+
+    def finalize(self, status):
+        raise OSError("disk full")
+
+
+def test_a_failing_logger_does_not_end_training(local_trainer, caplog):
+    good, module = Rows(), Logging()
+    module.save_hyperparameters({"x": 1})
+    root = logging.getLogger("raytrainer")
+    root.addHandler(caplog.handler)
+    try:
+        trainer = local_trainer(max_epochs=1, logger=[Broken(), good], log_every_n_steps=1)
+        trainer.fit(module, data())
+    finally:
+        root.removeHandler(caplog.handler)
+    assert trainer.state.finished and trainer.global_step == 10
+    assert "Broken failed, training goes on: OSError: disk full" in caplog.text
+    assert good.rows and good.ended == "success"
+
+
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+def test_loggers_are_told_how_it_ended(error, local_trainer):
+    class Failing(Logging):
+        def on_train_epoch_end(self):
+            raise error
+
+    logger = Rows()
+    with pytest.raises(error):
+        local_trainer(max_epochs=1, logger=logger).fit(Failing(), data())
+    assert logger.ended != "success"
+
+
+def test_log_where_it_is_not_allowed(local_trainer):
+    class Predicting(Tiny):
+        def predict_step(self, batch, batch_idx):
+            self.log("x", 1.0)
+
+    with pytest.raises(MetricError, match="predict_step"):
+        local_trainer().predict(Predicting(), data(4))

@@ -1,0 +1,268 @@
+"""A Module by itself and during a run: device, ranks, hyperparameters, freezing, logging outside."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from argparse import Namespace
+
+import pytest
+import torch
+from tiny import Tiny, data
+
+import raytrainer
+from raytrainer import Callback, ConfigurationError, DataModule, Module, WorkerCallback
+
+
+def test_outside_of_a_run():
+    module = Tiny()
+    assert (module.global_rank, module.local_rank, module.global_step, module.current_epoch) == (0, 0, 0, 0)
+    assert module.device == torch.device("cpu") and module.dtype == torch.float32 and module.logger is None
+    with pytest.raises(RuntimeError, match="Tiny is not attached to a Trainer"):
+        _ = module.trainer
+    for attribute in ("all_gather", "optimizers", "lr_schedulers"):
+        with pytest.raises(RuntimeError, match="not attached"):
+            getattr(module, attribute)(*([torch.ones(1)] if attribute == "all_gather" else []))
+
+
+def test_log_outside_of_a_run_says_so(caplog):
+    root = logging.getLogger("raytrainer")
+    root.addHandler(caplog.handler)
+    try:
+        Tiny().log("x", 1.0)
+    finally:
+        root.removeHandler(caplog.handler)
+    assert "self.log('x', ...) outside of a run has no effect" in caplog.text
+
+
+def test_device_follows_the_module():
+    module = Tiny().to("meta")
+    assert module.device.type == "meta"
+    empty = Module().to("meta")  # without any parameter
+    assert empty.device.type == "meta"
+    assert Module().double().device.type == "cpu" and Tiny().double().dtype == torch.float64
+    outer = torch.nn.ModuleList([Tiny()]).to("meta")
+    assert outer[0].device.type == "meta"
+
+
+def test_freeze_and_unfreeze():
+    module = Tiny()
+    module.freeze()
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    module.unfreeze()
+    assert module.training and all(p.requires_grad for p in module.parameters())
+
+
+def test_pickling_leaves_the_run_behind(local_trainer):
+    class Keeping(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            self.copy = pickle.loads(pickle.dumps(module))
+
+    keeping = Keeping()
+    local_trainer(max_epochs=1, callbacks=keeping).fit(Tiny(), data())
+    with pytest.raises(RuntimeError, match="not attached"):
+        _ = keeping.copy.trainer
+
+
+def test_during_a_run(local_trainer):
+    class Looking(Tiny):
+        def training_step(self, batch, batch_idx):
+            trainer = self.trainer
+            assert (self.global_step, self.current_epoch) == (trainer.global_step, trainer.current_epoch)
+            assert self.global_step == 10 * self.current_epoch + batch_idx
+            assert trainer.training and not trainer.validating and trainer.is_global_zero
+            assert (trainer.world_size, trainer.num_nodes, trainer.num_training_batches) == (1, 1, 10)
+            assert (trainer.max_epochs, trainer.max_steps, trainer.num_val_batches) == (2, -1, [2])
+            gathered = self.all_gather({"x": torch.arange(2), "n": 3})
+            assert torch.equal(gathered["x"], torch.arange(2)[None]) and gathered["n"].tolist() == [3]
+            loss = self.loss(batch)
+            assert self.all_gather(loss, sync_grads=True).requires_grad
+            assert not self.all_gather(loss).requires_grad
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            assert (self.trainer.sanity_checking or self.trainer.validating) and not self.trainer.training
+
+        def setup(self, stage):
+            assert stage == "fit" and self.device.type == "cpu"
+
+    module = Looking()
+    local_trainer(max_epochs=2).fit(module, data(), data(4))
+    assert module.current_epoch == 0  # outside again
+
+
+def test_layers_made_in_the_worker(local_trainer):
+    class Lazy(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.head = None
+
+        def configure_model(self):
+            if self.head is None:
+                self.head = torch.nn.Linear(2, 2)
+                self.made = self.trainer.world_size
+
+        def setup(self, stage):
+            self.body = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    module = Lazy()
+    local_trainer(max_epochs=1, precision=64).fit(module, data())
+    assert module.head.weight.grad is not None and module.head.weight.dtype == module.body.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_callbacks_that_the_module_asks_for(verb, local_trainer):
+    class Own(Callback):
+        calls = 0
+
+        def setup(self, trainer, module, stage):
+            self.calls += 1
+
+    class Beside(WorkerCallback):
+        calls = 0
+
+        def setup(self, trainer, module, stage):
+            self.calls += 1
+
+    class Asking(Tiny):
+        def configure_callbacks(self):
+            return [own, beside]
+
+    replaced, own, beside = Own(), Own(), Beside()
+    trainer = local_trainer(max_epochs=1, callbacks=replaced)
+    for _ in range(2):
+        getattr(trainer, verb)(Asking(), data(4))
+    assert (replaced.calls, own.calls, beside.calls) == (0, 2, 2)
+
+
+def test_batch_level_hooks_on_the_driver_are_refused(local_trainer):
+    class Wrong(Callback):
+        def on_train_batch_end(self, *args): ...
+
+    with pytest.raises(
+        ConfigurationError, match=r"Wrong is a Callback.*on_train_batch_end.*derive it from WorkerCallback"
+    ):
+        local_trainer(callbacks=Wrong())
+    with pytest.raises(ConfigurationError, match=r"callback 3: give a raytrainer Callback"):
+        local_trainer(callbacks=[3])
+
+
+def test_batch_transfer_hooks(local_trainer):
+    class Changing(Tiny):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            self.events.append("before")
+            return {"pair": batch}
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            assert device == self.device
+            self.events.append("to")
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.events.append("after")
+            return batch["pair"]
+
+        def on_train_batch_start(self, batch, batch_idx):
+            assert len(batch) == 2
+
+    module = Changing()
+    local_trainer(max_steps=1).fit(module, data())
+    assert module.events[:4] == ["before", "to", "after", "t"]
+
+
+# ---------------------------------------------------------------- hyperparameters
+
+
+class Base(Module):
+    def __init__(self, a, b=2, *args, c=3, **kwargs):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Derived(Base):
+    def __init__(self, b, d=4):
+        super().__init__(1, b=b + 10, c=5, e=6)
+        self.save_hyperparameters()
+
+
+class Some(Module):
+    def __init__(self, a, b, net=None):
+        super().__init__()
+        self.save_hyperparameters("a", logger=False)
+
+
+class Given(Module):
+    def __init__(self, config):
+        super().__init__()
+        self.save_hyperparameters(config)
+
+
+class Ignoring(DataModule):
+    def __init__(self, path, secret, other=None):
+        super().__init__()
+        local = 3  # noqa: F841  # a local variable is no hyperparameter
+        self.save_hyperparameters(ignore=["secret", "other"])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Base(1), {"a": 1, "b": 2, "c": 3}),
+        (lambda: Base(1, 5, c=7, extra=8), {"a": 1, "b": 5, "c": 7, "extra": 8}),
+        (lambda: Derived(1), {"a": 1, "b": 1, "c": 5, "d": 4, "e": 6}),
+        (lambda: Some(1, 2), {"a": 1}),
+        (lambda: Given({"x": 1}), {"x": 1}),
+        (lambda: Given(Namespace(x=1)), {"x": 1}),
+        (lambda: Ignoring("p", "s"), {"path": "p"}),
+        (lambda: Tiny(), {}),
+    ],
+)
+def test_hyperparameters(make, expected):
+    made = make()
+    assert dict(made.hparams) == expected
+
+
+def test_hyperparameters_are_attributes_and_may_change():
+    module = Base([1])
+    module.hparams.a.append(2)
+    module.hparams.b = 9
+    module.hparams["c"] = 8
+    assert module.hparams == {"a": [1, 2], "b": 9, "c": 8}
+    assert module.hparams_initial == {"a": [1], "b": 2, "c": 3}
+    del module.hparams.b
+    with pytest.raises(AttributeError, match=r"no hyperparameter 'b'; there are \['a', 'c'\]"):
+        _ = module.hparams.b
+
+
+def test_hyperparameters_that_are_no_arguments():
+    class Wrong(Module):
+        def __init__(self, a):
+            super().__init__()
+            self.save_hyperparameters("lr")
+
+    with pytest.raises(ConfigurationError, match=r"\['lr'\] are not arguments of Wrong\.__init__, which has \['a'\]"):
+        Wrong(1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "1"])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(ConfigurationError, match=r"seed_everything\(.*from 0 to"):
+        raytrainer.seed_everything(seed)
+
+
+def test_seed_everything_seeds_every_generator():
+    numpy = pytest.importorskip("numpy")
+    import random
+
+    def draw():
+        return random.random(), torch.rand(()).item(), numpy.random.rand()
+
+    raytrainer.seed_everything(3, verbose=False)
+    first = draw()
+    assert draw() != first
+    raytrainer.seed_everything(3, verbose=False)
+    assert draw() == first
+    assert isinstance(raytrainer.seed_everything(verbose=False), int)
