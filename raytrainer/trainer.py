@@ -17,12 +17,13 @@ from torch import Tensor
 from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import attached, ensure_ray, free_resources
 from raytrainer.driver.coordinator import Coordinator, Hosted
-from raytrainer.driver.datasets import has_dataset, prepare_datasets, release_datasets
+from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
@@ -302,13 +303,18 @@ class Trainer:
         datamodule: DataModule | None = None,
         return_predictions: bool = True,
         ckpt_path: str | os.PathLike[str] | None = None,
-    ) -> list[Any] | None:
+    ) -> Any:
         """Predict every batch, on all workers.
 
         Returns:
             What `predict_step` returned for each batch, in the loader's order; with several loaders a list of such
-            lists; None without `return_predictions`.
+            lists; None without `return_predictions`. For a `RayDataset` (or `ray.data.Dataset`) instead a
+            `ray.data.Dataset` that is computed when it is read or written: each row's columns, and the columns that
+            `predict_step` returned for it as a dict ("prediction" where it returned a tensor).
         """
+        lazy = self._predict_lazily(model or self._module, dataloaders, datamodule, ckpt_path)
+        if lazy is not None:
+            return lazy
         outputs, loaders = self._evaluate(
             "predict", model, dataloaders, ckpt_path, False, datamodule, return_predictions
         )[1:]
@@ -318,6 +324,19 @@ class Trainer:
         for loader, _, output in outputs:
             by_loader[loader].append(output)
         return by_loader[0] if loaders == 1 else by_loader
+
+    def _predict_lazily(self, model: Any, data: Any, datamodule: DataModule | None, ckpt_path: Any) -> Any:
+        """Predictions for Ray Datasets; None if it is something else that shall be predicted."""
+        if model is not None and datamodule is None and data is None and model is self._module:
+            datamodule = self._datamodule
+        given = isinstance(data, DataModule) or data is None
+        if model is None or (not given and as_ray_datasets(data) is None):
+            return None
+        module, datamodule, loaders = _sources(model, datamodule, predict=data)
+        if not loaders and not has_dataset("predict", datamodule, module):
+            return None
+        task = self._begin("predict", module, datamodule, loaders)
+        return lazy_predictions(task, self._settings, self._address, self._read(ckpt_path))
 
     def _evaluate(
         self,

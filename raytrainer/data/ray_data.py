@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raytrainer.data.dataset import RayDataset
     from raytrainer.data.sharding import Share
 
-__all__ = ["KeptBlocks", "StreamedBlocks", "is_materialized", "prepare", "require_free_cpu"]
+__all__ = ["KeptBlocks", "StreamedBlocks", "is_materialized", "prepare", "require_free_cpu", "settings_only"]
 
 log = logging.getLogger("raytrainer")
 
@@ -54,7 +54,7 @@ class KeptBlocks:
         self._chunks: dict[int, list[tuple[Columns, int]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chunks": {}, "source": _settings_only(self.source)}
+        return {**self.__dict__, "_chunks": {}, "source": settings_only(self.source)}
 
     def renew(self) -> None:
         """Before each sending to a group; nothing to do."""
@@ -102,7 +102,7 @@ class StreamedBlocks:
             self.splitter = Splitter(dataset, stage == "train")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "source": _settings_only(self.source)}
+        return {**self.__dict__, "source": settings_only(self.source)}
 
     def renew(self) -> None:
         """Before each sending to a group."""
@@ -148,15 +148,13 @@ class StreamedBlocks:
 
 
 def _fetch(ref: Any, source: RayDataset) -> list[tuple[Columns, int]]:
-    import pyarrow as pa
     import ray
     from ray.data.block import BlockAccessor
 
-    block = ray.get(ref)
-    return views(block if isinstance(block, pa.Table) else BlockAccessor.for_block(block).to_arrow(), source.columns)
+    return views(BlockAccessor.for_block(ray.get(ref)).to_arrow(), source.columns)
 
 
-def _settings_only(source: RayDataset) -> RayDataset:
+def settings_only(source: RayDataset) -> RayDataset:
     """The settings without the dataset, which need not travel."""
     bare = copy.copy(source)
     object.__setattr__(bare, "dataset", None)

@@ -3,66 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raytrainer.data import ray_data
 from raytrainer.data.columns import finished, joined, views
 from raytrainer.data.dataset import RayDataset
+from raytrainer.data.ray_data import settings_only
 from raytrainer.errors import ConfigurationError, DataError
 from raytrainer.messages import Task
 from raytrainer.packing import unpack
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import Settings
-from raytrainer.seeding import rng_untouched
 from raytrainer.strategies import SingleStrategy
-from raytrainer.worker.hooks import overridden
 from raytrainer.worker.run import Run
 from raytrainer.worker.state import restore_state
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Predictor", "lazy_predictions"]
 
 
-def lazy_predictions(source: RayDataset, task: Any, settings: Settings) -> Any:
-    """A `ray.data.Dataset` that is computed when it is read or written, by as many actors as there are workers.
+def lazy_predictions(sources: list[RayDataset], task: Task, checkpoint: Any, settings: Settings) -> list[Any]:
+    """A `ray.data.Dataset` for each source, computed when it is read or written, in as many actors as there are workers.
 
     Args:
-        source: The inputs and their settings.
-        task: A reference to (task, checkpoint), for the actors.
+        sources: The inputs and their settings.
+        task: The module and what it needs. It is copied now: later changes do not show.
+        checkpoint: A packed checkpoint to load into the module, or None.
         settings: For the number of actors, their GPUs, and the limit.
 
     Raises:
         ConfigurationError: A limit that is a fraction: the rows are not counted before.
     """
-    dataset, limit = source.dataset, settings.limit("predict")
-    if isinstance(limit, int):
-        dataset = dataset.limit(limit * source.batch_size)
-    elif limit != 1.0:
+    import ray
+
+    packed, gpu, limit = ray.put((task, checkpoint)), settings.on_gpu, settings.limit("predict")
+    if not isinstance(limit, int) and limit != 1.0:
         raise ConfigurationError(
             f"limit_predict_batches={limit}: a Ray Dataset is not counted before; give a number of batches."
         )
-    return ray_data.map_with_actors(
-        dataset,
-        Predictor,
-        (task, source_without_data(source), settings.on_gpu),
-        source.batch_size,
-        settings.world_size,
-        settings.on_gpu,
-    )
-
-
-def source_without_data(source: RayDataset) -> RayDataset:
-    return ray_data.settings_only(source)
+    predicted = []
+    for source in sources:
+        dataset = source.dataset.limit(limit * source.batch_size) if isinstance(limit, int) else source.dataset
+        args = packed, settings_only(source), gpu
+        predicted.append(_map_with_actors(dataset, args, source.batch_size, settings.world_size, gpu))
+    return predicted
 
 
 class Predictor:
     """Holds the module in evaluation mode in an actor of Ray Data's; turns a table into one with predictions."""
 
     def __init__(self, packed: Any, source: RayDataset, on_gpu: bool) -> None:
-        task, checkpoint = ray_data.get(packed)
+        task, checkpoint = _get(packed)
         self.source = source
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         self.run = Run(task, SingleStrategy(Ranks(), device))
@@ -84,7 +80,7 @@ class Predictor:
                 batch = self.run.transfer(batch, 0)
             output = self.step(batch, self.batch, 0)
         self.batch += 1
-        return ray_data.with_columns(table, _columns(output, table.num_rows, table.column_names))
+        return _with_columns(table, _columns(output, table.num_rows, table.column_names))
 
 
 def _columns(output: Any, rows: int, taken: list[str]) -> dict[str, Any]:
@@ -118,11 +114,37 @@ def _columns(output: Any, rows: int, taken: list[str]) -> dict[str, Any]:
     return columns
 
 
-def check_predicts(task: Task) -> None:
-    """Refuse a module that cannot predict.
+def _get(ref: Any) -> Any:
+    """What a reference stands for; Ray Data may have looked it up already."""
+    import ray
 
-    Raises:
-        ConfigurationError: There is neither `predict_step` nor `forward`.
-    """
-    if not overridden(task.module, "predict_step") and not overridden(task.module, "forward"):
-        raise ConfigurationError(f"{type(task.module).__name__} has no predict_step() and no forward().")
+    return ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref
+
+
+def _map_with_actors(dataset: Any, args: tuple[Any, ...], batch_size: int, most: int, gpu: bool) -> Any:
+    """The dataset with `Predictor(*args)` called on tables of `batch_size` rows, in at most `most` actors."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    if not gpu:  # reading needs a CPU too
+        most = max(1, min(most, int(ray.cluster_resources().get("CPU", 1)) - 1))
+    return dataset.map_batches(
+        Predictor,
+        fn_constructor_args=args,
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=most),
+        num_gpus=1 if gpu else None,
+        num_cpus=None if gpu else 1,
+    )
+
+
+def _with_columns(table: pa.Table, columns: dict[str, Any]) -> pa.Table:
+    """The table with NumPy arrays appended as columns; those of several dimensions as tensors."""
+    from ray.data.block import BlockAccessor
+
+    block = BlockAccessor.batch_to_block(columns)
+    more = BlockAccessor.for_block(block).to_arrow()
+    for name in columns:
+        table = table.append_column(name, more.column(name))
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ class Splitter:
 
     def __init__(self, dataset: Any, training: bool) -> None:
         self.training = training
+        for name in ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # a note for every epoch
         self.dataset = type(dataset).copy(dataset, _deep_copy=True)
         self.dataset.context.enable_progress_bars = False
         self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from raytrainer.data.dataset import RayDataset, as_ray_datasets
+from raytrainer.driver import pool
 from raytrainer.driver.cluster import ensure_ray
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import Task
+from raytrainer.packing import pack
 from raytrainer.plan.settings import Settings
 from raytrainer.worker.hooks import overridden
 
-__all__ = ["find_datasets", "has_dataset", "prepare_datasets", "release_datasets"]
+__all__ = ["find_datasets", "has_dataset", "lazy_predictions", "prepare_datasets", "release_datasets"]
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
@@ -59,6 +61,22 @@ def find_datasets(
             f"ray.data.Dataset; torch data belongs into {stage}_dataloader()."
         )
     return datasets
+
+
+def lazy_predictions(task: Task, settings: Settings, address: str | None, checkpoint: Any) -> Any:
+    """Predictions for the Ray Datasets of a run as Ray Datasets: one, or a list; None if it has no Ray Datasets."""
+    datasets = find_datasets("predict", task.loaders, task.datamodule, task.module, address, settings.world_size)
+    if datasets is None:
+        return None
+    from raytrainer.data import ray_data, ray_predict
+
+    ensure_ray(address, settings.world_size)
+    pool.close_idle()  # workers kept for the next run hold the CPUs and GPUs that these actors need
+    ray_data.require_free_cpu(1)
+    task.loaders = {}
+    packed = pack(checkpoint) if checkpoint is not None else None
+    predicted = ray_predict.lazy_predictions(datasets, task, packed, settings)
+    return predicted[0] if len(predicted) == 1 else predicted
 
 
 def release_datasets(task: Task) -> None:

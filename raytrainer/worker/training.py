@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from raytrainer.data.loaders import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
+from raytrainer.seeding import rng_untouched
 from raytrainer.worker.hooks import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 
@@ -90,14 +92,16 @@ class TrainingLoop:
         if skip == 0:
             self.run.resume_generators()
         self.run.hooks.call("on_train_epoch_start")
+        self.run.resume_generators()
         return self.describe()
 
     def _batches(self) -> Iterator[Any]:
         if self._iterator is None:
             strategy = self.run.strategy
             agree = strategy.all_agree if strategy.ranks.world_size > 1 else None
-            self._iterator = self.feed.start(self.epoch, self.batch, agree)
-            self.run.resume_generators()
+            # going on within an epoch: what a loader that cannot skip reads again has been drawn before
+            with rng_untouched() if self.batch else nullcontext():
+                self._iterator = self.feed.start(self.epoch, self.batch, agree)
         return self._iterator
 
     def train(self, batches: int, stop_at_step: int | None = None) -> TrainReport:
@@ -191,7 +195,6 @@ class TrainingLoop:
     def end_epoch(self) -> MetricReport:
         """Run the module's hook; report the epoch's metrics."""
         self._iterator = None
-        self.run.resume_generators()
         self.run.take_metrics(self.metrics.local_values())
         self.run.hooks.call("on_train_epoch_end")
         self.view.running = None

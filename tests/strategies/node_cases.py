@@ -168,10 +168,10 @@ CASES = {
     "plain": Case(Plain, samples=26),
     "plain three": Case(Plain, per_node=3, options={"accumulate_grad_batches": 2}),
     "manual": Case(Manual, per_node=3),
-    "unsharded sampler": Case(options={"use_distributed_sampler": False}),
     "two nodes": Case(nodes=2, samples=36),
     "two nodes plain": Case(Plain, nodes=2, samples=36),
     "noisy": Case(Looks, noisy=True),
+    "own sampler": Case(Looks, options={"use_distributed_sampler": False}),
     "noisy processes": Case(Looks, noisy=True, loader={"num_workers": 1}),
     "fewer than workers": Case(Plain, per_node=3, samples=2, batch_size=2),
 }

@@ -1,0 +1,96 @@
+"""Cutting batches of any nesting, and joining outputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raytrainer.data.slicing import cut_batch, join_parts, rows_of, span_of
+from raytrainer.errors import DataError
+
+Point = namedtuple("Point", ["x", "y"])
+
+
+@dataclass
+class Sample:
+    x: Any
+    note: str = "all"
+
+
+def test_spans_cover_everything_and_differ_by_one():
+    for size in range(12):
+        for count in range(1, 6):
+            spans = [span_of(size, index, count) for index in range(count)]
+            assert [i for begin, end in spans for i in range(begin, end)] == list(range(size))
+            lengths = [end - begin for begin, end in spans]
+            assert lengths == sorted(lengths, reverse=True) and lengths[0] - lengths[-1] <= 1
+
+
+def test_cutting_and_joining_any_nesting():
+    x = torch.arange(10.0).reshape(5, 2)
+    batch = {
+        "x": x,
+        "pair": (x + 1, [x[:, 0]]),
+        "point": Point(x, x * 2),
+        "ordered": OrderedDict(a=x),
+        "sample": Sample(x),
+        "names": list("abcde"),
+        "array": x.numpy(),
+    }
+    parts = [cut_batch(batch, *span_of(5, index, 3), 5) for index in range(3)]
+    assert [len(part["x"]) for part in parts] == [2, 2, 1]
+    assert parts[2]["names"] == ["e"]
+    assert isinstance(parts[0]["point"], Point) and isinstance(parts[0]["ordered"], OrderedDict)
+    assert parts[0]["sample"].note == "all"
+    whole = join_parts([{**part, "sample": part["sample"].x} for part in parts])
+    assert torch.equal(whole["x"], x) and torch.equal(whole["pair"][1][0], x[:, 0])
+    assert torch.equal(whole["point"].y, x * 2) and whole["names"] == list("abcde")
+    assert (whole["array"] == batch["array"]).all()
+
+
+def test_what_is_passed_whole():
+    x = torch.zeros(4, 2)
+    batch = [x, torch.tensor(3.0), "text", 7, None, ["a", "b"], {"k": 1}]
+    cut = cut_batch(batch, 1, 2, rows_of(batch))
+    assert cut[0].shape == (1, 2)
+    assert cut[1:] == batch[1:]
+
+
+def test_empty_slice():
+    assert cut_batch({"x": torch.ones(1, 3), "n": ["a"]}, 1, 1, 1)["x"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        ([torch.zeros(4), torch.zeros(3, 2)], r"batch of 4 samples holds a tensor of shape \(3, 2\)"),
+        ([torch.zeros(4), torch.nn.utils.rnn.pack_sequence([torch.zeros(2)])], "PackedSequence, which cannot be split"),
+        ([torch.zeros(4), SimpleNamespace(to=print)], "SimpleNamespace, which cannot be split"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(batch, message):
+    with pytest.raises(DataError, match=message):
+        cut_batch(batch, 0, 2, rows_of(batch))
+
+
+def test_no_batch_dimension():
+    assert rows_of({"names": ["a", "b"]}) == 2
+    with pytest.raises(DataError, match="no tensor with a batch dimension"):
+        rows_of({"x": torch.tensor(1.0), "n": None})
+
+
+def test_joining():
+    assert join_parts([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1.0, 2.0]
+    assert join_parts([1.5, 2.5]).tolist() == [1.5, 2.5]
+    assert join_parts([None, None]) is None
+    assert join_parts(["a", "b"]) == ["a", "b"]
+    assert join_parts([[], ["a"]]) == ["a"]
+    with pytest.raises(DataError, match="different types: NoneType, Tensor"):
+        join_parts([torch.zeros(1), None])
+    with pytest.raises(DataError, match="different structure"):
+        join_parts([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
