@@ -14,7 +14,15 @@ import torch
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.seeds import derive_seed
 
-__all__ = ["capture_rng", "last_seed", "restore_rng", "rng_untouched", "seed_everything", "seed_generators"]
+__all__ = [
+    "capture_rng",
+    "host_generators",
+    "last_seed",
+    "restore_rng",
+    "rng_untouched",
+    "seed_everything",
+    "seed_generators",
+]
 
 log = logging.getLogger("raytrainer")
 
@@ -93,3 +101,25 @@ def rng_untouched() -> Iterator[None]:
         yield
     finally:
         restore_rng(state)
+
+
+@contextmanager
+def host_generators(seed: int) -> Iterator[None]:
+    """Inside, the generators of Python, NumPy and torch's CPU are those of `seed`; afterwards as they were.
+
+    For once a batch: a fifth of what `rng_untouched` and `seed_generators` cost, which care for devices too.
+    """
+    numpy = sys.modules.get("numpy")
+    own, of_torch = random.getstate(), torch.get_rng_state()
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if numpy is not None:
+        numpy.random.seed(derive_seed(seed, "numpy") % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        torch.set_rng_state(of_torch)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)

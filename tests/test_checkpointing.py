@@ -397,7 +397,7 @@ def test_nothing_is_executed(form, tmp_path):
     if form == "torch":
         torch.save({"state_dict": {}, "x": Malicious(str(trap))}, path / meta["state"])
     else:
-        (path / meta["state"]).write_bytes(pickle.dumps(Malicious(str(trap))))
+        (path / meta["state"]).write_bytes(pickle.dumps(Malicious(str(trap)), protocol=2))
     meta["bytes"] = (path / meta["state"]).stat().st_size
     (path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="never executed"):

@@ -400,6 +400,7 @@ def test_schedulers_are_the_users_own_in_manual_optimization(local_trainer):
 
         def training_step(self, batch, batch_idx):
             self.events.append(self.optimizers().param_groups[0]["lr"])
+            self.optimizers().step()
             if batch_idx == 4:
                 self.lr_schedulers().step()
 

@@ -17,7 +17,7 @@ from raytrainer.errors import DataError
 from raytrainer.plan.schedule import resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
-from raytrainer.seeding import rng_untouched, seed_generators
+from raytrainer.seeding import host_generators
 
 __all__ = ["Feed", "as_list"]
 
@@ -199,8 +199,7 @@ class Feed:
         iterator: Iterator[Any] | None = None
         begin = 0 if self.batches is None else self.batches.skip
         for position in itertools.count(begin):
-            with rng_untouched():
-                seed_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position))
+            with host_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position)):
                 if iterator is None:
                     iterator = iter(self.loader)
                 batch = next(iterator, _END)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.data.columns import Columns, advice, cut, views
@@ -186,6 +187,24 @@ def prepare(source: RayDataset, stage: str, remote: bool, taken: int = 0) -> tup
     dataset = source.dataset
     if is_materialized(source):
         return _kept(source, dataset), 0
+    with _in_order(dataset):
+        return _prepare(source, dataset, stage, remote, taken)
+
+
+@contextmanager
+def _in_order(dataset: Any) -> Iterator[None]:
+    """Have blocks come in the order of the files, rather than as they are ready: the same rows for the same seed."""
+    options = dataset.context.execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        yield
+    finally:
+        options.preserve_order = before
+
+
+def _prepare(
+    source: RayDataset, dataset: Any, stage: str, remote: bool, taken: int
+) -> tuple[KeptBlocks | StreamedBlocks, int]:
     rows, size = None, dataset._logical_plan.dag.infer_metadata().size_bytes
     try:
         dataset, listed_rows, listed_size = _listed(dataset)

@@ -54,6 +54,12 @@ class RayFeed:
     def __init__(
         self, blocks: KeptBlocks | StreamedBlocks, stage: str, share: Share, seed: int, settings: Settings
     ) -> None:
+        if share.readers > 1 and not blocks.kept:
+            raise DataError(
+                f"the {stage} dataset is executed in each epoch and dealt out to the workers, but with this strategy "
+                f"{share.readers} of them read the same batches: pass RayDataset(..., keep_in_memory=True), a "
+                f'DataLoader, or strategy="ddp".'
+            )
         self.blocks, self.stage, self.share, self.seed = blocks, stage, share, seed
         self.source = blocks.source
         self.training = stage == "train"

@@ -28,7 +28,7 @@ __all__ = ["Predictor", "lazy_predictions"]
 
 
 def lazy_predictions(sources: list[RayDataset], task: Task, checkpoint: Any, settings: Settings) -> list[Any]:
-    """A `ray.data.Dataset` for each source, computed when it is read or written, in as many actors as there are workers.
+    """A `ray.data.Dataset` for each source, computed when it is read or written, by as many actors as workers.
 
     Args:
         sources: The inputs and their settings.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -58,15 +58,30 @@ class RayReserver:
 
     def ready(self, groups: Sequence[Any], seconds: float) -> list[Any]:
         deadline = time.monotonic() + seconds
-        # the first waits for all of them; then those that are there need no time
+        # waiting for one is waiting for all; when time is up, each is only asked
         return [group for group in groups if group.wait(max(0.01, deadline - time.monotonic()))]
 
     def held(self, groups: Sequence[Any]) -> list[int]:
-        ask = ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(own_gpu_indices)
-        answers = [
-            ask.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0)).remote() for group in groups
-        ]
-        return [indices[0] for indices in ray.get(answers, timeout=PATIENCE)]
+        def given() -> list[str]:
+            import ray
+
+            return [str(value) for value in ray.get_gpu_ids()]
+
+        # an inner function, so that the task need not import this package, and torch with it
+        found = self._ask(given, groups)
+        if not all(ids[0].isdigit() for ids in found):
+            found = self._ask(own_gpu_indices, groups)
+        return [int(ids[0]) for ids in found]
+
+    @staticmethod
+    def _ask(function: Callable[[], list[Any]], groups: Sequence[Any]) -> list[list[Any]]:
+        """The answer of a task in each reservation. Its process may serve again: it does not touch the GPU."""
+        task = ray.remote(num_cpus=0, num_gpus=1, max_calls=0)(function)
+        places = [PlacementGroupSchedulingStrategy(group, 0) for group in groups]
+        answers: list[list[Any]] = ray.get(
+            [task.options(scheduling_strategy=place).remote() for place in places], timeout=PATIENCE
+        )
+        return answers
 
     def give_back(self, groups: Sequence[Any]) -> None:
         for group in groups:

@@ -133,7 +133,7 @@ def own_index(device: Any, nvml: Nvml) -> int | None:
     with contextlib.suppress(Exception):
         import torch
 
-        return uuids.index(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return uuids.index("GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-"))
     # without the device's own word: right if CUDA counts in PCI bus order
     shown = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
     ordinal = device.index or 0

@@ -205,6 +205,10 @@ def build_settings(
             f"sync_batchnorm=True with {settings.world_size} CPU workers: torch.nn.SyncBatchNorm works on GPUs only; "
             f"use gpus=..., or sync_batchnorm=False (each worker then normalises by its own samples)."
         )
+    if settings.ddp.gradient_compression == "bf16" and not settings.on_gpu and settings.world_size > 1:
+        raise ConfigurationError(
+            'gradient_compression="bf16" on CPUs: torch has it for NCCL only; use gpus=..., "fp16", or None.'
+        )
     if max_steps not in (None, -1) and max_epochs is not None:
         log.warning(
             "max_steps=%s and max_epochs=%s are both given: steps take precedence, so the run ends at %s steps.",

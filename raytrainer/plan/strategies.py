@@ -27,7 +27,8 @@ class DDP:
         bucket_cap_mb: MiB of gradients that are averaged together [torch's: 25].
         gradient_as_bucket_view: Gradients live in the buckets, which saves memory and a copy.
         broadcast_buffers: Every forward pass in training begins with rank 0's buffers.
-        gradient_compression: Send gradients as "bf16" or "fp16": half the bytes, rounded. None: as they are.
+        gradient_compression: Send gradients as "bf16" (GPUs only) or "fp16": half the bytes, rounded. None: as they
+            are.
         process_group_timeout: Seconds, or a timedelta, that a collective waits for the other workers.
 
     Raises:

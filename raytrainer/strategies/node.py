@@ -18,6 +18,7 @@ Worker r backpropagates k (s_r / S) l_r, and DDP's average over the N k workers 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ from raytrainer.strategies.base import NOTHING
 from raytrainer.strategies.replicated import ReplicatedStrategy
 
 __all__ = ["NodeStrategy"]
+
+#: Bytes for the pickled structure of an output; larger ones take a second collective.
+_ROOM = 2048
 
 
 class NodeStrategy(ReplicatedStrategy):
@@ -85,9 +89,8 @@ class NodeStrategy(ReplicatedStrategy):
             tensors.append(value)
             return _Place(value, len(tensors) - 1)
 
-        skeletons: list[Any] = [None] * self.split.count
         own = None if output is NOTHING else (map_leaves(output, place),)
-        dist.all_gather_object(skeletons, own, group=self._node_control)
+        skeletons = _exchange(own, self.split.count, self._node_control)
         places = [None if skeleton is None else _places(skeleton[0]) for skeleton in skeletons]
         _check(places)
         count = len(next(found for found in places if found is not None))
@@ -128,6 +131,21 @@ class NodeStrategy(ReplicatedStrategy):
             if parameter.requires_grad:
                 zero = zero + (parameter.sum() * 0.0).to(dtype)
         return zero
+
+
+def _exchange(value: Any, count: int, group: Any) -> list[Any]:
+    """Every worker's value, by rank. One collective if all are small, which halves `all_gather_object`'s time."""
+    pickled = pickle.dumps(value)
+    boxes, room = [b""] * count, _ROOM
+    while any(len(box) < 8 or int.from_bytes(box[:8], "little") > len(box) - 8 for box in boxes):
+        room = max([room, *(int.from_bytes(box[:8], "little") for box in boxes)])
+        own = torch.zeros(8 + room, dtype=torch.uint8)
+        letter = len(pickled).to_bytes(8, "little") + pickled[:room]
+        own[: len(letter)] = torch.frombuffer(bytearray(letter), dtype=torch.uint8)
+        received = [torch.empty_like(own) for _ in range(count)]
+        dist.all_gather(received, own, group=group)
+        boxes = [bytes(box.tolist()) for box in received]
+    return [pickle.loads(box[8:]) for box in boxes]
 
 
 class _Place:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from raytrainer.module import Module
@@ -38,10 +39,25 @@ def compile_module(module: Module, options: dict[str, Any]) -> Callable[[], None
     """
     parts = parts_to_compile(module)
     for part in parts:
-        part.compile(**options)
+        _compile(part, options)
 
     def undo() -> None:
         for part in parts:
             part.__dict__.pop("_compiled_call_impl", None)
 
     return undo
+
+
+def _compile(part: nn.Module, options: dict[str, Any]) -> None:
+    if not type(part).forward.__module__.startswith("torch."):
+        part.compile(**options)
+        return
+    # dynamo begins no graph in torch's own code, such as nn.Sequential's forward: it needs a frame outside
+    plain = part._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    # a code object for each part, since dynamo keeps a limited number of graphs by code object
+    call.__code__ = call.__code__.replace()
+    part._compiled_call_impl = torch.compile(call, **options)

@@ -43,13 +43,13 @@ def test_settings_of_an_object():
         "find_unused_parameters": True,
         "static_graph": False,
         "gradient_as_bucket_view": True,
-        "broadcast_buffers": True,
         "bucket_cap_mb": 5,
     }
     assert ddp.timeout_seconds == 120.0
     assert build_settings(strategy=ddp).ddp is ddp
     assert pickle.loads(pickle.dumps(ddp)) == ddp
     assert "bucket_cap_mb" not in rt.DDP().options
+    assert rt.DDP(broadcast_buffers=False).options["broadcast_buffers"] is False
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_settings_of_an_object():
         ),
         (lambda: build_settings(compile={"mod": 1}), r"\['mod'\] are no options of torch.compile"),
         (lambda: build_settings(compile="yes"), "compile='yes'"),
+        (lambda: build_settings(strategy=rt.DDP(gradient_compression="bf16"), num_processes=2), "for NCCL only"),
         (lambda: build_settings(float32_matmul_precision="low"), "'medium'"),
     ],
 )

@@ -92,7 +92,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def assert_close(one: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            other.state_dict()[name], value, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:

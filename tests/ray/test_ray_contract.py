@@ -12,7 +12,16 @@ from ray_models import Net, eventually, loader, numbers, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from raytrainer import Callback, CSVLogger, DataModule, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Module, WorkerCallback
+from raytrainer import (
+    Callback,
+    CSVLogger,
+    DataModule,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Module,
+    WorkerCallback,
+)
 
 
 class Pair(NamedTuple):
@@ -154,7 +163,13 @@ def test_a_broad_run(ray_trainer, tmp_path):
     checkpoint = ModelCheckpoint(monitor="val/dataloader_idx_0", save_last=True, dirpath=tmp_path / "saved")
     trainer = ray_trainer(
         max_epochs=4,
-        callbacks=[counts, Halve(), checkpoint, EarlyStopping("val/dataloader_idx_0", patience=10), LearningRateMonitor()],
+        callbacks=[
+            counts,
+            Halve(),
+            checkpoint,
+            EarlyStopping("val/dataloader_idx_0", patience=10),
+            LearningRateMonitor(),
+        ],
         logger=CSVLogger(tmp_path, name="log"),
         log_every_n_steps=1,
         seed=1,
@@ -177,7 +192,15 @@ def test_a_broad_run(ray_trainer, tmp_path):
     assert data.ready == 1
     assert counts.ended == 1 and len(counts.epochs) == 4
     metrics = trainer.callback_metrics
-    assert {"loss", "loss_step", "loss_epoch", "val/dataloader_idx_0", "val/dataloader_idx_1", "val_all", "halved"} <= set(metrics)
+    assert {
+        "loss",
+        "loss_step",
+        "loss_epoch",
+        "val/dataloader_idx_0",
+        "val/dataloader_idx_1",
+        "val_all",
+        "halved",
+    } <= set(metrics)
     assert metrics["val_all"] == pytest.approx(9 / 53) and float(metrics["val/dataloader_idx_0"]) == counts.epochs[-1]
     assert set(trainer.progress_bar_metrics) == {"loss_step", "loss_epoch"}
     assert trainer.logged_metrics["loss_epoch"] == metrics["loss_epoch"]
@@ -195,7 +218,10 @@ def test_a_broad_run(ray_trainer, tmp_path):
 
     # later verbs use what was trained
     validated = trainer.validate(verbose=False)
-    assert [set(found) for found in validated] == [{"val/dataloader_idx_0", "val_all"}, {"val/dataloader_idx_1", "val_all"}]
+    assert [set(found) for found in validated] == [
+        {"val/dataloader_idx_0", "val_all"},
+        {"val/dataloader_idx_1", "val_all"},
+    ]
     assert validated[0]["val/dataloader_idx_0"] == pytest.approx(counts.epochs[-1], rel=1e-6)
     (tested,) = trainer.test(module, datamodule=data, verbose=False)
     assert tested["test"] == pytest.approx(counts.epochs[-1], rel=1e-6) and tested["one"] == 1.0
@@ -295,7 +321,9 @@ def test_stopping_by_steps_by_the_module_and_by_a_callback(ray_trainer):
     trainer = ray_trainer(max_epochs=50)
     trainer.fit(Stops(), loader(16, 4))
     assert trainer.should_stop and 4 <= trainer.global_step < 100
-    trainer = ray_trainer(max_epochs=50, callbacks=EarlyStopping("loss", stopping_threshold=1e9, check_on_train_epoch_end=True))
+    trainer = ray_trainer(
+        max_epochs=50, callbacks=EarlyStopping("loss", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    )
     trainer.fit(Net(), loader(16, 4))
     assert trainer.current_epoch == 1
 

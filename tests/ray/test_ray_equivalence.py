@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from raytrainer import Module
 
 
-def both(one_process, ray_trainer, module: Module, samples: int = 48, batch_size: int = 8, **options) -> tuple[Module, Module]:
+def both(
+    one_process, ray_trainer, module: Module, samples: int = 48, batch_size: int = 8, **options
+) -> tuple[Module, Module]:
     """The same module after one process with the whole batch, and after two workers with half of it."""
     alone, shared = copy.deepcopy(module), copy.deepcopy(module)
     options = {"max_epochs": 3, "seed": 11, **options}
@@ -47,7 +49,9 @@ def test_half_the_batch_each(options, one_process, ray_trainer):
 
 def test_clipping_has_an_effect(one_process, ray_trainer):
     """Lest the cases above compare runs that clip nothing."""
-    assert moved(both(one_process, ray_trainer, Net())[1], both(one_process, ray_trainer, Net(), gradient_clip_val=0.1)[1])
+    assert moved(
+        both(one_process, ray_trainer, Net())[1], both(one_process, ray_trainer, Net(), gradient_clip_val=0.1)[1]
+    )
 
 
 def test_a_last_batch_that_is_smaller(one_process, ray_trainer):

@@ -18,7 +18,7 @@ from raytrainer.driver import pool
 
 PATIENCE = 60  # seconds for what a busy machine takes a while to do
 
-MODULE = '''
+MODULE = """
 import os, sys, time
 import torch
 from torch.utils.data import DataLoader
@@ -55,11 +55,11 @@ def loader(batches=4):
 def trainer(**options):
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
     return raytrainer.Trainer(strategy="ddp", num_processes=2, **{**quiet, "max_epochs": 1, **options})
-'''
+"""
 
 MAIN = (
     MODULE
-    + '''
+    + """
 if __name__ == "__main__":
     address = sys.argv[1]
     module = Net()
@@ -75,12 +75,12 @@ if __name__ == "__main__":
     assert cell["module"].ended and cell["module"].batches == 4
     print("cell", flush=True)
     # neither closed nor shut down: the end of the process does it
-'''
+"""
 )
 
 INTERRUPTED = (
     MODULE
-    + '''
+    + """
 if __name__ == "__main__":
     long = loader(batches=2000)
     module = Net(pause=0.02)
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("aborted", flush=True)
     print("goes on", flush=True)
-'''
+"""
 )
 
 
@@ -170,7 +170,6 @@ def test_control_c(tmp_path):
     """Once: stop at the next boundary, keep the weights, go on. Twice: abort at once, leaving no process."""
     with script(tmp_path / "interrupted.py", INTERRUPTED) as running:
         running.wait_for("pausing")
-        time.sleep(0.3)  # into the first chunks
         running.control_c()
         running.wait_for("stopped", seconds=20)
         running.wait_for("fitted")
@@ -185,5 +184,5 @@ def test_control_c(tmp_path):
         assert time.monotonic() - pressed < 10
         running.wait_for("goes on")
         running.finish()
-        assert len(running.pids()) == 2 or len(running.pids()) == 4
+        assert len(running.pids()) >= 2
         eventually(lambda: not any(map(alive, running.pids())), 20, "no orphan worker is left")

@@ -20,6 +20,7 @@ from raytrainer.data.slicing import join_parts
 from raytrainer.messages import Task
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings
+from raytrainer.worker.evaluation import to_cpu
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
@@ -36,7 +37,7 @@ def table(samples: int) -> TensorDataset:
 def contrastive(z: Tensor, t: Tensor, temperature: Tensor) -> Tensor:
     """Each sample is to be told from all others of the batch."""
     logits = nn.functional.normalize(z, dim=1) @ nn.functional.normalize(t, dim=1).T * temperature.exp()
-    return nn.functional.cross_entropy(logits, torch.arange(len(z)))
+    return nn.functional.cross_entropy(logits, torch.arange(len(z), device=z.device))
 
 
 class Pair(Module):
@@ -190,9 +191,11 @@ class Found:
     gathered: Any = None
 
 
-def play(case: Case, ranks: Ranks, group: ProcessGroup | None, epochs: int = 2) -> Found:
+def play(
+    case: Case, ranks: Ranks, group: ProcessGroup | None, epochs: int = 2, device: torch.device | None = None
+) -> Found:
     """Fit, validate and predict as the coordinator would have it."""
-    worker = Worker(ranks)
+    worker = Worker(ranks, device)
     worker.group = group
     module = case.module()
     strategy = case.strategy if ranks.world_size > 1 else "local"
@@ -223,16 +226,17 @@ def play(case: Case, ranks: Ranks, group: ProcessGroup | None, epochs: int = 2) 
     predictions = worker.evaluate(1000).predictions
     worker.end_evaluation()
     worker.finish_in_place(False)
-    return Found(module.state_dict(), train, steps, validation, predictions, module.seen)
+    weights = {name: value.cpu() for name, value in module.state_dict().items()}
+    return Found(weights, train, steps, validation, predictions, module.seen)
 
 
-def gather_all_kinds(ranks: Ranks, group: ProcessGroup) -> Any:
+def gather_all_kinds(ranks: Ranks, group: ProcessGroup, device: torch.device) -> Any:
     """The gather itself: every dtype, uneven rows, nesting, nothing; and what happens to unequal structures."""
     from raytrainer.errors import DataError
     from raytrainer.strategies import DPStrategy
     from raytrainer.strategies.base import NOTHING
 
-    strategy = DPStrategy(ranks, torch.device("cpu"), group.control, None, *group.of_node(ranks))
+    strategy = DPStrategy(ranks, device, group.control, None, *group.of_node(ranks))
     rank = ranks.rank
     rows = torch.arange(2.0 * (rank + 1)).reshape(-1, 2) + 10 * rank
     dtypes = (torch.bool, torch.int64, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
@@ -243,7 +247,9 @@ def gather_all_kinds(ranks: Ranks, group: ProcessGroup) -> Any:
         "names": [f"{rank}.{i}" for i in range(rank + 1)],
         "other": (None, {"inner": rows}),
     }
-    joined = join_parts(strategy.gather(NOTHING if rank == 1 else output))
+    long = strategy.gather([f"{rank}" * 3000])
+    assert long == [[f"{other}" * 3000] for other in range(3)]
+    joined = to_cpu(join_parts(strategy.gather(NOTHING if rank == 1 else output)))
     try:
         strategy.gather(rows if rank == 0 else rows.flatten())
     except DataError as error:
@@ -251,12 +257,16 @@ def gather_all_kinds(ranks: Ranks, group: ProcessGroup) -> Any:
     return joined, "no error"
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, gpus: int = 0) -> None:
+    """`gpus`: how many there are; cases that need more are left out. 0: CPUs and gloo."""
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
     found: dict[str, Found | Any] = {}
     for number, (name, case) in enumerate([*CASES.items(), ("gather", Case(per_node=3))]):
         world = case.nodes * case.per_node
-        if rank >= world:
+        if rank >= world or (gpus and world > gpus):
             continue
         node, local = divmod(rank, case.per_node)
         ranks = Ranks(rank, world, local, case.per_node, node, case.nodes)
@@ -268,9 +278,11 @@ def main(rank: int, folder: Path) -> None:
         while not address.exists():
             time.sleep(0.01)
         port = int(address.read_text())
-        group = ProcessGroup(ranks, "127.0.0.1", port, "127.0.0.1", "gloo", torch.device("cpu"), store, timeout=120.0)
+        backend = "nccl" if gpus else "gloo"
+        group = ProcessGroup(ranks, "127.0.0.1", port, "127.0.0.1", backend, device, store, timeout=120.0)
         try:
-            found[name] = gather_all_kinds(ranks, group) if name == "gather" else play(case, ranks, group)
+            gathers = name == "gather"
+            found[name] = gather_all_kinds(ranks, group, device) if gathers else play(case, ranks, group, device=device)
         finally:
             group.close()
     (folder / f"found{rank}").write_bytes(pickle.dumps(found))

@@ -1,4 +1,4 @@
-"""`compile=...` and `float32_matmul_precision`: what is compiled, what it costs in graph breaks, what stays as it was."""
+"""`compile=...` and `float32_matmul_precision`: what is compiled, in how many graphs, what stays as it was."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ class Inner(tiny.Tiny):
 class NoForward(Inner):
     forward = nn.Module.forward
 
+    def loss(self, batch):
+        return self.criterion(self.net(batch[0]), batch[1])
+
 
 def test_parts():
     module = NoForward()
@@ -104,6 +107,28 @@ def test_one_graph_for_the_whole_forward(local_trainer):
     assert len(recorder.graphs[0].graph.nodes) == len(by_hand.graphs[0].graph.nodes)
 
 
+def test_each_of_many_layers_is_compiled(local_trainer):
+    """More than dynamo's limit of graphs for one piece of code."""
+
+    class Many(tiny.Tiny):
+        forward = nn.Module.forward
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = None
+            self.layers = nn.ModuleList([nn.Linear(n + 4, n + 5) for n in range(12)])
+
+        def loss(self, batch):
+            x = batch[0]
+            for layer in self.layers:
+                x = layer(x)
+            return x.square().mean()
+
+    recorder = Recorder()
+    local_trainer(max_epochs=1, compile={"backend": recorder}).fit(Many(), tiny.data())
+    assert len(recorder.graphs) == 12
+
+
 def test_pickles_and_copies_while_compiled():
     module = Inner()
     undo = compile_module(module, {"backend": "eager"})
@@ -116,8 +141,14 @@ def test_pickles_and_copies_while_compiled():
     assert module._compiled_call_impl is None
 
 
+class Net(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
 def test_user_compiled_module_is_left_alone(local_trainer):
     module, recorder = Inner(), Recorder()
+    module.net = Net(4, 2)
     module.net.compile(backend=recorder)
     local_trainer(max_epochs=1, compile={"backend": "eager"}).fit(module, tiny.data())
     assert recorder.graphs

@@ -1,0 +1,420 @@
+"""Ray Datasets into workers: each row once, in a repeatable order, from files made here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from torch import Tensor
+
+import raytrainer
+from raytrainer import DataModule, Module, RayDataset, Trainer, WorkerCallback
+from raytrainer.callbacks import Callback
+
+ROWS = 1000
+DIM = 4
+
+
+@pytest.fixture
+def rays(ray_session: str) -> Any:
+    """`ray.data`, without its progress bars."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data
+
+
+def table(start: int, stop: int) -> pa.Table:
+    ids = np.arange(start, stop)
+    vectors = np.repeat(ids[:, None], DIM, 1).astype(np.float32)
+    return pa.table({"id": ids, "x": pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), DIM)})
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> str:
+    """Three files of uneven size, several row groups each."""
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    for i, (start, stop) in enumerate([(0, 401), (401, 500), (500, ROWS)]):
+        pa.parquet.write_table(table(start, stop), folder / f"{i}.parquet", row_group_size=57)
+    return str(folder)
+
+
+class Recorder(WorkerCallback):
+    """Writes which rows each worker trained on, batch by batch and epoch by epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.epochs: list[list[list[int]]] = []
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.epochs.append([])
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.epochs[-1].append(batch["id"].tolist())
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        torch.save(self.epochs, f"{self.folder}/rank{trainer.global_rank}.pt")
+
+
+def recorded(folder: Path, workers: int) -> list[list[list[list[int]]]]:
+    """Row ids by epoch, worker and batch."""
+    by_worker = [torch.load(folder / f"rank{rank}.pt") for rank in range(workers)]
+    return [list(epoch) for epoch in zip(*by_worker, strict=True)]
+
+
+def flat(nested: Any) -> list[int]:
+    return [row for item in nested for row in flat(item)] if isinstance(nested, list) else [nested]
+
+
+class Net(Module):
+    """Trains a little, and adds up what it is given to validate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(DIM, 1)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.layer(batch["x"])  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert batch["x"].shape == (len(batch["id"]), DIM) and batch["x"].device == self.device
+        assert batch["x"][:, 0].equal(batch["id"].to(batch["x"].dtype))
+        return self(batch).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("rows", float(len(batch["id"])), reduce_fx="sum")
+        self.log("ids", batch["id"].sum().double(), reduce_fx="sum")
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+Make = Callable[..., Trainer]
+
+
+def trained(make: Make, tmp_path: Path, data: Any, workers: int = 2, **options: Any) -> Any:
+    """Row ids by epoch, worker and batch of a fit of two epochs."""
+    tmp_path.mkdir(exist_ok=True)
+    options = {"max_epochs": 2, "seed": 5, "callbacks": [Recorder(tmp_path)], **options}
+    trainer = make(num_processes=workers, **options)
+    trainer.fit(Net(), data)
+    return recorded(tmp_path, workers)
+
+
+#: The ways of reading: kept or executed in each epoch; how shuffled; by how many workers.
+WAYS = [(keep, shuffle, 2) for keep in (True, False) for shuffle in (False, True, 100)]
+WAYS += [(True, True, 3), (False, 100, 3), (True, 100, 1), (False, False, 1)]
+
+
+@pytest.mark.parametrize(("keep", "shuffle", "workers"), WAYS)
+def test_each_row_reaches_one_worker(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool, shuffle: bool | int, workers: int
+) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=shuffle, keep_in_memory=keep)
+    epochs = trained(ray_trainer, tmp_path, data, workers)
+    for epoch in epochs:
+        assert sorted(flat(epoch)) == list(range(ROWS))
+        assert len({len(batches) for batches in epoch}) == 1  # all workers have equally many
+        assert all(len(batch) == 16 for batches in epoch for batch in batches[:-2])
+    assert (epochs[0] == epochs[1]) == (shuffle is False)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_same_seed_same_order(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=keep or 100, keep_in_memory=keep)
+    first, again, other = (trained(ray_trainer, tmp_path / str(i), data, seed=seed) for i, seed in enumerate([1, 1, 2]))
+    assert first == again
+    assert first != other
+
+
+def test_full_shuffle_of_a_stream_repeats(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=100, shuffle=True, keep_in_memory=False)
+    first, again = (trained(ray_trainer, tmp_path / str(i), data, max_epochs=1) for i in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_drop_last(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=64, drop_last=True, keep_in_memory=keep)
+    for epoch in trained(ray_trainer, tmp_path, data):
+        assert [len(batch) for batches in epoch for batch in batches] == [64] * 14
+        assert len(set(flat(epoch))) == 14 * 64
+
+
+@pytest.mark.parametrize(("keep", "workers"), [(True, 2), (False, 2), (True, 3), (False, 3), (False, 1)])
+def test_evaluation_counts_each_row_once(ray_trainer: Make, rays: Any, parquet: str, keep: bool, workers: int) -> None:
+    data = [RayDataset(rays.read_parquet(parquet), batch_size=96, keep_in_memory=keep)]
+    data.append(RayDataset(rays.from_arrow(table(0, 2)), batch_size=96))  # fewer rows than workers
+    found = ray_trainer(num_processes=workers).validate(Net(), data, verbose=False)
+    rows = [{name.split("/")[0]: value for name, value in one.items()} for one in found]
+    assert rows == [{"rows": ROWS, "ids": sum(range(ROWS))}, {"rows": 2, "ids": 1}]
+
+
+def test_validation_within_fit_and_early_ends(ray_trainer: Make, rays: Any, parquet: str) -> None:
+    """Limits, max_steps and validation in mid-epoch leave nothing hanging; the next epoch begins at once."""
+    dataset = rays.read_parquet(parquet)
+    for keep in (True, False):
+        net = Net()
+        train = RayDataset(dataset, batch_size=16, shuffle=50, keep_in_memory=keep)
+        val = RayDataset(dataset, batch_size=100, keep_in_memory=keep)
+        trainer = ray_trainer(max_epochs=3, limit_train_batches=5, val_check_interval=2)
+        trainer.fit(net, train, val)
+        assert trainer.global_step == 15
+        assert trainer.callback_metrics["rows"] == ROWS
+        trainer = ray_trainer(max_steps=40, limit_val_batches=1, val_check_interval=10)
+        trainer.fit(net, train, val)
+        assert trainer.global_step == 40
+        assert trainer.callback_metrics["rows"] == 200
+
+
+class StopAt(Callback):
+    """Asks for the end, by epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_early_stop(ray_trainer: Make, rays: Any, parquet: str) -> None:
+    trainer = ray_trainer(max_epochs=9, callbacks=[StopAt()])
+    trainer.fit(Net(), RayDataset(rays.read_parquet(parquet), batch_size=16, keep_in_memory=False))
+    assert trainer.current_epoch == 1
+
+
+def test_epoch_length(ray_trainer: Make, rays: Any, parquet: str) -> None:
+    """Known from Parquet footers, unknown after a function that may change the number of rows."""
+    trainer = ray_trainer(max_epochs=1)
+    trainer.fit(Net(), RayDataset(rays.read_parquet(parquet), batch_size=16, keep_in_memory=False))
+    assert trainer.num_training_batches == 32
+    mapped = rays.read_parquet(parquet).map_batches(lambda t: t.slice(0, len(t) // 2), batch_format="pyarrow")
+    trainer.fit(Net(), RayDataset(mapped, batch_size=16))
+    assert trainer.num_training_batches is None
+    assert 0 < trainer.global_step <= 17
+
+
+class Data(DataModule):
+    """Everything from the driver's hooks."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+
+    def _dataset(self, stage: str) -> RayDataset:
+        import ray.data
+
+        self.asked.append(stage)
+        return RayDataset(ray.data.read_parquet(self.folder), batch_size=50, shuffle=True)
+
+    def train_dataset(self) -> RayDataset:
+        return self._dataset("train")
+
+    def val_dataset(self) -> RayDataset:
+        return self._dataset("val")
+
+    def test_dataset(self) -> list[RayDataset]:
+        return [self._dataset("test"), self._dataset("test")]
+
+    def predict_dataset(self) -> RayDataset:
+        return self._dataset("predict")
+
+
+def test_hooks_of_a_datamodule(ray_trainer: Make, parquet: str) -> None:
+    data, trainer, net = Data(parquet), ray_trainer(max_epochs=1), Net()
+    trainer.fit(net, datamodule=data)
+    assert trainer.callback_metrics["rows"] == ROWS
+    tested = trainer.test(net, datamodule=data, verbose=False)
+    assert [result[f"rows/dataloader_idx_{i}"] for i, result in enumerate(tested)] == [ROWS, ROWS]
+    predicted = trainer.predict(net, datamodule=data)
+    assert predicted.count() == ROWS
+    assert data.asked == ["train", "val", "test", "test", "predict"]  # on the driver
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_in_the_drivers_process(one_process: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=64, keep_in_memory=keep)
+    trainer = one_process(max_epochs=2, seed=5, callbacks=[Recorder(tmp_path)])
+    trainer.fit(Net(), data, data)
+    for epoch in recorded(tmp_path, 1):
+        assert sorted(flat(epoch)) == list(range(ROWS))
+    assert trainer.callback_metrics["rows"] == ROWS
+
+
+class KillAt(Callback):
+    """Ends the run as a failure would, in the middle of an epoch."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    every_n_train_steps = 1
+
+    def on_train_chunk_end(self, trainer: Trainer, module: Any, report: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
+    data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
+    whole = trained(ray_trainer, tmp_path, data)
+    path = tmp_path / "mid.ckpt"
+    with pytest.raises(RuntimeError, match="killed"):
+        ray_trainer(max_epochs=2, seed=5, callbacks=[KillAt(7, path)]).fit(Net(), data)
+    resumed = ray_trainer(max_epochs=2, seed=5, callbacks=[Recorder(tmp_path)])
+    resumed.fit(Net(), data, ckpt_path=path)
+    first, second = recorded(tmp_path, 2)
+    assert first == [batches[7:] for batches in whole[0]]
+    assert second == whole[1]
+
+
+# ---------------------------------------------------------------- formats
+
+
+def test_csv_and_types(ray_trainer: Make, rays: Any, tmp_path: Path) -> None:
+    pa.csv.write_csv(pa.table({"id": range(30), "a": np.arange(30.0), "word": ["w"] * 30}), tmp_path / "t.csv")
+
+    class Columns(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert set(batch) == {"id", "a"}
+            assert batch["a"].dtype == torch.float32 and batch["id"].dtype == torch.int64
+            return self.layer(batch["a"][:, None].expand(-1, DIM)).mean()
+
+    dataset = rays.read_csv(str(tmp_path / "t.csv"))
+    for keep in (True, False):
+        data = RayDataset(dataset, batch_size=4, columns=["id", "a"], dtypes=torch.float32, keep_in_memory=keep)
+        ray_trainer(max_epochs=1).fit(Columns(), data)
+    with pytest.raises(raytrainer.DataError, match="'word' holds"):
+        ray_trainer(max_epochs=1).fit(Net(), RayDataset(dataset))
+    with pytest.raises(raytrainer.DataError, match="no \\['other'\\]"):
+        ray_trainer(max_epochs=1).fit(Net(), RayDataset(dataset.materialize(), columns=["other"]))
+
+
+def test_images_of_one_size_and_of_many(ray_trainer: Make, rays: Any, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for i in range(12):
+        image.fromarray(np.full((6 + i % 3, 8, 3), i, np.uint8)).save(tmp_path / f"{i:02}.png")
+
+    class Pixels(Module):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("sum", batch.double().sum(), reduce_fx="sum")
+
+    def collate(columns: dict[str, Any]) -> Tensor:
+        return torch.tensor([float(picture.mean()) for picture in columns["image"]])
+
+    one_size = RayDataset(rays.read_images(str(tmp_path), size=(6, 8)), batch_size=5, collate_fn=collate)
+    many = RayDataset(rays.read_images(str(tmp_path)), batch_size=5, collate_fn=collate)
+    for data in (one_size, many):
+        assert ray_trainer().validate(Pixels(), data, verbose=False) == [{"sum": sum(range(12))}]
+    tensors = RayDataset(rays.read_images(str(tmp_path), size=(6, 8)), batch_size=5)
+
+    class Shapes(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert batch["image"].shape[1:] == (6, 8, 3) and batch["image"].dtype == torch.uint8
+
+    ray_trainer().validate(Shapes(), tensors, verbose=False)
+    with pytest.raises(raytrainer.DataError, match="varying shape"):
+        ray_trainer().validate(Shapes(), RayDataset(rays.read_images(str(tmp_path)), batch_size=5), verbose=False)
+
+
+def test_slow_columns_are_named(one_process: Make, rays: Any, caplog: Any, capsys: Any) -> None:
+    lists = rays.from_arrow(pa.table({"id": range(8), "x": [[1.0] * DIM] * 8}))
+    one_process().validate(Net(), RayDataset(lists, batch_size=4), verbose=False)
+    wide = rays.from_arrow(pa.table({"id": range(8), **{f"c{i}": [0.0] * 8 for i in range(70)}}))
+    one_process().validate(Net(), RayDataset(wide, batch_size=4), verbose=False)
+    said = capsys.readouterr().err
+    assert "column(s) x hold variable-size lists" in said
+    assert "71 columns of single numbers" in said
+
+
+# ---------------------------------------------------------------- prediction
+
+
+class Labels(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        assert not self.training and torch.is_inference_mode_enabled()
+        return {"y": self(batch), "twice": batch["id"] * 2}
+
+
+def test_predict_is_lazy_and_in_step(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
+    net, trainer = Labels(), ray_trainer()
+    begun = time.monotonic()
+    predicted = trainer.predict(net, RayDataset(rays.read_parquet(parquet), batch_size=64))
+    assert time.monotonic() - begun < 2.0
+    predicted.write_parquet(str(tmp_path / "out"))
+    rows = rays.read_parquet(str(tmp_path / "out")).to_pandas().sort_values("id")
+    assert rows["id"].tolist() == list(range(ROWS))
+    assert (rows["twice"] == 2 * rows["id"]).all()
+    with torch.no_grad():
+        expected = net.layer(torch.arange(float(ROWS))[:, None].expand(-1, DIM))
+    assert torch.allclose(torch.tensor(np.stack(rows["y"].tolist())), expected, atol=1e-3)
+    limited = ray_trainer(limit_predict_batches=2).predict(net, rays.read_parquet(parquet))
+    assert limited.count() == 512
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_workers_that_take_every_cpu(ray_trainer: Make, rays: Any, parquet: str) -> None:
+    """The session's Ray has four CPUs."""
+    begun = time.monotonic()
+    with pytest.raises(raytrainer.ResourceError, match=r"4 worker\(s\) take every CPU .* ray.init\(num_cpus=5\)"):
+        ray_trainer(num_processes=4).fit(Net(), rays.read_parquet(parquet))
+    assert time.monotonic() - begun < 5.0
+    # blocks that exist need no task to read them
+    ray_trainer(num_processes=4, max_epochs=1).fit(Net(), rays.from_arrow(table(0, 64)).materialize())
+
+
+def test_an_error_in_the_pipeline_arrives(ray_trainer: Make, rays: Any, parquet: str) -> None:
+    def fail(batch: Any) -> Any:
+        raise ZeroDivisionError("in the pipeline")
+
+    with pytest.raises(Exception, match="in the pipeline"):
+        ray_trainer(max_epochs=1).fit(Net(), rays.read_parquet(parquet).map_batches(fail))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"shuffle": 1}, "shuffle=1: give True, False or a window"),
+        ({"columns": "x"}, "columns='x'"),
+        ({"columns": []}, "columns="),
+        ({"dtypes": "float32"}, "'float32' is no torch.dtype"),
+        ({"collate_fn": 3}, "collate_fn=3"),
+        ({"prefetch_batches": -1}, "prefetch_batches=-1"),
+    ],
+)
+def test_values_are_checked(rays: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(raytrainer.ConfigurationError, match=words):
+        RayDataset(rays.range(3), **options)
+
+
+def test_no_dataset_or_two_answers(rays: Any, ray_trainer: Make) -> None:
+    with pytest.raises(raytrainer.ConfigurationError, match=r"give a ray.data.Dataset"):
+        RayDataset([1, 2])
+
+    class Both(Net):
+        def train_dataset(self) -> Any:
+            return rays.range(3)
+
+        def train_dataloader(self) -> Any:
+            return []
+
+    with pytest.raises(raytrainer.ConfigurationError, match="write one of them"):
+        ray_trainer(max_epochs=1).fit(Both())
+
+
+def test_fewer_rows_than_workers(rays: Any, ray_trainer: Make) -> None:
+    with pytest.raises(raytrainer.DataError, match="no batch for each of 2"):
+        ray_trainer(max_epochs=1).fit(Net(), RayDataset(rays.from_arrow(table(0, 1))))

@@ -1,0 +1,65 @@
+"""Reservation of chosen GPUs by a real Ray that believes to have some."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+from ray.util.placement_group import remove_placement_group
+
+from raytrainer import ConfigurationError, ResourceError
+from raytrainer.driver import reserve
+from raytrainer.driver.placement import Request, Slot
+
+
+@pytest.fixture
+def four_gpus(no_ray: None, ray_ended: Callable[[], None]) -> Iterator[None]:
+    ray.init("local", num_cpus=8, num_gpus=4, include_dashboard=False)
+    yield
+    ray_ended()
+
+
+def free() -> float:
+    return float(ray.available_resources().get("GPU", 0))
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def indices(slots: list[Slot]) -> list[int]:
+    return reserve.RayReserver().held([slot.group for slot in slots])
+
+
+def test_chosen_gpus(four_gpus: None) -> None:
+    chosen = reserve.place(Request(1, 2, True, indices=(1, 3)), 20)
+    assert indices(chosen) == [1, 3]
+    assert wait_until(lambda: free() == 2), "the others are free again"
+    # another job gets what is left, and only that
+    others = reserve.place(Request(1, 2, True, indices=(0, 2)), 20)
+    assert indices(others) == [0, 2]
+    with pytest.raises(ResourceError, match=r"GPU 3 in PCI order.*not to be had within"):
+        reserve.place(Request(1, 1, True, indices=(3,)), 1)
+    threading.Timer(1.0, lambda: remove_placement_group(chosen[1].group)).start()
+    third = reserve.place(Request(1, 1, True, indices=(3,)), 60)
+    assert indices(third) == [3]
+    for slot in (chosen[0], *others, *third):
+        remove_placement_group(slot.group)
+    assert wait_until(lambda: free() == 4)
+    with pytest.raises(ConfigurationError, match=r"gpus=\[7\]: this node has GPUs 0-3 \(PCI order\)"):
+        reserve.place(Request(1, 1, True, indices=(7,)), 60)
+    assert wait_until(lambda: free() == 4)
+
+
+def test_impossible_number(four_gpus: None) -> None:
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"5 worker\(s\).*GPU 4 of 4 free.*4 GPU"):
+        reserve.place(Request(1, 5, True), 60)
+    assert time.monotonic() - began < 5
+    assert reserve.all_gpus(1) == 4
