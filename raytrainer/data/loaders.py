@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class Feed:
             # seeds the loader's processes; the global generators are left to the training
             seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
             self.loader.generator = torch.Generator().manual_seed(seed)
-        iterator = self._read_alike(epoch) if self.share.readers > 1 else iter(self.loader)
+        iterator = self._read_alike(epoch) if self.share.readers > 1 else _iterate(self.loader)
         for _ in range(skip):  # a loader that cannot skip is replayed
             if next(iterator, _END) is _END:
                 break
@@ -201,11 +202,23 @@ class Feed:
         for position in itertools.count(begin):
             with host_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position)):
                 if iterator is None:
-                    iterator = iter(self.loader)
+                    iterator = _iterate(self.loader)
                 batch = next(iterator, _END)
             if batch is _END:
                 return
             yield batch
+
+
+def _iterate(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`, whose forked processes leave this process's garbage alone.
+
+    Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
+    """
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 _END = object()

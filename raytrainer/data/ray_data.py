@@ -186,6 +186,7 @@ def prepare(source: RayDataset, stage: str, remote: bool, taken: int = 0) -> tup
     """
     dataset = source.dataset
     if is_materialized(source):
+        _advise(stage, dataset.schema())
         return _kept(source, dataset), 0
     with _in_order(dataset):
         return _prepare(source, dataset, stage, remote, taken)
@@ -222,15 +223,19 @@ def _prepare(
     if keep:
         dataset = dataset.materialize()
         schema = dataset.schema()
-    hint = advice(schema) if schema is not None else None
-    if hint is not None:
-        log.warning("The %s dataset: %s.", stage, hint)
+    _advise(stage, schema)
     if not keep:
         return StreamedBlocks(source, dataset, stage, rows, remote), 0
     blocks = _kept(source, dataset)
     taken = int(dataset.size_bytes())
     log.info("The %s dataset stays in the object store: %d rows, %.0f MB.", stage, blocks.total, taken / 1e6)
     return blocks, taken
+
+
+def _advise(stage: str, schema: Any) -> None:
+    hint = advice(schema) if schema is not None else None
+    if hint is not None:
+        log.warning("The %s dataset: %s.", stage, hint)
 
 
 def _kept(source: RayDataset, dataset: Any) -> KeptBlocks:

@@ -31,7 +31,7 @@ __all__ = ["RayFeed", "RowOrder"]
 T = TypeVar("T")
 
 #: Bytes to read at once: large enough that the cost of a read disappears, small enough to stay in a CPU's cache.
-READ_BYTES = 4 << 20
+READ_BYTES = 8 << 20
 
 #: Rows in one read, and the sizes of the batches to cut from it.
 Read = tuple[Columns, list[int]]
@@ -239,6 +239,7 @@ class RowOrder:
         for count in rows:
             self.starts.append(self.starts[-1] + count)
         self._bounds = torch.tensor(self.starts)
+        self._scratch: dict[str, Tensor] = {}
         self.order = None if shuffle is False else _order(self.starts, shuffle, seed)
 
     def sample(self) -> tuple[Columns, int]:
@@ -267,6 +268,7 @@ class RowOrder:
         """Rows by number: fetched in the order of memory, then put into theirs."""
         ascending, places = numbers.sort()
         edges = torch.searchsorted(ascending, self._bounds).tolist()
+        places = torch.empty_like(places).scatter_(0, places, torch.arange(len(places)))
         parts: list[tuple[Columns, Tensor]] = []
         for block in range(len(self.starts) - 1):
             here = ascending[edges[block] : edges[block + 1]] - self.starts[block]
@@ -276,10 +278,22 @@ class RowOrder:
                 if stop > done:
                     parts.append((columns, here[done:stop] - at))
                 done, at = stop, at + rows
-        together = joined([picked(columns, rows) for columns, rows in parts], copy=False)
-        back = torch.empty_like(places)
-        back[places] = torch.arange(len(places))
-        return picked(together, back)
+        return {name: picked({name: self._collected(name, parts, len(numbers))}, places)[name] for name in parts[0][0]}
+
+    def _collected(self, name: str, parts: list[tuple[Columns, Tensor]], rows: int) -> Any:
+        """One column of all parts; of tensors, in memory that is used again, since fresh memory costs as much again."""
+        first = parts[0][0][name]
+        kinds = {(c[name].dtype, c[name].shape[1:]) if isinstance(c[name], Tensor) else None for c, _ in parts}
+        if len(kinds) > 1 or None in kinds:
+            return joined([picked({name: c[name]}, wanted) for c, wanted in parts], copy=False)[name]
+        scratch = self._scratch.get(name)
+        if scratch is None or len(scratch) < rows or scratch.dtype != first.dtype:
+            scratch = self._scratch[name] = first.new_empty((rows, *first.shape[1:]))
+        at = 0
+        for columns, wanted in parts:
+            torch.index_select(columns[name], 0, wanted, out=scratch[at : at + len(wanted)])
+            at += len(wanted)
+        return scratch[:rows]
 
 
 def _order(starts: list[int], shuffle: bool | int, seed: int) -> Tensor:

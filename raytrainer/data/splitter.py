@@ -18,6 +18,9 @@ __all__ = ["Splitter", "blocks_of"]
 #: Blocks that a shuffle in windows holds, to draw the next one from.
 BLOCK_WINDOW = 4
 
+#: Size of blocks to ask Ray Data for, at most.
+BLOCK_BYTES = 16 << 20
+
 #: Pieces handed over in one answer, at most.
 PIECES = 16
 
@@ -40,11 +43,15 @@ class Splitter:
         self.dataset = type(dataset).copy(dataset, _deep_copy=True)
         self.dataset.context.enable_progress_bars = False
         self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed
+        # smaller blocks come sooner: the first one of an epoch above all
+        largest = self.dataset.context.target_max_block_size
+        self.dataset.context.target_max_block_size = min(largest or BLOCK_BYTES, BLOCK_BYTES)
         self.token: tuple[int, int] = (-1, -1)
         self.dealer: Dealer[Any] | None = None
         self.blocks: Iterator[tuple[Any, int]] = iter(())
         self.ready: list[deque[Piece[Any]]] = []
         self.ended = False
+        self.failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
         self._ahead: tuple[Any, Future[Any]] | None = None
 
@@ -55,11 +62,23 @@ class Splitter:
 
         Raises:
             DataError: The workers have gone on to a later epoch.
+            Exception: Whatever the dataset's execution raised.
         """
-        if token > self.token:
-            self._open(token, count, epoch, seed, shuffle, begin)
-        elif token < self.token:
+        if token < self.token:
             raise DataError("a worker asked for data of an epoch that is over")
+        try:
+            if token > self.token:
+                self.token, self.failure = token, None
+                self._open(count, epoch, seed, shuffle, begin)
+            if self.failure is None:
+                return self._next(part, epoch, seed, shuffle)
+        except Exception as error:
+            self.failure = error
+        raise self.failure  # to every part at once, rather than failing again for each
+
+    def _next(
+        self, part: int, epoch: int, seed: int, shuffle: bool | int
+    ) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
         assert self.dealer is not None
         while not self.ready[part] and not self.ended:
             block = next(self.blocks, None)
@@ -82,7 +101,7 @@ class Splitter:
         self._ahead = None
         gc.collect()
 
-    def _open(self, token: Any, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int) -> None:
+    def _open(self, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int) -> None:
         self.blocks = iter(())
         self.ready.clear()
         self.dealer = None
@@ -96,7 +115,7 @@ class Splitter:
                 blocks = opened
             del opened, future
         self.blocks = blocks if blocks is not None else self._execute(epoch, seed, shuffle, begin)
-        self.token, self.ended = token, False
+        self.ended = False
         self.dealer, self.ready = Dealer(count), [deque() for _ in range(count)]
 
     def _read_ahead(self, epoch: int, seed: int, shuffle: bool | int) -> None:

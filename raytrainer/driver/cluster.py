@@ -34,6 +34,8 @@ def ensure_ray(address: str | None, workers: int) -> None:
     log.info("Starting Ray on this machine, with %d CPUs.", cpus)
     # without FutureWarning about accelerator variables, which concerns tasks without GPUs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray gives its workers a low priority by default; here training is what the machine is for
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
 

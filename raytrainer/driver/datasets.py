@@ -6,7 +6,7 @@ from typing import Any
 
 from raytrainer.data.dataset import RayDataset, as_ray_datasets
 from raytrainer.driver import pool
-from raytrainer.driver.cluster import ensure_ray
+from raytrainer.driver.cluster import ensure_ray, free_resources
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import Task
 from raytrainer.packing import pack
@@ -16,6 +16,12 @@ from raytrainer.worker.hooks import overridden
 __all__ = ["find_datasets", "has_dataset", "lazy_predictions", "prepare_datasets", "release_datasets"]
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+def _leave_a_cpu() -> None:
+    """Release the workers kept for the next run where they hold every CPU: reading would wait for one of them."""
+    if free_resources("CPU") < 1:
+        pool.close_idle()
 
 
 def has_dataset(stage: str, *owners: Any) -> bool:
@@ -51,6 +57,7 @@ def find_datasets(
     if owner is None:
         return None
     ensure_ray(address, workers)  # rather than let the hook's first call start one with too few CPUs
+    _leave_a_cpu()
     answer = getattr(owner, f"{stage}_dataset")()
     if answer is None:
         return None
@@ -104,6 +111,7 @@ def prepare_datasets(task: Task, settings: Settings, address: str | None) -> Non
     from raytrainer.data import ray_data
 
     ensure_ray(address, workers)
+    _leave_a_cpu()
     remote = settings.strategy != "local"
     if remote and not all(ray_data.is_materialized(d) for datasets in found.values() for d in datasets):
         ray_data.require_free_cpu(workers)

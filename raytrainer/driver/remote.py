@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import socket
@@ -69,8 +70,13 @@ class RemoteWorker:
 
     def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
         self.ranks = ranks
+        with contextlib.suppress(OSError, AttributeError):  # only root may; on clusters that somebody else started
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
         if self.worker is not None and self.worker.group is not None:
+            self.worker.abandon()
             self.worker.group.close()
+            self.worker = None
+            gc.collect()  # DDP's cycles, which hold the old group
         if on_gpu:
             # Ray shows each worker its own GPU only
             self.device = torch.device("cuda", 0)

@@ -281,7 +281,7 @@ def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_p
 
 
 def test_csv_and_types(ray_trainer: Make, rays: Any, tmp_path: Path) -> None:
-    pa.csv.write_csv(pa.table({"id": range(30), "a": np.arange(30.0), "word": ["w"] * 30}), tmp_path / "t.csv")
+    pa.csv.write_csv(pa.table({"id": range(30), "a": np.arange(30) + 0.5, "word": ["w"] * 30}), tmp_path / "t.csv")
 
     class Columns(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

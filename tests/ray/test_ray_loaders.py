@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -60,6 +61,64 @@ def test_loader_processes(ray_trainer):
     for module, processes in zip(modules, (0, 2), strict=True):
         ray_trainer(max_epochs=2, seed=4).fit(module, loader(32, 4, shuffle=True, num_workers=processes))
     assert_same(*modules)
+
+
+class Collecting(Dataset):
+    """Collects garbage wherever its samples are made."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        gc.collect()
+        return table(16)[index]
+
+
+def test_loader_processes_leave_garbage_alone(one_process):
+    """What a forked process inherits is not its own: destructors there may crash, or wait for threads it has not."""
+
+    class Trap:
+        def __init__(self):
+            self.itself, self.pid = self, os.getpid()
+
+        def __del__(self):
+            if os.getpid() != self.pid:
+                os._exit(3)
+
+    class Litters(Net):
+        def on_train_epoch_start(self):
+            gc.disable()  # lest it be collected here before the fork
+            Trap()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            gc.enable()
+
+    trainer = one_process(max_epochs=1)
+    trainer.fit(Litters(), DataLoader(Collecting(), 4, num_workers=1))
+    assert trainer.global_step == 4
+
+
+def test_loader_processes_after_a_failure(ray_trainer):
+    """A failed run's process group hangs on a cycle of DDP's; it must be gone when workers have joined a new one."""
+
+    class Fails(Net):
+        def on_train_epoch_end(self):
+            gc.disable()  # nothing is collected here by chance before the next fork
+            raise ValueError("after training")
+
+    class Succeeds(Net):
+        def setup(self, stage):
+            kept = [o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel]
+            assert not kept
+
+        def teardown(self, stage):
+            gc.enable()
+
+    with pytest.raises(ValueError, match="after training"):
+        ray_trainer(max_epochs=1).fit(Fails(), loader(16, 4))
+    trainer = ray_trainer(max_epochs=1, max_failures=0, hang_timeout=30)
+    trainer.fit(Succeeds(), DataLoader(Collecting(), 4, num_workers=1))
+    assert trainer.global_step == 2
 
 
 def test_shuffling_covers_everything_anew_each_epoch(ray_trainer):
