@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
 
 from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
@@ -27,6 +26,9 @@ from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_da
 from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.look import TrainerProperties
+from raytrainer.driver.results import by_loader, print_results
+from raytrainer.driver.sources import has_loader, sources
 from raytrainer.driver.state import RunState, TrainerState
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.memory import open_nvml
@@ -34,8 +36,7 @@ from raytrainer.gpu.select import count_all
 from raytrainer.loggers import CSVLogger, Logger
 from raytrainer.messages import Task
 from raytrainer.module import Module
-from raytrainer.plan.recovery import Recovery
-from raytrainer.plan.settings import Settings, build_settings
+from raytrainer.plan.settings import build_settings
 from raytrainer.plan.strategies import DDP
 from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
@@ -48,7 +49,7 @@ __all__ = ["Trainer"]
 log = logging.getLogger("raytrainer")
 
 
-class Trainer:
+class Trainer(TrainerProperties):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
@@ -245,11 +246,11 @@ class Trainer:
             ConfigurationError: Module, data and settings do not fit together.
             WorkerLostError: A worker is gone.
         """
-        module, datamodule, loaders = _sources(model, datamodule, train=train_dataloaders, val=val_dataloaders)
+        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders, val=val_dataloaders)
         for name in ("training_step", "configure_optimizers"):
             if not overridden(module, name):
                 raise ConfigurationError(f"{type(module).__name__} has no {name}(); fit needs one.")
-        if "train" not in loaders and not _has_loader("train", module, datamodule):
+        if "train" not in loaders and not has_loader("train", module, datamodule):
             raise ConfigurationError(
                 "fit needs training data: pass a loader or DataModule, or write train_dataloader()."
             )
@@ -320,10 +321,10 @@ class Trainer:
         )[1:]
         if not return_predictions:
             return None
-        by_loader: list[list[Any]] = [[] for _ in range(loaders)]
+        batches: list[list[Any]] = [[] for _ in range(loaders)]
         for loader, _, output in outputs:
-            by_loader[loader].append(output)
-        return by_loader[0] if loaders == 1 else by_loader
+            batches[loader].append(output)
+        return batches[0] if loaders == 1 else batches
 
     def _predict_lazily(self, model: Any, data: Any, datamodule: DataModule | None, ckpt_path: Any) -> Any:
         """Predictions for Ray Datasets; None if it is something else that shall be predicted."""
@@ -332,7 +333,7 @@ class Trainer:
         given = isinstance(data, DataModule) or data is None
         if model is None or (not given and as_ray_datasets(data) is None):
             return None
-        module, datamodule, loaders = _sources(model, datamodule, predict=data)
+        module, datamodule, loaders = sources(model, datamodule, predict=data)
         if not loaders and not has_dataset("predict", datamodule, module):
             return None
         task = self._begin("predict", module, datamodule, loaders)
@@ -354,11 +355,11 @@ class Trainer:
         if datamodule is None and dataloaders is None and model is self._module:
             datamodule = self._datamodule
         name = {"validate": "val"}.get(stage, stage)
-        module, datamodule, loaders = _sources(model, datamodule, **{name: dataloaders})
+        module, datamodule, loaders = sources(model, datamodule, **{name: dataloaders})
         step = {"validate": "validation_step", "test": "test_step"}.get(stage)
         if step is not None and not overridden(module, step):
             raise ConfigurationError(f"{type(module).__name__} has no {step}(); {stage} needs one.")
-        if name not in loaders and not _has_loader(name, module, datamodule):
+        if name not in loaders and not has_loader(name, module, datamodule):
             raise ConfigurationError(f"{stage} needs data: pass a loader or DataModule, or write {name}_dataloader().")
         if self._settings.limit(name) == 0:
             log.info("limit_%s_batches=0: nothing to %s.", name, stage)
@@ -368,9 +369,9 @@ class Trainer:
         task.ask_predictions = ask_predictions
         with self._running(task) as coordinator:
             values, predictions = coordinator.evaluate(stage, checkpoint)
-        results = _by_loader(values, len(self._state.num_batches[stage]))
+        results = by_loader(values, len(self._state.num_batches[stage]))
         if verbose:
-            _print_results(stage, results)
+            print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])
 
     # ---------------------------------------------------------------- a run
@@ -619,165 +620,6 @@ class Trainer:
         self._emit("on_load_checkpoint", checkpoint)
         self._restore_callbacks(checkpoint.get("callbacks") or {})
 
-    # ---------------------------------------------------------------- what users look at
-
-    @property
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """The latest value of every metric, reduced over workers: 0-dim CPU tensors."""
-        return self._state.board.callback
-
-    @property
-    def logged_metrics(self) -> dict[str, Tensor]:
-        """The latest values given to the loggers."""
-        return self._state.board.logged
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        """The latest values logged with `prog_bar=True`."""
-        return self._state.board.progress
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done."""
-        return self._state.progress.step
-
-    @property
-    def current_epoch(self) -> int:
-        """Index of the epoch in progress; after `fit`, the number of epochs completed."""
-        return self._state.progress.epoch
-
-    @property
-    def state(self) -> TrainerState:
-        """What was called last, and how it ended."""
-        return self._state.trainer
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether somebody asked training to stop. Set it to ask."""
-        return self._state.should_stop
-
-    @should_stop.setter
-    def should_stop(self, value: bool) -> None:
-        self._state.should_stop = value
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the last run."""
-        return self._state.interrupted
-
-    @property
-    def sanity_checking(self) -> bool:
-        """Whether the sanity check is running."""
-        return self._state.sanity_checking
-
-    @property
-    def num_training_batches(self) -> int | None:
-        """Training batches per epoch and worker; None where unknown."""
-        return self._state.num_training_batches
-
-    @property
-    def num_sanity_val_batches(self) -> list[int | None]:
-        """Batches of the sanity check, of each validation loader."""
-        return self._state.num_batches.get("sanity", [])
-
-    @property
-    def num_val_batches(self) -> list[int | None]:
-        """Batches per worker of each validation loader; empty if there is no validation."""
-        return self._state.num_batches.get("validate", [])
-
-    @property
-    def num_test_batches(self) -> list[int | None]:
-        """Batches per worker of each test loader."""
-        return self._state.num_batches.get("test", [])
-
-    @property
-    def num_predict_batches(self) -> list[int | None]:
-        """Batches per worker of each prediction loader."""
-        return self._state.num_batches.get("predict", [])
-
-    @property
-    def world_size(self) -> int:
-        """Workers of the last run."""
-        return self._state.world_size
-
-    @property
-    def recoveries(self) -> list[Recovery]:
-        """Failures that the last run has recovered from: what was lost, replayed, and how long it took."""
-        return self._state.recoveries
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps of the last fit that "16-mixed" left out for infinite gradients; `global_step` counts them too."""
-        return self._state.skipped_steps
-
-    @property
-    def peak_memory_bytes(self) -> list[int]:
-        """Most memory that each worker of the last run has had allocated on its GPU, by rank; empty on CPUs."""
-        return self._state.peak_memory_bytes
-
-    @property
-    def settings(self) -> Settings:
-        """The validated settings."""
-        return self._settings
-
-    @property
-    def max_epochs(self) -> int | None:
-        return self._settings.max_epochs
-
-    @property
-    def min_epochs(self) -> int:
-        return self._settings.min_epochs
-
-    @property
-    def max_steps(self) -> int | None:
-        return self._settings.max_steps
-
-    @property
-    def min_steps(self) -> int | None:
-        return self._settings.min_steps
-
-    @property
-    def fast_dev_run(self) -> int:
-        return self._settings.fast_dev_run
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger."""
-        return self._loggers[0] if self._loggers else None
-
-    @property
-    def loggers(self) -> list[Logger]:
-        return self._loggers
-
-    @property
-    def log_dir(self) -> str | None:
-        """Folder of the first logger that has one."""
-        return next((found.log_dir for found in self._loggers if found.log_dir), None)
-
-    @property
-    def callbacks(self) -> list[Callback | WorkerCallback]:
-        return self._callbacks
-
-    @property
-    def checkpoint_callback(self) -> ModelCheckpoint | None:
-        """The first `ModelCheckpoint`."""
-        return next((c for c in self._callbacks if isinstance(c, ModelCheckpoint)), None)
-
-    @property
-    def ckpt_path(self) -> str | None:
-        """The checkpoint that the run went on from."""
-        return self._resumed_from
-
-    @property
-    def model(self) -> Module | None:
-        """The module of the last run."""
-        return self._module
-
-    @property
-    def datamodule(self) -> DataModule | None:
-        """The DataModule of the last run."""
-        return self._datamodule
-
     # ---------------------------------------------------------------- end
 
     def close(self) -> None:
@@ -793,57 +635,5 @@ class Trainer:
         self.close()
 
 
-def _sources(
-    model: Any, datamodule: DataModule | None, **given: Any
-) -> tuple[Module, DataModule | None, dict[str, Any]]:
-    """Module, DataModule and the loaders handed over, told apart and checked."""
-    if not isinstance(model, Module):
-        raise ConfigurationError(
-            f"model={type(model).__name__}: give a raytrainer.Module; a plain nn.Module needs a training_step."
-        )
-    loaders = {}
-    for stage, value in given.items():
-        if isinstance(value, DataModule):
-            if datamodule is not None:
-                raise ConfigurationError("two DataModules were given; pass one.")
-            datamodule = value
-        elif value is not None:
-            loaders[stage] = value
-    if datamodule is not None and not isinstance(datamodule, DataModule):
-        raise ConfigurationError(f"datamodule={type(datamodule).__name__}: give a raytrainer.DataModule.")
-    return model, datamodule, loaders
-
-
 def _overrides(callback: Any, hook: str) -> bool:
     return isinstance(callback, Callback) and getattr(type(callback), hook) is not getattr(Callback, hook)
-
-
-def _has_loader(stage: str, module: Module, datamodule: DataModule | None) -> bool:
-    owners = datamodule, module
-    return has_dataset(stage, *owners) or any(o is not None and overridden(o, f"{stage}_dataloader") for o in owners)
-
-
-def _by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
-    """Metrics of each loader: those that name it, and those that name none."""
-    results: list[dict[str, float]] = [{} for _ in range(loaders)]
-    for name, value in values.items():
-        _, mark, index = name.rpartition("/dataloader_idx_")
-        for loader in [int(index)] if mark else range(loaders):
-            results[loader][name] = value
-    return results
-
-
-def _print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    names = list(dict.fromkeys(name for result in results for name in result))
-    if not names:
-        return
-    table = Table(title=None)
-    table.add_column(f"{stage} metric")
-    for index in range(len(results)):
-        table.add_column("value" if len(results) == 1 else f"loader {index}", justify="right")
-    for name in names:
-        table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
-    Console().print(table)

@@ -174,8 +174,9 @@ class RayFeed:
                 break
             parts.append(columns)
             waiting += rows
-            most = max(window, self._rows_per_read(columns, rows))
-            while waiting >= most + size:
+            full = max(window, self._rows_per_read(columns, rows))
+            # the first read of an epoch is small, for it is waited for
+            while waiting >= (most := full if passed or window else size) + size:
                 yield self._mixed(_taken(parts, most), generator), [size] * (most // size)
                 waiting -= most
                 passed += most

@@ -2,8 +2,8 @@
 
 Sides: raytrainer with the blocks kept in memory (shuffled, and in order) and executed anew in each epoch; bare
 `streaming_split` + `iter_torch_batches` in two actors, over the files and over a materialised dataset (neither
-shuffles); a DataLoader with two processes over the same vectors, shuffled. Figures are of the second epoch on, and
-raytrainer's have its whole training loop in them (with a step that does nothing). Sides take turns in `--rounds` rounds.
+shuffles); a DataLoader with two processes over the same vectors, shuffled. Figures are of the second epoch on;
+raytrainer's have its whole training loop in them, with a step that does nothing. Sides take turns in `--rounds` rounds.
 
 Run: python tests/benchmarks/ray_data.py [--rows 1000000] [--batch-size 1024] [--rounds 3]
 """
