@@ -318,6 +318,8 @@ class Coordinator:
             self.host.emit("on_evaluation_chunk_end", shown)
         state.interrupted |= self.interrupt.requested
         ends = self.group.call("end_evaluation")
+        if not finished:
+            return {}, []  # interrupted: nobody must take half an evaluation for a whole one
         values = {}
         if sanity is None:
             batches = [end.by_loader for end in ends]
