@@ -22,11 +22,13 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
 
 from raytrainer.errors import CheckpointError
+from raytrainer.plan.retention import split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -54,7 +56,9 @@ def _locate(path: str | Path) -> tuple[FileSystem, str]:
 
     text = str(path)
     if "://" in text:
-        filesystem, inner = fs.FileSystem.from_uri(text)
+        base, query = split_query(text)
+        # pyarrow refuses what URIs must escape, such as spaces, and undoes the escapes
+        filesystem, inner = fs.FileSystem.from_uri(quote(base, safe=":/@[]%=+,;~") + query)
         return filesystem, inner.rstrip("/")
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
 
@@ -188,10 +192,13 @@ def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
     from pyarrow import fs
 
     filesystem, directory = _locate(root)
-    scheme = str(root).split("://")[0] + "://" if "://" in str(root) else ""
+    base, query = split_query(str(root))
+    base = base.rstrip("/")
     entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
     return [
-        (entry.mtime_ns / 1e9, scheme + entry.path.removesuffix("/meta.json"))
+        (entry.mtime_ns / 1e9, base + entry.path.removesuffix("/meta.json").removeprefix(directory) + query)
+        if "://" in base
+        else (entry.mtime_ns / 1e9, entry.path.removesuffix("/meta.json"))
         for entry in entries
         if entry.base_name == "meta.json"
     ]

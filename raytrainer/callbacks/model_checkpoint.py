@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -48,6 +50,7 @@ class ModelCheckpoint(Callback):
         save_last: True keeps "last.ckpt" too, written at every moment that a checkpoint could be, and at the end.
         every_n_epochs: Save after every so many epochs [1]; 0 turns this off.
         every_n_train_steps: Instead, save after every so many optimizer steps.
+        train_time_interval: Instead, save when so much time has passed since the last save or the start of training.
         save_on_train_epoch_end: True: after training epochs. False: after validations. None: after validations, unless
             the run has none or training logs the monitored metric.
         save_weights_only: Leave out what only resuming needs (optimizers, schedulers, counters).
@@ -79,19 +82,22 @@ class ModelCheckpoint(Callback):
         save_last: bool | None = None,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
         save_on_train_epoch_end: bool | None = None,
         save_weights_only: bool = False,
         auto_insert_metric_name: bool = True,
         verbose: bool = False,
     ) -> None:
-        check_arguments(filename, monitor, mode, save_top_k, every_n_epochs, every_n_train_steps)
+        check_arguments(filename, monitor, mode, save_top_k, every_n_epochs, every_n_train_steps, train_time_interval)
         self.dirpath = None if dirpath is None else _absolute(os.fspath(dirpath))
         self.filename = filename or "{epoch}-{step}"
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.save_last, self.save_weights_only, self.verbose = save_last, save_weights_only, verbose
         self.auto_insert_metric_name = auto_insert_metric_name
         self.every_n_train_steps = every_n_train_steps or None
-        by_default = 0 if self.every_n_train_steps else 1
+        self.train_time_interval = train_time_interval
+        by_default = 0 if self.every_n_train_steps or train_time_interval else 1
+        self._timed = 0.0
         self.every_n_epochs = by_default if every_n_epochs is None else every_n_epochs
         self._wish: Moment | None = None
         if save_on_train_epoch_end is not None:
@@ -112,7 +118,8 @@ class ModelCheckpoint(Callback):
         """Names what tells several of these apart."""
         return (
             f"ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r}, filename={self.filename!r}, "
-            f"every_n_train_steps={self.every_n_train_steps}, every_n_epochs={self.every_n_epochs})"
+            f"every_n_train_steps={self.every_n_train_steps}, every_n_epochs={self.every_n_epochs}"
+            + (f", train_time_interval={self.train_time_interval})" if self.train_time_interval else ")")
         )
 
     # When
@@ -127,6 +134,7 @@ class ModelCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
         """What a resumed run starts from has been saved already."""
         self._saved_step = self._last_saved_step = trainer.global_step
+        self._timed = time.monotonic()
 
     def on_validation_start(self, trainer: Trainer, module: Module) -> None:
         """See whether training logs the monitored metric."""
@@ -141,7 +149,11 @@ class ModelCheckpoint(Callback):
                 self._save(trainer)
 
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
-        """Save at the steps asked for."""
+        """Save at the steps asked for, or when the time has come."""
+        interval, now = self.train_time_interval, time.monotonic()
+        if interval and now - self._timed >= interval.total_seconds() and self._active(trainer):
+            self._timed = now
+            self._save(trainer)
         every, step = self.every_n_train_steps, trainer.global_step
         if every and step > 0 and step % every == 0 and self._active(trainer):
             self._save(trainer)

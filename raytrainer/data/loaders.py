@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +79,7 @@ class Feed:
         self._limit = limit = resolve_limit(f"limit_{stage}_batches", settings.limit(stage), longest)
         self.length = limit if own is None else own if limit is None else min(own, limit)
         self._replay = 0
+        self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self.ends_unannounced = own is None or self.iterable_dataset
         if own == 0 and settings.limit(stage) != 0:
             self._refuse_empty(settings)
@@ -117,7 +120,7 @@ class Feed:
             if self.share.count > 1 and not settings.fast_dev_run:
                 log.info(
                     "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
-                    "self.trainer.global_rank or torch.distributed.get_rank().", self.stage,
+                    "self.trainer.global_rank (by node_rank for ddp2).", self.stage,
                 )  # fmt: skip
             return copied
         batched = loader.batch_sampler is not None
@@ -185,11 +188,35 @@ class Feed:
             # seeds the loader's processes; the global generators are left to the training
             seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
             self.loader.generator = torch.Generator().manual_seed(seed)
-        iterator = self._read_alike(epoch) if self.share.readers > 1 else _iterate(self.loader)
+        iterator = self._read_alike(epoch) if self.share.readers > 1 else self._iterate()
         for _ in range(skip):  # a loader that cannot skip is replayed
             if next(iterator, _END) is _END:
                 break
         return LookAhead(iterator, agree) if self.ends_unannounced else iterator
+
+    def _iterate(self) -> Iterator[Any]:
+        """`iter(loader)`, whose forked processes leave this process's garbage alone.
+
+        Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
+        """
+        gc.freeze()
+        try:
+            iterator = iter(self.loader)
+        finally:
+            gc.unfreeze()
+        with contextlib.suppress(TypeError):
+            self._reading = weakref.ref(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """End the loader's processes. Left to garbage collection, each may take 5 s, at any time."""
+        kept = self.loader.__dict__.pop("_iterator", None) if isinstance(self.loader, DataLoader) else None
+        for iterator in (self._reading(), kept):
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+        if isinstance(self.loader, DataLoader):
+            self.loader.__dict__["_iterator"] = None
 
     def _read_alike(self, epoch: int) -> Iterator[Any]:
         """Batches that are random in the same way on all readers of the share.
@@ -202,23 +229,11 @@ class Feed:
         for position in itertools.count(begin):
             with host_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position)):
                 if iterator is None:
-                    iterator = _iterate(self.loader)
+                    iterator = self._iterate()
                 batch = next(iterator, _END)
             if batch is _END:
                 return
             yield batch
-
-
-def _iterate(loader: Any) -> Iterator[Any]:
-    """`iter(loader)`, whose forked processes leave this process's garbage alone.
-
-    Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
-    """
-    gc.freeze()
-    try:
-        return iter(loader)
-    finally:
-        gc.unfreeze()
 
 
 _END = object()

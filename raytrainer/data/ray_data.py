@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.data.columns import Columns, advice, cut, views
-from raytrainer.data.ray_feed import RowOrder
+from raytrainer.data.row_order import RowOrder
 from raytrainer.data.splitter import Splitter, blocks_of
 from raytrainer.errors import ResourceError
 

@@ -113,6 +113,9 @@ class Coordinator:
         self._fresh_metrics = False
         self._closing = False  # the epoch is over for the workers; callbacks are being told
         self._emitted: set[str] = set()
+        self._callbacks_before = host.callback_states()
+        self._failures = 0
+        self._failed: tuple[WorkerLostError, float, Progress] | None = None  # until training goes on
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
     # ---------------------------------------------------------------- fit
@@ -196,6 +199,7 @@ class Coordinator:
         self._emit_once("on_train_start")
         self._clock = time.perf_counter() - state.progress.seconds
         self.snapshots.restart(state.progress.step)
+        self._note_recovery()
 
     def _epoch(self) -> None:
         progress = self.state.progress
@@ -205,19 +209,14 @@ class Coordinator:
         val_every = schedule.resolve_val_every(self.settings, length) if self.validates else None
         if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
             self._validate()
-        resumed = progress.batch > 0  # perhaps from a state that was captured right before a validation
-        while resumed or not progress.epoch_ended:
-            if not resumed:
-                report = self._train_chunk(length, val_every)
-                if schedule.epoch_done(progress, length, report.exhausted):
-                    self.group.call("step_epoch_schedulers")
-                    progress.epoch_ended = True
-                self.host.emit("on_train_chunk_end", report)
-            resumed = False
+        while not progress.epoch_ended and not self._done():
+            report = self._train_chunk(length, val_every)
+            if schedule.epoch_done(progress, length, report.exhausted):
+                self.group.call("step_epoch_schedulers")
+                progress.epoch_ended = True
+            self.host.emit("on_train_chunk_end", report)
             if self._validation_due(val_every):
                 self._validate()
-            if self._done():
-                break
             self._snapshot_if_due()
         if not self.state.interrupted:
             self._end_epoch()
@@ -376,7 +375,10 @@ class Coordinator:
     def take_up(self, checkpoint: dict[str, Any]) -> None:
         """Put the driver's counters where a checkpoint has them; `_setup` does so for the workers."""
         self.state.progress = Progress(**checkpoint["progress"])
-        self.task.seed = checkpoint["seed"] if self.settings.seed is None else self.task.seed
+        if checkpoint["seed"] != self.task.seed:
+            if self.settings.seed is not None:
+                log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], self.settings.seed)
+            self.task.seed = checkpoint["seed"]
         if self.state.progress.epoch_ended:
             self.state.board.take(checkpoint["metrics"])
 
@@ -388,11 +390,11 @@ class Coordinator:
 
     def _recover(self, error: WorkerLostError, original: dict[str, Any] | None) -> dict[str, Any] | None:
         """Replace the group; return the state to go on from, or raise if there is no recovering."""
-        began = time.perf_counter()
+        self._failed = error, time.perf_counter(), self.state.progress
         state = self.state
-        lost_at = state.progress
         self.group.abort()
-        if not self.snapshots.enabled or len(state.recoveries) >= self.settings.max_failures:
+        self._failures += 1
+        if not self.snapshots.enabled or self._failures > self.settings.max_failures:
             raise error
         log.warning("%s Recovering.", error)
         self.group = self.host.regroup()
@@ -403,12 +405,22 @@ class Coordinator:
             self.host.restore_callbacks(checkpoint.get("callbacks") or {})
         else:
             state.progress = Progress()
-        replayed = max(0, lost_at.total_batches - state.progress.total_batches)
-        seconds = time.perf_counter() - began
-        recovery = Recovery(str(error), lost_at.step, state.progress.step, replayed, seconds, self.group.size)
-        state.recoveries.append(recovery)
-        log.warning("Recovered. %s", recovery)
+            state.should_stop = False
+            self.host.restore_callbacks(self._callbacks_before)
         return checkpoint
+
+    def _note_recovery(self) -> None:
+        """Training goes on: say what was lost, and how long it took until here."""
+        if self._failed is None:
+            return
+        error, began, lost_at = self._failed
+        self._failed = None
+        now = self.state.progress
+        replayed = max(0, lost_at.total_batches - now.total_batches)
+        seconds = time.perf_counter() - began
+        recovery = Recovery(str(error), lost_at.step, now.step, replayed, seconds, self.group.size)
+        self.state.recoveries.append(recovery)
+        log.warning("Recovered. %s", recovery)
 
     def _grow(self) -> dict[str, Any]:
         """Go on with a larger group, from right here."""

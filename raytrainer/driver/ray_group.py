@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import time
 from collections import Counter
@@ -25,6 +26,8 @@ from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.recovery import Failed, choose_culprit, is_consequence
 
 __all__ = ["RayGroup", "Request"]
+
+log = logging.getLogger("raytrainer")
 
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
@@ -117,6 +120,7 @@ class RayGroup:
         """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
         if self.stale:
             self._join()
+        self.hang_timeout = task.settings.hang_timeout
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
         pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
@@ -140,19 +144,7 @@ class RayGroup:
         """
         self.call("capture", weights_only, True)
         refs = [actor.fetch_staged.remote() for actor in self._actors]
-        return lambda: self._fetch(refs)
-
-    def _fetch(self, refs: Sequence[Any]) -> list[dict[str, Any]]:
-        parts = []
-        for ref in refs:
-            try:
-                part = ray.get(ref)
-            except RayError:
-                part = None  # gone with its node; the replica serves
-            parts.append(None if isinstance(part, Failure) else unpack(part))
-        if not any(part and "state_dict" in part for part in parts):
-            raise WorkerLostError(0, "its copy of the state is gone with it")
-        return [part or {} for part in parts]
+        return lambda: _fetch(refs)
 
     def _ask(self, refs: Sequence[Any], patience: float | None = None) -> list[Any]:
         """All answers, by rank; or the one failure to tell about, as soon as it can be told.
@@ -265,6 +257,31 @@ class RayGroup:
         from raytrainer.driver import pool
 
         pool.put_back(self)
+
+
+def _fetch(refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every worker's part of a state: (its own, the common one).
+
+    Raises:
+        WorkerLostError: A worker died before it had handed over its own part, or all copies of the common one are gone.
+    """
+    parts = []
+    for rank, (own, common) in enumerate(refs):
+        try:
+            part = ray.get(own)
+        except RayError as error:
+            raise WorkerLostError(rank, f"it had not yet handed over its part of the state ({error})") from None
+        if isinstance(part, Failure):
+            raise WorkerLostError(rank, f"its part of the state: {part.message}")
+        found = {} if part is None else {"own": unpack(part)}
+        try:
+            found |= unpack(ray.get(common))
+        except RayError:
+            log.info("The state that rank %d kept is gone with its node; another has one too.", rank)
+        parts.append(found)
+    if not any("state_dict" in part for part in parts):
+        raise WorkerLostError(0, "all copies of the state are gone")
+    return parts
 
 
 def _pickle(task: Task) -> bytes:

@@ -48,6 +48,7 @@ class RemoteWorker:
         self.ranks = Ranks()
         self.task: Any = None
         self.store: Any = None
+        self.handed: Any = None
         self.device = torch.device("cpu")
 
     def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
@@ -111,10 +112,21 @@ class RemoteWorker:
             return worker.restore(unpack(args[0]))
         return getattr(worker, verb)(*args)
 
-    @ray.method(concurrency_group="io")
-    def fetch_staged(self) -> Any:
-        """Hand over what "capture" has copied, while the next chunk is being trained."""
-        return self._guard(lambda: pack(dict(self._worker().take_staged())))
+    @ray.method(concurrency_group="io", num_returns=2)
+    def fetch_staged(self) -> tuple[Any, Any]:
+        """Hand over the oldest state that "capture" has copied, while the next chunk is being trained.
+
+        In two parts: what this worker alone has, which is small and so travels to the driver at once, and what others
+        have too.
+        """
+
+        def fetch() -> tuple[Any, Any]:
+            # its buffers must not be used again before Ray has read them, which it has when the next is asked for
+            self.handed = self._worker().take_staged()
+            return pack(self.handed.get("own")), pack({k: v for k, v in self.handed.items() if k != "own"})
+
+        answer = self._guard(fetch)
+        return (answer, answer) if isinstance(answer, Failure) else answer
 
     def _worker(self) -> Worker:
         assert self.worker is not None
@@ -123,7 +135,9 @@ class RemoteWorker:
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise  # the process is asked to end
+        except BaseException as error:
             pickled = None
             with contextlib.suppress(Exception):
                 pickled = cloudpickle.dumps(error)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from string import Formatter
 
 from raytrainer.errors import ConfigurationError
@@ -21,6 +22,7 @@ __all__ = [
     "is_inside",
     "join_path",
     "place",
+    "split_query",
     "template_fields",
     "worst_path",
 ]
@@ -109,18 +111,27 @@ def free_name(stem: str, suffix: str, taken: Callable[[str], bool]) -> str:
 
 def join_path(base: str, *parts: str) -> str:
     """Join with single slashes, leaving a URI's scheme alone: ("s3://bucket/", "a", "b") gives "s3://bucket/a/b"."""
-    joined = base
+    joined, query = split_query(base)
     for part in parts:
         if re.fullmatch(r"\w[\w+.-]*:/+|/*", joined):
             joined += part
         else:
             joined = joined.rstrip("/") + "/" + part.lstrip("/")
-    return joined
+    return joined + query
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """A URI without its query, and the query with its "?"; a path has none."""
+    if "://" not in path:
+        return path, ""
+    base, mark, query = path.partition("?")
+    return base, mark + query
 
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether a path or URI lies under a folder; both are taken literally."""
-    return path.startswith(folder if folder.endswith("/") else folder + "/")
+    (path, query), (folder, folder_query) = split_query(path), split_query(folder)
+    return query == folder_query and path.startswith(folder if folder.endswith("/") else folder + "/")
 
 
 def check_arguments(
@@ -130,6 +141,7 @@ def check_arguments(
     save_top_k: int,
     every_n_epochs: int | None,
     every_n_train_steps: int | None,
+    train_time_interval: timedelta | None = None,
 ) -> None:
     """Raise ConfigurationError for arguments of `ModelCheckpoint` that are out of range or contradict each other."""
     if mode not in ("min", "max"):
@@ -149,6 +161,16 @@ def check_arguments(
             f"ModelCheckpoint(every_n_epochs={every_n_epochs}, every_n_train_steps={every_n_train_steps}): allowed is "
             "one of them; use two ModelCheckpoints for both"
         )
+    if train_time_interval is not None:
+        if not isinstance(train_time_interval, timedelta) or train_time_interval <= timedelta(0):
+            raise ConfigurationError(
+                f"ModelCheckpoint(train_time_interval={train_time_interval!r}): must be a datetime.timedelta above zero"
+            )
+        if every_n_epochs or every_n_train_steps:
+            raise ConfigurationError(
+                f"ModelCheckpoint(train_time_interval=..., every_n_epochs={every_n_epochs}, "
+                f"every_n_train_steps={every_n_train_steps}): allowed is one of them; use several ModelCheckpoints"
+            )
     try:
         template_fields(filename or "")
     except ValueError as error:

@@ -227,7 +227,7 @@ class Run:
         """The loaders of "train", "val", "test" or "predict", sharded; built once."""
         if reload and stage not in self.task.loaders and stage not in self.task.datasets:
             self._sources.pop(stage, None)
-            self._feeds.pop(stage, None)
+            self._close_feeds(stage)
         if stage not in self._feeds and stage in self.task.datasets:
             self._feeds[stage] = self._dataset_feeds(stage)
         if stage not in self._feeds:
@@ -237,6 +237,11 @@ class Run:
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
             self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
         return self._feeds[stage]
+
+    def _close_feeds(self, stage: str) -> None:
+        for feed in self._feeds.pop(stage, []):
+            if isinstance(feed, Feed):
+                feed.close()
 
     def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
         from raytrainer.data.ray_feed import RayFeed
@@ -289,6 +294,8 @@ class Run:
 
     def release(self) -> None:
         """Undo what the run changed in this process; also after a failure."""
+        for stage in list(self._feeds):
+            self._close_feeds(stage)
         self._undo_flags()
         self._undo_compile()
         self._attach(None)

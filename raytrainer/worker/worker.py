@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Worker:
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
         self._staging = Staging()
-        self._staged: Staged | None = None
+        self._staged: deque[Staged] = deque()  # captured, not yet taken, oldest first
 
     @property
     def run(self) -> Run:
@@ -146,13 +147,11 @@ class Worker:
 
     def capture(self, weights_only: bool = False, replica: bool = False) -> None:
         """Copy this worker's share of a checkpoint aside; `take_staged` hands it over, while training goes on."""
-        self._staged = capture_state(self.run, self._staging, weights_only, replica)
+        self._staged.append(capture_state(self.run, self._staging, weights_only, replica))
 
     def take_staged(self) -> Staged:
-        """What `capture` has copied. The one verb that may be called beside another."""
-        assert self._staged is not None
-        staged, self._staged = self._staged, None
-        return staged
+        """The oldest state that `capture` has copied. The one verb that may be called beside another."""
+        return self._staged.popleft()
 
     def restore(self, checkpoint: dict[str, Any]) -> SetupReport:
         """Put module, optimizers, schedulers and generators into a checkpoint's state; this completes `setup`."""
@@ -196,7 +195,7 @@ class Worker:
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None
         self._run = self._training = self._evaluation = None
-        self._staged = None
+        self._staged.clear()
 
 
 #: attributes of torch's, and ours, that are no user data

@@ -271,3 +271,35 @@ def test_bad_arguments(arguments, words):
 def test_runs_last_and_has_its_own_key():
     assert ModelCheckpoint.runs_last
     assert ModelCheckpoint(monitor="a").state_key != ModelCheckpoint(monitor="b").state_key
+
+
+def test_train_time_interval(trainer, monkeypatch):
+    from datetime import timedelta
+
+    clock = [100.0]
+    monkeypatch.setattr("raytrainer.callbacks.model_checkpoint.time.monotonic", lambda: clock[0])
+    callback = ModelCheckpoint(train_time_interval=timedelta(seconds=5), save_top_k=-1)
+    callback.setup(trainer, None, "fit")
+    callback.on_train_start(trainer, None)
+    for seconds in (3, 3, 3, 3):  # 6 s after the start, and 6 s after that
+        clock[0] += seconds
+        trainer.global_step += 1
+        callback.on_train_chunk_end(trainer, None, None)
+    assert sorted(trainer.stored.values()) == [2, 4]
+    trainer.epoch(callback, val={"x": 1.0})  # neither validations nor epochs save
+    assert sorted(trainer.stored.values()) == [2, 4]
+    assert "train_time_interval=0:00:05" in callback.state_key
+
+
+@pytest.mark.parametrize("other", [{"every_n_epochs": 1}, {"every_n_train_steps": 2}])
+def test_train_time_interval_excludes_the_others(other):
+    from datetime import timedelta
+
+    with pytest.raises(ConfigurationError, match="allowed is one of them"):
+        ModelCheckpoint(train_time_interval=timedelta(minutes=1), **other)
+
+
+@pytest.mark.parametrize("value", [5, "1m"])
+def test_train_time_interval_is_a_timedelta(value):
+    with pytest.raises(ConfigurationError, match="timedelta above zero"):
+        ModelCheckpoint(train_time_interval=value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 
 import pytest
 import torch
@@ -96,6 +97,37 @@ def test_loader_processes_leave_garbage_alone(one_process):
     trainer = one_process(max_epochs=1)
     trainer.fit(Litters(), DataLoader(Collecting(), 4, num_workers=1))
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("ends", ["well", "by limit", "badly"])
+def test_loader_processes_end_with_the_run(ends, one_process, tmp_path):
+    """At once, without the help of garbage collection, which takes seconds for each process."""
+
+    class Pids(Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            (tmp_path / str(os.getpid())).touch()
+            if ends == "badly" and index == 9:
+                raise KeyError(index)
+            return table(40)[index]
+
+    data = DataLoader(Pids(), 4, num_workers=2, persistent_workers=True)
+    trainer = one_process(max_epochs=2, limit_train_batches=3 if ends == "by limit" else 1.0)
+    gc.disable()
+    try:
+        begun = time.monotonic()
+        if ends == "badly":
+            with pytest.raises(KeyError):
+                trainer.fit(Net(), data)
+        else:
+            trainer.fit(Net(), data)
+        pids = [int(path.name) for path in tmp_path.iterdir()]
+        assert len(pids) == 2 and not any(map(alive, pids))
+        assert time.monotonic() - begun < 5
+    finally:
+        gc.enable()
 
 
 def test_loader_processes_after_a_failure(ray_trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from exact import Exact, run, same
+from exact import Died, Exact, run, same
 
 import raytrainer
 from raytrainer.plan.schedule import Progress
@@ -60,10 +60,10 @@ def test_max_failures(tmp_path):
 
 
 def test_user_errors_are_not_retried(tmp_path):
-    with pytest.raises(BaseException) as caught:
+    with pytest.raises(Died) as caught:
         run(Exact((1, 4), "raise", f"{tmp_path}/flag"), tmp_path, **OVER_RAY)
-    assert "Died" in repr(caught.value) + repr(caught.value.__cause__)
-    assert Path(f"{tmp_path}/flag").exists()
+    assert caught.value.__cause__.rank == 1
+    assert "perish_if_due" in caught.value.__cause__.traceback
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
@@ -76,14 +76,16 @@ def test_resumed_with_another_number_of_workers(tmp_path, before, after):
             strategy="ddp", num_processes=before, max_epochs=1, accumulate_grad_batches=1,
         )  # fmt: skip
     done = [p for p in tmp_path.glob("seen-*")]
-    first = [int(line.split()[1]) for p in done for line in p.read_text().splitlines()]
+    lines = [p.read_text().splitlines() for p in done]
     for path in done:
         path.unlink()
-    # the checkpoint after the fourth batch may not have been written when the process died
+    # which checkpoint was handed over before the process died is a matter of moments
     from raytrainer.checkpoint import read_checkpoint
 
     cursor = Progress(**read_checkpoint(f"{tmp_path}/last.ckpt")["progress"])
-    assert 3 <= cursor.batch <= 4
+    assert 1 <= cursor.batch <= 4
+    # a worker may have begun a batch that the dying one never finished, and that so does not count
+    first = [int(line.split()[1]) for of_rank in lines for line in of_rank[: cursor.batch * 4]]
     run(
         Exact(seen=seen), tmp_path, ckpt_path="last", save_every=1,
         strategy="ddp", num_processes=after, max_epochs=1, accumulate_grad_batches=1,
@@ -91,6 +93,5 @@ def test_resumed_with_another_number_of_workers(tmp_path, before, after):
     second = [int(line.split()[1]) for p in tmp_path.glob("seen-*") for line in p.read_text().splitlines()]
     consumed = cursor.batch * before * 4
     assert len(second) - (53 - consumed) < after  # padding alone
-    if cursor.batch == 4:
-        assert set(first) | set(second) == set(range(53))
-        assert len(set(first) & set(second)) < after
+    assert set(first) | set(second) == set(range(53))
+    assert len(set(first) & set(second)) < after
