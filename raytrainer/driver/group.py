@@ -82,8 +82,7 @@ class LocalGroup:
         return [getattr(self.worker, verb)(*args)]
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        self.worker.capture(weights_only)
-        staged = self.worker.take_staged()
+        staged = self.worker.capture(weights_only)
         return lambda: [staged]
 
     def call_off(self) -> None:

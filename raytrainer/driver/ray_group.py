@@ -33,7 +33,7 @@ log = logging.getLogger("raytrainer")
 GRACE = 2.0
 
 #: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
-_WATCHED = frozenset({"train", "evaluate", "capture"})
+_WATCHED = frozenset({"train", "evaluate"})
 
 
 class RayGroup:
@@ -67,8 +67,7 @@ class RayGroup:
 
     def _start(self) -> None:
         request = self.request
-        # a second thread hands over copied state while the first goes on training
-        actor_class = ray.remote(concurrency_groups={"io": 1})(RemoteWorker)
+        actor_class = ray.remote(RemoteWorker)
         self._actors = [
             actor_class.options(
                 num_cpus=slot.cpus,
@@ -137,13 +136,13 @@ class RayGroup:
         return self._ask([actor.obey.remote(verb, *args) for actor in self._actors], patience)
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        """Copy aside, then hand over in the background.
+        """Have the state copied into Ray's shared memory; return what fetches it from there.
 
         The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
         a second node holds one too.
         """
-        self.call("capture", weights_only, True)
-        refs = [actor.fetch_staged.remote() for actor in self._actors]
+        refs = [actor.capture.remote(weights_only) for actor in self._actors]
+        self._ask([own for own, _ in refs], self.hang_timeout)
         return lambda: _fetch(refs)
 
     def _ask(self, refs: Sequence[Any], patience: float | None = None) -> list[Any]:

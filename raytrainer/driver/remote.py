@@ -48,7 +48,6 @@ class RemoteWorker:
         self.ranks = Ranks()
         self.task: Any = None
         self.store: Any = None
-        self.handed: Any = None
         self.device = torch.device("cpu")
 
     def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
@@ -112,20 +111,19 @@ class RemoteWorker:
             return worker.restore(unpack(args[0]))
         return getattr(worker, verb)(*args)
 
-    @ray.method(concurrency_group="io", num_returns=2)
-    def fetch_staged(self) -> tuple[Any, Any]:
-        """Hand over the oldest state that "capture" has copied, while the next chunk is being trained.
+    @ray.method(num_returns=2)
+    def capture(self, weights_only: bool) -> tuple[Any, Any]:
+        """This worker's share of a checkpoint, which Ray copies into shared memory as this returns.
 
         In two parts: what this worker alone has, which is small and so travels to the driver at once, and what others
         have too.
         """
 
-        def fetch() -> tuple[Any, Any]:
-            # its buffers must not be used again before Ray has read them, which it has when the next is asked for
-            self.handed = self._worker().take_staged()
-            return pack(self.handed.get("own")), pack({k: v for k, v in self.handed.items() if k != "own"})
+        def capture() -> tuple[Any, Any]:
+            state = self._worker().capture(weights_only, replica=True, live=True)
+            return pack(state.get("own")), pack({name: value for name, value in state.items() if name != "own"})
 
-        answer = self._guard(fetch)
+        answer = self._guard(capture)
         return (answer, answer) if isinstance(answer, Failure) else answer
 
     def _worker(self) -> Worker:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.checkpoint import load_into
 from raytrainer.errors import CheckpointError
 from raytrainer.seeding import capture_rng
-from raytrainer.worker.staging import Staged, Staging
 
 if TYPE_CHECKING:
     from raytrainer.worker.run import Run
@@ -16,15 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["capture_state", "restore_state"]
 
 
-def capture_state(run: Run, staging: Staging, weights_only: bool, replica: bool) -> Staged:
+def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]:
     """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its own streams and sums.
 
     Keys are those that Lightning's users know: "state_dict", "optimizer_states", "lr_schedulers", "epoch",
-    "global_step", "hyper_parameters"; what differs from rank to rank is under "own".
+    "global_step", "hyper_parameters". Tensors are the live ones. What differs from rank to rank is under "own".
 
     Args:
         run: The run.
-        staging: Where copies are made.
         weights_only: Leave out what only resuming needs.
         replica: One more worker, on another node, gives what rank 0 gives.
     """
@@ -32,7 +30,7 @@ def capture_state(run: Run, staging: Staging, weights_only: bool, replica: bool)
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
     second = replica and view.ranks.node_rank == 1 and view.ranks.local_rank == 0
     if view.ranks.rank != 0 and not second:
-        return staging.copy(state)
+        return state
     state |= {
         "epoch": view.current_epoch,
         "global_step": view.global_step,
@@ -49,7 +47,7 @@ def capture_state(run: Run, staging: Staging, weights_only: bool, replica: bool)
         state["datamodule"] = run.datamodule.state_dict()
         state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
     module.on_save_checkpoint(state)
-    return staging.copy(state)
+    return state
 
 
 def _own_state(run: Run) -> dict[str, Any]:

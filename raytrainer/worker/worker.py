@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleS
 from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.run import Run, plain
-from raytrainer.worker.staging import Staged, Staging
+from raytrainer.worker.staging import Staging
 from raytrainer.worker.state import capture_state, restore_state
 from raytrainer.worker.training import TrainingLoop
 
@@ -44,7 +43,6 @@ class Worker:
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
         self._staging = Staging()
-        self._staged: deque[Staged] = deque()  # captured, not yet taken, oldest first
 
     @property
     def run(self) -> Run:
@@ -145,13 +143,13 @@ class Worker:
 
     # ---------------------------------------------------------------- state
 
-    def capture(self, weights_only: bool = False, replica: bool = False) -> None:
-        """Copy this worker's share of a checkpoint aside; `take_staged` hands it over, while training goes on."""
-        self._staged.append(capture_state(self.run, self._staging, weights_only, replica))
+    def capture(self, weights_only: bool = False, replica: bool = False, live: bool = False) -> dict[str, Any]:
+        """This worker's share of a checkpoint, copied aside.
 
-    def take_staged(self) -> Staged:
-        """The oldest state that `capture` has copied. The one verb that may be called beside another."""
-        return self._staged.popleft()
+        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on.
+        """
+        state = capture_state(self.run, weights_only, replica)
+        return state if live and self.device.type == "cpu" else self._staging.copy(state)
 
     def restore(self, checkpoint: dict[str, Any]) -> SetupReport:
         """Put module, optimizers, schedulers and generators into a checkpoint's state; this completes `setup`."""
@@ -195,7 +193,6 @@ class Worker:
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None
         self._run = self._training = self._evaluation = None
-        self._staged.clear()
 
 
 #: attributes of torch's, and ours, that are no user data

@@ -29,7 +29,7 @@ def calm_run(undisturbed: dict, folder: Path, **options):
 
 
 @pytest.mark.parametrize(
-    ("die", "verb"), [((1, 0), "train"), ((1, 6), "train"), ((0, 9), "train"), ((1, 14), "validate")]
+    ("die", "verb"), [((1, 0), "train"), ((1, 6), "train"), ((0, 9), "train"), ((1, 13), "validate")]
 )
 def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, die, verb):
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
