@@ -44,7 +44,12 @@ class Exact(raytrainer.Module):
     """
 
     def __init__(
-        self, die: tuple[int, int] | None = None, how: str = "raise", flag: str = "", seen: str = "", verb: str = "train"
+        self,
+        die: tuple[int, int] | None = None,
+        how: str = "raise",
+        flag: str = "",
+        seen: str = "",
+        verb: str = "train",
     ) -> None:
         super().__init__()
         torch.manual_seed(3)

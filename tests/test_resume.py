@@ -1,4 +1,4 @@
-"""A run that dies and is started again ends as if it had never died: weights, buffers and logged values, bit for bit."""
+"""A run that dies and is started again ends as if it had never died: weights, buffers, logged values, bit for bit."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class RayDataset:
         batch_size: Rows per batch and worker.
         shuffle: Training only. False: the dataset's order. True: all rows, anew in each epoch, drawn from
             (seed, epoch). An int: a window of so many rows on each worker, over blocks in a new order, which costs
-            less where the dataset does not fit into memory. What depends on it too: see `keep_in_memory`.
+            less where the dataset does not fit into memory.
         drop_last: Training only: drop an epoch's rows that do not fill a batch on every worker. Without it every row
             is trained on exactly once, in last batches that are smaller. Evaluation always counts every row once.
         columns: The columns to read; None: all.

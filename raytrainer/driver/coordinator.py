@@ -122,12 +122,14 @@ class Coordinator:
 
     def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
-        resumed = checkpoint
+        resumed, lost = checkpoint, None
         while True:
             try:
+                if lost is not None:  # in here, since workers may be lost while others are being replaced
+                    resumed, lost = self._recover(lost, checkpoint), None
                 return self._attempt(resumed)
             except WorkerLostError as error:
-                resumed = self._recover(error, checkpoint)
+                lost = error
             except _MoreWorkers:
                 resumed = self._grow()
 
@@ -390,10 +392,11 @@ class Coordinator:
 
     def _recover(self, error: WorkerLostError, original: dict[str, Any] | None) -> dict[str, Any] | None:
         """Replace the group; return the state to go on from, or raise if there is no recovering."""
-        self._failed = error, time.perf_counter(), self.state.progress
         state = self.state
         self.group.abort()
         self._failures += 1
+        if self._failed is None:  # else an earlier one has not been recovered from yet
+            self._failed = error, time.perf_counter(), state.progress
         if not self.snapshots.enabled or self._failures > self.settings.max_failures:
             raise error
         log.warning("%s Recovering.", error)

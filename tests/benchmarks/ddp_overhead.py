@@ -1,4 +1,4 @@
-"""What a DDP step costs over two Ray workers (gloo), beside torchrun's plain loop doing the same. Linear(32, 2), batch 8.
+"""What a DDP step costs over two Ray workers (gloo), beside torchrun's plain loop. Linear(32, 2), batch 8.
 
 Run: python tests/benchmarks/ddp_overhead.py [--rounds 5] [--batches 1500]
 Lightning is a column if it is installed.

@@ -139,7 +139,7 @@ def main() -> None:
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     firsts: dict[str, list[float]] = {}
 

@@ -89,7 +89,7 @@ def main() -> None:
         for name, side in sides.items():
             figures[name].append(side() * 1e6)
     for name, values in figures.items():
-        print(f"{name:12} {statistics.median(values):7.1f} us  {['%.0f' % v for v in values]}")
+        print(f"{name:12} {statistics.median(values):7.1f} us  {[round(v) for v in values]}")
     if arguments.profile:
         profile = cProfile.Profile()
         profile.runcall(ours, "local", True)

@@ -1,4 +1,4 @@
-"""The two workloads that GPUs are measured with: a 124M-parameter GPT, and a layer so small that only overhead is left."""
+"""The workloads that GPUs are measured with: a 124M-parameter GPT, and a layer so small that only overhead is left."""
 
 from __future__ import annotations
 
