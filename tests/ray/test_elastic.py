@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exact import Exact, run, same
+from exact import Exact, run
 
 import raytrainer
 from raytrainer.driver import pool
@@ -67,18 +67,3 @@ def test_shrinks_and_grows(cluster, tmp_path):
     assert trainer.current_epoch == 4
     (recovery,) = trainer.recoveries
     assert recovery.workers == 2
-
-
-def test_a_spare_node_takes_over(cluster, tmp_path):
-    options = {
-        "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
-    }  # fmt: skip
-    calm, struck = Exact(), Exact()
-    _, rows = run(calm, tmp_path, **options)
-    nodes = Nodes(cluster, add_in=None)
-    trainer, struck_rows = run(struck, tmp_path, callbacks=[nodes], **options)
-    assert nodes.removed and nodes.sizes == [4]
-    assert same(struck, calm)
-    assert struck_rows == rows
-    (recovery,) = trainer.recoveries
-    assert recovery.workers == 4
