@@ -241,6 +241,8 @@ class RayGroup:
 
     def abort(self) -> None:
         """Kill the actors and give the resources back."""
+        if self.broken:
+            return  # Ray never answers when a placement group is removed for a second time
         self.broken = True
         if not ray.is_initialized():
             return
