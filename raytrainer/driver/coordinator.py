@@ -129,6 +129,10 @@ class Coordinator:
                     resumed, lost = self._recover(lost, checkpoint), None
                 return self._attempt(resumed)
             except WorkerLostError as error:
+                self.group.abort()
+                self._failures += 1
+                if not self.snapshots.enabled or self._failures > self.settings.max_failures:
+                    raise
                 lost = error
             except _MoreWorkers:
                 resumed = self._grow()
@@ -393,12 +397,8 @@ class Coordinator:
     def _recover(self, error: WorkerLostError, original: dict[str, Any] | None) -> dict[str, Any] | None:
         """Replace the group; return the state to go on from, or raise if there is no recovering."""
         state = self.state
-        self.group.abort()
-        self._failures += 1
         if self._failed is None:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), state.progress
-        if not self.snapshots.enabled or self._failures > self.settings.max_failures:
-            raise error
         log.warning("%s Recovering.", error)
         self.group = self.host.regroup()
         checkpoint = self.snapshots.latest() or original
