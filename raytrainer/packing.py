@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,29 +27,29 @@ class _Packed:
 
 def pack(tree: Any) -> Any:
     """Dicts, lists and tuples with each CPU tensor in them packed, sharing its memory; everything else as it is."""
-    if isinstance(tree, Tensor):
-        flat = tree.detach().contiguous().view(-1)
-        return _Packed(flat.view(torch.uint8).numpy(), tree.dtype, tuple(tree.shape))
-    if type(tree) is tuple:
-        return tuple(pack(item) for item in tree)
-    if type(tree) is list:
-        return [pack(item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: pack(value) for key, value in tree.items()}
-    return tree
+    return _walk(tree, Tensor, _packed)
 
 
 def unpack(tree: Any) -> Any:
     """The reverse of `pack`. Tensors share the packed bytes, which may be read-only: copy before writing."""
-    if isinstance(tree, _Packed):
-        return _tensor(tree)
+    return _walk(tree, _Packed, _tensor)
+
+
+def _walk(tree: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
+    if isinstance(tree, kind):
+        return change(tree)
     if type(tree) is tuple:
-        return tuple(unpack(item) for item in tree)
+        return tuple(_walk(item, kind, change) for item in tree)
     if type(tree) is list:
-        return [unpack(item) for item in tree]
+        return [_walk(item, kind, change) for item in tree]
     if isinstance(tree, dict):
-        return {key: unpack(value) for key, value in tree.items()}
+        return {key: _walk(value, kind, change) for key, value in tree.items()}
     return tree
+
+
+def _packed(tensor: Tensor) -> _Packed:
+    flat = tensor.detach().contiguous().view(-1)
+    return _Packed(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
 
 def _tensor(packed: _Packed) -> Tensor:

@@ -395,7 +395,7 @@ class Coordinator:
             self.capture()
 
     def _recover(self, error: WorkerLostError, original: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Replace the group; return the state to go on from, or raise if there is no recovering."""
+        """Replace the lost group; return the state to go on from, None for the beginning."""
         state = self.state
         if self._failed is None:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), state.progress
