@@ -1,15 +1,10 @@
-"""Checkpoints on a filesystem that is not local: an S3-compatible server, moto's, which this file starts.
-
-moto needs an older python-dateutil than .ci/constraints.txt has, so it lives in an environment of its own: put its
-`moto_server` on PATH, or name it in RAYTRAINER_MOTO_SERVER.
-"""
+"""Checkpoints on a filesystem that is not local: an S3-compatible server, moto's, which this file starts."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,14 +22,12 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_M
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """host:port of an S3 server."""
-    command = os.environ.get("RAYTRAINER_MOTO_SERVER") or shutil.which("moto_server")
-    if not command:
-        pytest.skip("moto_server is not installed")
+    command = [sys.executable, "-m", "moto.server"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [command, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 60
