@@ -20,7 +20,7 @@ from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import attached, ensure_ray, free_resources
+from raytrainer.driver.cluster import Cluster, attached, ensure_ray, free_resources
 from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
@@ -71,7 +71,13 @@ class Trainer(TrainerProperties):
         log_gpu_memory: On logging steps, log the memory in use (MiB, by NVML) of every GPU of the job: "all": each, as
             "gpu_memory/node0-gpu1"; "min_max": "gpu_memory/min" and "gpu_memory/max"; None: do not.
         placement_timeout: Seconds to wait until the cluster has what is asked for.
-        address: A Ray cluster to attach to; None: the Ray that is initialised, else RAY_ADDRESS, else one is started.
+        address: The Ray cluster to train on: "HOST:PORT" of one that this machine belongs to, "ray://HOST:PORT" of one
+            that it does not, "auto": the one that `ray start` has made on this machine, "local": a new one. None: the
+            Ray that is initialised, else RAY_ADDRESS, else as "auto", else one is started.
+        runtime_env: What workers need beside what is installed where they run, as for `ray.init`; used when this
+            trainer attaches to a cluster. None: a copy of the script's directory; {}: nothing.
+        worker_output: Whose prints are shown: "rank_zero", while the other workers' go to files that errors name; or
+            "all", each line with its rank.
         max_epochs: Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit.
         min_epochs: Epochs before a requested stop is honoured.
         max_steps: The run ends exactly at this step, whatever `max_epochs` says; -1 or None: no limit.
@@ -131,6 +137,8 @@ class Trainer(TrainerProperties):
         log_gpu_memory: str | None = None,
         placement_timeout: float = 60.0,
         address: str | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
+        worker_output: str = "rank_zero",
         max_epochs: int | None = None,
         min_epochs: int | None = None,
         max_steps: int | None = None,
@@ -171,7 +179,8 @@ class Trainer(TrainerProperties):
         default_root_dir: str | os.PathLike[str] | None = None,
         idle_timeout: float = 300.0,
     ) -> None:
-        on_cluster = attached(address)
+        self._cluster = Cluster(address, runtime_env)
+        on_cluster = attached(self._cluster)
         if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
         self._settings = build_settings(
@@ -189,10 +198,11 @@ class Trainer(TrainerProperties):
             reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs, log_every_n_steps=log_every_n_steps,
             max_failures=max_failures, snapshot_every=snapshot_every, hang_timeout=hang_timeout,
             cluster_attached=on_cluster, auto_select_gpus=auto_select_gpus, log_gpu_memory=log_gpu_memory,
+            worker_output=worker_output,
         )  # fmt: skip
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
-        self._address, self._idle_timeout, self._placement_timeout = address, idle_timeout, placement_timeout
+        self._idle_timeout, self._placement_timeout = idle_timeout, placement_timeout
         self._loggers = self._make_loggers(logger)
         extras: list[Callback] = []
         if enable_progress_bar:
@@ -337,7 +347,7 @@ class Trainer(TrainerProperties):
         if not loaders and not has_dataset("predict", datamodule, module):
             return None
         task = self._begin("predict", module, datamodule, loaders)
-        return lazy_predictions(task, self._settings, self._address, self._read(ckpt_path))
+        return lazy_predictions(task, self._settings, self._cluster, self._read(ckpt_path))
 
     def _evaluate(
         self,
@@ -403,7 +413,7 @@ class Trainer(TrainerProperties):
 
     def _count_gpus(self) -> None:
         """What gpus=-1 means on the cluster as it is now."""
-        ensure_ray(self._address, 1)
+        ensure_ray(self._cluster, 1)
         from raytrainer.driver.reserve import all_gpus
 
         count = all_gpus(self._settings.num_nodes)
@@ -414,7 +424,7 @@ class Trainer(TrainerProperties):
         """A group, the interrupt handler, and the orderly end of a run, however it ends."""
         state, status = self._state, "failed"
         self._coordinator = coordinator = None
-        prepare_datasets(task, self._settings, self._address)
+        prepare_datasets(task, self._settings, self._cluster)
         group = self._group()
         driver_callbacks = [c for c in self._callbacks if isinstance(c, Callback)]
         marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
@@ -459,7 +469,7 @@ class Trainer(TrainerProperties):
         settings = self._settings
         if settings.strategy == "local":
             return local_group(settings)
-        ensure_ray(self._address, settings.world_size)
+        ensure_ray(self._cluster, settings.world_size)
         return pool.take(self._requests(), self._placement_timeout)
 
     def _requests(self) -> list[Request]:

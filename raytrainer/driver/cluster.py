@@ -4,32 +4,93 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["attached", "ensure_ray", "free_resources", "may_grow", "resources_text"]
+from raytrainer.driver.attach import answers, attach
+from raytrainer.errors import ConfigurationError
+
+__all__ = [
+    "Cluster",
+    "attached",
+    "ensure_ray",
+    "free_resources",
+    "may_grow",
+    "place_name",
+    "resources_text",
+    "started_here",
+]
 
 log = logging.getLogger("raytrainer")
 
 
-def attached(address: str | None) -> bool:
+@dataclass(frozen=True)
+class Cluster:
+    """Which Ray a trainer uses, and what workers need there beside what is installed. `Trainer` documents both."""
+
+    address: str | None = None
+    runtime_env: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.address is not None and not (isinstance(self.address, str) and self.address):
+            raise ConfigurationError(
+                f"address={self.address!r}: give 'auto', 'local', 'HOST:PORT' of a cluster that this machine belongs "
+                f"to, 'ray://HOST:PORT' of one that it does not, or None."
+            )
+        if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
+            raise ConfigurationError(f"runtime_env={self.runtime_env!r}: give a dict, as for ray.init, or None.")
+
+    @property
+    def named(self) -> str | None:
+        """The address that was given, here or by RAY_ADDRESS."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def attached(cluster: Cluster) -> bool:
     """Whether a cluster is in use already, or named, without importing ray to find out."""
     ray = sys.modules.get("ray")
-    return address is not None or bool(os.environ.get("RAY_ADDRESS")) or bool(ray is not None and ray.is_initialized())
+    named = cluster.named
+    return (named is not None and named != "local") or bool(ray is not None and ray.is_initialized())
 
 
-def ensure_ray(address: str | None, workers: int) -> None:
-    """Use the Ray that is initialised, or attach to `address` or RAY_ADDRESS, or start one here.
+def ensure_ray(cluster: Cluster, workers: int) -> None:
+    """Use the Ray that is initialised, or attach to the one that is named or runs on this machine, or start one here.
 
     A Ray started here has at least one CPU more than there are workers, so that data tasks can run beside them.
+
+    Raises:
+        ConfigurationError: The named cluster is not there, lets us not in, or runs other versions; or this process is
+            attached to another one.
     """
     import ray
 
     if ray.is_initialized():
+        _refuse_other(cluster.address)
         return
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+    named = cluster.named
+    if named == "local":
+        _start(workers)
         return
+    if named in (None, "auto"):
+        running = _running_here()
+        if running is None and named is None:
+            _start(workers)
+            return
+        if running is None:
+            raise ConfigurationError(
+                "address='auto': no Ray runs on this machine. `ray start --head` starts one; 'ray://HOST:10001' "
+                "names one elsewhere; None starts one when there is none."
+            )
+        named = running
+    attach(named, cluster.runtime_env)
+
+
+def _start(workers: int) -> None:
+    import ray
+
     cpus = max(os.cpu_count() or 1, workers + 1)
     log.info("Starting Ray on this machine, with %d CPUs.", cpus)
     # without FutureWarning about accelerator variables, which concerns tasks without GPUs
@@ -38,6 +99,59 @@ def ensure_ray(address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+
+
+def _running_here() -> str | None:
+    """The address of the cluster that `ray start` has started or joined on this machine, if it still answers."""
+    from ray._private.utils import read_ray_address
+
+    address = str(read_ray_address() or "")
+    host, _, port = address.rpartition(":")
+    # what has ended may have left its address behind
+    return address if host and port.isdigit() and answers(host.strip("[]"), int(port), 1.0) else None
+
+
+def _refuse_other(address: str | None) -> None:
+    """An explicit address must be that of the Ray this process uses."""
+    if address in (None, "auto", "local") or _same_place(address, place_name()):
+        return
+    raise ConfigurationError(
+        f"address={address!r}: this process uses the Ray at {place_name()} already. Leave address out to train there, "
+        f"or call ray.shutdown() first."
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two addresses mean the same port of the same machine."""
+    if one == other:
+        return True
+    scheme, (host, port) = one.startswith("ray://"), _split(one)
+    other_host, other_port = _split(other)
+    if scheme != other.startswith("ray://") or port != other_port:
+        return False
+    try:
+        addresses = {socket.gethostbyname(host), socket.gethostbyname(other_host)}
+    except OSError:
+        return False
+    import ray
+
+    # a name for this machine is as good as its address
+    return len(addresses - {"127.0.0.1", "127.0.1.1", ray.util.get_node_ip_address()}) == 0 or len(addresses) == 1
+
+
+def _split(address: str) -> tuple[str, str]:
+    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    return host.strip("[]"), port
+
+
+def place_name() -> str:
+    """The address of the Ray in use: "ray://HOST:PORT" or "HOST:PORT"."""
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return f"ray://{client.get_context().client_worker._conn_str}"
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def free_resources(name: str) -> float:
@@ -49,10 +163,14 @@ def free_resources(name: str) -> float:
 
 def may_grow() -> bool:
     """Whether nodes could join, through an autoscaler or a person: not where this very process has started Ray."""
+    return not started_here()
+
+
+def started_here() -> bool:
+    """Whether the Ray in use was started by this very process."""
     from ray._private import worker
 
-    node = getattr(worker, "_global_node", None)
-    return node is None or not getattr(node, "head", False)
+    return bool(getattr(getattr(worker, "_global_node", None), "head", False))
 
 
 def resources_text() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from raytrainer.data.dataset import RayDataset, as_ray_datasets
 from raytrainer.driver import pool
-from raytrainer.driver.cluster import ensure_ray, free_resources
+from raytrainer.driver.cluster import Cluster, ensure_ray, free_resources
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import Task
 from raytrainer.packing import pack
@@ -44,7 +44,7 @@ def _owner(stage: str, owners: tuple[Any, ...]) -> Any:
 
 
 def find_datasets(
-    stage: str, loaders: dict[str, Any], datamodule: Any, module: Any, address: str | None, workers: int
+    stage: str, loaders: dict[str, Any], datamodule: Any, module: Any, cluster: Cluster, workers: int
 ) -> list[RayDataset] | None:
     """The Ray Datasets of "train", "val", "test" or "predict": those handed over, or what a hook returns; or None.
 
@@ -56,7 +56,7 @@ def find_datasets(
     owner = _owner(stage, (datamodule, module))
     if owner is None:
         return None
-    ensure_ray(address, workers)  # rather than let the hook's first call start one with too few CPUs
+    ensure_ray(cluster, workers)  # rather than let the hook's first call start one with too few CPUs
     _leave_a_cpu()
     answer = getattr(owner, f"{stage}_dataset")()
     if answer is None:
@@ -70,14 +70,14 @@ def find_datasets(
     return datasets
 
 
-def lazy_predictions(task: Task, settings: Settings, address: str | None, checkpoint: Any) -> Any:
+def lazy_predictions(task: Task, settings: Settings, cluster: Cluster, checkpoint: Any) -> Any:
     """Predictions for the Ray Datasets of a run as Ray Datasets: one, or a list; None if it has no Ray Datasets."""
-    datasets = find_datasets("predict", task.loaders, task.datamodule, task.module, address, settings.world_size)
+    datasets = find_datasets("predict", task.loaders, task.datamodule, task.module, cluster, settings.world_size)
     if datasets is None:
         return None
     from raytrainer.data import ray_data, ray_predict
 
-    ensure_ray(address, settings.world_size)
+    ensure_ray(cluster, settings.world_size)
     pool.close_idle()  # workers kept for the next run hold the CPUs and GPUs that these actors need
     ray_data.require_free_cpu(1)
     task.loaders = {}
@@ -92,7 +92,7 @@ def release_datasets(task: Task) -> None:
         blocks.close()
 
 
-def prepare_datasets(task: Task, settings: Settings, address: str | None) -> None:
+def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
     """Put the run's Ray Datasets into the task; the loaders handed over that are none stay there.
 
     Raises:
@@ -101,7 +101,7 @@ def prepare_datasets(task: Task, settings: Settings, address: str | None) -> Non
     workers = settings.world_size
     found: dict[str, list[RayDataset]] = {}
     for stage in _STAGES[task.stage]:
-        datasets = find_datasets(stage, task.loaders, task.datamodule, task.module, address, workers)
+        datasets = find_datasets(stage, task.loaders, task.datamodule, task.module, cluster, workers)
         if datasets is not None:
             task.loaders.pop(stage, None)
             if settings.limit(stage) != 0:
@@ -110,7 +110,7 @@ def prepare_datasets(task: Task, settings: Settings, address: str | None) -> Non
         return
     from raytrainer.data import ray_data
 
-    ensure_ray(address, workers)
+    ensure_ray(cluster, workers)
     _leave_a_cpu()
     remote = settings.strategy != "local"
     if remote and not all(ray_data.is_materialized(d) for datasets in found.values() for d in datasets):

@@ -16,14 +16,16 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytrainer.driver.cluster import place_name, started_here
 from raytrainer.driver.placement import Request
-from raytrainer.driver.remote import Failure, RemoteWorker
+from raytrainer.driver.remote import Failure, Place, RemoteWorker, own_versions
 from raytrainer.driver.reserve import place
-from raytrainer.errors import SerializationError, WorkerError, WorkerLostError
+from raytrainer.errors import ConfigurationError, SerializationError, WorkerError, WorkerLostError
 from raytrainer.messages import Task
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.recovery import Failed, choose_culprit, is_consequence
+from raytrainer.plan.versions import differences
 
 __all__ = ["RayGroup", "Request"]
 
@@ -79,39 +81,56 @@ class RayGroup:
             for slot in self._slots
         ]
         self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
-        places = self._ask([actor.where.remote(request.gpu) for actor in self._actors])
-        # node by node in the order of bundles, and by GPU on each
-        order = sorted(range(self.size), key=lambda i: (i // request.per_node, places[i][2]))
+        self.outputs: list[str | None] = [None] * self.size
+        self.places: list[Place] = []
+        places: list[Place] = self._ask([actor.where.remote(request.gpu) for actor in self._actors])
+        # node by node in the order of addresses, and by GPU on each
+        order = sorted(range(self.size), key=lambda i: (_numbers(places[i].address), places[i].node_id, places[i].gpus))
         self._actors = [self._actors[i] for i in order]
-        places = [places[i] for i in order]
-        self.ranks = assign_ranks([node for node, _, _ in places])
-        self.addresses = [address for _, address, _ in places]
-        self.gpu_ids = [gpus for _, _, gpus in places]
+        self.places = [places[i] for i in order]
+        self.ranks = assign_ranks([place.node_id for place in self.places])
+        self._compare_versions()
         self._join()
+
+    def _compare_versions(self) -> None:
+        """Name what differs between driver and nodes.
+
+        Raises:
+            ConfigurationError: It cannot work.
+        """
+        fatal, doubtful = differences(own_versions(), {place.address: place.versions for place in self.places})
+        if fatal:
+            raise ConfigurationError(
+                f"The driver and the nodes run different versions: {'; '.join(fatal)}. Install the same on both."
+            )
+        if doubtful:
+            log.warning("The driver and the nodes run different versions: %s.", "; ".join(doubtful))
 
     def _join(self) -> None:
         """Form the process group."""
         one_node = self.ranks[0].num_nodes == 1
         # on one machine the loopback interface is fast and always there
-        host = "127.0.0.1" if one_node else self.addresses[0]
+        host = "127.0.0.1" if one_node else self.places[0].address
         port = ray.get(self._actors[0].serve.remote(host, self.size)) if self.size > 1 else 0
         self._ask(
             [
-                actor.join.remote(ranks, host, port, host if one_node else address, self.request.gpu)
-                for actor, ranks, address in zip(self._actors, self.ranks, self.addresses, strict=True)
+                actor.join.remote(ranks, host, port, host if one_node else place.address, self.request.gpu)
+                for actor, ranks, place in zip(self._actors, self.ranks, self.places, strict=True)
             ]
         )
         self.stale = False
 
     def describe(self) -> str:
-        """E.g. "2 workers on 1 node: 10.0.0.1 gpu 0,1"."""
-        counts = Counter(self.addresses)
+        """E.g. "4 workers on 2 nodes of 10.0.0.1:6379: h1 gpu 0,1; h2 gpu 0,1"."""
+        counts = Counter(place.node_id for place in self.places)
         nodes = []
-        for address, count in counts.items():
-            gpus = [str(i) for a, ids in zip(self.addresses, self.gpu_ids, strict=True) if a == address for i in ids]
-            nodes.append(f"{address} gpu {','.join(gpus)}" if gpus else f"{address} cpu x{count}")
-        plural = "s" if self.size > 1 else ""
-        return f"{self.size} worker{plural} on {len(counts)} node{'s' if len(counts) > 1 else ''}: {'; '.join(nodes)}"
+        for node, count in counts.items():
+            here = [place for place in self.places if place.node_id == node]
+            gpus = [str(index) for place in here for index in place.gpus]
+            nodes.append(f"{here[0].host} gpu {','.join(gpus)}" if gpus else f"{here[0].host} cpu x{count}")
+        workers = f"{self.size} worker{'s' if self.size > 1 else ''}"
+        of = "" if started_here() else f" of {place_name()}"
+        return f"{workers} on {len(counts)} node{'s' if len(counts) > 1 else ''}{of}: {'; '.join(nodes)}"
 
     # ---------------------------------------------------------------- verbs
 
@@ -123,7 +142,8 @@ class RayGroup:
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
         pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
-        self._ask([actor.load.remote(pickled, datasets) for actor in self._actors])
+        show = task.settings.worker_output == "all"
+        self.outputs = self._ask([actor.load.remote(pickled, datasets, show) for actor in self._actors])
         first_of_node = [a for a, ranks in zip(self._actors, self.ranks, strict=True) if ranks.local_rank == 0]
         self._ask([actor.obey.remote("prepare_data") for actor in first_of_node])
         return self.call("setup")
@@ -178,17 +198,26 @@ class RayGroup:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
 
-    @staticmethod
-    def _answer(ref: Any, rank: int) -> Any:
+    def _answer(self, ref: Any, rank: int) -> Any:
         try:
             return ray.get(ref)
         except RayActorError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
             # an actor that could not start says why in its last line: a package that its node lacks, say
-            unborn = "creation task" in lines[0] and len(lines) > 1
-            return WorkerLostError(rank, f"it could not start: {lines[-1]}" if unborn else lines[0])
+            if "creation task" in lines[0] and len(lines) > 1:
+                missing = "No module named" in lines[-1]
+                remedy = ". Install it there, in the Python that `ray start` ran in" if missing else ""
+                return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}")
+            return WorkerLostError(rank, lines[0] + self._whereabouts(rank))
         except RayError as error:
-            return WorkerLostError(rank, f"{type(error).__name__}: {error}")
+            return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
+
+    def _whereabouts(self, rank: int) -> str:
+        """Where a lost worker was, and where its last words are."""
+        if not self.places:
+            return ""
+        place, output = self.places[rank], self.outputs[rank]
+        return f" (on {place.host}, {place.address}{f'; its output: {output}' if output else ''})"
 
     def _raise(self, failures: Sequence[Failure | WorkerLostError], hanging: int) -> None:
         """Raise the failure that caused the others. Workers that all still answer are kept for the next run."""
@@ -258,6 +287,11 @@ class RayGroup:
         from raytrainer.driver import pool
 
         pool.put_back(self)
+
+
+def _numbers(address: str) -> list[tuple[int, str]]:
+    """A key that sorts 10.0.0.9 before 10.0.0.10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in address.split(".")]
 
 
 def _fetch(refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:

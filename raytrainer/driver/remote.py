@@ -17,14 +17,16 @@ import ray
 import torch
 from ray import cloudpickle
 
+from raytrainer.driver.output import Output
 from raytrainer.driver.reserve import own_gpu_indices
 from raytrainer.gpu.select import use_pci_order
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks
+from raytrainer.version import __version__
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Failure", "RemoteWorker"]
+__all__ = ["Failure", "Place", "RemoteWorker", "own_versions"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,23 @@ class Failure:
     pickled: bytes | None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is: its node's id, address and host name; PCI indices of its GPUs; versions of what runs there."""
+
+    node_id: str
+    address: str
+    host: str
+    gpus: list[int]
+    versions: dict[str, str]
+
+
+def own_versions() -> dict[str, str]:
+    """Versions of what driver and workers must share."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"Python": python, "Ray": ray.__version__, "raytrainer": __version__, "torch": torch.__version__}
+
+
 class RemoteWorker:
     """An actor's body. Every method returns a `Failure` instead of raising."""
 
@@ -49,14 +68,16 @@ class RemoteWorker:
         self.task: Any = None
         self.store: Any = None
         self.device = torch.device("cpu")
+        self.output = Output()
 
-    def where(self, on_gpu: bool) -> tuple[str, str, list[int]]:
-        """This worker's node: its id, its address, and the PCI indices of the GPUs given to it."""
-        context = ray.get_runtime_context()
+    def where(self, on_gpu: bool) -> Place:
+        """This worker's place."""
         self.node = ray.util.get_node_ip_address()
         if on_gpu:
             use_pci_order()
-        return context.get_node_id(), self.node, own_gpu_indices() if on_gpu else []
+        gpus = own_gpu_indices() if on_gpu else []
+        node_id = ray.get_runtime_context().get_node_id()
+        return Place(node_id, self.node, socket.gethostname(), gpus, own_versions())
 
     def serve(self, host: str, world_size: int) -> int:
         """Serve the rendezvous store; return its port."""
@@ -86,15 +107,29 @@ class RemoteWorker:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
 
-    def load(self, pickled: bytes, datasets: dict[str, Any]) -> Failure | None:
-        """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets."""
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+        """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
 
-        def load() -> None:
-            self.task = pickle.loads(pickled)
+        Returns:
+            The file that this worker's prints go to unless they are to be shown.
+        """
+
+        def load() -> str | None:
+            self.output.announce(self.ranks.rank)
+            path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
+            try:
+                self.task = pickle.loads(pickled)
+            except ModuleNotFoundError as error:
+                error.add_note(
+                    f"A worker on {self.node} could not import it. Put it beside the script, install it on the nodes "
+                    f"or name it: Trainer(runtime_env={{'py_modules': [...]}})."
+                )
+                raise
             self.task.datasets = datasets
+            return path
 
-        failure: Failure | None = self._guard(load)
-        return failure
+        answer: Failure | str | None = self._guard(load)
+        return answer
 
     def obey(self, verb: str, *args: Any) -> Any:
         """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task."""
@@ -141,6 +176,7 @@ class RemoteWorker:
                 pickled = cloudpickle.dumps(error)
                 pickle.loads(pickled)
             text = "".join(traceback.format_exception(error))
-            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()})"
+            kept = f"; its output: {self.output.path}" if self.output.path else ""
+            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
             sys.stdout.flush()
             return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)

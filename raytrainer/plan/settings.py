@@ -72,6 +72,7 @@ class Settings:
     max_failures: int = 3
     snapshot_every: int | float | str | None = "auto"
     hang_timeout: float = 600.0
+    worker_output: str = "rank_zero"
 
     @property
     def on_gpu(self) -> bool:
@@ -143,6 +144,7 @@ def build_settings(
     max_failures: int = 3,
     snapshot_every: Any = "auto",
     hang_timeout: float = 600.0,
+    worker_output: str = "rank_zero",
     cluster_attached: bool = False,
 ) -> Settings:
     """Validate a Trainer's arguments (documented there) and bring each into its one normal form.
@@ -193,6 +195,7 @@ def build_settings(
         log_every_n_steps=_every(log_every_n_steps),
         max_failures=checks.count("max_failures", max_failures, least=0),
         snapshot_every=_snapshot_every(snapshot_every),
+        worker_output=checks.choice("worker_output", worker_output, ("rank_zero", "all")),
         hang_timeout=checks.number("hang_timeout", hang_timeout, above=0.0, none=False) or 0.0,
     )
     if settings.deterministic is True and benchmark:
