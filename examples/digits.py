@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--max-epochs", type=int, default=20)
     parser.add_argument("--num-processes", type=int, default=1, help="1: this process; more: Ray workers")
     parser.add_argument("--gpus", type=int, default=None, help="GPUs on each node")
-    parser.add_argument("--num-nodes", type=int, default=1, help="nodes of a cluster, each with so many processes or GPUs")
+    parser.add_argument("--num-nodes", type=int, default=1, help="nodes of a cluster, each with that many workers")
     parser.add_argument("--address", default=None, help="a Ray cluster to attach to")
     parser.add_argument("--placement-timeout", type=float, default=60.0, help="seconds to wait for nodes to start")
     parser.add_argument("--limit-train-batches", type=int, default=None, help="batches per epoch, to try things out")
