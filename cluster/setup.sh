@@ -38,16 +38,18 @@ EOF
 make_venv() {
     # Debian and Ubuntu may have a python3.X without the part that makes environments
     if "python$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        "python$python" -m venv --clear "$venv"
+        "python$python" -m venv "$venv"
         return
     fi
     # a fixed uv fetches a fixed Python: Ray refuses nodes whose versions differ even in the last number
     curl -LsSf https://astral.sh/uv/0.9.5/install.sh | env UV_UNMANAGED_INSTALL="$HOME/.local/uv" sh
-    "$HOME/.local/uv/uv" venv --clear --seed --python "$python" "$venv"
+    "$HOME/.local/uv/uv" venv --seed --python "$python" "$venv"
 }
 
 if ! complete; then
-    make_venv
+    [ -x "$venv/bin/python" ] || make_venv
+    "$venv/bin/python" -c 'import sys; sys.exit(not sys.version.startswith(sys.argv[1] + "."))' "$python" ||
+        { echo "$venv has another Python: remove it, or say which one to use" >&2 && exit 1; }
     "$venv/bin/python" -m pip install -q -c "$repo/.ci/constraints.txt" -e "$repo[cluster,examples]"
     complete
 fi
