@@ -37,8 +37,9 @@ export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1000 RAY_heal
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 ulimit -n 65536 || ulimit -n "$(ulimit -Hn)"
 
-# This script runs on the first node, which is the head. Its network is the one that everything uses: raytrainer's
-# workers take the interface that holds the address by which Ray knows their node. INTERFACE=ib0: that of InfiniBand.
+# This script runs on the first node, which is the head. Its address decides on the network: the other nodes take the
+# address from which they reach it, and gloo and NCCL in raytrainer's workers the interface that holds their node's
+# address. INTERFACE=ib0 chooses InfiniBand's.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if [ -n "${INTERFACE:-}" ]; then
     address=$(ip -4 -o addr show dev "$INTERFACE" | sed -n 's/.* inet \([0-9.]*\).*/\1/p')
@@ -59,12 +60,9 @@ srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
     ray start --head --node-ip-address="$address" --port="$port" --num-cpus="$SLURM_CPUS_PER_TASK" \
     --temp-dir="$temp" --block &
 if [ "${#nodes[@]}" -gt 1 ]; then
-    # another node's own address is the one from which it reaches the head
-    worker='own=$(ip -4 -o route get "$1" | sed -n "s/.* src \([0-9.]*\).*/\1/p")
-        exec ray start --address="$1:$2" --node-ip-address="$own" --num-cpus="$3" --temp-dir="$4" --block'
     srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="${nodes[0]}" \
         --no-kill --kill-on-bad-exit=0 \
-        bash -c "$worker" worker "$address" "$port" "$SLURM_CPUS_PER_TASK" "$temp" &
+        ray start --address="$address:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --temp-dir="$temp" --block &
 fi
 
 # All nodes must have joined first: importing Ray from a shared file system can take minutes.

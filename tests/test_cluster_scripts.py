@@ -26,7 +26,7 @@ YAMLS = [name for name in TEXTS if name.endswith(".yaml")]
 STANDINS = {
     "scontrol": "printf 'n%s\\n' 1 2 3 4",
     "hostname": "echo '10.0.0.1 172.17.0.1 '",
-    "ip": 'echo "$5 via 10.0.0.254 dev eth0 src 10.0.0.2 uid 0"',
+    "ip": "[ $6 = ib0 ] && echo '3: ib0    inet 10.1.0.1/24 brd 10.1.0.255 scope global ib0'",
     "srun": """
         echo "srun $*" >>"$LOG"
         while [[ $1 == --* ]]; do shift; done
@@ -80,7 +80,7 @@ def test_slurm_starts_ray_runs_the_script_and_ends_everything(slurm: tuple[Path,
     (head,) = [line for line in log if line.startswith("ray start --head")]
     assert "--node-ip-address=10.0.0.1 --port=6379 --num-cpus=16" in head
     (others,) = [line for line in log if line.startswith("ray start --address")]
-    assert "--address=10.0.0.1:6379 --node-ip-address=10.0.0.2 --num-cpus=16" in others
+    assert "--address=10.0.0.1:6379 --num-cpus=16" in others
     steps = [line for line in log if line.startswith("srun")]
     assert any("--nodes=1 --ntasks=1 --nodelist=n1 ray start --head" in step for step in steps)
     assert any("--nodes=3 --ntasks=3 --exclude=n1" in step for step in steps)
@@ -95,14 +95,16 @@ def test_slurm_starts_ray_runs_the_script_and_ends_everything(slurm: tuple[Path,
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of pydantic about Ray
-def test_slurm_options_of_ray_start_exist(slurm: tuple[Path, dict[str, str]]) -> None:
+def test_slurm_chooses_a_network_and_ray_knows_its_options(slurm: tuple[Path, dict[str, str]]) -> None:
     from ray.scripts.scripts import start
 
     folder, environment = slurm
-    run(environment, "bash", str(CLUSTER / "slurm.sh"), "python", "train.py")
-    for line in (folder / "log").read_text().splitlines():
-        if line.startswith("ray start"):
-            assert start.make_context("start", line.split()[2:]).params["block"]
+    run({**environment, "INTERFACE": "ib0"}, "bash", str(CLUSTER / "slurm.sh"), "python", "train.py")
+    lines = [line for line in (folder / "log").read_text().splitlines() if line.startswith("ray start")]
+    head, other = (start.make_context("start", line.split()[2:]).params for line in sorted(lines, reverse=True))
+    assert head["block"] and other["block"]
+    assert head["node_ip_address"] == "10.1.0.1"
+    assert other["address"] == "10.1.0.1:6379"
 
 
 def test_slurm_needs_a_command(slurm: tuple[Path, dict[str, str]]) -> None:
