@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--max-epochs", type=int, default=20)
     parser.add_argument("--num-processes", type=int, default=1, help="1: this process; more: Ray workers")
     parser.add_argument("--gpus", type=int, default=None, help="GPUs on each node")
+    parser.add_argument("--num-nodes", type=int, default=1, help="nodes of a cluster, each with that many workers")
     parser.add_argument("--address", default=None, help="a Ray cluster to attach to")
+    parser.add_argument("--placement-timeout", type=float, default=60.0, help="seconds to wait for nodes to start")
     parser.add_argument("--limit-train-batches", type=int, default=None, help="batches per epoch, to try things out")
     parser.add_argument("--root", default=".", help="where logs and checkpoints go")
     args = parser.parse_args(arguments)
@@ -102,13 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> float:
     rt.seed_everything(7)
     module = DigitsModule()
     # 32 images a step, however many workers share them
-    data = DigitsData(batch_size=max(1, 32 // (args.gpus or args.num_processes)))
+    data = DigitsData(batch_size=max(1, 32 // (args.num_nodes * (args.gpus or args.num_processes))))
     best = rt.ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.3f}")
     trainer = rt.Trainer(
         max_epochs=args.max_epochs,
         num_processes=None if args.gpus else args.num_processes,
         gpus=args.gpus,
+        num_nodes=args.num_nodes,
         address=args.address,
+        placement_timeout=args.placement_timeout,
         limit_train_batches=args.limit_train_batches,
         callbacks=[best, rt.EarlyStopping(monitor="val_loss", patience=5)],
         default_root_dir=args.root,
