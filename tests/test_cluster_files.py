@@ -101,6 +101,7 @@ def ray_reads(setting: str) -> bool:
 
 
 def check_variable(name: str) -> None:
+    assert name != "RAY_AUTH_TOKEN", "a secret is never written down"
     assert name == "RAY_AUTH_MODE" or ray_reads(name.removeprefix("RAY_")), f"{name}: Ray does not read it"
 
 
@@ -259,6 +260,7 @@ BAD_VALUES: list[tuple[str, Path_, Any]] = [
     ("kuberay", ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
     ("kuberay", ("spec", "workerGroupSpecs", 0, "template", "spec", "volumes", 0, "emptyDir", "medium"), "Memry"),
     ("kuberay", ("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "volumeMounts", 0, "name"), "x"),
+    ("kuberay", ("spec", "headGroupSpec", "template", "spec", "containers", 0, "env", 0, "name"), "RAY_AUTH_TOKEN"),
     ("rayjob", ("spec", "submissionMode"), "K8sJob"),
     ("rayjob", ("spec", "shutdownAfterJobFinishes"), False),
     ("rayjob", ("kind",), "RayJobs"),
