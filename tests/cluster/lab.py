@@ -1,6 +1,6 @@
 """Hosts that are Linux namespaces: each with its own network address, host name, processes, home and ssh server.
 
-They are joined by one bridge that leads nowhere else. Needs root, Linux, iproute2, util-linux, openssh-server and rsync.
+They are joined by one bridge that leads nowhere else. Needs root on Linux, iproute2, util-linux, openssh-server, rsync.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def missing() -> str | None:
     return f"namespaces are not to be had: {tried.stderr.strip()}" if tried.returncode else None
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what() if callable(what) else what}"
         time.sleep(0.1)
 
 
@@ -74,6 +74,7 @@ class Host:
 
     def boot(self) -> None:
         """Start it; its files are as they were when it lost power."""
+        assert self.process is None, f"{self.name} is running"
         self.heal()
         run, tmp = self.folder / "run", self.folder / "tmp"
         for folder in (self.folder / "root" / ".ssh", run / "sshd", tmp):
@@ -207,6 +208,7 @@ class Lab:
         key = self.dev.folder / "root" / ".ssh" / "id_ed25519"
         shutil.copy(self.folder / "key", key)
         key.chmod(0o600)
+        (key.parent / "config").write_text("StrictHostKeyChecking accept-new\n")  # as who says yes when asked
 
     def down(self) -> None:
         """End every process of every host, and remove the network."""

@@ -335,7 +335,7 @@ def test_what_the_user_prints_reaches_the_driver(ray_trainer, capfd):
             print(["alpha", "beta"][self.global_rank], "says hello")
             self.print("said once")
 
-    ray_trainer(max_epochs=1).fit(Prints(), loader(16, 4))
+    ray_trainer(max_epochs=1, worker_output="all").fit(Prints(), loader(16, 4))
     captured = ""
 
     def arrived() -> bool:
@@ -345,6 +345,7 @@ def test_what_the_user_prints_reaches_the_driver(ray_trainer, capfd):
 
     eventually(arrived, 10, "the workers' lines")
     assert captured.count("said once") == 1
+    assert "(rank 0" in captured and "(rank 1" in captured
 
 
 def test_three_workers(ray_trainer, one_process):
