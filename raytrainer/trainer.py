@@ -20,7 +20,7 @@ from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import Cluster, attached, ensure_ray, free_resources
+from raytrainer.driver.cluster import Cluster, attached, ensure_ray, explain_lost, free_by_node
 from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
@@ -453,6 +453,9 @@ class Trainer(TrainerProperties):
             else:
                 group.abort()
             self._emit("on_exception", error)
+            lost = None if group.in_process else explain_lost(error)
+            if lost is not None:
+                raise lost from error
             raise
         finally:
             group = coordinator.group if coordinator is not None else group
@@ -485,8 +488,13 @@ class Trainer(TrainerProperties):
 
     def _can_grow(self, group: WorkerGroup) -> bool:
         settings = self._settings
-        larger = [nodes * workers for nodes, workers in settings.sizes if nodes * workers > group.size]
-        return bool(larger) and free_resources("GPU" if settings.on_gpu else "CPU") >= min(larger) - group.size
+        larger = [(nodes, workers) for nodes, workers in settings.sizes if nodes * workers > group.size]
+        if not larger:
+            return False
+        from raytrainer.driver.placement import fits
+
+        free = free_by_node("GPU" if settings.on_gpu else "CPU")
+        return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
 
     def _emit(self, hook: str, *args: Any) -> None:
         """Call a hook of the driver's callbacks; those that save run last."""

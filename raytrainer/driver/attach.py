@@ -47,6 +47,11 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
         if token and "RAY_AUTH_MODE" not in os.environ:
             _send_token()
         _refuse_locked(address, place, token if os.environ.get("RAY_AUTH_MODE") == "token" else None, source)
+        if not address.startswith("ray://") and not _is_member():
+            log.warning(
+                "No node of a cluster runs on this machine, and address=%r is for members; Ray tries for a minute.",
+                address,
+            )
     environment = runtime_environment(runtime_env)
     if environment.get("working_dir"):
         log.info("Workers get a copy of %s.", environment["working_dir"])
@@ -67,6 +72,15 @@ def answers(host: str, port: int, seconds: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_member() -> bool:
+    """Whether a node of any cluster runs here, as far as can be seen: a container may hide it."""
+    try:
+        from ray._private.services import find_gcs_addresses
+    except ImportError:
+        return True
+    return bool(find_gcs_addresses())
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

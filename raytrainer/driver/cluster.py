@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrainer.driver.attach import answers, attach
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import ConfigurationError, ResourceError
 
 __all__ = [
     "Cluster",
     "attached",
     "ensure_ray",
+    "explain_lost",
+    "free_by_node",
     "free_resources",
     "may_grow",
     "place_name",
@@ -154,11 +156,38 @@ def place_name() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def explain_lost(error: BaseException) -> ResourceError | None:
+    """What to tell when Ray's connection broke rather than user code: the cluster's head is gone, or the way to it."""
+    import ray
+
+    if not isinstance(error, ConnectionError) or error.__cause__ is not None or ray.is_initialized():
+        return None
+    return ResourceError(
+        f"The Ray cluster can no longer be reached ({error}), and training has ended with it. When it is up again, "
+        f"fit(..., ckpt_path='last') goes on from the latest checkpoint that this driver has written."
+    )
+
+
 def free_resources(name: str) -> float:
     """How much of "CPU" or "GPU" nobody in the cluster holds."""
     import ray
 
     return float(ray.available_resources().get(name, 0.0))
+
+
+def free_by_node(name: str) -> dict[str, float]:
+    """How much of "CPU" or "GPU" nobody holds on each living node, by its id."""
+    import ray
+    from ray.util.client import ray as client
+
+    def ask() -> dict[str, dict[str, float]]:
+        from ray._private.state import available_resources_per_node
+
+        return dict(available_resources_per_node())
+
+    # a client knows but the sums; the cluster's own processes know more
+    nodes = ray.get(ray.remote(num_cpus=0)(ask).remote()) if client.is_connected() else ask()
+    return {node: float(resources.get(name, 0.0)) for node, resources in nodes.items()}
 
 
 def may_grow() -> bool:

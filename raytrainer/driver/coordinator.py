@@ -115,6 +115,7 @@ class Coordinator:
         self._emitted: set[str] = set()
         self._callbacks_before = host.callback_states()
         self._failures = 0
+        self._grown_in = -1  # the epoch that began with an attempt to get more workers
         self._failed: tuple[WorkerLostError, float, Progress] | None = None  # until training goes on
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
@@ -149,13 +150,18 @@ class Coordinator:
             if unfinished:
                 self._epoch()
             while not self._done():
-                if self.state.progress.total_batches and self.host.can_grow(self.group):
+                if self._may_grow():
                     raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
             self.group.call("end_training")
         self.group.call("end_fit")
         return self._finish(trained=True)
+
+    def _may_grow(self) -> bool:
+        """Once an epoch: what looks free may be taken by somebody else meanwhile."""
+        progress = self.state.progress
+        return bool(progress.total_batches and progress.epoch != self._grown_in and self.host.can_grow(self.group))
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
         self._emit_once("setup", self.task.stage)
@@ -429,6 +435,7 @@ class Coordinator:
         """Go on with a larger group, from right here."""
         checkpoint = self.capture().resolve()
         before = self.group.size
+        self._grown_in = self.state.progress.epoch
         self.group.abort()
         self.group = self.host.regroup()
         log.info("Epoch %d begins with %d workers instead of %d.", self.state.progress.epoch, self.group.size, before)

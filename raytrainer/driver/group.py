@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,10 @@ class WorkerGroup(Protocol):
     @property
     def in_process(self) -> bool:
         """Whether the worker uses the driver's own objects, and lives and dies with it."""
+
+    @property
+    def by_node(self) -> Mapping[str, int]:
+        """Workers on each node of a cluster, by its id."""
 
     def describe(self) -> str:
         """Where the workers are, in a few words."""
@@ -59,6 +63,7 @@ class LocalGroup:
 
     size = 1
     in_process = True
+    by_node: Mapping[str, int] = {}
 
     def __init__(self, worker: Worker | None = None) -> None:
         self.worker = worker or Worker()

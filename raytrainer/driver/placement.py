@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.memory import Card
 from raytrainer.gpu.select import check_present, describe_loads, free_first, index_text
 
-__all__ = ["ClusterNode", "Request", "Reserver", "Slot", "claim", "gpus_of_every_node", "refuse_impossible"]
+__all__ = ["ClusterNode", "Request", "Reserver", "Slot", "claim", "fits", "gpus_of_every_node", "refuse_impossible"]
 
 log = logging.getLogger("raytrainer")
 
@@ -98,6 +98,18 @@ class Reserver(Protocol):
 
     def describe(self) -> str:
         """What the cluster has."""
+
+
+def fits(nodes: int, per_node: int, free: Mapping[str, float], held: Mapping[str, int]) -> bool:
+    """Whether so many workers would fit on so many nodes, once the present ones are gone.
+
+    Args:
+        nodes: Nodes to use.
+        per_node: Workers on each.
+        free: What nobody holds of what a worker takes one of, by node.
+        held: Present workers, by node.
+    """
+    return sum(free[node] + held.get(node, 0) >= per_node for node in free) >= nodes
 
 
 def refuse_impossible(request: Request, reserver: Reserver) -> None:

@@ -7,7 +7,7 @@ import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -120,17 +120,21 @@ class RayGroup:
         )
         self.stale = False
 
+    @property
+    def by_node(self) -> Mapping[str, int]:
+        """Workers on each node, by its id."""
+        return Counter(place.node_id for place in self.places)
+
     def describe(self) -> str:
         """E.g. "4 workers on 2 nodes of 10.0.0.1:6379: h1 gpu 0,1; h2 gpu 0,1"."""
-        counts = Counter(place.node_id for place in self.places)
         nodes = []
-        for node, count in counts.items():
+        for node, count in self.by_node.items():
             here = [place for place in self.places if place.node_id == node]
             gpus = [str(index) for place in here for index in place.gpus]
             nodes.append(f"{here[0].host} gpu {','.join(gpus)}" if gpus else f"{here[0].host} cpu x{count}")
         workers = f"{self.size} worker{'s' if self.size > 1 else ''}"
         of = "" if started_here() else f" of {place_name()}"
-        return f"{workers} on {len(counts)} node{'s' if len(counts) > 1 else ''}{of}: {'; '.join(nodes)}"
+        return f"{workers} on {len(nodes)} node{'s' if len(nodes) > 1 else ''}{of}: {'; '.join(nodes)}"
 
     # ---------------------------------------------------------------- verbs
 

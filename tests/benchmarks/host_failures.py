@@ -2,8 +2,8 @@
 
     python tests/benchmarks/host_failures.py [worker raylet power cable elastic head]
 
-Needs root: the hosts are Linux namespaces (tests/cluster/lab.py), the cluster is that of cluster/local.yaml. A run steps
-every 0.05 s; lost is the time from the blow to the first step that is new.
+Needs root: the hosts are Linux namespaces (tests/cluster/lab.py), the cluster is that of cluster/local.yaml. A run
+steps every 0.05 s; lost is the time from the blow to the first step that is new.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def head_lost(lab: Lab, folder: Path, expected: str) -> None:
     lines = [line for line in run.text.splitlines() if line.strip()]
     print(f"head      the driver ended after {time.time() - at:.1f} s with: {lines[-1]}", flush=True)
     lab.hosts[0].boot()
+    began = time.monotonic()
     up(lab)
+    print(f"head      the cluster was up again after {time.monotonic() - began:.0f} s", flush=True)
     resumed = Run(lab.dev, folder / "resumed", arguments + " --resume")
     print(f"head      resumed, equal weights: {resumed.end(300) == expected}", flush=True)
 

@@ -12,6 +12,8 @@ __all__ = ["ENVIRONMENT", "REPOSITORY", "Run", "bring_up", "nodes", "take_down",
 
 REPOSITORY = Path(__file__).parents[2]
 
+STATE = "ray status; tail -n 60 /tmp/ray/session_latest/logs/monitor.log"
+
 #: Every host uses this interpreter's environment rather than install one.
 ENVIRONMENT = {"RAYTRAINER_VENV": sys.prefix, "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -45,7 +47,11 @@ def bring_up(lab: Lab) -> None:
 def up(lab: Lab) -> None:
     """Start Ray on all hosts, and wait until they have joined."""
     lab.dev.sh("cd ~/raytrainer && ray up -y cluster/local.yaml --no-config-cache", timeout=240)
-    wait_for(lambda: nodes(lab) == len(lab.hosts), 150, "all hosts are nodes")
+    wait_for(
+        lambda: nodes(lab) == len(lab.hosts),
+        300,
+        lambda: f"all hosts are nodes: {lab.hosts[0].sh(STATE, check=False).stdout}",
+    )
 
 
 def take_down(lab: Lab) -> None:

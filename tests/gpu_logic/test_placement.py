@@ -4,7 +4,7 @@ import pytest
 from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
-from raytrainer.driver.placement import ClusterNode, Request, claim, gpus_of_every_node, refuse_impossible
+from raytrainer.driver.placement import ClusterNode, Request, claim, fits, gpus_of_every_node, refuse_impossible
 
 
 class Clock:
@@ -125,3 +125,18 @@ def test_every_gpu_of_every_node():
         gpus_of_every_node(nodes, 3)
     with pytest.raises(ConfigurationError, match=r"10.0.0.0 has 4, 10.0.0.2 has 4, 10.0.0.9 has 8"):
         gpus_of_every_node([*nodes, ClusterNode("9", "10.0.0.9", 8, 8)], 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "free", "held", "expected"),
+    [
+        (2, 1, {"a": 1.0}, {"a": 1}, False),  # one node is not two, however much is free on it
+        (2, 1, {"a": 5.0, "b": 0.0}, {"a": 1}, False),
+        (2, 1, {"a": 0.0, "b": 1.0}, {"a": 1}, True),
+        (2, 2, {"a": 1.0, "b": 2.0}, {"a": 1}, True),
+        (2, 2, {"a": 1.0, "b": 1.0}, {"a": 1}, False),
+        (1, 4, {"a": 2.0}, {"a": 2}, True),
+    ],
+)
+def test_whether_more_would_fit(nodes, per_node, free, held, expected):
+    assert fits(nodes, per_node, free, held) is expected

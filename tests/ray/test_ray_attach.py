@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ray_models import alive, eventually
+from scripts import INTERRUPTED, check_interruptions, script
 
 from raytrainer.driver import attach as attach_module
 from raytrainer.driver.attach import attach
@@ -172,6 +173,12 @@ def test_two_jobs_share_a_cluster_and_leave_it_running(head, project, monkeypatc
 
 def test_as_a_client(head, project):
     check(start(project, head, head["client"]), head["client"])
+
+
+def test_control_c_as_a_client(head, tmp_path):
+    environment = {**environment_of(head), "RAY_ADDRESS": head["client"]}
+    with script(tmp_path / "interrupted.py", INTERRUPTED, **environment) as running:
+        check_interruptions(running)
 
 
 def test_a_cluster_that_is_locked(head, project, tmp_path):

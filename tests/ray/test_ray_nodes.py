@@ -1,0 +1,85 @@
+"""Several raylets on one machine: nodes that go and come while a run is on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exact import Exact, run, same
+
+import raytrainer
+from raytrainer.driver import pool
+
+HERE = Path(__file__).parent
+HEALTH = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 3000, "failure_threshold": 3}
+
+
+@pytest.fixture
+def cluster(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that is too small to train on, and two nodes with two CPUs each in `cluster.pair`."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for name, value in HEALTH.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.pair = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        pool.close_idle()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Nodes(raytrainer.Callback):
+    """Removes the second node in epoch 0, and adds one in `add_in`: None at once, before the removal."""
+
+    def __init__(self, cluster: Any, add_in: int | None) -> None:
+        self.cluster, self.add_in = cluster, add_in
+        self.removed = self.added = False
+        self.sizes: list[int] = []
+
+    def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:
+        if self.sizes[-1:] != [trainer.world_size]:
+            self.sizes.append(trainer.world_size)
+        # Ray tells of free CPUs with some delay, in which many small epochs pass
+        trainer.should_stop |= self.sizes == [4, 2, 4]
+        remove = not self.removed and trainer.global_step >= 2
+        if not self.added and (remove if self.add_in is None else trainer.current_epoch == self.add_in):
+            self.added = True
+            self.cluster.add_node(num_cpus=2)
+        if remove:
+            self.removed = True
+            self.cluster.remove_node(self.cluster.pair[1], allow_graceful=False)
+
+
+def test_shrinks_and_grows(cluster, tmp_path):
+    nodes = Nodes(cluster, add_in=1)
+    trainer, _ = run(
+        Exact(), tmp_path, callbacks=[nodes], strategy="ddp", num_nodes=(1, 2), num_processes=2, snapshot_every=1,
+        placement_timeout=4, max_epochs=100_000, max_time="00:00:01:30", accumulate_grad_batches=1,
+    )  # fmt: skip
+    assert nodes.sizes == [4, 2, 4]
+    (recovery,) = trainer.recoveries
+    assert recovery.workers == 2
+
+
+def test_a_spare_node_takes_over(cluster, tmp_path):
+    options = {
+        "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
+    }  # fmt: skip
+    calm, struck = Exact(), Exact()
+    _, rows = run(calm, tmp_path, **options)
+    nodes = Nodes(cluster, add_in=None)
+    trainer, struck_rows = run(struck, tmp_path, callbacks=[nodes], **options)
+    assert nodes.removed and nodes.sizes == [4]
+    assert same(struck, calm)
+    assert struck_rows == rows
+    (recovery,) = trainer.recoveries
+    assert recovery.workers == 4
