@@ -249,3 +249,17 @@ class WorkerCallback(_Stateful):
 
     def on_exception(self, trainer: TrainerView, module: Module, exception: BaseException) -> None:
         """When a hook or step raised in this worker."""
+
+    def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
+        """Before the module's, on the workers that give the common part of a checkpoint or snapshot.
+
+        `checkpoint` has "state_dict" and, unless it is to hold weights only, "optimizer_states", "lr_schedulers" and
+        "worker_callbacks". Change entries by replacing them: their tensors are the live ones.
+        """
+
+    def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
+        """When training goes on from a checkpoint or snapshot, on every worker.
+
+        The module has its weights; the optimizers and schedulers, which may be changed here, take up their state next,
+        and then `load_state_dict` is called. Copy tensors that are kept: the checkpoint may be loaded once more.
+        """

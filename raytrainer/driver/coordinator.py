@@ -197,7 +197,7 @@ class Coordinator:
         state.num_training_batches = _shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
-        accumulate = self.settings.accumulate_grad_batches
+        accumulate = self.settings.accumulated(state.progress.epoch)
         size = effective_batch(state.batch_size, self._parts, accumulate, unit)
         if size is not None and self.group.size > 1:
             log.info("%s", size)
@@ -364,6 +364,22 @@ class Coordinator:
             self.snapshots.take(captured, self.state.progress.step, time.perf_counter() - began)
         return captured
 
+    def rescue(self) -> dict[str, Any] | None:
+        """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none.
+
+        Workers in this process still hold the state before the batch that failed. Others may be gone, or wait for each
+        other for ever: of them it is the newest snapshot.
+        """
+        if not self.group.in_process:
+            return self.snapshots.latest()
+        cursor, progress = self.group.call("cursor")[0], self.state.progress
+        if self.state.trainer.stage == "validate":
+            progress.validated_at = -1  # is to be repeated
+        if cursor is not None and not progress.epoch_ended:
+            progress.total_batches += cursor[0] - progress.batch
+            progress.batch, progress.step = cursor
+        return self.capture().resolve()
+
     def _driver_state(self) -> dict[str, Any]:
         cursor = replace(self.state.progress)
         if self._closing and cursor.epoch_ended:
@@ -389,7 +405,8 @@ class Coordinator:
             self.state.board.take(checkpoint["metrics"])
 
     def _snapshot_if_due(self) -> None:
-        progress, accumulate = self.state.progress, self.settings.accumulate_grad_batches
+        progress = self.state.progress
+        accumulate = self.settings.accumulated(progress.epoch)
         between_steps = progress.epoch_ended or progress.batch % accumulate == 0
         if between_steps and self.snapshots.due(progress.step):
             self.capture()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -86,10 +87,16 @@ class MetricBoard:
         return {name: value.item() for name, value in self.callback.items()}
 
 
+_SAMPLED: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum, "mean": fmean}
+
+
 def _with_samples(
     rows: list[tuple[int, int, dict[str, float]]], reports: Sequence[MetricReport]
 ) -> list[tuple[int, int, dict[str, float]]]:
-    """The rows with what each worker has measured of itself; ".../min" and ".../max" become those of all workers."""
+    """The rows with what each worker has measured of itself.
+
+    Of names that end in "/min", "/max", "/sum" or "/mean", workers' values become one; others are one worker's alone.
+    """
     by_step = {step: (epoch, dict(values)) for step, epoch, values in rows}
     own: dict[int, dict[str, list[float]]] = {}
     for row in (row for report in reports for row in report.samples):
@@ -98,7 +105,7 @@ def _with_samples(
             own.setdefault(row.step, {}).setdefault(name, []).append(value)
     for step, named in own.items():
         for name, values in named.items():
-            by_step[step][1][name] = min(values) if name.endswith("/min") else max(values)
+            by_step[step][1][name] = _SAMPLED.get(name.rpartition("/")[2], max)(values)
     return [(step, *by_step[step]) for step in sorted(by_step)] if own else rows
 
 

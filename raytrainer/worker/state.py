@@ -46,6 +46,8 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
     if run.datamodule is not None:
         state["datamodule"] = run.datamodule.state_dict()
         state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
+    for callback in view.callbacks:
+        callback.on_save_checkpoint(view, module, state)
     module.on_save_checkpoint(state)
     return state
 
@@ -75,6 +77,8 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
     run.configure()
     if run.task.stage != "fit" or "optimizer_states" not in checkpoint:
         return
+    for callback in view.callbacks:
+        callback.on_load_checkpoint(view, module, checkpoint)
     states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     for what, saved, own in (
         ("optimizers", states, view.optimizers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from raytrainer.worker.training import TrainingLoop
 
 __all__ = ["Worker"]
 
+log = logging.getLogger("raytrainer")
+
 
 class Worker:
     """Obeys verbs, one at a time. Holds at most one run."""
@@ -49,6 +52,19 @@ class Worker:
         if self._run is None:
             raise RaytrainerError("this worker has no run; this is a bug in raytrainer")
         return self._run
+
+    def obey(self, verb: str, *args: Any) -> Any:
+        """Obey a verb; if that fails, tell the run's worker callbacks."""
+        try:
+            return getattr(self, verb)(*args)
+        except BaseException as error:
+            run = self._run
+            for callback in run.view.callbacks if run is not None else ():
+                try:
+                    callback.on_exception(run.view, run.module, error)
+                except Exception as another:  # must not take the place of the one that is to be told
+                    log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
+            raise
 
     # ---------------------------------------------------------------- set-up
 
@@ -104,8 +120,8 @@ class Worker:
         if metrics:
             self.run.take_metrics(metrics)
         report = self.training.train(batches, stop_at_step)
-        settings = self.run.view.settings
-        self.run.accumulating = report.batch % settings.accumulate_grad_batches != 0 and not report.exhausted
+        accumulate = self.run.view.accumulate_grad_batches
+        self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
 
     def step_epoch_schedulers(self) -> None:
@@ -142,6 +158,16 @@ class Worker:
         return report
 
     # ---------------------------------------------------------------- state
+
+    def cursor(self) -> tuple[int, int] | None:
+        """After a failure: batches done in the epoch and steps in the run; None before the first epoch."""
+        if self._training is None:
+            return None
+        run, batch = self.run, self._training.batch
+        run.view.metrics.switch("train")
+        run.view.metrics.report()  # so that the epoch's sums are whole
+        run.accumulating = batch % run.view.accumulate_grad_batches != 0
+        return batch, run.view.global_step
 
     def capture(self, weights_only: bool = False, replica: bool = False, live: bool = False) -> dict[str, Any]:
         """This worker's share of a checkpoint, copied aside.
