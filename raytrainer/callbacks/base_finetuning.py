@@ -52,10 +52,9 @@ class BaseFinetuning(WorkerCallback):
             train_bn: Leave batch normalisation as it is; otherwise its running statistics stay as they are, too.
         """
         for module in _flatten(modules):
-            norm = isinstance(module, _BatchNorm)
-            if norm and train_bn:
-                continue
-            if norm:
+            if isinstance(module, _BatchNorm):
+                if train_bn:
+                    continue
                 module.track_running_stats = False
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad = False
@@ -64,10 +63,9 @@ class BaseFinetuning(WorkerCallback):
     def unfreeze(modules: Modules, train_bn: bool = True) -> None:
         """Undo `freeze`; without `train_bn`, batch normalisation stays as it is."""
         for module in _flatten(modules):
-            norm = isinstance(module, _BatchNorm)
-            if norm and not train_bn:
-                continue
-            if norm:
+            if isinstance(module, _BatchNorm):
+                if not train_bn:
+                    continue
                 module.track_running_stats = True
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad = True

@@ -27,7 +27,7 @@ from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.snapshots import Snapshots
 from raytrainer.driver.state import RunState
 from raytrainer.errors import WorkerLostError
-from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, Task, TrainReport
+from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, MetricSpec, Task, TrainReport
 from raytrainer.plan import schedule
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
@@ -272,7 +272,7 @@ class Coordinator:
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call("end_epoch")
-        self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}"))
+        self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=self._compute))
         if self.plateau_epochs and progress.epoch_ended:
             self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
         self._closing = True
@@ -328,13 +328,19 @@ class Coordinator:
         values = {}
         if sanity is None:
             batches = [end.by_loader for end in ends]
-            values = state.board.epoch_values([end.metrics for end in ends], f"on_{name}_epoch_end", batches)
+            reported = [end.metrics for end in ends]
+            values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, self._compute)
             self._log_epoch(stage, values)
         self.host.emit(f"on_{name}_epoch_end")
         self.host.emit(f"on_{name}_end")
         return values, _in_order(predictions)
 
     # ---------------------------------------------------------------- logging
+
+    def _compute(self, specs: list[MetricSpec]) -> dict[str, float]:
+        """Values of metric objects over all workers."""
+        values: dict[str, float] = self.group.call("compute_metrics", specs)[0]
+        return values
 
     def _log_steps(self, kind: str, reports: Sequence[MetricReport]) -> None:
         rows = self.state.board.step_values(reports)

@@ -48,11 +48,16 @@ class MetricBoard:
         return rows
 
     def epoch_values(
-        self, reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None
+        self,
+        reports: Sequence[MetricReport],
+        what: str,
+        batches: Sequence[Sequence[int]] | None = None,
+        compute: Callable[[list[MetricSpec]], dict[str, float]] = lambda specs: {},
     ) -> dict[str, float]:
         """Take up the epoch's values, reduced over workers; return those for the loggers.
 
         Workers without a batch of a loader (`batches`, by worker and loader) need not have logged what others did.
+        `compute` asks the workers for the values of metric objects, which all have by then: names agree.
 
         Raises:
             MetricError: Workers that had batches logged different names; says which worker lacks which.
@@ -62,9 +67,12 @@ class MetricBoard:
         for report in reports:
             for name in report.epoch:
                 specs.setdefault(name, report.specs[name])
+        objects = [spec for spec in specs.values() if spec.metric is not None]
+        computed = compute(objects) if objects else {}
         to_log = {}
         for name, spec in specs.items():
-            value = reduce_partials(spec.reduce, [r.epoch[name] for r in reports if name in r.epoch])
+            partials = [r.epoch[name] for r in reports if name in r.epoch]
+            value = computed[name] if name in computed else reduce_partials(spec.reduce, partials)
             self._show(spec, spec.epoch_name, value)
             if spec.logger:
                 to_log[spec.epoch_name] = value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from raytrainer.messages import (
     EvaluationStart,
     FinishReport,
     MetricReport,
+    MetricSpec,
     SetupReport,
     Task,
     TrainReport,
@@ -30,8 +30,6 @@ from raytrainer.worker.state import capture_state, restore_state
 from raytrainer.worker.training import TrainingLoop
 
 __all__ = ["Worker"]
-
-log = logging.getLogger("raytrainer")
 
 
 class Worker:
@@ -58,12 +56,8 @@ class Worker:
         try:
             return getattr(self, verb)(*args)
         except BaseException as error:
-            run = self._run
-            for callback in run.view.callbacks if run is not None else ():
-                try:
-                    callback.on_exception(run.view, run.module, error)
-                except Exception as another:  # must not take the place of the one that is to be told
-                    log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
+            if self._run is not None:
+                self._run.hooks.tell(error)
             raise
 
     # ---------------------------------------------------------------- set-up
@@ -131,6 +125,9 @@ class Worker:
     def step_plateau(self, interval: str, count: int, metrics: dict[str, float]) -> None:
         self.run.take_metrics(metrics)
         self.run.step_plateau(interval, count)
+
+    def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
+        return self.run.compute_metrics(specs)
 
     def end_epoch(self) -> MetricReport:
         return self.training.end_epoch()

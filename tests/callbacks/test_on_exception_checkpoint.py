@@ -16,19 +16,27 @@ def undisturbed(tmp_path_factory):
     return module, rows
 
 
-@pytest.mark.parametrize("batches,verb", [(0, "train"), (3, "train"), (7, "validate"), (18, "train"), (28, "validate")])
-def test_training_goes_on_from_where_it_failed(batches, verb, undisturbed, tmp_path):
+@pytest.mark.parametrize("batches", [0, 3, 18, 28])
+def test_training_goes_on_from_where_it_failed(batches, undisturbed, tmp_path):
     """Within a chunk and in the middle of an accumulation too; the failing batch has drawn nothing at random here."""
     calm, rows = undisturbed
     saving = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(Died):
-        run(Exact((0, batches), flag=f"{tmp_path}/flag", verb=verb), tmp_path, callbacks=[saving], num_workers=1)
+        run(Exact((0, batches), flag=f"{tmp_path}/flag"), tmp_path, callbacks=[saving], num_workers=1)
     module = Exact()
     _, resumed = run(module, tmp_path, ckpt_path=saving.ckpt_path, num_workers=1)
     assert same(module, calm)
     assert read_checkpoint(saving.ckpt_path)["progress"]["total_batches"] == batches
     final = [row for _, row in rows if row["epoch"] == 2 and "loss_epoch" in row]
     assert [row for _, row in resumed if row["epoch"] == 2 and "loss_epoch" in row] == final
+
+
+def test_a_validation_that_failed_is_repeated(tmp_path):
+    saving = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(Died):
+        run(Exact((0, 21), flag=f"{tmp_path}/flag", verb="validate"), tmp_path, callbacks=[saving])
+    _, rows = run(Exact(), tmp_path, ckpt_path=saving.ckpt_path)
+    assert [step for step, row in rows if "val_loss" in row] == [9, 13, 16, 20]
 
 
 def test_averaged_weights_are_taken_out_first(tmp_path, local_trainer):
