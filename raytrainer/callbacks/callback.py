@@ -37,6 +37,9 @@ class Callback(_Stateful):
     It sees metrics that are already reduced over all workers, and may ask the trainer to stop
     (`trainer.should_stop = True`) or to save (`trainer.save_checkpoint(path)`). `module` is the driver's object: its
     weights are brought up to date when `fit` returns. For batch-level hooks beside the module, see `WorkerCallback`.
+
+    A hook is called after the workers' hook of the same name; `setup`, `on_fit_start`, `on_train_epoch_start`,
+    `on_train_end` and `on_load_checkpoint` are called before it.
     """
 
     #: End a chunk of training at every multiple of this many optimizer steps, so that
@@ -134,7 +137,8 @@ class WorkerCallback(_Stateful):
 
     `trainer` is the worker's `TrainerView` (ranks, counters, metrics; `should_stop` may be set), `module` the live
     module on its device. `log` through `module.log(...)` as a module does. Only hooks that a subclass overrides cost
-    anything.
+    anything. `state_dict` is asked of rank 0, and given back to all workers; workers that replace lost ones are set up
+    anew, with `on_fit_start` and `on_train_start`, and then go on within the epoch.
     """
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
