@@ -41,7 +41,7 @@ def path_of(metric: Any, module: nn.Module, name: str) -> str:
     """
     for path, part in module.named_modules():
         if part is metric:
-            return path
+            return str(path)
     raise MetricError(
         f"self.log({name!r}, <{type(metric).__name__}>): this metric is no attribute of the module; set it in "
         f"__init__, so that it moves to the device and is the same one on every worker."

@@ -347,7 +347,7 @@ class MetricStore:
         return report
 
     def sums(self) -> list[dict[str, Any]]:
-        """The epoch's sums so far as plain values, for a checkpoint; call after `report`."""
+        """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
         return [
             {
                 "key": list(key),
@@ -355,7 +355,7 @@ class MetricStore:
                 "folded": list(slot.folded),
                 "custom": list(slot.custom),
             }
-            for key, slot in self._slots.items()
+            for key, slot in self._ledgers["train"].slots.items()
             if slot.folded or slot.custom or slot.logged
         ]
 

@@ -78,15 +78,17 @@ class Tied(Tiny):
 
 
 class Save(Callback):
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, times=99):
+        self.path, self.times = path, times
 
     def on_validation_end(self, trainer, module):
         trainer.save_checkpoint(f"{self.path}/full.ckpt")
         trainer.save_checkpoint(f"{self.path}/weights.ckpt", weights_only=True)
 
     def on_evaluation_chunk_end(self, trainer, module, report):
-        trainer.save_checkpoint(f"{self.path}/within.ckpt")
+        self.times -= 1
+        if self.times >= 0:
+            trainer.save_checkpoint(f"{self.path}/within.ckpt")
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
@@ -101,6 +103,21 @@ def test_checkpoints_hold_what_was_validated(use_buffers, tmp_path, local_traine
         assert same(loaded, module), name  # training has ended with the validation
         assert local_trainer().validate(loaded, data(4), verbose=False)[0]["val_loss"] == pytest.approx(float(score))
     assert loaded.tied.weight is loaded.layer.weight
+
+
+def test_a_checkpoint_within_a_validation_has_the_sums_of_training(tmp_path, local_trainer):
+    class Sums(Tiny):
+        def training_step(self, batch, batch_idx):
+            self.log("train_loss", loss := self.loss(batch), on_step=False, on_epoch=True)
+            return loss
+
+    options = {"max_epochs": 1, "val_check_interval": 5, "num_sanity_val_steps": 0}
+    calm = local_trainer(callbacks=[EMAWeightAveraging(0.5), Save(tmp_path, 1)], **options)
+    calm.fit(module := Sums(), data(), data(8))
+    trainer, other = local_trainer(callbacks=EMAWeightAveraging(0.5), **options), Sums()
+    trainer.fit(other, data(), data(8), ckpt_path=tmp_path / "within.ckpt")
+    assert same(other, module)
+    assert trainer.callback_metrics["train_loss"] == calm.callback_metrics["train_loss"]
 
 
 def test_buffers_are_averaged_or_not(local_trainer):

@@ -6,7 +6,7 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data
 from torch import nn
 
-from raytrainer import BackboneFinetuning, BaseFinetuning, ConfigurationError, ModelCheckpoint
+from raytrainer import BackboneFinetuning, BaseFinetuning, ConfigurationError, LearningRateMonitor, ModelCheckpoint
 
 
 class Backed(Tiny):
@@ -44,6 +44,15 @@ def test_the_backbone_waits(train_bn, local_trainer):
     assert module.moved == [early] * 2 + [HEAD | NORM | BODY | {"mean"}] * 4
     assert [len(rates) for rates in module.rates] == [1, 1, 2, 2, 2, 2]
     assert [rates[-1] for rates in module.rates[2:]] == pytest.approx([0.01, 0.03, 0.09, 0.1])  # aligned with the head
+
+
+def test_the_learning_rate_of_the_new_group_is_logged(local_trainer):
+    trainer = local_trainer(
+        max_epochs=2, callbacks=[LearningRateMonitor(), BackboneFinetuning(1)], log_every_n_steps=1, logger=True
+    )
+    trainer.fit(Backed(), data())
+    rates = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith("lr-")}
+    assert rates == pytest.approx({"lr-SGD": 0.1, "lr-SGD/pg1": 0.1, "lr-SGD/pg2": 0.01})
 
 
 def test_learning_rates(local_trainer):
