@@ -39,6 +39,7 @@ __all__ = [
     "export_weights",
     "find_checkpoints",
     "load_into",
+    "locate",
     "read_checkpoint",
     "remove_checkpoint",
     "write_checkpoint",
@@ -50,7 +51,7 @@ FORMAT = "raytrainer-checkpoint"
 FORMAT_VERSION = 1
 
 
-def _locate(path: str | Path) -> tuple[FileSystem, str]:
+def locate(path: str | Path) -> tuple[FileSystem, str]:
     """The filesystem of a path or URI, and the path on it."""
     from pyarrow import fs
 
@@ -77,7 +78,7 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         name: _hyper_parameters(value) if name.endswith("hyper_parameters") else _portable(value, name)
         for name, value in checkpoint.items()
     }
-    filesystem, directory = _locate(path)
+    filesystem, directory = locate(path)
     filesystem.create_dir(directory, recursive=True)
     name = f"state-{uuid.uuid4().hex[:12]}.pt"
     size = _write_state(filesystem, f"{directory}/{name}", state)
@@ -134,7 +135,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises:
         CheckpointError: There is none, or it is truncated, foreign, newer than this version, or not plain data.
     """
-    filesystem, directory = _locate(path)
+    filesystem, directory = locate(path)
     meta = _read_meta(filesystem, directory, str(path))
     try:
         with filesystem.open_input_stream(f"{directory}/{meta['state']}") as stream:
@@ -183,7 +184,7 @@ def checkpoint_exists(path: str | Path) -> bool:
     """Whether a whole checkpoint is there."""
     from pyarrow import fs
 
-    filesystem, directory = _locate(path)
+    filesystem, directory = locate(path)
     return bool(filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File)
 
 
@@ -191,7 +192,7 @@ def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
     """(time of writing in seconds, path) of every checkpoint in a directory tree."""
     from pyarrow import fs
 
-    filesystem, directory = _locate(root)
+    filesystem, directory = locate(root)
     base, query = split_query(str(root))
     base = base.rstrip("/")
     entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
@@ -207,7 +208,7 @@ def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
 def remove_checkpoint(path: str | Path) -> None:
     """Delete a checkpoint, if it is there. Never deletes a directory that is not one."""
     if checkpoint_exists(path):
-        filesystem, directory = _locate(path)
+        filesystem, directory = locate(path)
         filesystem.delete_file(f"{directory}/meta.json")  # from here on it is no checkpoint any more
         filesystem.delete_dir(directory)
 

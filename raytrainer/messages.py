@@ -62,6 +62,7 @@ class MetricSpec:
     rank_zero_only: bool = False
     loader: int | None = None  # the evaluation loader it belongs to, where there are several
     once_per_node: bool = False  # all workers of a node log the same value: the first one's counts
+    metric: str | None = None  # where the module has the torchmetrics object whose value this is
 
     @property
     def step_name(self) -> str:

@@ -143,13 +143,16 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
 
         Args:
             name: The metric's name.
-            value: A tensor with one element, or a number.
+            value: A tensor with one element, a number, or a `torchmetrics.Metric` that is an attribute of the module.
+                Of that, what its latest call returned is the step's value; the epoch's is computed from the states of
+                all workers, after which it is reset.
             prog_bar: Show it in the progress bar.
             logger: Give it to the loggers (default True).
             on_step: Log each step's value. Default: True in training hooks of a batch, else False.
             on_epoch: Log the epoch's value, reduced over batches and over all workers. Default: the opposite of
                 `on_step`'s. With both, the names become `name_step` and `name_epoch`.
             reduce_fx: "mean" (weighted by batch size), "sum", "min", "max", or a function of a 1-d tensor of values.
+                Not used for metric objects.
             enable_graph: Accepted for compatibility; values are always detached.
             sync_dist: Average *step* values over workers; epoch values always are reduced over workers.
             sync_dist_group: Not supported: must be None.
@@ -172,8 +175,10 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         )  # fmt: skip
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """`log` each item, with the same options."""
-        for name, value in dictionary.items():
+        """`log` each item, with the same options; also those of a `torchmetrics.MetricCollection`."""
+        items: Any = dictionary.items
+        # a collection copies the states that its members share, unless told not to
+        for name, value in items(copy_state=False) if hasattr(dictionary, "compute_groups") else items():
             self.log(name, value, **options)
 
     # ---------------------------------------------------------------- steps

@@ -16,6 +16,7 @@ import torch
 from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
@@ -219,6 +220,7 @@ class Trainer(TrainerProperties):
         self._datamodule: DataModule | None = None
         self._coordinator: Coordinator | None = None
         self._resumed_from: str | None = None
+        self._failing = False  # callbacks are being told that the run has failed
 
     def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         if self.fast_dev_run or logger is None or logger is False:
@@ -397,6 +399,7 @@ class Trainer(TrainerProperties):
             self._state.progress = previous
         self._resumed_from = None
         self._callbacks = arrange_callbacks(module.configure_callbacks(), self._own_callbacks)
+        self._settings = with_accumulation(self._settings, self._callbacks)
         seed = self._settings.seed
         return Task(
             stage=stage,
@@ -448,11 +451,15 @@ class Trainer(TrainerProperties):
             state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             state.interrupted |= isinstance(error, KeyboardInterrupt)
             group = coordinator.group if coordinator is not None else group
-            if isinstance(error, Exception):
-                group.call_off()
-            else:
-                group.abort()
-            self._emit("on_exception", error)
+            self._failing = True
+            try:
+                self._emit("on_exception", error)
+            finally:
+                self._failing = False
+                if isinstance(error, Exception):
+                    group.call_off()
+                else:
+                    group.abort()
             lost = None if group.in_process else explain_lost(error)
             if lost is not None:
                 raise lost from error
@@ -553,6 +560,9 @@ class Trainer(TrainerProperties):
         if self._module is None:
             raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
         path = os.fspath(filepath)
+        if self._coordinator is not None and self._failing:
+            checkpoints.write_checkpoint(path, self._rescued(self._coordinator))
+            return
         if self._coordinator is None or self._state.trainer.status != "running":
             state = self._idle_state()
             self._emit("on_save_checkpoint", state)
@@ -565,6 +575,13 @@ class Trainer(TrainerProperties):
             self._writer.save(path, lambda: state)
         else:
             self._writer.save(path, captured.resolve)
+
+    def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
+        state = coordinator.rescue()
+        if state is None:
+            raise CheckpointError("save_checkpoint: the run has failed before there was a snapshot to save.")
+        self._emit("on_save_checkpoint", state)
+        return state
 
     def _callback_states(self) -> dict[str, Any]:
         return {c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)}
@@ -654,4 +671,5 @@ class Trainer(TrainerProperties):
 
 
 def _overrides(callback: Any, hook: str) -> bool:
-    return isinstance(callback, Callback) and getattr(type(callback), hook) is not getattr(Callback, hook)
+    own = getattr(getattr(callback, hook, None), "__func__", None)
+    return isinstance(callback, Callback) and own is not getattr(Callback, hook)

@@ -61,11 +61,14 @@ def inside(module: str, package: str) -> bool:
 def test_public_names():
     assert raytrainer.__all__ == in_order(raytrainer.__all__)
     assert set(raytrainer.__all__) == {
-        "DDP", "DDP2", "DP", "CSVLogger", "Callback", "CheckpointError", "ConfigurationError", "DataError",
-        "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "Logger", "MetricError",
-        "ModelCheckpoint", "ModelSummary", "Module", "ProgressBar", "RayDataset", "RaytrainerError", "ResourceError",
-        "SerializationError", "TensorBoardLogger", "Trainer", "WorkerCallback", "WorkerError", "WorkerLostError",
-        "__version__", "seed_everything",
+        "DDP", "DDP2", "DP", "BackboneFinetuning", "BaseFinetuning", "CSVLogger", "Callback", "CheckpointError",
+        "ConfigurationError", "DataError", "DataModule", "DeviceStatsMonitor", "EMAWeightAveraging",
+        "EarlyStopping", "GradientAccumulationScheduler", "LambdaCallback", "LambdaWorkerCallback",
+        "LearningRateMonitor", "Logger", "MetricError", "ModelCheckpoint", "ModelSummary", "Module",
+        "OnExceptionCheckpoint", "PredictionWriter", "ProgressBar", "RayDataset", "RaytrainerError",
+        "ResourceError", "RichModelSummary", "SerializationError", "StochasticWeightAveraging", "TensorBoardLogger",
+        "ThroughputMonitor", "Timer", "Trainer", "WorkerCallback", "WorkerError", "WorkerLostError", "__version__",
+        "seed_everything",
     }  # fmt: skip
     public = {
         n

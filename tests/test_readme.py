@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import sklearn.datasets  # noqa: F401  # sets environment variables, which no test may do
 
-from raytrainer import Trainer
+import raytrainer
+from raytrainer import Callback, Trainer, WorkerCallback
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,3 +48,34 @@ def test_every_trainer_argument_is_in_the_table() -> None:
     for name, parameter in parameters.items():
         shown = table[name].split("` (")[0].strip("`")
         assert shlex.split(shown) == shlex.split(repr(parameter.default)), name
+
+
+def callbacks_section() -> list[list[str]]:
+    section = README.split("\n## Callbacks\n")[1].split("\n## ")[0]
+    return [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+
+
+def test_every_callback_is_in_the_table() -> None:
+    table = {re.findall(r"\w+", row[0])[0]: row[1].strip() for row in callbacks_section() if len(row) == 3}
+    kinds = {
+        name: "driver" if issubclass(kind, Callback) else "workers"
+        for name, kind in vars(raytrainer).items()
+        if isinstance(kind, type) and issubclass(kind, (Callback, WorkerCallback))
+    }
+    del kinds["Callback"], kinds["WorkerCallback"]
+    assert table == kinds
+
+
+def test_every_hook_is_in_the_table() -> None:
+    found: dict[str, tuple[bool, bool, list[str]]] = {}
+    for names, driver, workers, when in (row for row in callbacks_section() if len(row) == 4):
+        for name, arguments in re.findall(r"`(\w+)(?:\((.*?)\))?`", names + "".join(re.findall("likewise .*", when))):
+            found[name] = driver.strip() != "no", workers.strip() == "yes", re.findall(r"\w+", arguments)
+    for kind, column in ((Callback, 0), (WorkerCallback, 1)):
+        hooks = {name for name in vars(kind) if name in ("setup", "teardown") or name.startswith("on_")}
+        assert {name for name, columns in found.items() if columns[column]} == hooks
+        for name in hooks:
+            parameters = list(inspect.signature(getattr(kind, name)).parameters)[3:]
+            if not re.match("on_(test|predict)_batch", name):  # their arguments are those of validation
+                assert found[name][2] == parameters, name
+            assert getattr(kind, name).__doc__

@@ -12,7 +12,7 @@ __all__ = ["arrange_callbacks"]
 
 
 def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -> list[Callback | WorkerCallback]:
-    """`given` after those of `others` whose type is not among it; callbacks that run last at the end.
+    """`given` after those of `others` of whose type none is among it; callbacks that run last at the end.
 
     Raises:
         ConfigurationError: Something that is no callback, a driver's callback with batch-level hooks, or two with one
@@ -24,7 +24,7 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
         chosen = list(given) if isinstance(given, Iterable) else [given]
     for callback in chosen:
         _check(callback)
-    kept = [c for c in others if not any(type(c) is type(g) for g in chosen)]
+    kept = [c for c in others if not any(isinstance(g, type(c)) for g in chosen)]
     arranged: list[Callback | WorkerCallback] = sorted(
         [*kept, *chosen], key=lambda c: isinstance(c, Callback) and c.runs_last
     )

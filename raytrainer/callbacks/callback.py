@@ -37,6 +37,9 @@ class Callback(_Stateful):
     It sees metrics that are already reduced over all workers, and may ask the trainer to stop
     (`trainer.should_stop = True`) or to save (`trainer.save_checkpoint(path)`). `module` is the driver's object: its
     weights are brought up to date when `fit` returns. For batch-level hooks beside the module, see `WorkerCallback`.
+
+    A hook is called after the workers' hook of the same name; `setup`, `on_fit_start`, `on_train_epoch_start`,
+    `on_train_end` and `on_load_checkpoint` are called before it.
     """
 
     #: End a chunk of training at every multiple of this many optimizer steps, so that
@@ -134,7 +137,8 @@ class WorkerCallback(_Stateful):
 
     `trainer` is the worker's `TrainerView` (ranks, counters, metrics; `should_stop` may be set), `module` the live
     module on its device. `log` through `module.log(...)` as a module does. Only hooks that a subclass overrides cost
-    anything.
+    anything. `state_dict` is asked of rank 0, and given back to all workers; workers that replace lost ones are set up
+    anew, with `on_fit_start` and `on_train_start`, and then go on within the epoch.
     """
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
@@ -249,3 +253,17 @@ class WorkerCallback(_Stateful):
 
     def on_exception(self, trainer: TrainerView, module: Module, exception: BaseException) -> None:
         """When a hook or step raised in this worker."""
+
+    def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
+        """Before the module's, on the workers that give the common part of a checkpoint or snapshot.
+
+        `checkpoint` has "state_dict" and, unless it is to hold weights only, "optimizer_states", "lr_schedulers" and
+        "worker_callbacks". Change entries by replacing them: their tensors are the live ones.
+        """
+
+    def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
+        """When training goes on from a checkpoint or snapshot, on every worker.
+
+        The module has its weights; the optimizers and schedulers, which may be changed here, take up their state next,
+        and then `load_state_dict` is called. Copy tensors that are kept: the checkpoint may be loaded once more.
+        """

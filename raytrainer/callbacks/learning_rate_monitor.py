@@ -60,6 +60,8 @@ class LearningRateMonitor(WorkerCallback):
 
     def on_train_batch_start(self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int) -> None:
         """Log what is logged per step."""
+        if batch_idx == 0:  # as an epoch begins, parameter groups may have been added
+            self._named = group_names(trainer.optimizers, trainer.lr_scheduler_configs)
         for name, value in self._values("step"):
             module.log(name, value, on_step=True, on_epoch=False, prog_bar=False, logger=True, batch_size=1)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raytrainer.module import Module
     from raytrainer.trainer import Trainer
 
-__all__ = ["ModelSummary", "ModuleRow", "ModuleTotals", "plain_text", "summarize", "total"]
+__all__ = ["ModelSummary", "ModuleRow", "ModuleTotals", "plain_text", "show_rich", "summarize", "total"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         """Print it."""
-        rows, totals = summarize(module, self.max_depth), total(module)
-        console = Console()
-        if not is_live(console):
+        self.show(Console(), summarize(module, self.max_depth), total(module))
+
+    def show(self, console: Console, rows: Sequence[ModuleRow], totals: ModuleTotals) -> None:
+        """Print it as a table for terminals, or elsewhere in plain columns."""
+        if is_live(console):
+            show_rich(console, rows, totals)
+        else:
             print(plain_text(rows, totals), flush=True)
-            return
-        if rows:
-            console.print(rich_table(rows))
-        console.print("\n".join(total_lines(totals)), highlight=False)
 
 
 def summarize(module: nn.Module, max_depth: int = 1) -> list[ModuleRow]:
@@ -121,6 +121,13 @@ def plain_text(rows: Sequence[ModuleRow], totals: ModuleTotals) -> str:
         table.append("  ".join(padded).rstrip())
     rule = "-" * max(map(len, table))
     return "\n".join([table[0], rule, *table[1:], rule, *lines])
+
+
+def show_rich(console: Console, rows: Sequence[ModuleRow], totals: ModuleTotals) -> None:
+    """Print the table for a terminal, and the totals below it."""
+    if rows:
+        console.print(rich_table(rows))
+    console.print("\n".join(total_lines(totals)), highlight=False)
 
 
 def rich_table(rows: Sequence[ModuleRow]) -> Table:

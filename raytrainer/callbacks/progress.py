@@ -114,7 +114,7 @@ class ProgressBar(Callback):
         batches, max_steps = trainer.num_training_batches, trainer.max_steps
         if max_steps is None or trainer.ckpt_path is not None:
             return batches
-        left = (max_steps - trainer.global_step) * trainer.settings.accumulate_grad_batches
+        left = (max_steps - trainer.global_step) * trainer.settings.accumulated(trainer.current_epoch)
         return left if batches is None else min(batches, left)
 
     def _start_evaluation(self, label: str, batches: Sequence[int | None]) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from raytrainer.data.columns import finished, joined, views
+from raytrainer.data.columns import finished, joined, prediction_columns, views
 from raytrainer.data.dataset import RayDataset
 from raytrainer.data.ray_data import settings_only
-from raytrainer.errors import ConfigurationError, DataError
+from raytrainer.errors import ConfigurationError
 from raytrainer.messages import Task
 from raytrainer.packing import unpack
 from raytrainer.plan.ranks import Ranks
@@ -80,38 +77,7 @@ class Predictor:
                 batch = self.run.transfer(batch, 0)
             output = self.step(batch, self.batch, 0)
         self.batch += 1
-        return _with_columns(table, _columns(output, table.num_rows, table.column_names))
-
-
-def _columns(output: Any, rows: int, taken: list[str]) -> dict[str, Any]:
-    """What `predict_step` returned, as columns of `rows` rows.
-
-    Raises:
-        DataError: It has another number of rows, or a name that the inputs have.
-    """
-    if isinstance(output, Mapping):
-        named = dict(output)
-    elif isinstance(output, tuple):
-        named = {f"prediction_{i}": value for i, value in enumerate(output)}
-    else:
-        named = {"prediction": output}
-    columns = {}
-    for name, value in named.items():
-        if name in taken:
-            raise DataError(f"predict_step returned {name!r}, which is a column of the dataset; choose another name.")
-        if isinstance(value, Tensor):
-            value = value.detach().cpu()
-            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        elif isinstance(value, list):
-            value = np.array(value)
-        if not isinstance(value, np.ndarray) or value.ndim == 0 or len(value) != rows:
-            got = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise DataError(
-                f"predict_step returned {got} as {name!r} for a batch of {rows} row(s): return a tensor, or a dict or "
-                f"tuple of tensors, with one entry for each row."
-            )
-        columns[name] = value
-    return columns
+        return _with_columns(table, prediction_columns(output, table.column_names, table.num_rows))
 
 
 def _get(ref: Any) -> Any:

@@ -27,7 +27,7 @@ from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.snapshots import Snapshots
 from raytrainer.driver.state import RunState
 from raytrainer.errors import WorkerLostError
-from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, Task, TrainReport
+from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, MetricSpec, Task, TrainReport
 from raytrainer.plan import schedule
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
@@ -203,7 +203,7 @@ class Coordinator:
         state.num_training_batches = _shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
-        accumulate = self.settings.accumulate_grad_batches
+        accumulate = self.settings.accumulated(state.progress.epoch)
         size = effective_batch(state.batch_size, self._parts, accumulate, unit)
         if size is not None and self.group.size > 1:
             log.info("%s", size)
@@ -278,7 +278,7 @@ class Coordinator:
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call("end_epoch")
-        self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}"))
+        self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=self._compute))
         if self.plateau_epochs and progress.epoch_ended:
             self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
         self._closing = True
@@ -334,13 +334,19 @@ class Coordinator:
         values = {}
         if sanity is None:
             batches = [end.by_loader for end in ends]
-            values = state.board.epoch_values([end.metrics for end in ends], f"on_{name}_epoch_end", batches)
+            reported = [end.metrics for end in ends]
+            values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, self._compute)
             self._log_epoch(stage, values)
         self.host.emit(f"on_{name}_epoch_end")
         self.host.emit(f"on_{name}_end")
         return values, _in_order(predictions)
 
     # ---------------------------------------------------------------- logging
+
+    def _compute(self, specs: list[MetricSpec]) -> dict[str, float]:
+        """Values of metric objects over all workers."""
+        values: dict[str, float] = self.group.call("compute_metrics", specs)[0]
+        return values
 
     def _log_steps(self, kind: str, reports: Sequence[MetricReport]) -> None:
         rows = self.state.board.step_values(reports)
@@ -370,6 +376,22 @@ class Coordinator:
             self.snapshots.take(captured, self.state.progress.step, time.perf_counter() - began)
         return captured
 
+    def rescue(self) -> dict[str, Any] | None:
+        """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none.
+
+        Workers in this process still hold the state before the batch that failed. Others may be gone, or wait for each
+        other for ever: of them it is the newest snapshot.
+        """
+        if not self.group.in_process:
+            return self.snapshots.latest()
+        cursor, progress = self.group.call("cursor")[0], self.state.progress
+        if self.state.trainer.stage == "validate":
+            progress.validated_at = -1  # is to be repeated
+        if cursor is not None and not progress.epoch_ended:
+            progress.total_batches += cursor[0] - progress.batch
+            progress.batch, progress.step = cursor
+        return self.capture().resolve()
+
     def _driver_state(self) -> dict[str, Any]:
         cursor = replace(self.state.progress)
         if self._closing and cursor.epoch_ended:
@@ -395,7 +417,8 @@ class Coordinator:
             self.state.board.take(checkpoint["metrics"])
 
     def _snapshot_if_due(self) -> None:
-        progress, accumulate = self.state.progress, self.settings.accumulate_grad_batches
+        progress = self.state.progress
+        accumulate = self.settings.accumulated(progress.epoch)
         between_steps = progress.epoch_ended or progress.batch % accumulate == 0
         if between_steps and self.snapshots.due(progress.step):
             self.capture()

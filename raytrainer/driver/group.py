@@ -77,14 +77,14 @@ class LocalGroup:
             torch.cuda.set_device(self.worker.device)
         self._module = task.module
         self.worker.prepare_data(task)
-        return [self.worker.setup(task)]
+        return [self.worker.obey("setup", task)]
 
     def call(self, verb: str, *args: Any) -> list[Any]:
         if verb == "finish":
-            report = self.worker.finish_in_place(*args)
+            report = self.worker.obey("finish_in_place", *args)
             self._bring_back()
             return [report]
-        return [getattr(self.worker, verb)(*args)]
+        return [self.worker.obey(verb, *args)]
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
         staged = self.worker.capture(weights_only)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -47,11 +48,16 @@ class MetricBoard:
         return rows
 
     def epoch_values(
-        self, reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None
+        self,
+        reports: Sequence[MetricReport],
+        what: str,
+        batches: Sequence[Sequence[int]] | None = None,
+        compute: Callable[[list[MetricSpec]], dict[str, float]] = lambda specs: {},
     ) -> dict[str, float]:
         """Take up the epoch's values, reduced over workers; return those for the loggers.
 
         Workers without a batch of a loader (`batches`, by worker and loader) need not have logged what others did.
+        `compute` asks the workers for the values of metric objects, which all have by then: names agree.
 
         Raises:
             MetricError: Workers that had batches logged different names; says which worker lacks which.
@@ -61,9 +67,12 @@ class MetricBoard:
         for report in reports:
             for name in report.epoch:
                 specs.setdefault(name, report.specs[name])
+        objects = [spec for spec in specs.values() if spec.metric is not None]
+        computed = compute(objects) if objects else {}
         to_log = {}
         for name, spec in specs.items():
-            value = reduce_partials(spec.reduce, [r.epoch[name] for r in reports if name in r.epoch])
+            partials = [r.epoch[name] for r in reports if name in r.epoch]
+            value = computed[name] if name in computed else reduce_partials(spec.reduce, partials)
             self._show(spec, spec.epoch_name, value)
             if spec.logger:
                 to_log[spec.epoch_name] = value
@@ -86,10 +95,16 @@ class MetricBoard:
         return {name: value.item() for name, value in self.callback.items()}
 
 
+_SAMPLED: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum, "mean": fmean}
+
+
 def _with_samples(
     rows: list[tuple[int, int, dict[str, float]]], reports: Sequence[MetricReport]
 ) -> list[tuple[int, int, dict[str, float]]]:
-    """The rows with what each worker has measured of itself; ".../min" and ".../max" become those of all workers."""
+    """The rows with what each worker has measured of itself.
+
+    Of names that end in "/min", "/max", "/sum" or "/mean", workers' values become one; others are one worker's alone.
+    """
     by_step = {step: (epoch, dict(values)) for step, epoch, values in rows}
     own: dict[int, dict[str, list[float]]] = {}
     for row in (row for report in reports for row in report.samples):
@@ -98,7 +113,7 @@ def _with_samples(
             own.setdefault(row.step, {}).setdefault(name, []).append(value)
     for step, named in own.items():
         for name, values in named.items():
-            by_step[step][1][name] = min(values) if name.endswith("/min") else max(values)
+            by_step[step][1][name] = _SAMPLED.get(name.rpartition("/")[2], max)(values)
     return [(step, *by_step[step]) for step in sorted(by_step)] if own else rows
 
 

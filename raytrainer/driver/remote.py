@@ -141,10 +141,10 @@ class RemoteWorker:
             return worker.prepare_data(self.task)
         if verb == "setup":
             task, self.task = self.task, None
-            return worker.setup(task)
+            return worker.obey("setup", task)
         if verb == "restore":
-            return worker.restore(unpack(args[0]))
-        return getattr(worker, verb)(*args)
+            return worker.obey("restore", unpack(args[0]))
+        return worker.obey(verb, *args)
 
     @ray.method(num_returns=2)
     def capture(self, weights_only: bool) -> tuple[Any, Any]:

@@ -48,6 +48,7 @@ class Settings:
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: str = "norm"
     accumulate_grad_batches: int = 1
+    accumulation: tuple[tuple[int, int], ...] = ()  # (first epoch, batches per step), in place of the one number
     precision: str = "32-true"
     deterministic: bool | str = False
     benchmark: bool | None = None
@@ -97,6 +98,16 @@ class Settings:
             for workers in range(min(self.fewest_per_node, self.workers_per_node), self.workers_per_node + 1)
         ]
         return sorted(sizes, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether there may be several batches to a step."""
+        return max([self.accumulate_grad_batches, *(batches for _, batches in self.accumulation)]) > 1
+
+    def accumulated(self, epoch: int) -> int:
+        """Batches per step in an epoch."""
+        begun = [batches for first, batches in self.accumulation if first <= epoch]
+        return begun[-1] if begun else self.accumulate_grad_batches
 
     def limit(self, stage: str) -> int | float:
         """The limit on batches of "train", "val", "test" or "predict"."""

@@ -64,5 +64,9 @@ class Strategy(ABC):
         """Tensors of all workers, stacked in a new first dimension."""
 
     @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """On rank 0 every worker's `value`, by rank; None on others. It is pickled, and should be in main memory."""
+
+    @abstractmethod
     def barrier(self) -> None:
         """Wait until all workers are here."""

@@ -138,6 +138,11 @@ class ReplicatedStrategy(Strategy):
         gathered: Tensor = _Gather.apply(tensor if sync_grads else tensor.detach(), self.ranks)
         return gathered
 
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        gathered: list[Any] | None = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self.control)
+        return gathered
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

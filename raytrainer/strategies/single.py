@@ -40,5 +40,8 @@ class SingleStrategy(Strategy):
     def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
         return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
 
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        return [value]
+
     def barrier(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from raytrainer.worker.view import TrainerView
 
 __all__ = ["Hooks", "bind_step", "overridden"]
+
+log = logging.getLogger("raytrainer")
 
 
 def overridden(owner: object, name: str) -> bool:
@@ -59,6 +62,14 @@ class Hooks:
         """Call the hook now; for the rare ones."""
         bound = self.bind(name)
         return bound(*args) if bound is not None else None
+
+    def tell(self, error: BaseException) -> None:
+        """Call the callbacks' `on_exception`."""
+        for callback in self.callbacks:
+            try:
+                callback.on_exception(self.view, self.module, error)
+            except Exception as another:  # must not take the place of the one that is to be told
+                log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
 
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with `self.log` knowing that `name` runs."""

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import MetricError
 from raytrainer.messages import MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.worker.metric_objects import is_metric, path_of, reset, step_value
 
 __all__ = ["MetricStore"]
 
@@ -68,7 +70,21 @@ _NEUTRAL = {"min": float("inf"), "max": float("-inf")}
 class _Slot:
     """One name in one hook: how it is treated, its latest value, and the values of the epoch not yet fetched."""
 
-    __slots__ = ("arguments", "custom", "folded", "fx", "kept", "last", "moment", "pending", "spec", "total", "weight")
+    __slots__ = (
+        "arguments",
+        "custom",
+        "folded",
+        "fx",
+        "kept",
+        "last",
+        "logged",
+        "metric",
+        "moment",
+        "pending",
+        "spec",
+        "total",
+        "weight",
+    )
 
     def __init__(self, spec: MetricSpec, arguments: tuple[Any, ...] | None, fx: Any) -> None:
         self.spec, self.arguments, self.fx = spec, arguments, fx
@@ -77,6 +93,8 @@ class _Slot:
         self.pending: list[Any] = []  # values of this epoch, on the device
         self.weight: list[int] = []  # their batch sizes
         self.folded: list[float] = []  # [total, weight] of values fetched before
+        self.metric: Any = None  # the torchmetrics object that is logged here
+        self.logged = False  # it has been, in this epoch
         self.custom: list[float] = []  # all values fetched before, for a custom reduction
 
 
@@ -91,8 +109,9 @@ class _Ledger:
 class MetricStore:
     """Collects what one worker logs."""
 
-    def __init__(self, rank: int, log_every_n_steps: int) -> None:
+    def __init__(self, rank: int, log_every_n_steps: int, root: nn.Module | None = None) -> None:
         self.rank = rank
+        self.root = root if root is not None else nn.Module()  # the module in which metric objects are found
         self.every = log_every_n_steps
         self.hook: str | None = None  # the hook that runs; None where logging is not allowed
         self.batch: Any = None  # the batch that runs, for its size
@@ -113,8 +132,20 @@ class MetricStore:
 
     def clear(self) -> None:
         """Forget what the current ledger holds."""
+        self._reset_metrics(self._current)
         self._slots.clear()
         self._rows.clear()
+
+    def close(self) -> None:
+        """The run is over; epochs that have not ended leave nothing in the module's metrics."""
+        for ledger in self._ledgers.values():
+            self._reset_metrics(ledger)
+
+    @staticmethod
+    def _reset_metrics(ledger: _Ledger) -> None:
+        for slot in ledger.slots.values():
+            if slot.metric is not None:
+                reset(slot.metric)
 
     def begin_batch(self, batch: Any) -> None:
         self.batch = batch
@@ -132,6 +163,10 @@ class MetricStore:
 
     def _counts(self, spec: MetricSpec) -> bool:
         return self.first_of_node or not spec.once_per_node
+
+    def counts(self, spec: MetricSpec) -> bool:
+        """Whether this worker's values of the epoch are wanted."""
+        return self._counts(spec) and (self.rank == 0 or not spec.rank_zero_only)
 
     def log(
         self,
@@ -166,6 +201,9 @@ class MetricStore:
             if value.ndim:
                 value = self._scalar(name, value)
         elif not isinstance(value, (int, float)):
+            if is_metric(value):
+                self._note_metric(slot, name, value)
+                return
             value = self._number(name, value)
         spec = slot.spec
         if rank_zero_only and self.rank != 0:
@@ -180,6 +218,19 @@ class MetricStore:
                     batch_size = self._size = first_batch_size(self.batch)
             slot.pending.append(value)
             slot.weight.append(batch_size)
+
+    def _note_metric(self, slot: _Slot, name: str, metric: Any) -> None:
+        """A torchmetrics object: its step value is what it has returned last; its epoch value is asked of it later."""
+        if slot.metric is None:
+            path = path_of(metric, self.root, name)
+            slot.spec, slot.metric = replace(slot.spec, metric=path), metric
+        elif slot.metric is not metric:
+            raise MetricError(f"self.log({name!r}, ...) was called in {self.hook} with another metric object before.")
+        slot.logged = True
+        if slot.spec.on_step and (self.rank == 0 or not slot.spec.rank_zero_only):
+            value = step_value(metric, name)
+            slot.last = self._scalar(name, value.detach().clone()) if isinstance(value, Tensor) else float(value)
+            slot.moment = self.moment
 
     def _scalar(self, name: str, value: Tensor) -> Tensor:
         if value.numel() != 1:
@@ -281,7 +332,11 @@ class MetricStore:
                 slot.last = None
             if slot.pending:
                 self._fold(slot, [next(fetched) for _ in slot.pending])
-            if end_of_epoch and slot.spec.on_epoch and (slot.folded or slot.custom):
+            if end_of_epoch and spec.on_epoch and slot.logged:
+                report.specs[spec.name] = spec
+                report.epoch[spec.name] = Partial(0.0, 0.0)
+                slot.logged = False
+            elif end_of_epoch and spec.on_epoch and (slot.folded or slot.custom):
                 report.specs[spec.name] = spec
                 total, weight = slot.folded or (0.0, 0.0)
                 share = Partial(total, weight, tuple(slot.custom), slot.fx)
@@ -292,7 +347,7 @@ class MetricStore:
         return report
 
     def sums(self) -> list[dict[str, Any]]:
-        """The epoch's sums so far as plain values, for a checkpoint; call after `report`."""
+        """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
         return [
             {
                 "key": list(key),
@@ -300,8 +355,8 @@ class MetricStore:
                 "folded": list(slot.folded),
                 "custom": list(slot.custom),
             }
-            for key, slot in self._slots.items()
-            if slot.folded or slot.custom
+            for key, slot in self._ledgers["train"].slots.items()
+            if slot.folded or slot.custom or slot.logged
         ]
 
     def take_sums(self, saved: list[dict[str, Any]]) -> None:
@@ -311,6 +366,8 @@ class MetricStore:
             hook, name, loader_idx = item["key"]
             slot = _Slot(MetricSpec(**item["spec"]), None, None)
             slot.folded, slot.custom = list(item["folded"]), list(item["custom"])
+            if slot.spec.metric is not None:
+                slot.metric, slot.logged = self.root.get_submodule(slot.spec.metric), True
             self._slots[hook, name, loader_idx] = slot
 
     def local_values(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
+from raytrainer.worker.metric_objects import is_metric, metrics_in
 
 __all__ = ["Precision", "ScaledOptimizer"]
 
@@ -43,7 +44,15 @@ class Precision:
         dtype = self.dtype
         if dtype is not None:
             # Module.to would throw the imaginary part of complex ones away
-            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            def convert(tensor: Tensor) -> Tensor:
+                return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+            if not any(True for _ in metrics_in(module)):
+                module._apply(convert)
+                return
+            for part in module.modules():
+                if not is_metric(part):  # sums in half precision would soon stand still
+                    part._apply(convert, recurse=False)
 
     @property
     def convert_input(self) -> Callable[[Any], Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from raytrainer.data.loaders import Feed, as_list
 from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.memory import MemorySampler, open_nvml, own_index
-from raytrainer.messages import SetupReport, Task
+from raytrainer.messages import MetricSpec, SetupReport, Task
 from raytrainer.module import Module
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import restore_rng, seed_generators
@@ -22,6 +22,7 @@ from raytrainer.strategies.base import Strategy
 from raytrainer.worker.compiling import compile_module
 from raytrainer.worker.flags import apply_flags
 from raytrainer.worker.hooks import Hooks, bind_step, overridden
+from raytrainer.worker.metric_objects import compute, reset, states_of
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
@@ -59,7 +60,7 @@ class Run:
             callbacks=task.callbacks,
             datamodule=task.datamodule,
         )
-        self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps)
+        self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps, self.module)
         self.slices = Slices(strategy, self.view.metrics)
         self.view.loader_source = self._loader
         self.view.length_source = self._lengths
@@ -259,6 +260,19 @@ class Run:
         """Metrics reduced over all workers, from the driver."""
         self.view.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
+    def compute_metrics(self, specs: Sequence[MetricSpec]) -> dict[str, float]:
+        """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
+        values: dict[str, float] = {}
+        metrics = [self.module.get_submodule(str(spec.metric)) for spec in specs]
+        own = [states_of(m) if self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)]
+        by_worker = self.strategy.gather_objects(own)
+        if by_worker is not None:
+            for index, (metric, spec) in enumerate(zip(metrics, specs, strict=True)):
+                values[spec.name] = compute(metric, [states[index] for states in by_worker], spec.name)
+        for metric in metrics:
+            reset(metric)
+        return values
+
     def step_plateau(self, interval: str, epoch_or_step: int) -> None:
         """Step the schedulers that wait for a metric."""
         for config in self.view.lr_scheduler_configs:
@@ -296,6 +310,7 @@ class Run:
         """Undo what the run changed in this process; also after a failure."""
         for stage in list(self._feeds):
             self._close_feeds(stage)
+        self.view.metrics.close()
         self._undo_flags()
         self._undo_compile()
         self._attach(None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.checkpoint import load_into
 from raytrainer.errors import CheckpointError
 from raytrainer.seeding import capture_rng
+from raytrainer.worker.metric_objects import load_states, states_of
 
 if TYPE_CHECKING:
     from raytrainer.worker.run import Run
@@ -46,6 +47,8 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
     if run.datamodule is not None:
         state["datamodule"] = run.datamodule.state_dict()
         state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
+    for callback in view.callbacks:
+        callback.on_save_checkpoint(view, module, state)
     module.on_save_checkpoint(state)
     return state
 
@@ -54,6 +57,7 @@ def _own_state(run: Run) -> dict[str, Any]:
     """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
     own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
     own["evaluated"] = dict(run.evaluated)
+    own["metric_objects"] = states_of(run.module)
     if run.accumulating:
         own["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
     return own
@@ -75,6 +79,8 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
     run.configure()
     if run.task.stage != "fit" or "optimizer_states" not in checkpoint:
         return
+    for callback in view.callbacks:
+        callback.on_load_checkpoint(view, module, checkpoint)
     states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     for what, saved, own in (
         ("optimizers", states, view.optimizers),
@@ -99,11 +105,14 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
     by_rank = checkpoint.get("own") or []
     if len(by_rank) == view.ranks.world_size:
         _restore_own(run, by_rank[view.ranks.rank])
+    elif by_rank:
+        load_states(module, {})  # the state dict may have those of one worker
 
 
 def _restore_own(run: Run, own: dict[str, Any]) -> None:
     run.rng = own["rng"]
     run.evaluated.update(own["evaluated"])
+    load_states(run.module, own.get("metric_objects") or {})
     run.view.metrics.take_sums(own["metrics"])
     gradients = own.get("gradients") or {}
     for name, parameter in run.module.named_parameters():

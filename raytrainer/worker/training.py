@@ -11,11 +11,13 @@ In pseudocode, hooks aside:
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -53,10 +55,12 @@ class TrainingLoop:
         self._on_batch_end = bind("on_train_batch_end")
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
         self._epoch_scheduled = False
+        self.view.forward_epoch = self.forward_epoch
         self._idle = False  # has had no sample in this epoch, since batches had fewer than the node has workers
 
-    def _bind_optimization(self) -> Callable[[Any, int, bool], Any]:
+    def _bind_optimization(self) -> _Automatic | _Manual:
         run, module = self.run, self.run.module
+        self._trained = _trained(module)
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         step = run.strategy.prepare(module, step)
         if module.automatic_optimization:
@@ -93,7 +97,32 @@ class TrainingLoop:
             self.run.resume_generators()
         self.run.hooks.call("on_train_epoch_start")
         self.run.resume_generators()
+        self._run_batch.accumulate = self.view.accumulate_grad_batches
+        self._prepare_again()
         return self.describe()
+
+    def _prepare_again(self) -> None:
+        """Where parameters have been frozen or unfrozen since, have the strategy synchronise those that train now."""
+        trained = _trained(self.run.module)
+        if trained != self._trained and self.run.module.automatic_optimization:
+            self._run_batch = self._bind_optimization()
+
+    def forward_epoch(self) -> None:
+        """See `TrainerView.forward_epoch`."""
+        run = self.run
+        step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
+        agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
+        self.feed.rebase(0)
+        batches = itertools.islice(self.feed.start(self.epoch, 0, agree), self.feed.length)
+        with torch.no_grad():
+            for index, batch in enumerate(batches):
+                batch = run.slices.take(batch)
+                if run.transfer is not None:
+                    batch = run.transfer(batch, 0)
+                self.metrics.begin_batch(batch)
+                step(batch, index, 0)
+        self.metrics.begin_batch(None)
+        self.metrics.clear()
 
     def _batches(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -113,7 +142,7 @@ class TrainingLoop:
         view.running = "train"
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
-        accumulate = view.settings.accumulate_grad_batches
+        accumulate = view.accumulate_grad_batches
         first, exhausted, waited = self.batch, False, clock() - start
         for _ in range(batches):
             asked = clock()
@@ -209,7 +238,7 @@ class _Automatic:
     def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
         self.run, self.view, self.module, self.step = run, run.view, run.module, step
         settings = run.view.settings
-        self.accumulate = settings.accumulate_grad_batches
+        self.accumulate, self.accumulates = run.view.accumulate_grad_batches, settings.accumulates
         self.strategy, self.precision = run.strategy, run.precision
         if len(run.view.optimizers) > 1:
             raise ConfigurationError(
@@ -247,7 +276,7 @@ class _Automatic:
 
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
         self.batch, self.index = batch, index
-        if self.accumulate > 1:
+        if self.accumulates:
             self.strategy.sync_next(stepping)
         if not stepping or self.optimizer is None:
             self._forward_backward()
@@ -305,8 +334,9 @@ class _Manual:
 
     def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
         self.step = step
+        self.accumulate = 1
         settings = run.view.settings
-        if settings.accumulate_grad_batches > 1 or settings.gradient_clip_val is not None:
+        if settings.accumulates or settings.gradient_clip_val is not None:
             raise ConfigurationError(
                 "accumulate_grad_batches and gradient_clip_val do not work with manual optimization: accumulate in "
                 "training_step, and call self.clip_gradients(optimizer, gradient_clip_val=...) before its step."
@@ -341,6 +371,11 @@ class _Manual:
 
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
         return self.step(batch, index, 0)
+
+
+def _trained(module: torch.nn.Module) -> list[bool]:
+    """Which parameters train."""
+    return [parameter.requires_grad for parameter in module.parameters()]
 
 
 def _own(run: Run, name: str) -> Callable[..., Any] | None:

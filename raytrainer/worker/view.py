@@ -39,8 +39,11 @@ class TrainerView:
         callback_metrics: Metrics by name, reduced over workers, as of the latest report.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
+        forward_epoch: Runs `training_step` on every batch of an epoch, without gradients, steps or logging; all workers
+            must call it together, in `on_train_end`. For statistics such as those of batch normalisation.
         samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
-            callback may add to them. Names must differ from worker to worker.
+            callback may add to them. Names must differ from worker to worker, or end in "/min", "/max", "/sum" or
+            "/mean", which says what becomes of the workers' values.
     """
 
     settings: Settings
@@ -62,6 +65,7 @@ class TrainerView:
     loader_source: Callable[[str], Any] = lambda stage: None
     length_source: Callable[[str], Any] = lambda stage: None
     manual_backward: Callable[..., None] = lambda *args: None
+    forward_epoch: Callable[[], None] = lambda: None
     unscale: Callable[[Optimizer], None] = lambda optimizer: None
     skipped_source: Callable[[], int] = lambda: 0
     given_optimizers: list[Any] | None = None  # what stands for `optimizers` in user code, where that differs
@@ -124,7 +128,7 @@ class TrainerView:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        return self.settings.accumulate_grad_batches
+        return self.settings.accumulated(self.current_epoch)
 
     @property
     def gradient_clip_val(self) -> float | None:
@@ -206,7 +210,7 @@ class TrainerView:
         batches = self.num_training_batches
         if batches == float("inf"):
             return batches
-        return -(-int(batches) // settings.accumulate_grad_batches) * settings.max_epochs
+        return sum(-(-int(batches) // settings.accumulated(epoch)) for epoch in range(settings.max_epochs))
 
     # services
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:

@@ -13,6 +13,7 @@ from raytrainer.messages import (
     EvaluationStart,
     FinishReport,
     MetricReport,
+    MetricSpec,
     SetupReport,
     Task,
     TrainReport,
@@ -49,6 +50,15 @@ class Worker:
         if self._run is None:
             raise RaytrainerError("this worker has no run; this is a bug in raytrainer")
         return self._run
+
+    def obey(self, verb: str, *args: Any) -> Any:
+        """Obey a verb; if that fails, tell the run's worker callbacks."""
+        try:
+            return getattr(self, verb)(*args)
+        except BaseException as error:
+            if self._run is not None:
+                self._run.hooks.tell(error)
+            raise
 
     # ---------------------------------------------------------------- set-up
 
@@ -104,8 +114,8 @@ class Worker:
         if metrics:
             self.run.take_metrics(metrics)
         report = self.training.train(batches, stop_at_step)
-        settings = self.run.view.settings
-        self.run.accumulating = report.batch % settings.accumulate_grad_batches != 0 and not report.exhausted
+        accumulate = self.run.view.accumulate_grad_batches
+        self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
 
     def step_epoch_schedulers(self) -> None:
@@ -115,6 +125,9 @@ class Worker:
     def step_plateau(self, interval: str, count: int, metrics: dict[str, float]) -> None:
         self.run.take_metrics(metrics)
         self.run.step_plateau(interval, count)
+
+    def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
+        return self.run.compute_metrics(specs)
 
     def end_epoch(self) -> MetricReport:
         return self.training.end_epoch()
@@ -142,6 +155,16 @@ class Worker:
         return report
 
     # ---------------------------------------------------------------- state
+
+    def cursor(self) -> tuple[int, int] | None:
+        """After a failure: batches done in the epoch and steps in the run; None before the first epoch."""
+        if self._training is None:
+            return None
+        run, batch = self.run, self._training.batch
+        run.view.metrics.switch("train")
+        run.view.metrics.report()  # so that the epoch's sums are whole
+        run.accumulating = batch % run.view.accumulate_grad_batches != 0
+        return batch, run.view.global_step
 
     def capture(self, weights_only: bool = False, replica: bool = False, live: bool = False) -> dict[str, Any]:
         """This worker's share of a checkpoint, copied aside.

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from raytrainer.plan.settings import Settings
+
 
 class FakeTrainer:
     """What callbacks see of a trainer, with checkpoints that are names in a set."""
@@ -20,7 +22,7 @@ class FakeTrainer:
         self.global_step = self.current_epoch = 0
         self.max_epochs: int | None = 9
         self.max_steps: int | None = None
-        self.settings = SimpleNamespace(accumulate_grad_batches=1)
+        self.settings = Settings(accumulate_grad_batches=1)
         self.sanity_checking = self.should_stop = False
         self.fast_dev_run = 0
         self.num_training_batches: int | None = 10

@@ -11,6 +11,7 @@ from raytrainer.callbacks import _display
 from raytrainer.callbacks._display import PlainDisplay, RichDisplay, format_metrics, format_value, is_live
 from raytrainer.callbacks.progress import ProgressBar, add_up, epoch_label
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.settings import Settings
 
 
 class Terminal(io.StringIO):
@@ -182,6 +183,6 @@ def test_live_only_where_it_can_be_redrawn(monkeypatch):
 )  # fmt: skip
 def test_max_steps_shortens_the_bar(trainer, batches, max_steps, done, accumulate, resumed, total):
     trainer.num_training_batches, trainer.max_steps, trainer.global_step = batches, max_steps, done
-    trainer.settings.accumulate_grad_batches = accumulate
+    trainer.settings = Settings(accumulate_grad_batches=accumulate)
     trainer.ckpt_path = "some.ckpt" if resumed else None
     assert ProgressBar._batches_to_come(trainer) == total

@@ -1,0 +1,141 @@
+"""End with the average of the weights that late epochs have ended with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import SWALR, get_swa_multi_avg_fn
+
+from raytrainer.callbacks._averaging import AveragedWeights
+from raytrainer.callbacks.callback import WorkerCallback
+from raytrainer.errors import ConfigurationError
+from raytrainer.plan import checks
+from raytrainer.worker.optimization import SchedulerConfig
+
+if TYPE_CHECKING:
+    from raytrainer.module import Module
+    from raytrainer.worker.view import TrainerView
+
+__all__ = ["StochasticWeightAveraging"]
+
+log = logging.getLogger("raytrainer")
+
+
+class StochasticWeightAveraging(WorkerCallback):
+    """Averages the weights at the end of each epoch from `swa_epoch_start` on (Izmailov et al., 2018, 1803.05407).
+
+    From there on `torch.optim.swa_utils.SWALR` takes the place of the module's schedulers and brings the learning rate
+    to a constant one. Validations see the weights being trained. When training ends, the module (also the driver's)
+    keeps the averages; for the statistics of batch normalisation, `training_step` runs once more over the training
+    data, without gradients. Averages are part of checkpoints, whose weights are those being trained.
+
+    Args:
+        swa_lrs: The learning rate to end at, or one for each of the optimizer's parameter groups.
+        swa_epoch_start: The first epoch (from 0) to average: an int, or a fraction of `max_epochs`.
+        annealing_epochs: Epochs until the learning rate is reached; 0: at once.
+        annealing_strategy: "cos" or "linear".
+
+    Raises:
+        ConfigurationError: An argument is out of range; there is not exactly one optimizer; a fraction of no limit.
+    """
+
+    def __init__(
+        self,
+        swa_lrs: float | Sequence[float],
+        swa_epoch_start: int | float = 0.8,
+        annealing_epochs: int = 10,
+        annealing_strategy: str = "cos",
+    ) -> None:
+        rates = [swa_lrs] if isinstance(swa_lrs, (int, float)) else list(swa_lrs)
+        for rate in rates:
+            checks.number("StochasticWeightAveraging(swa_lrs)", rate, above=0.0, none=False)
+        self.swa_lrs = rates[0] if isinstance(swa_lrs, (int, float)) else rates
+        self.swa_epoch_start = checks.fraction_or_count("swa_epoch_start", swa_epoch_start)
+        self.annealing_epochs = checks.count("annealing_epochs", annealing_epochs, least=0)
+        self.annealing_strategy = checks.choice("annealing_strategy", annealing_strategy, ("cos", "linear"))
+        self._averaged: AveragedWeights | None = None
+        self._first = 0
+
+    def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Begin anew."""
+        self._averaged = None
+        start, epochs = self.swa_epoch_start, trainer.max_epochs
+        if isinstance(start, float):
+            if epochs is None and stage == "fit":
+                raise ConfigurationError(
+                    f"StochasticWeightAveraging(swa_epoch_start={start}) without max_epochs: give the epoch as an int."
+                )
+            start = int(start * (epochs or 0) + 1e-9)
+        self._first = start
+
+    def on_train_epoch_start(self, trainer: TrainerView, module: Module) -> None:
+        """Take over the learning rate when it is time."""
+        if self._averaged is None and trainer.current_epoch >= self._first:
+            self._begin(trainer, module)
+
+    def on_train_epoch_end(self, trainer: TrainerView, module: Module) -> None:
+        """Take the epoch's weights into the average."""
+        if self._averaged is not None:
+            self._averaged.update()
+
+    def on_train_end(self, trainer: TrainerView, module: Module) -> None:
+        """Put the averages into the module, and bring batch normalisation up to date with them."""
+        averaged, self._averaged = self._averaged, None
+        if averaged is None or not averaged.count:
+            log.warning("StochasticWeightAveraging: training ended before epoch %d; nothing is averaged.", self._first)
+            return
+        averaged.swap(True)
+        _update_batch_norm(trainer, module)
+
+    def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
+        """Take over the averages, and have the scheduler that takes up the saved state next."""
+        state = checkpoint["worker_callbacks"].get(self.state_key)
+        if state:
+            averaged = self._begin(trainer, module)
+            if state["count"]:
+                averaged.restore(state["averages"], averaged.current, state["count"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages."""
+        if self._averaged is None:
+            return {}
+        return {"averages": self._averaged.averages, "count": self._averaged.count}
+
+    def _begin(self, trainer: TrainerView, module: Module) -> AveragedWeights:
+        if len(trainer.optimizers) != 1:
+            raise ConfigurationError(
+                f"StochasticWeightAveraging needs one optimizer; configure_optimizers() gave {len(trainer.optimizers)}."
+            )
+        optimizer: Any = trainer.optimizers[0]
+        rates: Any = self.swa_lrs
+        if isinstance(rates, list) and len(rates) != len(optimizer.param_groups):
+            raise ConfigurationError(
+                f"StochasticWeightAveraging(swa_lrs={rates}): give a number, or one for each of the optimizer's "
+                f"{len(optimizer.param_groups)} parameter groups."
+            )
+        scheduler = SWALR(optimizer, rates, self.annealing_epochs, self.annealing_strategy)  # type: ignore[arg-type]
+        trainer.lr_scheduler_configs[:] = [SchedulerConfig(scheduler)]
+        self._averaged = AveragedWeights(module, get_swa_multi_avg_fn(), use_buffers=False)
+        return self._averaged
+
+
+def _update_batch_norm(trainer: TrainerView, module: Module) -> None:
+    """Statistics over all workers' batches of one epoch, as `torch.optim.swa_utils.update_bn` has them for one."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # every batch counts alike
+    trainer.forward_epoch()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            if isinstance(statistic, torch.Tensor):
+                # workers have had equally many batches
+                statistic.copy_(trainer.all_gather(statistic).mean(0))

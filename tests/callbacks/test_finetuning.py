@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import Died, Exact, run, same
+from tiny import Tiny, data
+from torch import nn
+
+from raytrainer import BackboneFinetuning, BaseFinetuning, ConfigurationError, LearningRateMonitor, ModelCheckpoint
+
+
+class Backed(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.rates, self.moved = [], []
+
+    def forward(self, x):
+        return self.layer(self.backbone(x))
+
+    def on_train_epoch_start(self):
+        self.rates.append([group["lr"] for group in self.optimizers().param_groups])
+        self.before = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self.before["mean"] = self.backbone[1].running_mean.clone()
+
+    def on_train_epoch_end(self):
+        now = {**dict(self.named_parameters()), "mean": self.backbone[1].running_mean}
+        self.moved.append({name for name, value in self.before.items() if not torch.equal(value, now[name])})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
+
+
+HEAD, NORM = {"layer.weight", "layer.bias"}, {"backbone.1.weight", "backbone.1.bias"}
+BODY = {f"backbone.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("train_bn", [True, False])
+def test_the_backbone_waits(train_bn, local_trainer):
+    module = Backed()
+    callback = BackboneFinetuning(2, lambda epoch: 3.0, train_bn=train_bn)
+    local_trainer(max_epochs=6, callbacks=callback).fit(module, data())
+    early = HEAD | NORM | {"mean"} if train_bn else HEAD
+    assert module.moved == [early] * 2 + [HEAD | NORM | BODY | {"mean"}] * 4
+    assert [len(rates) for rates in module.rates] == [1, 1, 2, 2, 2, 2]
+    assert [rates[-1] for rates in module.rates[2:]] == pytest.approx([0.01, 0.03, 0.09, 0.1])  # aligned with the head
+
+
+def test_the_learning_rate_of_the_new_group_is_logged(local_trainer):
+    trainer = local_trainer(
+        max_epochs=2, callbacks=[LearningRateMonitor(), BackboneFinetuning(1)], log_every_n_steps=1, logger=True
+    )
+    trainer.fit(Backed(), data())
+    rates = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith("lr-")}
+    assert rates == pytest.approx({"lr-SGD": 0.1, "lr-SGD/pg1": 0.1, "lr-SGD/pg2": 0.01})
+
+
+def test_learning_rates(local_trainer):
+    module = Backed()
+    callback = BackboneFinetuning(1, lambda epoch: float(epoch), backbone_initial_lr=0.05, should_align=False)
+    local_trainer(max_epochs=4, callbacks=callback).fit(module, data())
+    assert [rates[-1] for rates in module.rates[1:]] == pytest.approx([0.05, 0.15, 0.6])
+
+
+class Deep(Exact):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backbone = self.net[:2]
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+@pytest.mark.parametrize("batches", [9, 15, 22, 36])
+def test_exact_resume(batches, tmp_path):
+    """Before the backbone is unfrozen (epoch 1), right after, and in the epoch that raises its learning rate."""
+
+    def callbacks():
+        saving = ModelCheckpoint(tmp_path / "c", save_top_k=0, save_last=True, every_n_train_steps=1)
+        return [BackboneFinetuning(1, train_bn=False), saving]
+
+    calm = Deep()
+    run(calm, tmp_path, callbacks=[BackboneFinetuning(1, train_bn=False)])
+    with pytest.raises(Died):
+        run(Deep((0, batches), flag=f"{tmp_path}/flag"), tmp_path, callbacks=callbacks())
+    module = Deep()
+    run(module, tmp_path, callbacks=callbacks(), ckpt_path="last")
+    assert same(module, calm)
+
+
+def test_helpers(caplog, monkeypatch):
+    monkeypatch.setattr(__import__("logging").getLogger("raytrainer"), "propagate", True)
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    BaseFinetuning.freeze(module[:2], train_bn=False)
+    assert [p.requires_grad for p in module.parameters()] == [False] * 4 + [True] * 2
+    assert not module[1].track_running_stats
+    optimizer = torch.optim.SGD(module[2].parameters(), lr=1.0)
+    BaseFinetuning.unfreeze_and_add_param_group(module[:2], optimizer, train_bn=False)
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False, False, True, True]
+    assert len(optimizer.param_groups) == 2 and optimizer.param_groups[1]["lr"] == 0.1
+    assert optimizer.param_groups[1]["params"] == list(module[0].parameters())
+    BaseFinetuning.unfreeze(module)
+    assert module[1].track_running_stats and all(p.requires_grad for p in module.parameters())
+    BaseFinetuning.unfreeze_and_add_param_group(module[0], optimizer)
+    assert len(optimizer.param_groups) == 2 and "already" in caplog.text
+
+
+def test_no_backbone(local_trainer):
+    with pytest.raises(ConfigurationError, match="Tiny has no module `backbone`"):
+        local_trainer(callbacks=BackboneFinetuning()).fit(Tiny(), data())
+    with pytest.raises(ConfigurationError, match="unfreeze_backbone_at_epoch"):
+        BackboneFinetuning(-1)

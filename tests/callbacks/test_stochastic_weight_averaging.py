@@ -1,0 +1,112 @@
+"""As torch's own recipe has it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import Died, Exact, run, same
+from tiny import Tiny, data, weights
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+
+from raytrainer import ConfigurationError, ModelCheckpoint, StochasticWeightAveraging
+
+
+class Normed(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.rates = []
+
+    def forward(self, x):
+        return self.layer(self.norm(x[0] if isinstance(x, (list, tuple)) else x))
+
+    def on_train_epoch_end(self):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+def recipe(module, epochs, start, lr, annealing, strategy):
+    (optimizer,), (scheduler,) = module.configure_optimizers()
+    average, late, rates = AveragedModel(module), None, []
+    for epoch in range(epochs):
+        if epoch == start:
+            late = SWALR(optimizer, lr, annealing, strategy)
+        for batch in data():
+            optimizer.zero_grad()
+            module.loss(batch).backward()
+            optimizer.step()
+        if late is not None:
+            average.update_parameters(module)
+        (late or scheduler).step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    update_bn(data(), average)
+    return average.module, rates
+
+
+def twins():
+    torch.manual_seed(4)
+    first = Normed()
+    torch.manual_seed(4)
+    return first, Normed()
+
+
+@pytest.mark.parametrize("start,first,annealing,strategy", [(0.5, 3, 2, "cos"), (2, 2, 10, "linear"), (0, 0, 0, "cos")])
+def test_torchs_recipe(start, first, annealing, strategy, local_trainer):
+    ours, by_hand = twins()
+    callback = StochasticWeightAveraging(0.02, start, annealing, strategy)
+    trainer = local_trainer(max_epochs=6, callbacks=callback)
+    trainer.fit(ours, data(), data(4))
+    expected, rates = recipe(by_hand, 6, first, 0.02, annealing, strategy)
+    assert ours.rates == pytest.approx(rates)
+    torch.testing.assert_close(weights(ours), weights(expected))
+    torch.testing.assert_close(ours.norm.running_mean, expected.norm.running_mean)
+    torch.testing.assert_close(ours.norm.running_var, expected.norm.running_var)
+    assert ours.norm.momentum == 0.1 and trainer.global_step == 60
+    assert len([e for e in ours.events if e == "t"]) == 70  # the last ten for the statistics
+
+
+class Sixth(Exact):
+    """Plain enough to have its schedulers taken from it."""
+
+
+@pytest.mark.parametrize("batches", [8, 22, 29, 41])
+def test_exact_resume(batches, tmp_path):
+    """Before it begins, in the epoch in which it does, and with one and two epochs averaged."""
+
+    def callbacks():
+        saving = ModelCheckpoint(tmp_path / "c", save_top_k=0, save_last=True, every_n_train_steps=1)
+        return [StochasticWeightAveraging(0.004, 1, 2), saving]
+
+    calm = Sixth()
+    run(calm, tmp_path, callbacks=[StochasticWeightAveraging(0.004, 1, 2)])
+    with pytest.raises(Died):
+        run(Sixth((0, batches), flag=f"{tmp_path}/flag"), tmp_path, callbacks=callbacks())
+    module = Sixth()
+    run(module, tmp_path, callbacks=callbacks(), ckpt_path="last")
+    assert same(module, calm)
+
+
+def test_training_that_ends_before(local_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(__import__("logging").getLogger("raytrainer"), "propagate", True)
+    one, other = twins()
+    local_trainer(max_epochs=2, callbacks=StochasticWeightAveraging(0.1, 5)).fit(one, data())
+    local_trainer(max_epochs=2).fit(other, data())
+    assert torch.equal(weights(one), weights(other))
+    assert "before epoch 5" in caplog.text
+
+
+def test_mistakes(local_trainer):
+    for arguments, text in [
+        ({"swa_lrs": -1.0}, "swa_lrs"),
+        ({"swa_lrs": 0.1, "swa_epoch_start": -2}, "swa_epoch_start"),
+        ({"swa_lrs": 0.1, "annealing_strategy": "exp"}, "annealing_strategy"),
+    ]:
+        with pytest.raises(ConfigurationError, match=text):
+            StochasticWeightAveraging(**arguments)
+    with pytest.raises(ConfigurationError, match="max_epochs"):
+        local_trainer(max_steps=3, callbacks=StochasticWeightAveraging(0.1)).fit(Normed(), data())
+    with pytest.raises(ConfigurationError, match=r"\[0.1, 0.2\]"):
+        local_trainer(max_epochs=1, callbacks=StochasticWeightAveraging([0.1, 0.2], 0)).fit(Normed(), data())

@@ -1,0 +1,245 @@
+"""torchmetrics objects in `self.log`, in one process; states of several workers come together as those of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchmetrics
+from exact import Died, Exact, Rows, run, same
+from tiny import Tiny, data
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryF1Score, BinaryPrecision, BinaryRecall
+
+from raytrainer import Callback, MetricError
+from raytrainer.worker import metric_objects
+
+
+def answers(batch):
+    x, y = batch
+    return torch.sigmoid(x[:, 0] + 0.5 * y[:, 0]), (y[:, 0] > 0).long()
+
+
+def whole(loader):
+    parts = [answers(batch) for batch in loader]
+    return torch.cat([p for p, _ in parts]), torch.cat([t for _, t in parts])
+
+
+class Scored(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.acc, self.auc, self.val_acc, self.test_auc = (
+            BinaryAccuracy(),
+            BinaryAUROC(),
+            BinaryAccuracy(),
+            BinaryAUROC(),
+        )
+        self.steps = []
+
+    def training_step(self, batch, batch_idx):
+        self.steps.append(float(self.acc(*answers(batch))))
+        self.log("acc", self.acc, on_step=True, on_epoch=True)
+        self.auc.update(*answers(batch))
+        self.log("auc", self.auc, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.val_acc.update(*answers(batch))
+        self.log("val_acc", self.val_acc)
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.test_auc.update(*answers(batch))
+        self.log("test_auc", self.test_auc, add_dataloader_idx=False)
+
+
+def test_step_and_epoch_values(local_trainer):
+    module, rows = Scored(), Rows()
+    train, val = data(26, batch_size=3), data(7, batch_size=2, seed=5)
+    trainer = local_trainer(max_epochs=3, logger=rows, log_every_n_steps=1, val_check_interval=4)
+    trainer.fit(module, train, val)
+    accuracy, auc = BinaryAccuracy()(*whole(train)), BinaryAUROC()(*whole(train))
+    logged = {name: [row[name] for _, row in rows.rows if name in row] for name in trainer.logged_metrics}
+    assert logged["acc_step"] == pytest.approx(module.steps) and len(set(module.steps)) > 1
+    assert logged["acc_epoch"] == pytest.approx([float(accuracy)] * 3)  # so it was reset in between
+    assert logged["auc"] == pytest.approx([float(auc)] * 3)
+    assert logged["val_acc"] == pytest.approx([float(BinaryAccuracy()(*whole(val)))] * 6)
+    assert trainer.callback_metrics["acc"] == accuracy
+    assert not module.acc.update_called and not module.val_acc.update_called
+
+
+def test_one_metric_over_several_loaders(local_trainer):
+    loaders = [data(6, seed=3), data(5, seed=4)]
+    found = local_trainer().test(Scored(), loaders, verbose=False)
+    (p, t), (q, u) = map(whole, loaders)
+    assert found[0]["test_auc"] == pytest.approx(float(BinaryAUROC()(torch.cat([p, q]), torch.cat([t, u]))))
+
+
+def test_collections_share_states(local_trainer):
+    class Many(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.scores = MetricCollection([BinaryPrecision(), BinaryRecall(), BinaryF1Score()], prefix="v_")
+
+        def validation_step(self, batch, batch_idx):
+            self.scores.update(*answers(batch))
+            self.log_dict(self.scores)
+
+    module, val = Many(), data(15, batch_size=4)
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(module, data(4), val)
+    assert any(len(group) > 1 for group in module.scores.compute_groups.values())
+    for name, kind in (("v_BinaryPrecision", BinaryPrecision), ("v_BinaryF1Score", BinaryF1Score)):
+        assert trainer.callback_metrics[name] == kind()(*whole(val))
+
+
+def test_wrappers_and_compositions(local_trainer):
+    class Wrapped(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = BinaryAccuracy(), BinaryAUROC()
+            self.both = self.low + self.high
+
+        def validation_step(self, batch, batch_idx):
+            self.both.update(*answers(batch))
+            self.log("both", self.both)
+
+    val = data(15, batch_size=4)
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(Wrapped(), data(4), val)
+    expected = BinaryAccuracy()(*whole(val)) + BinaryAUROC()(*whole(val))
+    assert trainer.callback_metrics["both"] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("cuts", [(4, 3, 8), (0, 15, 0), (1, 0, 14)])
+@pytest.mark.parametrize(
+    "make",
+    [BinaryAccuracy, BinaryAUROC, lambda: BinaryAUROC(thresholds=7), torchmetrics.PearsonCorrCoef,
+     torchmetrics.MaxMetric, torchmetrics.CatMetric, torchmetrics.MeanMetric, torchmetrics.R2Score],
+)  # fmt: skip
+def test_states_of_workers_come_together(make, cuts):
+    preds, target = whole(data(15))
+    target = target.float() if make in (torchmetrics.PearsonCorrCoef, torchmetrics.R2Score) else target
+
+    def update(metric, p, t):
+        args = (p,) if isinstance(metric, torchmetrics.aggregation.BaseAggregator) else (p, t)
+        for pieces in zip(*(a.split(2) for a in args), strict=True):
+            if len(p):
+                metric.update(*pieces)
+        return metric
+
+    workers = [update(make(), p, t) for p, t in zip(preds.split(cuts), target.split(cuts), strict=True)]
+    states = [metric_objects.states_of(worker) for worker in workers]
+    alone = update(make(), preds, target).compute()
+    if alone.numel() > 1:
+        with pytest.raises(MetricError, match=r"'m', <CatMetric>.*shape \(15,\)"):
+            metric_objects.compute(workers[0], states, "m")
+        return
+    assert metric_objects.compute(workers[0], states, "m") == pytest.approx(float(alone), rel=1e-5)
+    metric_objects.reset(workers[0])
+    torch.testing.assert_close(update(workers[0], preds, target).compute(), alone)
+
+
+class Exactly(Exact):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.error, self.auc = torchmetrics.MeanSquaredError(), BinaryAUROC()
+        self.auc.persistent(True)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        x, y, _ = batch
+        out = self.net(x).detach()
+        self.error(out, y)
+        self.log("error", self.error, on_step=True, on_epoch=True)
+        self.auc.update(out[:, 0].sigmoid(), (y[:, 0] > 0).long())
+        self.log("auc", self.auc, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("batches", [3, 8, 14, 20])
+def test_exact_resume(batches, tmp_path):
+    calm = Exactly()
+    _, rows = run(calm, tmp_path)
+    with pytest.raises(Died):
+        run(Exactly((0, batches), flag=f"{tmp_path}/flag"), tmp_path, save_every=1)
+    module = Exactly()
+    _, resumed = run(module, tmp_path, save_every=1, ckpt_path="last")
+    assert same(module.net, calm.net)
+    assert resumed == rows[-len(resumed) :]
+    assert any("error_epoch" in row and "auc" in row for _, row in resumed)
+
+
+def test_what_is_left_unfinished_is_forgotten(local_trainer):
+    """An error, or Ctrl-C, in the middle of an epoch: the next run counts from its own beginning."""
+
+    class Fails(Scored):
+        def test_step(self, batch, batch_idx):
+            super().test_step(batch, batch_idx)
+            if batch_idx == 2:
+                raise ArithmeticError
+
+    module = Fails()
+    with pytest.raises(ArithmeticError):
+        local_trainer().test(module, data(20), verbose=False)
+    assert not module.test_auc.update_called
+
+
+def test_the_sanity_check_leaves_no_trace(local_trainer):
+    class Looks(Callback):
+        def on_sanity_check_end(self, trainer, module):
+            self.updated, self.names = module.val_acc.update_called, dict(trainer.callback_metrics)
+
+    looks = Looks()
+    local_trainer(max_epochs=1, callbacks=looks).fit(Scored(), data(4), data(8))
+    assert not looks.updated and looks.names == {}
+
+
+def test_sums_stay_exact_in_low_precision(local_trainer):
+    class Means(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.mean.update(torch.ones(300))
+            self.log("mean", self.mean, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Means()
+    trainer = local_trainer(max_epochs=1, precision="bf16-true")
+    trainer.fit(module, data())
+    assert module.layer.weight.dtype == torch.bfloat16 and module.mean.mean_value.dtype == torch.float32
+    assert trainer.callback_metrics["mean"] == 1.0
+
+
+def test_mistakes(local_trainer):
+    def fit(step, **parts):
+        module = Tiny()
+        for name, part in parts.items():
+            setattr(module, name, part)
+        module.training_step = lambda batch: (step(module, batch), module.loss(batch))[1]
+        local_trainer(max_epochs=1).fit(module, data(6))
+
+    loose = [BinaryAccuracy()]
+    with pytest.raises(MetricError, match="no attribute of the module"):
+        fit(lambda m, b: m.log("a", loose[0], on_epoch=True))
+    with pytest.raises(MetricError, match=r"call it, as in self.acc\(preds, target\)"):
+        fit(lambda m, b: (m.acc.update(*answers(b)), m.log("a", m.acc)), acc=BinaryAccuracy())
+    swap = torch.nn.ModuleList([BinaryAccuracy(), BinaryAccuracy()])
+    with pytest.raises(MetricError, match="another metric object"):
+        fit(lambda m, b: (m.log("a", m.s[0], on_step=False, on_epoch=True), m.s.insert(0, m.s[1])), s=swap)
+
+
+def test_training_does_not_import_it():
+    code = """
+import sys, torch, raytrainer
+sys.path.insert(0, "tests")
+from tiny import Tiny, data
+trainer = raytrainer.Trainer(strategy="local", max_epochs=1, logger=False, enable_checkpointing=False)
+trainer.fit(Tiny(), data(4), data(4))
+print("torchmetrics" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.stdout.strip().splitlines()[-1] == "False", found.stderr
