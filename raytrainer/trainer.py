@@ -42,6 +42,8 @@ from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from raytrainer.driver.placement import Request
 
 __all__ = ["Trainer"]
@@ -501,6 +503,24 @@ class Trainer(TrainerProperties):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Give values to the loggers from a callback, at the current step unless another is given."""
         self._log_rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
+
+    def plot(self, names: str | Sequence[str] | None = None) -> Figure:
+        """Logged metrics over steps, as a matplotlib figure: `CSVLogger.plot` of this trainer's first `CSVLogger`.
+
+        Args:
+            names: Metrics to plot, by full name, or without their stage ("loss" for "train_loss" and "val_loss").
+                None: all.
+
+        Raises:
+            ConfigurationError: There is no `CSVLogger`, matplotlib is not installed, nothing was logged, or a name is
+                unknown.
+        """
+        logger = next((found for found in self._loggers if isinstance(found, CSVLogger)), None)
+        if logger is None:
+            raise ConfigurationError(
+                "plot: this trainer keeps no metrics to plot; give it a CSVLogger, as logger=True (the default) does."
+            )
+        return logger.plot(names)
 
     def _log_hyperparameters(self, task: Task) -> None:
         values: dict[str, Any] = {}
