@@ -1,4 +1,4 @@
-"""The ways in which `ProgressBar` shows things: live bars by rich, plain lines, and (in `_notebook`) a cell's output."""
+"""How `ProgressBar` shows things: live bars by rich, plain lines, and (in `_notebook`) one output of a cell."""
 
 from __future__ import annotations
 
