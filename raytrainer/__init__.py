@@ -13,7 +13,9 @@ from raytrainer.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
+    TuneReportCallback,
     WorkerCallback,
+    tune_resources,
 )
 from raytrainer.data.dataset import RayDataset
 from raytrainer.datamodule import DataModule
@@ -60,11 +62,13 @@ __all__ = [
     "SerializationError",
     "TensorBoardLogger",
     "Trainer",
+    "TuneReportCallback",
     "WorkerCallback",
     "WorkerError",
     "WorkerLostError",
     "__version__",
     "seed_everything",
+    "tune_resources",
 ]
 
 

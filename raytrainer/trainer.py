@@ -16,11 +16,12 @@ import torch
 from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.checkpoint import CheckpointPath, RayCheckpoint
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import attached, ensure_ray, free_resources
+from raytrainer.driver.cluster import attached, ensure_ray, free_resources, own_reservation
 from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
@@ -173,7 +174,8 @@ class Trainer(TrainerProperties):
         default_root_dir: str | os.PathLike[str] | None = None,
         idle_timeout: float = 300.0,
     ) -> None:
-        on_cluster = attached(address)
+        # a Ray Tune trial has its share of the cluster already, and is like a machine of its own
+        on_cluster = attached(address) and own_reservation() is None
         if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
         self._settings = build_settings(
@@ -231,7 +233,7 @@ class Trainer(TrainerProperties):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
     ) -> None:
         """Train. Afterwards `model` holds the trained weights, buffers and hyperparameters.
 
@@ -241,7 +243,8 @@ class Trainer(TrainerProperties):
             val_dataloaders: One validation loader or `RayDataset`, or a list of them.
             datamodule: Where loaders come from that are not given here.
             ckpt_path: A checkpoint to go on from: its path or URI; "last": the newest that this trainer's
-                `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best".
+                `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best"; or what
+                `ray.tune.get_checkpoint()` gives, when `TuneReportCallback` has reported it.
 
         Raises:
             Exception: Whatever user code raised; from a worker, with a `WorkerError` as its cause.
@@ -270,7 +273,7 @@ class Trainer(TrainerProperties):
         self,
         model: Module | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
     ) -> list[dict[str, float]]:
@@ -292,7 +295,7 @@ class Trainer(TrainerProperties):
         self,
         model: Module | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
     ) -> list[dict[str, float]]:
@@ -305,7 +308,7 @@ class Trainer(TrainerProperties):
         dataloaders: Any = None,
         datamodule: DataModule | None = None,
         return_predictions: bool = True,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
     ) -> Any:
         """Predict every batch, on all workers.
 
@@ -346,7 +349,7 @@ class Trainer(TrainerProperties):
         stage: str,
         model: Module | None,
         dataloaders: Any,
-        ckpt_path: str | os.PathLike[str] | None,
+        ckpt_path: CheckpointPath | None,
         verbose: bool,
         datamodule: DataModule | None,
         ask_predictions: bool = False,
@@ -477,6 +480,8 @@ class Trainer(TrainerProperties):
 
     def _can_grow(self, group: WorkerGroup) -> bool:
         settings = self._settings
+        if own_reservation() is not None:
+            return False
         larger = [nodes * workers for nodes, workers in settings.sizes if nodes * workers > group.size]
         return bool(larger) and free_resources("GPU" if settings.on_gpu else "CPU") >= min(larger) - group.size
 
@@ -542,12 +547,13 @@ class Trainer(TrainerProperties):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False) -> None:
         """Save a checkpoint: a directory, replaced in one move if it exists.
 
         Args:
             filepath: A path, or a URI that pyarrow knows ("s3://bucket/name.ckpt").
             weights_only: Leave out what only resuming needs.
+            wait: Return when it is written; otherwise writing goes on in the background while there is a run.
 
         Raises:
             CheckpointError: There is nothing to save, or something in it is no plain value.
@@ -567,6 +573,8 @@ class Trainer(TrainerProperties):
             self._writer.save(path, lambda: state)
         else:
             self._writer.save(path, captured.resolve)
+        if wait:
+            self._writer.flush()
 
     def _callback_states(self) -> dict[str, Any]:
         return {c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)}
@@ -596,9 +604,11 @@ class Trainer(TrainerProperties):
         """Whether a whole checkpoint is there."""
         return self._writer.exists(filepath)
 
-    def _read(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
         if ckpt_path is None:
             return None
+        if isinstance(ckpt_path, RayCheckpoint):
+            return {**checkpoints.read_checkpoint(ckpt_path), "path": str(ckpt_path)}
         path: str | None = os.fspath(ckpt_path)
         if path == "best":
             path = next((c.best_model_path for c in self._checkpoint_callbacks if c.best_model_path), None)

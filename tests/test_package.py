@@ -18,8 +18,8 @@ RAY_IMPORTERS = {f"driver/{n}.py" for n in ("ray_group", "cluster", "remote", "r
 
 
 def may_import_ray(path: Path) -> bool:
-    """The driver's side of Ray, and `data/ray_*.py`."""
-    return name(path) in RAY_IMPORTERS or (path.parent.name == "data" and path.name.startswith("ray_"))
+    """The driver's side of Ray, `data/ray_*.py`, and `callbacks/ray_*.py`, whose users have Ray."""
+    return name(path) in RAY_IMPORTERS or (path.parent.name in ("data", "callbacks") and path.name.startswith("ray_"))
 
 
 def in_order(names: list[str]) -> list[str]:
@@ -64,8 +64,8 @@ def test_public_names():
         "DDP", "DDP2", "DP", "CSVLogger", "Callback", "CheckpointError", "ConfigurationError", "DataError",
         "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "Logger", "MetricError",
         "ModelCheckpoint", "ModelSummary", "Module", "ProgressBar", "RayDataset", "RaytrainerError", "ResourceError",
-        "SerializationError", "TensorBoardLogger", "Trainer", "WorkerCallback", "WorkerError", "WorkerLostError",
-        "__version__", "seed_everything",
+        "SerializationError", "TensorBoardLogger", "Trainer", "TuneReportCallback", "WorkerCallback", "WorkerError",
+        "WorkerLostError", "__version__", "seed_everything", "tune_resources",
     }  # fmt: skip
     public = {
         n

@@ -7,6 +7,7 @@ from raytrainer.callbacks.learning_rate_monitor import LearningRateMonitor
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
 from raytrainer.callbacks.model_summary import ModelSummary
 from raytrainer.callbacks.progress import ProgressBar
+from raytrainer.callbacks.ray_tune import TuneReportCallback, tune_resources
 
 __all__ = [
     "Callback",
@@ -16,5 +17,7 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "TuneReportCallback",
     "WorkerCallback",
+    "tune_resources",
 ]

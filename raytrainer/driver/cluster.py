@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["attached", "ensure_ray", "free_resources", "may_grow", "resources_text"]
+__all__ = ["attached", "ensure_ray", "free_resources", "may_grow", "own_reservation", "resources_text"]
 
 log = logging.getLogger("raytrainer")
 
@@ -16,6 +16,14 @@ def attached(address: str | None) -> bool:
     """Whether a cluster is in use already, or named, without importing ray to find out."""
     ray = sys.modules.get("ray")
     return address is not None or bool(os.environ.get("RAY_ADDRESS")) or bool(ray is not None and ray.is_initialized())
+
+
+def own_reservation() -> Any | None:
+    """The placement group that this very process runs in: that of a Ray Tune trial, say. None in an ordinary driver."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return ray.util.get_current_placement_group()
 
 
 def ensure_ray(address: str | None, workers: int) -> None:

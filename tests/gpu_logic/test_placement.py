@@ -4,7 +4,7 @@ import pytest
 from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
-from raytrainer.driver.placement import ClusterNode, Request, claim, gpus_of_every_node, refuse_impossible
+from raytrainer.driver.placement import ClusterNode, Request, claim, gpus_of_every_node, refuse_impossible, share_out
 
 
 class Clock:
@@ -125,3 +125,20 @@ def test_every_gpu_of_every_node():
         gpus_of_every_node(nodes, 3)
     with pytest.raises(ConfigurationError, match=r"10.0.0.0 has 4, 10.0.0.2 has 4, 10.0.0.9 has 8"):
         gpus_of_every_node([*nodes, ClusterNode("9", "10.0.0.9", 8, 8)], 1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "bundles", "places"),
+    [
+        (Request(1, 2), [("a", 0, 0), ("a", 2, 0)], [1, 1]),
+        (Request(1, 2), [("a", 1, 0), ("a", 1, 0), ("a", 1, 0)], [0, 1]),
+        (Request(1, 2), [("a", 1, 0), ("b", 1, 0)], None),
+        (Request(2, 1), [("a", 1, 0), ("b", 1, 0)], [0, 1]),
+        (Request(2, 2), [("a", 2, 0), ("b", 1, 0), ("c", 1, 0), ("b", 1, 0)], [0, 0, 1, 3]),
+        (Request(1, 1, gpu=True), [("a", 4, 0), ("a", 1, 1)], [1]),
+        (Request(1, 2, gpu=True), [("a", 4, 1)], None),
+        (Request(1, 1), [("a", 0.5, 0)], None),
+    ],
+)
+def test_room_in_a_reservation_that_is_there(request_, bundles, places):
+    assert share_out(request_, bundles) == places
