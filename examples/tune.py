@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -89,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--num-samples", type=int, default=8, help="trials")
     parser.add_argument("--max-epochs", type=int, default=16, help="epochs of a trial that is not stopped")
     parser.add_argument("--num-processes", type=int, default=1, help="workers of each trial")
+    parser.add_argument("--address", default=None, help="a Ray cluster; by default one is started here")
     parser.add_argument("--root", default="tune_results", help="where results go")
     args = parser.parse_args(arguments)
+    if not ray.is_initialized():
+        ray.init(args.address or os.environ.get("RAY_ADDRESS", "local"))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, rt.tune_resources(num_processes=args.num_processes)),
@@ -107,12 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
             num_samples=args.num_samples,
             scheduler=ASHAScheduler(max_t=args.max_epochs, grace_period=min(2, args.max_epochs)),
         ),
-        run_config=tune.RunConfig(
-            name="digits",
-            storage_path=os.path.abspath(args.root),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            verbose=1,
-        ),
+        run_config=tune.RunConfig(name="digits", storage_path=os.path.abspath(args.root), verbose=1),
     )
     results = tuner.fit()
     best = results.get_best_result()

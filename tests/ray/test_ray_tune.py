@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +129,18 @@ def test_a_reservation_of_ones_own_is_all_there_is() -> None:
     assert (strategy, steps) == ("local", 4)
     assert kind == "ResourceError" and "raytrainer.tune_resources(num_processes=2)" in no_room
     assert other_kind == "ConfigurationError" and "give gpus as a number" in chosen
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_example(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "examples" / "tune.py"
+    spec = importlib.util.spec_from_file_location("example_tune", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    pool.close_idle()
+    accuracy = example.main(["--num-samples", "2", "--max-epochs", "2", "--root", str(tmp_path)])
+    logs = [path.read_text().splitlines() for path in (tmp_path / "digits").glob("trial_*/result.json")]
+    best = min((json.loads(lines[-1]) for lines in logs), key=lambda result: result["val_loss"])
+    assert len(logs) == 2 and best["training_iteration"] == 2
+    assert accuracy == pytest.approx(best["val_acc"]), "the checkpoint gives here what the trial has reported"
