@@ -25,7 +25,9 @@ from raytrainer.callbacks import (
     StochasticWeightAveraging,
     ThroughputMonitor,
     Timer,
+    TuneReportCallback,
     WorkerCallback,
+    tune_resources,
 )
 from raytrainer.data.dataset import RayDataset
 from raytrainer.datamodule import DataModule
@@ -84,11 +86,13 @@ __all__ = [
     "ThroughputMonitor",
     "Timer",
     "Trainer",
+    "TuneReportCallback",
     "WorkerCallback",
     "WorkerError",
     "WorkerLostError",
     "__version__",
     "seed_everything",
+    "tune_resources",
 ]
 
 

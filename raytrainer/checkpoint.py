@@ -20,8 +20,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import quote
 
 import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT_VERSION",
+    "CheckpointPath",
+    "RayCheckpoint",
     "checkpoint_exists",
     "export_weights",
     "find_checkpoints",
@@ -129,12 +132,28 @@ def _versions() -> dict[str, str]:
     return {"raytrainer": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+@runtime_checkable
+class RayCheckpoint(Protocol):
+    """A `ray.tune.Checkpoint` or `ray.train.Checkpoint`: a directory somewhere."""
+
+    def as_directory(self) -> AbstractContextManager[str]:
+        """A local copy, or the directory itself if it is local."""
+
+
+#: Where a checkpoint is: a path, a URI, or one of Ray's own objects.
+CheckpointPath: TypeAlias = str | os.PathLike[str] | RayCheckpoint
+
+
+def read_checkpoint(path: CheckpointPath, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint, executing nothing from it.
 
     Raises:
         CheckpointError: There is none, or it is truncated, foreign, newer than this version, or not plain data.
     """
+    if isinstance(path, RayCheckpoint):
+        with path.as_directory() as folder:
+            return read_checkpoint(folder, map_location)
+    path = os.fspath(path)
     filesystem, directory = locate(path)
     meta = _read_meta(filesystem, directory, str(path))
     try:

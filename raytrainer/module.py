@@ -18,6 +18,7 @@ from raytrainer.hparams import HyperparametersMixin, construct
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.callback import Callback, WorkerCallback
+    from raytrainer.checkpoint import CheckpointPath
     from raytrainer.loggers.logger import Logger
     from raytrainer.worker.view import TrainerView
 
@@ -355,7 +356,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | Path,
+        checkpoint_path: CheckpointPath,
         map_location: Any = "cpu",
         hparams_file: None = None,
         strict: bool | None = None,
@@ -364,7 +365,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         """Construct the module from a checkpoint: its saved hyperparameters, then its weights. Needs no Ray.
 
         Args:
-            checkpoint_path: A checkpoint's directory.
+            checkpoint_path: A checkpoint's directory, its URI, or Ray's object for it (`result.checkpoint` of a trial).
             map_location: Where to put the weights, as for `torch.load`.
             hparams_file: Not supported: hyperparameters are read from the checkpoint.
             strict: Whether state-dict keys must match; default: the module's `strict_loading`.
@@ -376,7 +377,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
         """
         from raytrainer.checkpoint import load_into, read_checkpoint
 
-        checkpoint = read_checkpoint(str(checkpoint_path), map_location=map_location)
+        checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
         module: Self = construct(cls, checkpoint.get("hyper_parameters") or {}, overrides)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)

@@ -17,11 +17,12 @@ from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
+from raytrainer.checkpoint import CheckpointPath, RayCheckpoint
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import Cluster, attached, ensure_ray, explain_lost, free_by_node
+from raytrainer.driver.cluster import Cluster, attached, ensure_ray, explain_lost, free_by_node, own_reservation
 from raytrainer.driver.coordinator import Coordinator, Hosted
 from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
@@ -43,6 +44,8 @@ from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from raytrainer.driver.placement import Request
 
 __all__ = ["Trainer"]
@@ -181,7 +184,8 @@ class Trainer(TrainerProperties):
         idle_timeout: float = 300.0,
     ) -> None:
         self._cluster = Cluster(address, runtime_env)
-        on_cluster = attached(self._cluster)
+        # a Ray Tune trial has its share of the cluster already, and is like a machine of its own
+        on_cluster = attached(self._cluster) and own_reservation() is None
         if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
         self._settings = build_settings(
@@ -241,7 +245,7 @@ class Trainer(TrainerProperties):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
     ) -> None:
         """Train. Afterwards `model` holds the trained weights, buffers and hyperparameters.
 
@@ -251,7 +255,8 @@ class Trainer(TrainerProperties):
             val_dataloaders: One validation loader or `RayDataset`, or a list of them.
             datamodule: Where loaders come from that are not given here.
             ckpt_path: A checkpoint to go on from: its path or URI; "last": the newest that this trainer's
-                `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best".
+                `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best"; or what
+                `ray.tune.get_checkpoint()` gives, when `TuneReportCallback` has reported it.
 
         Raises:
             Exception: Whatever user code raised; from a worker, with a `WorkerError` as its cause.
@@ -280,7 +285,7 @@ class Trainer(TrainerProperties):
         self,
         model: Module | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
     ) -> list[dict[str, float]]:
@@ -302,7 +307,7 @@ class Trainer(TrainerProperties):
         self,
         model: Module | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
     ) -> list[dict[str, float]]:
@@ -315,7 +320,7 @@ class Trainer(TrainerProperties):
         dataloaders: Any = None,
         datamodule: DataModule | None = None,
         return_predictions: bool = True,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: CheckpointPath | None = None,
     ) -> Any:
         """Predict every batch, on all workers.
 
@@ -356,7 +361,7 @@ class Trainer(TrainerProperties):
         stage: str,
         model: Module | None,
         dataloaders: Any,
-        ckpt_path: str | os.PathLike[str] | None,
+        ckpt_path: CheckpointPath | None,
         verbose: bool,
         datamodule: DataModule | None,
         ask_predictions: bool = False,
@@ -496,7 +501,7 @@ class Trainer(TrainerProperties):
     def _can_grow(self, group: WorkerGroup) -> bool:
         settings = self._settings
         larger = [(nodes, workers) for nodes, workers in settings.sizes if nodes * workers > group.size]
-        if not larger:
+        if not larger or own_reservation() is not None:
             return False
         from raytrainer.driver.placement import fits
 
@@ -527,6 +532,24 @@ class Trainer(TrainerProperties):
         """Give values to the loggers from a callback, at the current step unless another is given."""
         self._log_rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
 
+    def plot(self, names: str | Sequence[str] | None = None) -> Figure:
+        """Logged metrics over steps, as a matplotlib figure: `CSVLogger.plot` of this trainer's first `CSVLogger`.
+
+        Args:
+            names: Metrics to plot, by full name, or without their stage ("loss" for "train_loss" and "val_loss").
+                None: all.
+
+        Raises:
+            ConfigurationError: There is no `CSVLogger`, matplotlib is not installed, nothing was logged, or a name is
+                unknown.
+        """
+        logger = next((found for found in self._loggers if isinstance(found, CSVLogger)), None)
+        if logger is None:
+            raise ConfigurationError(
+                "plot: this trainer keeps no metrics to plot; give it a CSVLogger, as logger=True (the default) does."
+            )
+        return logger.plot(names)
+
     def _log_hyperparameters(self, task: Task) -> None:
         values: dict[str, Any] = {}
         for owner in (task.datamodule, task.module):
@@ -547,12 +570,13 @@ class Trainer(TrainerProperties):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False) -> None:
         """Save a checkpoint: a directory, replaced in one move if it exists.
 
         Args:
             filepath: A path, or a URI that pyarrow knows ("s3://bucket/name.ckpt").
             weights_only: Leave out what only resuming needs.
+            wait: Return when it is written; otherwise writing goes on in the background while there is a run.
 
         Raises:
             CheckpointError: There is nothing to save, or something in it is no plain value.
@@ -575,6 +599,8 @@ class Trainer(TrainerProperties):
             self._writer.save(path, lambda: state)
         else:
             self._writer.save(path, captured.resolve)
+        if wait:
+            self._writer.flush()
 
     def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
         state = coordinator.rescue()
@@ -611,9 +637,11 @@ class Trainer(TrainerProperties):
         """Whether a whole checkpoint is there."""
         return self._writer.exists(filepath)
 
-    def _read(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
         if ckpt_path is None:
             return None
+        if isinstance(ckpt_path, RayCheckpoint):
+            return {**checkpoints.read_checkpoint(ckpt_path), "path": str(ckpt_path)}
         path: str | None = os.fspath(ckpt_path)
         if path == "best":
             path = next((c.best_model_path for c in self._checkpoint_callbacks if c.best_model_path), None)

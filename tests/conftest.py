@@ -55,8 +55,8 @@ def _children() -> dict[int, str]:
 
 
 def _environment() -> dict[str, str]:
-    # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made
-    exempt = ("PYTEST_", "TORCHINDUCTOR_")
+    # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made, Ray RAY_CLIENT_MODE when it is imported
+    exempt = ("PYTEST_", "TORCHINDUCTOR_", "RAY_CLIENT_MODE")
     return {name: value for name, value in os.environ.items() if not name.startswith(exempt)}
 
 

@@ -18,8 +18,8 @@ RAY_IMPORTERS = {f"driver/{n}.py" for n in ("attach", "cluster", "output", "ray_
 
 
 def may_import_ray(path: Path) -> bool:
-    """The driver's side of Ray, and `data/ray_*.py`."""
-    return name(path) in RAY_IMPORTERS or (path.parent.name == "data" and path.name.startswith("ray_"))
+    """The driver's side of Ray, `data/ray_*.py`, and `callbacks/ray_*.py`, whose users have Ray."""
+    return name(path) in RAY_IMPORTERS or (path.parent.name in ("data", "callbacks") and path.name.startswith("ray_"))
 
 
 def in_order(names: list[str]) -> list[str]:
@@ -67,8 +67,9 @@ def test_public_names():
         "LearningRateMonitor", "Logger", "MetricError", "ModelCheckpoint", "ModelSummary", "Module",
         "OnExceptionCheckpoint", "PredictionWriter", "ProgressBar", "RayDataset", "RaytrainerError",
         "ResourceError", "RichModelSummary", "SerializationError", "StochasticWeightAveraging", "TensorBoardLogger",
-        "ThroughputMonitor", "Timer", "Trainer", "WorkerCallback", "WorkerError", "WorkerLostError", "__version__",
-        "seed_everything",
+        "ThroughputMonitor", "Timer", "Trainer", "TuneReportCallback", "WorkerCallback", "WorkerError",
+        "WorkerLostError", "__version__",
+        "seed_everything", "tune_resources",
     }  # fmt: skip
     public = {
         n

@@ -14,6 +14,7 @@ from raytrainer.callbacks.model_summary import ModelSummary
 from raytrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raytrainer.callbacks.prediction_writer import PredictionWriter
 from raytrainer.callbacks.progress import ProgressBar
+from raytrainer.callbacks.ray_tune import TuneReportCallback, tune_resources
 from raytrainer.callbacks.rich_model_summary import RichModelSummary
 from raytrainer.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from raytrainer.callbacks.throughput_monitor import ThroughputMonitor
@@ -39,5 +40,7 @@ __all__ = [
     "StochasticWeightAveraging",
     "ThroughputMonitor",
     "Timer",
+    "TuneReportCallback",
     "WorkerCallback",
+    "tune_resources",
 ]

@@ -1,8 +1,7 @@
-"""The two ways in which `ProgressBar` shows things: live bars by rich, and plain lines."""
+"""How `ProgressBar` shows things: live bars by rich, plain lines, and (in `_notebook`) one output of a cell."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 import time
@@ -51,14 +50,16 @@ def is_live(console: Console) -> bool:
 
     Asks the file itself: rich takes FORCE_COLOR, which batch systems set, for a terminal.
     """
-    if console.is_jupyter:
-        return importlib.util.find_spec("ipywidgets") is not None
     return console.file.isatty() and not console.is_dumb_terminal
 
 
 def make_display(refresh_rate: float, leave: bool) -> Display:
-    """Live bars where stdout allows them, otherwise plain lines."""
+    """One output that is redrawn in a notebook, live bars where stdout allows them, otherwise plain lines."""
     console = Console()
+    if console.is_jupyter:
+        from raytrainer.callbacks._notebook import NotebookDisplay
+
+        return NotebookDisplay(refresh_rate, leave)
     return RichDisplay(console, refresh_rate, leave) if is_live(console) else PlainDisplay()
 
 

@@ -1,4 +1,4 @@
-"""Show how far a run is: live bars on a terminal, few plain lines elsewhere."""
+"""Show how far a run is: live bars on a terminal and in a notebook, few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["ProgressBar"]
 class ProgressBar(Callback):
     """Shows epochs, batches, speed and the metrics logged with `prog_bar=True`, on stdout, from the driver only.
 
-    On a terminal, and in a notebook that has ipywidgets: a live bar for the epoch, and one that comes and goes for each
-    evaluation. Elsewhere (a file, a batch job) plain lines: one at the end of each epoch or test, and one every 30 s
-    within a long one.
+    On a terminal, and in a notebook: a live bar for the epoch, and one that comes and goes for each evaluation. In a
+    notebook that is one output of the cell, which stays and is saved with it. Elsewhere (a file, a batch job) plain
+    lines: one at the end of each epoch or test, and one every 30 s within a long one.
 
     Args:
         refresh_rate: Seconds between redraws of live bars [0.5]. 0 shows nothing at all.

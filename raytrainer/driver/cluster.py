@@ -21,6 +21,7 @@ __all__ = [
     "free_by_node",
     "free_resources",
     "may_grow",
+    "own_reservation",
     "place_name",
     "resources_text",
     "started_here",
@@ -56,6 +57,14 @@ def attached(cluster: Cluster) -> bool:
     ray = sys.modules.get("ray")
     named = cluster.named
     return (named is not None and named != "local") or bool(ray is not None and ray.is_initialized())
+
+
+def own_reservation() -> Any | None:
+    """The placement group that this very process runs in: that of a Ray Tune trial, say. None in an ordinary driver."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return ray.util.get_current_placement_group()
 
 
 def ensure_ray(cluster: Cluster, workers: int) -> None:

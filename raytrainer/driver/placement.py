@@ -18,7 +18,17 @@ from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.memory import Card
 from raytrainer.gpu.select import check_present, describe_loads, free_first, index_text
 
-__all__ = ["ClusterNode", "Request", "Reserver", "Slot", "claim", "fits", "gpus_of_every_node", "refuse_impossible"]
+__all__ = [
+    "ClusterNode",
+    "Request",
+    "Reserver",
+    "Slot",
+    "claim",
+    "fits",
+    "gpus_of_every_node",
+    "refuse_impossible",
+    "share_out",
+]
 
 log = logging.getLogger("raytrainer")
 
@@ -64,11 +74,15 @@ class ClusterNode:
 
 @dataclass(frozen=True)
 class Slot:
-    """One worker's reservation: a placement group, the bundle in it, and the CPUs it has for the worker."""
+    """One worker's reservation: a placement group, the bundle in it, and the CPUs it has for the worker.
+
+    A `borrowed` group is somebody else's (a Ray Tune trial's), and not ours to remove.
+    """
 
     group: Any
     bundle: int = 0
     cpus: float = 1.0
+    borrowed: bool = False
 
 
 class Reserver(Protocol):
@@ -128,6 +142,26 @@ def refuse_impossible(request: Request, reserver: Reserver) -> None:
         f"{request}: not to be had; the cluster has {reserver.describe()} in all ({each}), and nobody would add to "
         f"it. Ask for fewer workers or nodes."
     )
+
+
+def share_out(request: Request, bundles: Sequence[tuple[str, float, float]]) -> list[int] | None:
+    """Places for a group's workers in a reservation that is there already.
+
+    Args:
+        request: Without chosen GPUs.
+        bundles: Of each bundle: its node, and the CPUs and GPUs in it that nobody uses.
+
+    Returns:
+        The bundle of each worker, node by node; None if there is no room for all.
+    """
+    by_node: dict[str, list[int]] = {}
+    for index, (node, cpus, gpus) in enumerate(bundles):
+        fit = int(cpus // request.cpus)
+        by_node.setdefault(node, []).extend([index] * (min(fit, int(gpus)) if request.gpu else fit))
+    chosen = [places[: request.per_node] for places in by_node.values() if len(places) >= request.per_node]
+    if len(chosen) < request.nodes:
+        return None
+    return [index for places in chosen[: request.nodes] for index in places]
 
 
 def gpus_of_every_node(nodes: Sequence[ClusterNode], wanted: int) -> int:

@@ -282,7 +282,7 @@ class RayGroup:
         for actor in getattr(self, "_actors", []):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        for group in {slot.group.id: slot.group for slot in self._slots}.values():
+        for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
             with contextlib.suppress(RayError):
                 remove_placement_group(group)
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raytrainer.driver.cluster import may_grow, resources_text
+from raytrainer.driver.cluster import may_grow, own_reservation, resources_text
 from raytrainer.driver.placement import (
     ClusterNode,
     Request,
@@ -21,8 +21,9 @@ from raytrainer.driver.placement import (
     claim,
     gpus_of_every_node,
     refuse_impossible,
+    share_out,
 )
-from raytrainer.errors import ResourceError
+from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.memory import Card, open_nvml
 
 __all__ = ["RayReserver", "all_gpus", "own_gpu_indices", "place"]
@@ -135,6 +136,9 @@ def place(request: Request, timeout: float) -> list[Slot]:
         ResourceError: Not to be had, ever or within `timeout` seconds.
         ConfigurationError: Chosen GPUs that no node has.
     """
+    own = own_reservation()
+    if own is not None:
+        return _place_within(own, request)
     reserver = RayReserver()
     if request.indices or request.free:
         return claim(request, reserver, timeout)
@@ -155,3 +159,33 @@ def place(request: Request, timeout: float) -> list[Slot]:
                 f"free what other jobs hold, or add nodes."
             )
     return [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
+
+
+def _place_within(group: Any, request: Request) -> list[Slot]:
+    """Slots in the reservation that this process runs in. Asking the cluster for more could wait for ever: for others
+    like this one, which hold what they have and ask for more as well.
+
+    Raises:
+        ResourceError: It has no room for all workers.
+        ConfigurationError: GPUs are chosen, which Ray has done already.
+    """
+    if request.indices or request.free:
+        raise ConfigurationError(
+            f"{request}: this process runs in a reservation of its own (a Ray Tune trial?), for which Ray has chosen "
+            f"the GPUs already: give gpus as a number, and leave auto_select_gpus out."
+        )
+    specs = [dict(spec) for spec in group.bundle_specs]
+    for name, used in ray.get_runtime_context().get_assigned_resources().items():
+        # what this process itself uses came out of the first bundle that has it
+        first = next((spec for spec in specs if spec.get(name, 0) >= used), {})
+        first[name] = first.get(name, 0) - used
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    bundles = [(nodes[i], spec.get("CPU", 0.0), spec.get("GPU", 0.0)) for i, spec in enumerate(specs)]
+    places = share_out(request, bundles)
+    if places is None:
+        raise ResourceError(
+            f"{request}: this process runs in a reservation of its own (a Ray Tune trial?), {group.bundle_specs}, "
+            f"which has no room for that. Reserve it together: tune.with_resources(function, raytrainer.tune_resources("
+            f"num_processes={request.per_node}))."
+        )
+    return [Slot(group, index, request.cpus, borrowed=True) for index in places]

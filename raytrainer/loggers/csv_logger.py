@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.logger import DirectoryLogger, as_mapping
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CSVLogger"]
 
@@ -88,6 +91,39 @@ class CSVLogger(DirectoryLogger):
         """Write what is still in memory."""
         self._flush()
 
+    def plot(self, names: str | Sequence[str] | None = None) -> Figure:
+        """Logged metrics over steps (needs matplotlib, extra `plot`).
+
+        Each kind of metric has an axis of its own, which those of training, validation and test share. Where several
+        runs went into the file, earlier ones are pale.
+
+        Args:
+            names: Metrics to plot: full names ("val_loss"), or names without their stage ("loss", for "train_loss" and
+                "val_loss"). None: all.
+
+        Returns:
+            A figure that a notebook shows; elsewhere use its `savefig`. It is not known to pyplot.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed, nothing was logged, or a name is unknown.
+        """
+        from raytrainer.loggers._plots import plot_rows
+
+        self._flush()
+        return plot_rows(self._series(), names, str(self.path))
+
+    def _series(self) -> dict[str, list[tuple[int, float]]]:
+        """The file's values by name, each with its step."""
+        series: dict[str, list[tuple[int, float]]] = {}
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    for name, text in row.items():
+                        value = None if name in ("epoch", "step") or not text else _number(text)
+                        if value is not None:
+                            series.setdefault(name, []).append((int(row["step"]), value))
+        return series
+
     def _open(self) -> None:
         self._columns = {"epoch": None, "step": None}
         if self.path.is_file() and self.path.stat().st_size:
@@ -113,6 +149,13 @@ class CSVLogger(DirectoryLogger):
             writer.writerows(self._rows)
         self._in_file = len(columns)
         self._rows = []
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _plain(value: Any) -> Any:

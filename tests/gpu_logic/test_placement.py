@@ -4,7 +4,15 @@ import pytest
 from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
-from raytrainer.driver.placement import ClusterNode, Request, claim, fits, gpus_of_every_node, refuse_impossible
+from raytrainer.driver.placement import (
+    ClusterNode,
+    Request,
+    claim,
+    fits,
+    gpus_of_every_node,
+    refuse_impossible,
+    share_out,
+)
 
 
 class Clock:
@@ -140,3 +148,20 @@ def test_every_gpu_of_every_node():
 )
 def test_whether_more_would_fit(nodes, per_node, free, held, expected):
     assert fits(nodes, per_node, free, held) is expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "bundles", "places"),
+    [
+        (Request(1, 2), [("a", 0, 0), ("a", 2, 0)], [1, 1]),
+        (Request(1, 2), [("a", 1, 0), ("a", 1, 0), ("a", 1, 0)], [0, 1]),
+        (Request(1, 2), [("a", 1, 0), ("b", 1, 0)], None),
+        (Request(2, 1), [("a", 1, 0), ("b", 1, 0)], [0, 1]),
+        (Request(2, 2), [("a", 2, 0), ("b", 1, 0), ("c", 1, 0), ("b", 1, 0)], [0, 0, 1, 3]),
+        (Request(1, 1, gpu=True), [("a", 4, 0), ("a", 1, 1)], [1]),
+        (Request(1, 2, gpu=True), [("a", 4, 1)], None),
+        (Request(1, 1), [("a", 0.5, 0)], None),
+    ],
+)
+def test_room_in_a_reservation_that_is_there(request_, bundles, places):
+    assert share_out(request_, bundles) == places

@@ -1,0 +1,140 @@
+"""Ray Tune: report a trial's metrics and checkpoints, and reserve what its workers need."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raytrainer.callbacks.callback import Callback
+from raytrainer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ray.tune import PlacementGroupFactory
+
+    from raytrainer.module import Module
+    from raytrainer.trainer import Trainer
+
+__all__ = ["TuneReportCallback", "tune_resources"]
+
+_log = logging.getLogger("raytrainer")
+
+_MOMENTS = ("validation_end", "train_epoch_end")
+
+
+class TuneReportCallback(Callback):
+    """Reports metrics, and a checkpoint to go on from, to Ray Tune: from inside a trial's function.
+
+    A trial that a scheduler stops ends at its next report, and its workers with it. Outside of a trial it does nothing.
+    "epoch" and "step" are reported too.
+
+    Args:
+        metrics: What to report: a name or several of `trainer.callback_metrics`, or a mapping from the name in Tune to
+            that name. None: all of them.
+        on: "validation_end": after each validation; "train_epoch_end": after each training epoch. None: after
+            validations, or if the run has none after training epochs.
+        checkpoint: Report a checkpoint with them. It is a whole one: give `ray.tune.get_checkpoint()` to
+            `fit(ckpt_path=...)`, or `result.checkpoint` to `Module.load_from_checkpoint`.
+
+    Raises:
+        ConfigurationError: `on` is neither, or (when reporting) a metric was not logged.
+    """
+
+    runs_last: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        metrics: str | Sequence[str] | Mapping[str, str] | None = None,
+        on: str | None = None,
+        checkpoint: bool = True,
+    ) -> None:
+        if on is not None and on not in _MOMENTS:
+            raise ConfigurationError(f"TuneReportCallback(on={on!r}): allowed are {_MOMENTS[0]!r} and {_MOMENTS[1]!r}")
+        names = [metrics] if isinstance(metrics, str) else metrics
+        self.metrics = None if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
+        self.on, self.checkpoint = on, checkpoint
+        self._in_trial = False
+
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """See whether this is a trial."""
+        self._in_trial = stage == "fit" and _in_trial()
+        if stage == "fit" and not self._in_trial:
+            _log.warning("TuneReportCallback: this is no trial of Ray Tune; nothing is reported.")
+
+    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+        """Report, if this is the moment to."""
+        if self.on in (None, "validation_end") and not trainer.sanity_checking:
+            self._report(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+        """Report, if this is the moment to."""
+        validates = any(count != 0 for count in trainer.num_val_batches)
+        if self.on == "train_epoch_end" or (self.on is None and not validates):
+            self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        if not self._in_trial:
+            return
+        from ray import tune
+
+        values = self._values(trainer)
+        if not self.checkpoint:
+            tune.report(values)
+            return
+        # Tune has taken its copy when `report` returns; a trial that was stopped does not return from it
+        with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
+            trainer.save_checkpoint(folder, wait=True)
+            tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    def _values(self, trainer: Trainer) -> dict[str, Any]:
+        there = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        wanted = {name: name for name in there} if self.metrics is None else self.metrics
+        missing = sorted(set(wanted.values()) - set(there))
+        if missing:
+            raise ConfigurationError(
+                f"TuneReportCallback(metrics={list(wanted.values())}): {missing} was not logged; there are: "
+                f"{', '.join(sorted(there)) or 'none'}. Call self.log(...) in the module, or report one of these"
+            )
+        counters = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        return {**counters, **{name: there[source] for name, source in wanted.items()}}
+
+
+def tune_resources(num_processes: int = 1, gpus: int = 0, num_nodes: int = 1) -> PlacementGroupFactory:
+    """What a trial has to reserve for a Trainer with these arguments: give it to `ray.tune.with_resources`.
+
+    One worker trains in the trial's own process, which is given a CPU (and a GPU). Of several, each is given a CPU (and
+    a GPU) out of the trial's reservation, and the trial's own process, which only waits for them, none.
+
+    Args:
+        num_processes: CPU workers on each node.
+        gpus: GPUs on each node, instead; one worker each.
+        num_nodes: Nodes of a trial.
+
+    Raises:
+        ConfigurationError: Both `num_processes` and `gpus` are given, or a number is out of range.
+    """
+    for name, value, least in (("num_processes", num_processes, 1), ("gpus", gpus, 0), ("num_nodes", num_nodes, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"tune_resources({name}={value!r}): give an int of at least {least}.")
+    if gpus and num_processes > 1:
+        raise ConfigurationError(
+            f"tune_resources(num_processes={num_processes}, gpus={gpus}): with GPUs there is one worker per GPU; drop "
+            f"num_processes."
+        )
+    from ray.tune import PlacementGroupFactory
+
+    workers = gpus or num_processes
+    bundle = {"CPU": workers, **({"GPU": gpus} if gpus else {})}
+    if workers * num_nodes == 1:
+        return PlacementGroupFactory([bundle])
+    return PlacementGroupFactory([{}, *[bundle] * num_nodes], strategy="STRICT_SPREAD" if num_nodes > 1 else "PACK")
+
+
+def _in_trial() -> bool:
+    from ray import tune
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no trial is what is asked
+        return tune.get_context().get_trial_id() is not None

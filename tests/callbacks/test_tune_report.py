@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+from tiny import Tiny, data
+
+from raytrainer import ConfigurationError, TuneReportCallback, tune_resources
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """What the callback reports, with whether there was a checkpoint."""
+    from ray import tune
+
+    from raytrainer.callbacks import ray_tune
+
+    reports = []
+    monkeypatch.setattr(ray_tune, "_in_trial", lambda: True)
+    monkeypatch.setattr(tune, "report", lambda metrics, checkpoint=None: reports.append((metrics, checkpoint)))
+    return reports
+
+
+def fit(trainer, callback, epochs=1, **metrics):
+    callback.setup(trainer, None, "fit")
+    for _ in range(epochs):
+        trainer.epoch(callback, train={"loss": 0.25}, val=metrics or None)
+
+
+def test_after_each_validation(trainer, reported):
+    fit(trainer, TuneReportCallback(checkpoint=False), epochs=2, val_loss=0.5)
+    assert reported == [
+        ({"epoch": 0, "step": 10, "val_loss": 0.5}, None),
+        ({"epoch": 1, "step": 20, "loss": 0.25, "val_loss": 0.5}, None),
+    ]
+
+
+def test_after_each_epoch_where_there_is_no_validation(trainer, reported):
+    trainer.num_val_batches = []
+    fit(trainer, TuneReportCallback(checkpoint=False))
+    assert reported == [({"epoch": 0, "step": 10, "loss": 0.25}, None)]
+
+
+def test_moment_and_names_can_be_chosen(trainer, reported):
+    fit(trainer, TuneReportCallback({"best": "val_loss"}, on="train_epoch_end", checkpoint=False), val_loss=0.5)
+    fit(trainer, TuneReportCallback("val_loss", checkpoint=False), val_loss=0.5)
+    assert [metrics for metrics, _ in reported] == [
+        {"epoch": 0, "step": 10, "best": 0.5},
+        {"epoch": 1, "step": 20, "val_loss": 0.5},
+    ]
+    with pytest.raises(ConfigurationError, match=r"\['acc'\] was not logged; there are: loss, val_loss"):
+        fit(trainer, TuneReportCallback("acc"), val_loss=0.5)
+    with pytest.raises(ConfigurationError, match="'fit_end'"):
+        TuneReportCallback(on="fit_end")
+
+
+def test_not_in_the_sanity_check(trainer, reported):
+    callback = TuneReportCallback(checkpoint=False)
+    callback.setup(trainer, None, "fit")
+    trainer.sanity_checking = True
+    trainer.validate(callback, val_loss=0.5)
+    assert reported == []
+
+
+def test_outside_of_a_trial(local_trainer, caplog):
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=TuneReportCallback()).fit(Tiny(), data(4))
+    assert "this is no trial of Ray Tune" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bundles", "strategy"),
+    [
+        ({}, [{"CPU": 1}], "PACK"),
+        ({"gpus": 1}, [{"CPU": 1, "GPU": 1}], "PACK"),
+        ({"num_processes": 2}, [{}, {"CPU": 2}], "PACK"),
+        ({"gpus": 4, "num_nodes": 2}, [{}, {"CPU": 4, "GPU": 4}, {"CPU": 4, "GPU": 4}], "STRICT_SPREAD"),
+    ],
+)
+def test_resources_of_a_trial(arguments, bundles, strategy):
+    factory = tune_resources(**arguments)
+    head = {} if factory.head_bundle_is_empty else None
+    assert ([head] if head is not None else []) + factory.bundles == bundles
+    assert factory.strategy == strategy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_processes": 0}, {"gpus": -1}, {"gpus": "2"}, {"num_nodes": 1.0}, {"num_processes": 2, "gpus": 2}],
+)
+def test_resources_that_cannot_be(arguments):
+    with pytest.raises(ConfigurationError, match=r"tune_resources\("):
+        tune_resources(**arguments)
