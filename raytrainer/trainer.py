@@ -26,6 +26,7 @@ from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_da
 from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.logs import Logs
 from raytrainer.driver.look import TrainerProperties
 from raytrainer.driver.results import by_loader, print_results
 from raytrainer.driver.sources import has_loader, sources
@@ -194,6 +195,9 @@ class Trainer(TrainerProperties):
         self._every_gpu = self._settings.gpus == -1
         self._address, self._idle_timeout, self._placement_timeout = address, idle_timeout, placement_timeout
         self._loggers = self._make_loggers(logger)
+        self._logs = Logs(self._loggers)
+        # module code may call self.logger in a dry run too, to no effect
+        self._worker_logs = True if self._loggers else False if self.fast_dev_run and logger else None
         extras: list[Callback] = []
         if enable_progress_bar:
             extras.append(ProgressBar())
@@ -383,6 +387,7 @@ class Trainer(TrainerProperties):
         self._module, self._datamodule = module, datamodule
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
+        self._logs = Logs(self._loggers)
         if stage != "fit":  # counters of the last fit stay visible
             self._state.progress = previous
         self._resumed_from = None
@@ -399,6 +404,7 @@ class Trainer(TrainerProperties):
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             reseed=seed is not None or self._settings.strategy != "local",
             default_root_dir=self.default_root_dir,
+            logs=self._worker_logs,
         )
 
     def _count_gpus(self) -> None:
@@ -423,6 +429,7 @@ class Trainer(TrainerProperties):
                 host = Hosted(
                     self._emit,
                     self._log_rows,
+                    self._logs.replay,
                     self._callback_states,
                     self._restore_callbacks,
                     self._group,
@@ -448,8 +455,7 @@ class Trainer(TrainerProperties):
             group = coordinator.group if coordinator is not None else group
             self._coordinator = None
             self._emit("teardown", task.stage)
-            for logger in self._loggers:
-                self._safely(logger.finalize, status)
+            self._logs.each("finalize", status)
             pool.set_idle_timeout(self._idle_timeout)
             group.release()
             release_datasets(task)
@@ -495,8 +501,7 @@ class Trainer(TrainerProperties):
 
     def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if rows:
-            for logger in self._loggers:
-                self._safely(logger.log_rows, rows)
+            self._logs.each("log_rows", rows)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Give values to the loggers from a callback, at the current step unless another is given."""
@@ -508,17 +513,7 @@ class Trainer(TrainerProperties):
             if owner is not None and owner.__dict__.get("_log_hyperparams", False):
                 values.update(owner.hparams_initial)
         if values and task.stage == "fit":
-            for logger in self._loggers:
-                self._safely(logger.log_hyperparams, values)
-
-    @staticmethod
-    def _safely(action: Any, *args: Any) -> None:
-        """A logger that fails must not end the training."""
-        try:
-            action(*args)
-        except Exception as error:
-            name = type(getattr(action, "__self__", action)).__name__
-            log.warning("%s failed, training goes on: %s: %s", name, type(error).__name__, error)
+            self._logs.each("log_hyperparams", values)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -27,7 +27,7 @@ from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.snapshots import Snapshots
 from raytrainer.driver.state import RunState
 from raytrainer.errors import WorkerLostError
-from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, Task, TrainReport
+from raytrainer.messages import EvaluationReport, FinishReport, LogCall, MetricReport, Task, TrainReport
 from raytrainer.plan import schedule
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
@@ -50,6 +50,9 @@ class Host(Protocol):
     def log_rows(self, rows: Rows) -> None:
         """Give rows (step, values) to the loggers."""
 
+    def replay(self, calls: Sequence[LogCall], step: int) -> None:
+        """Make the calls of `self.logger` that rank 0 has kept; `step` is that of those without one."""
+
     def callback_states(self) -> dict[str, Any]:
         """States of the driver's callbacks."""
 
@@ -69,6 +72,7 @@ class Hosted:
 
     emit: Callable[..., None]
     log_rows: Callable[[Rows], None]
+    replay: Callable[[Sequence[LogCall], int], None]
     callback_states: Callable[[], dict[str, Any]]
     restore_callbacks: Callable[[dict[str, Any]], None]
     regroup: Callable[[], WorkerGroup]
@@ -272,6 +276,7 @@ class Coordinator:
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call("end_epoch")
+        self._replay(reports[0].calls)
         self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}"))
         if self.plateau_epochs and progress.epoch_ended:
             self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
@@ -316,6 +321,8 @@ class Coordinator:
                 predictions += report.predictions
             if sanity is None:
                 self._log_steps(stage, [report.metrics for report in reports])
+            else:
+                self._replay(reports[0].metrics.calls)
             done = max(report.batches for report in reports)
             chunk = schedule.chunk_batches(max(1, done - before), max(report.seconds for report in reports))
             before = done
@@ -323,6 +330,7 @@ class Coordinator:
             self.host.emit("on_evaluation_chunk_end", shown)
         state.interrupted |= self.interrupt.requested
         ends = self.group.call("end_evaluation")
+        self._replay(ends[0].metrics.calls)
         if not finished:
             return {}, []  # interrupted: nobody must take half an evaluation for a whole one
         values = {}
@@ -343,6 +351,11 @@ class Coordinator:
         if fresh:
             self._logged[kind] = fresh[-1][0]
             self.host.log_rows(fresh)
+        self._replay(reports[0].calls)
+
+    def _replay(self, calls: Sequence[LogCall]) -> None:
+        if calls:
+            self.host.replay(calls, max(0, self.state.progress.step - 1))
 
     def _log_epoch(self, kind: str, values: dict[str, float]) -> None:
         self._fresh_metrics = True
@@ -438,6 +451,7 @@ class Coordinator:
 
     def _finish(self, trained: bool) -> FinishReport:
         reports: list[FinishReport] = self.group.call("finish", trained)
+        self._replay(reports[0].calls)
         self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
         self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
         return reports[0]

@@ -55,6 +55,7 @@ class EvaluationLoop:
         self._rng = capture_rng() if sanity is not None else None
         self._outer_running = self.view.running
         self.metrics = run.view.metrics
+        run.recorder.evaluation = self
 
     def _no_grad(self) -> AbstractContextManager[None]:
         return torch.inference_mode() if self.view.settings.inference_mode else torch.no_grad()
@@ -146,6 +147,7 @@ class EvaluationLoop:
             else:
                 getattr(module, f"on_{name}_model_train")()
         self.view.modes = {}
+        self.run.recorder.evaluation = None
         if self.sanity is not None:
             self.metrics.clear()
         self.metrics.switch("train")

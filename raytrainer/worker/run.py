@@ -25,6 +25,7 @@ from raytrainer.worker.hooks import Hooks, bind_step, overridden
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
+from raytrainer.worker.recorder import Recorder, WorkerLogger
 from raytrainer.worker.slices import Slices
 from raytrainer.worker.view import TrainerView
 
@@ -60,6 +61,10 @@ class Run:
             datamodule=task.datamodule,
         )
         self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps)
+        rank_zero = strategy.ranks.rank == 0
+        self.recorder = Recorder(self.view, lambda: self.stepped, keeps=bool(task.logs) and rank_zero)
+        self.view.logger = None if task.logs is None else WorkerLogger(self.recorder)
+        self.view.metrics.calls = self.recorder.take
         self.slices = Slices(strategy, self.view.metrics)
         self.view.loader_source = self._loader
         self.view.length_source = self._lengths

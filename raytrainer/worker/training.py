@@ -37,6 +37,7 @@ class TrainingLoop:
 
     def __init__(self, run: Run) -> None:
         self.run, self.view, self.metrics = run, run.view, run.view.metrics
+        run.recorder.training = self
         feeds = run.feeds("train")
         if len(feeds) != 1:
             raise ConfigurationError(

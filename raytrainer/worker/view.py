@@ -39,6 +39,7 @@ class TrainerView:
         callback_metrics: Metrics by name, reduced over workers, as of the latest report.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
+        logger: Takes `log_...` calls for the driver's loggers; None if there are none.
         samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
             callback may add to them. Names must differ from worker to worker.
     """
@@ -207,6 +208,11 @@ class TrainerView:
         if batches == float("inf"):
             return batches
         return -(-int(batches) // settings.accumulate_grad_batches) * settings.max_epochs
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """`logger`, which stands for all of them, in a list; empty if there is none."""
+        return [] if self.logger is None else [self.logger]
 
     # services
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:

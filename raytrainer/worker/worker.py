@@ -168,6 +168,7 @@ class Worker:
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
         report.peak_memory_bytes = self._peak()
+        report.calls = run.recorder.take()
         self._forget()
         return report
 
@@ -176,9 +177,10 @@ class Worker:
 
     def finish_in_place(self, trained: bool) -> FinishReport:
         """As `finish`, where the module is the driver's own and nothing needs to travel."""
-        self.run.teardown()
+        run = self.run
+        run.teardown()
         self._forget()
-        return FinishReport(peak_memory_bytes=self._peak())
+        return FinishReport(peak_memory_bytes=self._peak(), calls=run.recorder.take())
 
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""
