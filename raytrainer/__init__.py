@@ -28,7 +28,7 @@ from raytrainer.errors import (
     WorkerError,
     WorkerLostError,
 )
-from raytrainer.loggers import CSVLogger, Logger, TensorBoardLogger
+from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.plan.strategies import DDP, DDP2, DP
 from raytrainer.seeding import seed_everything
@@ -49,6 +49,7 @@ __all__ = [
     "EarlyStopping",
     "LearningRateMonitor",
     "Logger",
+    "MLFlowLogger",
     "MetricError",
     "ModelCheckpoint",
     "ModelSummary",
@@ -60,6 +61,7 @@ __all__ = [
     "SerializationError",
     "TensorBoardLogger",
     "Trainer",
+    "WandbLogger",
     "WorkerCallback",
     "WorkerError",
     "WorkerLostError",

@@ -109,7 +109,7 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
 
     @property
     def logger(self) -> Logger | None:
-        """Stands for all loggers of the run: `self.logger.log_image(...)`, `log_figure`, `log_histogram`, `log_text`, ...
+        """Stands for all loggers of the run: `self.logger.log_image(...)`, `log_figure`, `log_histogram`, and so on.
 
         Calls of rank 0 are made on the driver's loggers, in order, with the next report (about once a second); other
         ranks' do nothing. None outside a run, and where the Trainer has no logger.

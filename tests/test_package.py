@@ -62,10 +62,10 @@ def test_public_names():
     assert raytrainer.__all__ == in_order(raytrainer.__all__)
     assert set(raytrainer.__all__) == {
         "DDP", "DDP2", "DP", "CSVLogger", "Callback", "CheckpointError", "ConfigurationError", "DataError",
-        "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "Logger", "MetricError",
-        "ModelCheckpoint", "ModelSummary", "Module", "ProgressBar", "RayDataset", "RaytrainerError", "ResourceError",
-        "SerializationError", "TensorBoardLogger", "Trainer", "WorkerCallback", "WorkerError", "WorkerLostError",
-        "__version__", "seed_everything",
+        "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "Logger", "MLFlowLogger",
+        "MetricError", "ModelCheckpoint", "ModelSummary", "Module", "ProgressBar", "RayDataset", "RaytrainerError",
+        "ResourceError", "SerializationError", "TensorBoardLogger", "Trainer", "WandbLogger", "WorkerCallback",
+        "WorkerError", "WorkerLostError", "__version__", "seed_everything",
     }  # fmt: skip
     public = {
         n

@@ -13,7 +13,7 @@ from typing import Any
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.media import draw
 
-__all__ = ["DirectoryLogger", "Logger", "as_mapping", "flatten"]
+__all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "flatten"]
 
 
 class Logger(ABC):
@@ -170,3 +170,12 @@ def flatten(params: Any, separator: str = "/") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def displayable(value: Any) -> bool | int | float | str:
+    """A hyperparameter as a boolean, a number or text, which is what services show."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return displayable(value.item())
+    return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ __all__ = ["Recorder", "WorkerLogger"]
 
 log = logging.getLogger("raytrainer")
 
-#: Hooks of a whole run, which a recovered run calls again: what they log counts once.
+#: Hooks of a whole run, which a recovered run calls again in the same order: what they log counts once.
 _ONCE = (None, "setup", "on_fit_start", "on_train_start")
 #: Methods whose `step` is filled in.
 _STEPPED = frozenset(["log_figure", "log_histogram", "log_image", "log_metrics", "log_text"])
@@ -48,6 +49,7 @@ class Recorder:
         self.training: TrainingLoop | None = None
         self.evaluation: EvaluationLoop | None = None
         self._calls: list[LogCall] = []
+        self._once: Counter[str | None] = Counter()  # calls of hooks that have no place among the batches
 
     def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a call. Tensors are copied where they are, without waiting for their device."""
@@ -63,7 +65,8 @@ class Recorder:
 
     def _position(self, hook: str | None) -> tuple[int, ...]:
         if hook in _ONCE:
-            return ()
+            self._once[hook] += 1
+            return (self._once[hook],)
         if hook == "on_train_epoch_start":
             return (self.view.current_epoch,)
         batch = 0 if self.training is None else self.training.batch
