@@ -31,6 +31,7 @@ from raytrainer.errors import (
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.plan.strategies import DDP, DDP2, DP
+from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
 from raytrainer.version import __version__
@@ -39,6 +40,7 @@ __all__ = [
     "DDP",
     "DDP2",
     "DP",
+    "AdvancedProfiler",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -54,11 +56,14 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "Module",
+    "Profiler",
     "ProgressBar",
+    "PyTorchProfiler",
     "RayDataset",
     "RaytrainerError",
     "ResourceError",
     "SerializationError",
+    "SimpleProfiler",
     "TensorBoardLogger",
     "Trainer",
     "WandbLogger",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from raytrainer.datamodule import DataModule
     from raytrainer.module import Module
     from raytrainer.plan.settings import Settings
+    from raytrainer.profilers.profiler import Profiler
 
 __all__ = [
     "EvaluationReport",
@@ -43,6 +44,7 @@ class Task:
     default_root_dir: str = "."
     ask_predictions: bool = True  # whether predictions are sent to the driver
     datasets: dict[str, list[Any]] = field(default_factory=dict)  # Ray Datasets made ready: by "train", "val", ...
+    profiler: Profiler | None = None
     logs: bool | None = None  # `self.logger` in workers: True: calls go to the loggers, False: nowhere; None: no logger
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,3 +234,4 @@ class FinishReport:
     datamodule_state: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     calls: list[LogCall] = field(default_factory=list)  # of `self.logger`, since the last report
+    profile: bytes | None = None  # this worker's, where there is a profiler and it has recorded something

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,7 +29,7 @@ from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.logs import Logs
 from raytrainer.driver.look import TrainerProperties
-from raytrainer.driver.results import by_loader, print_results
+from raytrainer.driver.results import by_loader, print_results, write_profiles
 from raytrainer.driver.sources import has_loader, sources
 from raytrainer.driver.state import RunState, TrainerState
 from raytrainer.errors import CheckpointError, ConfigurationError
@@ -39,6 +40,7 @@ from raytrainer.messages import Task
 from raytrainer.module import Module
 from raytrainer.plan.settings import build_settings
 from raytrainer.plan.strategies import DDP
+from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
 
@@ -105,6 +107,8 @@ class Trainer(TrainerProperties):
         reload_dataloaders_every_n_epochs: Build loaders anew every n epochs; 0: never.
         log_every_n_steps: Give step values to loggers every n steps.
         logger: A logger, a list of them, False for none, True for a `CSVLogger` in `default_root_dir`.
+        profiler: "simple" (a table of hooks and their times), "advanced" (cProfile), "pytorch" (torch.profiler, a Chrome
+            trace for each worker), or a `Profiler`. Reports go to `profile/` in the log directory.
         callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
         enable_progress_bar: Show progress.
         enable_model_summary: Print a summary of the module before training.
@@ -165,6 +169,7 @@ class Trainer(TrainerProperties):
         snapshot_every: int | str | timedelta | None = "auto",
         hang_timeout: float = 600.0,
         logger: Logger | Iterable[Logger] | bool | None = True,
+        profiler: str | Profiler | None = None,
         callbacks: Callback | WorkerCallback | Iterable[Callback | WorkerCallback] | None = None,
         enable_progress_bar: bool = True,
         enable_model_summary: bool = True,
@@ -194,6 +199,7 @@ class Trainer(TrainerProperties):
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
         self._address, self._idle_timeout, self._placement_timeout = address, idle_timeout, placement_timeout
+        self._profiler = make_profiler(profiler)
         self._loggers = self._make_loggers(logger)
         self._logs = Logs(self._loggers)
         # module code may call self.logger in a dry run too, to no effect
@@ -405,6 +411,7 @@ class Trainer(TrainerProperties):
             reseed=seed is not None or self._settings.strategy != "local",
             default_root_dir=self.default_root_dir,
             logs=self._worker_logs,
+            profiler=self._profiler,
         )
 
     def _count_gpus(self) -> None:
@@ -441,6 +448,8 @@ class Trainer(TrainerProperties):
                 yield coordinator
                 state.interrupted |= interrupt.requested
             status = "interrupted" if state.interrupted else "success"
+            if self._profiler is not None:
+                write_profiles(self._profiler, state.profiles, self._profile_folder(task.stage))
         except BaseException as error:
             state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             state.interrupted |= isinstance(error, KeyboardInterrupt)
@@ -459,7 +468,10 @@ class Trainer(TrainerProperties):
             pool.set_idle_timeout(self._idle_timeout)
             group.release()
             release_datasets(task)
-            self._writer.flush()
+            with state.clock.phase("saving"):
+                self._writer.flush()
+            if task.stage == "fit":
+                state.time_report = state.clock.report()
 
     def _group(self) -> WorkerGroup:
         settings = self._settings
@@ -490,7 +502,14 @@ class Trainer(TrainerProperties):
             if isinstance(callback, Callback):
                 getattr(callback, hook)(self, self._module, *args)
 
+    def _profile_folder(self, stage: str) -> Path:
+        return Path(self.log_dir or self.default_root_dir) / ("profile" if stage == "fit" else f"profile_{stage}")
+
     def _say_end(self) -> None:
+        if self.time_report is not None:
+            log.info("fit took %s", self.time_report)
+            if self.time_report.hint is not None:
+                log.info("%s", self.time_report.hint)
         peaks, skipped = self.peak_memory_bytes, self.skipped_steps
         if peaks:
             log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
@@ -535,7 +554,11 @@ class Trainer(TrainerProperties):
             self._emit("on_save_checkpoint", state)
             checkpoints.write_checkpoint(path, state)
             return
-        captured = self._coordinator.capture(weights_only)
+        with self._state.clock.phase("saving"):
+            self._save_running(path, weights_only, self._coordinator)
+
+    def _save_running(self, path: str, weights_only: bool, coordinator: Coordinator) -> None:
+        captured = coordinator.capture(weights_only)
         if any(_overrides(callback, "on_save_checkpoint") for callback in self._callbacks):
             state = captured.resolve()
             self._emit("on_save_checkpoint", state)

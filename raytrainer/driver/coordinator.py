@@ -129,6 +129,7 @@ class Coordinator:
         resumed, lost = checkpoint, None
         while True:
             try:
+                self.state.clock.switch("starting")
                 if lost is not None:  # in here, since workers may be lost while others are being replaced
                     resumed, lost = self._recover(lost, checkpoint), None
                 return self._attempt(resumed)
@@ -139,6 +140,7 @@ class Coordinator:
                     raise
                 lost = error
             except _MoreWorkers:
+                self.state.clock.switch("starting")
                 resumed = self._grow()
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
@@ -185,14 +187,16 @@ class Coordinator:
     def _sanity_check(self) -> None:
         if not self.validates or self.settings.num_sanity_val_steps == 0:
             return
-        self.state.sanity_checking = True
-        self.state.trainer.stage = "sanity"
+        state = self.state
+        state.sanity_checking = True
+        state.trainer.stage = "sanity"
         try:
-            self.host.emit("on_sanity_check_start")
-            self._evaluate("validate", self.settings.num_sanity_val_steps)
-            self.host.emit("on_sanity_check_end")
+            with state.clock.phase("validating"):
+                self.host.emit("on_sanity_check_start")
+                self._evaluate("validate", self.settings.num_sanity_val_steps)
+                self.host.emit("on_sanity_check_end")
         finally:
-            self.state.sanity_checking = False
+            state.sanity_checking = False
 
     def _start_training(self) -> None:
         state = self.state
@@ -210,6 +214,7 @@ class Coordinator:
         self._clock = time.perf_counter() - state.progress.seconds
         self.snapshots.restart(state.progress.step)
         self._note_recovery()
+        state.clock.switch("other")
 
     def _epoch(self) -> None:
         progress = self.state.progress
@@ -240,8 +245,10 @@ class Coordinator:
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = state.board.plain() if self._fresh_metrics else None
         self._fresh_metrics = False
-        reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics)
+        with state.clock.phase("training"):
+            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics)
         report = _merge(reports)
+        state.clock.chunk(report.seconds, report.data_seconds)
         steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
         state.skipped_steps = report.skipped_steps
@@ -270,7 +277,8 @@ class Coordinator:
     def _validate(self) -> None:
         self.state.trainer.stage = "validate"
         self.state.progress.validated_at = self.state.progress.total_batches
-        self._evaluate("validate")
+        with self.state.clock.phase("validating"):
+            self._evaluate("validate")
         self.state.trainer.stage = "train"
 
     def _end_epoch(self) -> None:
@@ -371,7 +379,8 @@ class Coordinator:
     def capture(self, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
         began = time.perf_counter()
-        fetch = self.group.capture(weights_only)
+        with self.state.clock.phase("saving"):
+            fetch = self.group.capture(weights_only)
         captured = Captured(fetch, {} if weights_only else self._driver_state())
         if not weights_only:
             self.snapshots.take(captured, self.state.progress.step, time.perf_counter() - began)
@@ -452,6 +461,7 @@ class Coordinator:
     def _finish(self, trained: bool) -> FinishReport:
         reports: list[FinishReport] = self.group.call("finish", trained)
         self._replay(reports[0].calls)
+        self.state.profiles = [r.profile for r in reports]
         self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
         self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
         return reports[0]

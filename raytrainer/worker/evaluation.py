@@ -46,7 +46,8 @@ class EvaluationLoop:
         step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
         self.step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
         self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
-        self.on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
         self.loader = 0
         self.batch = 0
         self.done = 0

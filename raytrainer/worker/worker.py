@@ -159,8 +159,8 @@ class Worker:
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained, rank 0 hands over the results."""
         run, module = self.run, self.run.module
+        report = FinishReport(profile=None if run.profiler is None else run.profiler.stop())
         run.teardown()
-        report = FinishReport()
         if trained and self.ranks.rank == 0:
             report.state_dict = {name: to_cpu(tensor) for name, tensor in module.state_dict().items()}
             report.hparams = dict(module.hparams)
@@ -178,9 +178,10 @@ class Worker:
     def finish_in_place(self, trained: bool) -> FinishReport:
         """As `finish`, where the module is the driver's own and nothing needs to travel."""
         run = self.run
+        profile = None if run.profiler is None else run.profiler.stop()
         run.teardown()
         self._forget()
-        return FinishReport(peak_memory_bytes=self._peak(), calls=run.recorder.take())
+        return FinishReport(peak_memory_bytes=self._peak(), calls=run.recorder.take(), profile=profile)
 
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""
