@@ -6,9 +6,11 @@ import logging
 import sys
 
 from raytrainer.callbacks import (
+    BatchSizeFinder,
     Callback,
     DeviceStatsMonitor,
     EarlyStopping,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -41,6 +43,7 @@ __all__ = [
     "DDP2",
     "DP",
     "AdvancedProfiler",
+    "BatchSizeFinder",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -49,6 +52,7 @@ __all__ = [
     "DataModule",
     "DeviceStatsMonitor",
     "EarlyStopping",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "Logger",
     "MLFlowLogger",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from raytrainer import checkpoint as checkpoints
-from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, Tuner, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
@@ -32,6 +33,7 @@ from raytrainer.driver.look import TrainerProperties
 from raytrainer.driver.results import by_loader, print_results, write_profiles
 from raytrainer.driver.sources import has_loader, sources
 from raytrainer.driver.state import RunState, TrainerState
+from raytrainer.driver.tuning import LearningRates, find_learning_rate, rate_attribute, scale_batch_size
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.memory import open_nvml
 from raytrainer.gpu.select import count_all
@@ -107,8 +109,8 @@ class Trainer(TrainerProperties):
         reload_dataloaders_every_n_epochs: Build loaders anew every n epochs; 0: never.
         log_every_n_steps: Give step values to loggers every n steps.
         logger: A logger, a list of them, False for none, True for a `CSVLogger` in `default_root_dir`.
-        profiler: "simple" (a table of hooks and their times), "advanced" (cProfile), "pytorch" (torch.profiler, a Chrome
-            trace for each worker), or a `Profiler`. Reports go to `profile/` in the log directory.
+        profiler: "simple" (a table of hooks and their times), "advanced" (cProfile), "pytorch" (torch.profiler, a
+            Chrome trace for each worker), or a `Profiler`. Reports go to `profile/` in the log directory.
         callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
         enable_progress_bar: Show progress.
         enable_model_summary: Print a summary of the module before training.
@@ -219,6 +221,7 @@ class Trainer(TrainerProperties):
         self._datamodule: DataModule | None = None
         self._coordinator: Coordinator | None = None
         self._resumed_from: str | None = None
+        self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
 
     def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         if self.fast_dev_run or logger is None or logger is False:
@@ -266,13 +269,18 @@ class Trainer(TrainerProperties):
             )
         task = self._begin("fit", module, datamodule, loaders)
         checkpoint = self._read(ckpt_path)
+        if checkpoint is None and not self.fast_dev_run:
+            for callback in self._callbacks:
+                if isinstance(callback, Tuner):
+                    callback.tune(self, module, loaders.get("train"), datamodule)
         with self._running(task) as coordinator:
             if checkpoint is not None:
                 self._resume(checkpoint, coordinator)
             report = coordinator.fit(checkpoint)
             bring_home(module, datamodule, report, coordinator.group)
             self._emit("on_fit_end")
-        self._say_end()
+        if not self._probing:
+            self._say_end()
 
     def validate(
         self,
@@ -384,6 +392,112 @@ class Trainer(TrainerProperties):
             print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])
 
+    # ---------------------------------------------------------------- tuning
+
+    def lr_find(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        min_lr: float = 1e-8,
+        max_lr: float = 1.0,
+        num_training: int = 100,
+        mode: str = "exponential",
+        early_stop_threshold: float | None = 4.0,
+        update_attr: bool = False,
+        attr_name: str | None = None,
+    ) -> LearningRates:
+        """Train a copy of the module for a few steps, with a learning rate that rises, and look at the loss.
+
+        The module, its weights and this process's generators are as before. All parameter groups have the same rate;
+        schedulers, callbacks and loggers are left out. The workers are those of this Trainer.
+
+        Args:
+            model: The module.
+            train_dataloaders: A training loader, or a DataModule.
+            datamodule: Where the loader comes from if it is not given.
+            min_lr: The first learning rate.
+            max_lr: The last one.
+            num_training: Steps.
+            mode: "exponential" or "linear".
+            early_stop_threshold: Stop where the smoothed loss is so many times its best; None: do not.
+            update_attr: Set `attr_name` of the module to the suggestion, if there is one.
+            attr_name: An attribute or hyperparameter; None: `lr` or `learning_rate`.
+
+        Returns:
+            The rates and losses, with `suggestion()` and `plot()`.
+
+        Raises:
+            ConfigurationError: An argument cannot work, or the module has no such attribute.
+        """
+        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
+        attribute = (attr_name or rate_attribute(module)) if update_attr else None
+        return find_learning_rate(
+            self._probe, module, loaders.get("train"), datamodule,
+            min_lr=min_lr, max_lr=max_lr, num_training=num_training, mode=mode,
+            early_stop_threshold=early_stop_threshold, attribute=attribute,
+        )  # fmt: skip
+
+    def scale_batch_size(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        mode: str = "power",
+        steps_per_trial: int = 3,
+        init_val: int = 2,
+        max_trials: int = 25,
+        batch_arg_name: str = "batch_size",
+    ) -> int:
+        """Find the largest batch size that fits into memory, and set it.
+
+        Copies of the module train for a few steps each; the module's weights and this process's generators are as
+        before. The search also ends where one batch holds all the data.
+
+        Args:
+            model: The module.
+            train_dataloaders: A DataModule; loaders that are made already have a batch size that stays.
+            datamodule: Likewise.
+            mode: "power": double the size until it no longer fits; "binsearch": then halve the gap until it is known.
+            steps_per_trial: Steps to try each size for.
+            init_val: The first size.
+            max_trials: Sizes to try at most.
+            batch_arg_name: Attribute or hyperparameter of the DataModule or Module, which `train_dataloader` reads.
+
+        Returns:
+            The size.
+
+        Raises:
+            ConfigurationError: An argument cannot work, or nothing has such an attribute.
+            ResourceError: No size fits.
+        """
+        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
+        if loaders:
+            raise ConfigurationError(
+                "scale_batch_size was given a loader, whose batch size stays as it is: write train_dataloader() in "
+                "the DataModule or Module, and have it read self.batch_size."
+            )
+        return scale_batch_size(
+            self._probe, module, datamodule,
+            mode=mode, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
+            attribute=batch_arg_name,
+        )  # fmt: skip
+
+    def _probe(self, callbacks: list[Callback | WorkerCallback], loggers: list[Logger], **settings: Any) -> Trainer:
+        """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""
+        probe = copy.copy(self)
+        probe._probing, probe._profiler = True, None
+        probe._own_callbacks = probe._callbacks = callbacks
+        probe._loggers, probe._logs, probe._worker_logs = loggers, Logs(loggers), False
+        probe._state, probe._writer, probe._coordinator = RunState(), CheckpointWriter(), None
+        short: dict[str, Any] = {
+            "max_epochs": None, "min_epochs": 0, "min_steps": None, "max_seconds": None, "fast_dev_run": 0,
+            "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1, "snapshot_every": None,
+            "log_gpu_memory": None, "max_failures": 0,
+        }  # fmt: skip
+        probe._settings = replace(self._settings, **{**short, **settings})
+        return probe
+
     # ---------------------------------------------------------------- a run
 
     def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
@@ -397,7 +511,8 @@ class Trainer(TrainerProperties):
         if stage != "fit":  # counters of the last fit stay visible
             self._state.progress = previous
         self._resumed_from = None
-        self._callbacks = arrange_callbacks(module.configure_callbacks(), self._own_callbacks)
+        given = None if self._probing else module.configure_callbacks()
+        self._callbacks = arrange_callbacks(given, self._own_callbacks)
         seed = self._settings.seed
         return Task(
             stage=stage,
@@ -443,7 +558,8 @@ class Trainer(TrainerProperties):
                     self._can_grow,
                 )
                 self._coordinator = coordinator = Coordinator(task, group, state, host, interrupt, marks)
-                log.info("%s on %s", task.stage, group.describe())
+                if not self._probing:
+                    log.info("%s on %s", task.stage, group.describe())
                 self._log_hyperparameters(task)
                 yield coordinator
                 state.interrupted |= interrupt.requested

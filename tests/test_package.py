@@ -61,10 +61,11 @@ def inside(module: str, package: str) -> bool:
 def test_public_names():
     assert raytrainer.__all__ == in_order(raytrainer.__all__)
     assert set(raytrainer.__all__) == {
-        "DDP", "DDP2", "DP", "AdvancedProfiler", "CSVLogger", "Callback", "CheckpointError", "ConfigurationError", "DataError",
-        "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "Logger", "MLFlowLogger",
-        "MetricError", "ModelCheckpoint", "ModelSummary", "Module", "Profiler", "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError",
-        "ResourceError", "SerializationError", "SimpleProfiler", "TensorBoardLogger", "Trainer", "WandbLogger", "WorkerCallback",
+        "DDP", "DDP2", "DP", "AdvancedProfiler", "BatchSizeFinder", "CSVLogger", "Callback", "CheckpointError",
+        "ConfigurationError", "DataError", "DataModule", "DeviceStatsMonitor", "EarlyStopping", "LearningRateFinder",
+        "LearningRateMonitor", "Logger", "MLFlowLogger", "MetricError", "ModelCheckpoint", "ModelSummary", "Module",
+        "Profiler", "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError",
+        "SerializationError", "SimpleProfiler", "TensorBoardLogger", "Trainer", "WandbLogger", "WorkerCallback",
         "WorkerError", "WorkerLostError", "__version__", "seed_everything",
     }  # fmt: skip
     public = {

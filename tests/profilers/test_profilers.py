@@ -132,5 +132,5 @@ def test_a_profiler_changes_nothing_and_survives_an_error(profiler, local_traine
 def test_wrong_arguments(make, local_trainer):
     with pytest.raises(ConfigurationError):
         make()
-    with pytest.raises(ConfigurationError, match="'quick'.*'simple', 'advanced', 'pytorch'"):
+    with pytest.raises(ConfigurationError, match=r"'quick'.*'simple', 'advanced', 'pytorch'"):
         local_trainer(profiler="quick")
