@@ -18,6 +18,7 @@ import torch
 from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, Tuner, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
@@ -222,6 +223,21 @@ class Trainer(TrainerProperties):
         self._coordinator: Coordinator | None = None
         self._resumed_from: str | None = None
         self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A Trainer from plain values, such as a YAML or JSON file has.
+
+        Args:
+            config: Arguments by name. Callbacks, loggers and the like are `{"class_path": "package.Class", "init_args":
+                {...}}`; a path without a dot names something of raytrainer's.
+
+        Raises:
+            ConfigurationError: There is no such argument or class, or a value cannot work.
+        """
+        arguments = instantiate(config)
+        check_names(cls, arguments)
+        return cls(**arguments)
 
     def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         if self.fast_dev_run or logger is None or logger is False:

@@ -244,6 +244,17 @@ def test_one_batch_with_all_the_data_is_enough(local_trainer):
     assert local_trainer().scale_batch_size(Full(), Sized(samples=50)) == 64
 
 
+def test_schedulers_are_left_out(local_trainer):
+    class Waiting(Hungry):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.01)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+    assert local_trainer().scale_batch_size(Waiting(), Sized(samples=30)) == 32
+    assert local_trainer().lr_find(Waiting(), learnable(), num_training=20).results["lr"]
+
+
 def test_nothing_fits(local_trainer):
     class Starved(Hungry):
         most = 0

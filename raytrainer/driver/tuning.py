@@ -61,16 +61,16 @@ class LearningRates:
     attribute: str | None = None
 
     def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> float | None:
-        """The learning rate at which the smoothed loss falls fastest.
+        """The learning rate at which the loss falls fastest, by the slope over a fifth of the rates around it.
 
         Args:
-            skip_begin: Leave out so many of the first rates, whose average is of few losses.
+            skip_begin: Leave out so many of the first rates.
             skip_end: Leave out so many of the last, where the loss may be blowing up.
 
         Returns:
-            None where the loss does not fall, or fewer than three rates are left.
+            None where the loss does not fall, or no rate is left.
         """
-        index = steepest(self.results["loss"], skip_begin, skip_end)
+        index = steepest(self.results["raw"], skip_begin, skip_end)
         return None if index is None else self.results["lr"][index]
 
     def plot(self, suggest: bool = True, ax: Any = None) -> Any:
@@ -99,14 +99,18 @@ class LearningRates:
         return ax.figure
 
 
-class _Sweep(WorkerCallback):
+class _NoSchedulers(WorkerCallback):
+    """Leaves schedulers out: they may wait for metrics, or end after a number of steps."""
+
+    def on_train_start(self, trainer: TrainerView, module: Module) -> None:
+        trainer.lr_scheduler_configs.clear()
+
+
+class _Sweep(_NoSchedulers):
     """Raises the learning rate from step to step, and logs the loss."""
 
     def __init__(self, lrs: list[float]) -> None:
         self.lrs = lrs
-
-    def on_train_start(self, trainer: TrainerView, module: Module) -> None:
-        trainer.lr_scheduler_configs.clear()
 
     def on_train_batch_start(self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int) -> None:
         rate = self.lrs[min(trainer.global_step, len(self.lrs) - 1)]
@@ -212,7 +216,7 @@ def scale_batch_size(
         while search.size is not None:
             size = search.size
             set_attribute(attribute, size, datamodule, module)
-            probe = make_probe([], [], max_steps=steps_per_trial, limit_train_batches=1.0)
+            probe = make_probe([_NoSchedulers()], [], max_steps=steps_per_trial, limit_train_batches=1.0)
             worked = _fits(probe, module, datamodule)
             log.info("scale_batch_size: %d %s", size, "works" if worked else "does not fit into memory")
             search.tell(worked, enough=probe.num_training_batches == 1)

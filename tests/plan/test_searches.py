@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -33,11 +34,18 @@ def test_divergence():
 
 
 def test_steepest():
-    losses = [5.0, 5.0, 4.9, 4.5, 3.0, 1.5, 1.2, 1.1, 4.0]
-    assert steepest(losses, 0, 1) == 4
-    assert steepest([9.0, 1.0, *losses], 2, 1) == 6  # what is left out at the beginning does not count
+    losses = [5.0] * 40 + [5.0 - 0.4 * step for step in range(10)] + [1.0] * 30 + [9.0] * 20
+    assert 42 <= steepest(losses, 10, 1) <= 47
+    assert steepest(losses, 90, 1) is None and steepest([], 10, 1) is None
     assert steepest([1.0, 2.0, 3.0, 4.0], 0, 0) is None
-    assert steepest(losses, 6, 1) is None
+
+
+def test_noise_hardly_moves_the_steepest():
+    noise = random.Random(5)
+    true = [8.0 / (1.0 + math.exp((step - 60) / 4)) for step in range(80)]
+    for _ in range(50):
+        found = steepest([loss + noise.gauss(0.0, 2.0) for loss in true] + [20.0, 40.0, 80.0], 10, 1)
+        assert abs(found - 60) <= 12
 
 
 def sizes(search: SizeSearch, fits: int, data: int = 10**9) -> list[int]:
