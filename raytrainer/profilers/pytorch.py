@@ -53,7 +53,11 @@ class PyTorchProfiler(Profiler):
                 f"batches, active at least 1, the others at least 0."
             )
         self.schedule = {"wait": wait, "warmup": warmup, "active": active, "repeat": repeat}
-        self.options = {"record_shapes": record_shapes, "profile_memory": profile_memory, "with_stack": with_stack}
+        self.options: dict[str, Any] = {
+            "record_shapes": record_shapes,
+            "profile_memory": profile_memory,
+            "with_stack": with_stack,
+        }
         self._profile: torch.profiler.profile | None = None
         self._trace: bytes | None = None
 

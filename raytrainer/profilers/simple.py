@@ -47,8 +47,9 @@ class SimpleProfiler(Profiler):
     def stop(self) -> bytes | None:
         """The table."""
         whole = time.perf_counter() - self._began
-        rows = sorted(((name, *entry) for name, entry in self._times.items() if entry[0]), key=lambda row: -row[2])
-        width = max((len(name) for name, *_ in rows), default=4)
+        rows = [(name, calls, total) for name, (calls, total) in self._times.items() if calls]
+        rows.sort(key=lambda row: row[2], reverse=True)
+        width = max([9, *(len(name) for name, _, _ in rows)])
         lines = [f"{'hook':<{width}}  {'calls':>8}  {'mean ms':>10}  {'total s':>10}  {'share':>7}"]
         lines += [
             f"{name:<{width}}  {calls:>8.0f}  {total / calls * 1e3:>10.3f}  {total:>10.3f}  {total / whole:>7.1%}"
