@@ -188,6 +188,33 @@ def test_a_failing_logger_is_named_once(local_trainer, said):
     assert said.text.count("Broken failed, training goes on:") == 1
 
 
+def test_a_logger_that_is_slow_to_fail_is_left_alone_for_a_while(monkeypatch):
+    from raytrainer.driver import logs
+
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    calls = []
+
+    class Hanging(Plain):
+        def log_rows(self, rows):
+            calls.append(now[0])
+            now[0] += 60.0
+            raise TimeoutError
+
+        def finalize(self, status):
+            calls.append("finalize")
+
+    sink = logs.Logs([Hanging()])
+    for _ in range(3):
+        sink.each("log_rows", [])
+    now[0] += 599.0
+    sink.each("log_rows", [])
+    sink.each("finalize", "success")
+    now[0] += 2.0
+    sink.each("log_rows", [])
+    assert calls == [100.0, "finalize", 761.0]
+
+
 # ---------------------------------------------------------------- recovery
 
 

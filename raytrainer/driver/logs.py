@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from raytrainer.messages import LogCall
 __all__ = ["Logs"]
 
 log = logging.getLogger("raytrainer")
+
+#: A logger that fails is left alone for so many times as long as its failing took.
+_REST = 10.0
 
 
 class Logs:
@@ -24,6 +28,7 @@ class Logs:
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = list(loggers)
         self._failed: set[int] = set()
+        self._resting: dict[int, float] = {}  # until when a logger that has failed is left alone
         self._unheard: set[str] = set()
         self._seen: dict[str | None, tuple[int, ...]] = {}  # how far the calls of each hook have come
 
@@ -55,9 +60,15 @@ class Logs:
                 self._safely(logger, call.name, call.args, kwargs)
 
     def _safely(self, logger: Logger, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        if began < self._resting.get(id(logger), 0.0) and method != "finalize":
+            return
         try:
             getattr(logger, method)(*args, **kwargs)
         except Exception as error:
+            # a server that answers no more must not take a minute of each second
+            ended = time.perf_counter()
+            self._resting[id(logger)] = ended + _REST * (ended - began)
             if id(logger) in self._failed:
                 return
             self._failed.add(id(logger))
