@@ -8,6 +8,7 @@ import sys
 from raytrainer.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BatchSizeFinder,
     Callback,
     DeviceStatsMonitor,
     EarlyStopping,
@@ -15,6 +16,7 @@ from raytrainer.callbacks import (
     GradientAccumulationScheduler,
     LambdaCallback,
     LambdaWorkerCallback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -42,9 +44,10 @@ from raytrainer.errors import (
     WorkerError,
     WorkerLostError,
 )
-from raytrainer.loggers import CSVLogger, Logger, TensorBoardLogger
+from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.plan.strategies import DDP, DDP2, DP
+from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
 from raytrainer.version import __version__
@@ -53,8 +56,10 @@ __all__ = [
     "DDP",
     "DDP2",
     "DP",
+    "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",
+    "BatchSizeFinder",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -67,26 +72,32 @@ __all__ = [
     "GradientAccumulationScheduler",
     "LambdaCallback",
     "LambdaWorkerCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "Logger",
+    "MLFlowLogger",
     "MetricError",
     "ModelCheckpoint",
     "ModelSummary",
     "Module",
     "OnExceptionCheckpoint",
     "PredictionWriter",
+    "Profiler",
     "ProgressBar",
+    "PyTorchProfiler",
     "RayDataset",
     "RaytrainerError",
     "ResourceError",
     "RichModelSummary",
     "SerializationError",
+    "SimpleProfiler",
     "StochasticWeightAveraging",
     "TensorBoardLogger",
     "ThroughputMonitor",
     "Timer",
     "Trainer",
     "TuneReportCallback",
+    "WandbLogger",
     "WorkerCallback",
     "WorkerError",
     "WorkerLostError",

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from raytrainer.datamodule import DataModule
     from raytrainer.module import Module
     from raytrainer.plan.settings import Settings
+    from raytrainer.profilers.profiler import Profiler
 
 __all__ = [
     "EvaluationReport",
     "EvaluationStart",
     "FinishReport",
+    "LogCall",
     "MetricReport",
     "MetricSpec",
     "Partial",
@@ -42,6 +44,8 @@ class Task:
     default_root_dir: str = "."
     ask_predictions: bool = True  # whether predictions are sent to the driver
     datasets: dict[str, list[Any]] = field(default_factory=dict)  # Ray Datasets made ready: by "train", "val", ...
+    profiler: Profiler | None = None
+    logs: bool | None = None  # `self.logger` in workers: True: calls go to the loggers, False: nowhere; None: no logger
 
     def __getstate__(self) -> dict[str, Any]:
         # datasets travel beside the task: Ray must see the references to blocks in them
@@ -92,12 +96,33 @@ class StepRow:
     values: dict[str, float]
 
 
+@dataclass(frozen=True)
+class LogCall:
+    """A call of a method of `self.logger`, to be made again on the driver's loggers.
+
+    Attributes:
+        name: The method.
+        args: Its arguments, tensors in main memory.
+        kwargs: Those given by name.
+        hook: The hook in which it was called.
+        position: Where in the run, comparable with others of the same hook.
+        step: The step to log at, where the method takes one and none was given; None: the driver knows.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hook: str | None = None
+    position: tuple[int, ...] = ()
+    step: int | None = None
+
+
 @dataclass
 class MetricReport:
     """What was logged since the last report.
 
     `step` holds each name's latest step value; `epoch` holds this worker's share of every epoch value, and is only
-    filled in when the epoch (or evaluation) ends.
+    filled in when the epoch (or evaluation) ends. `calls` are those of `self.logger`, on rank 0, in order.
     """
 
     specs: dict[str, MetricSpec] = field(default_factory=dict)
@@ -106,6 +131,7 @@ class MetricReport:
     epoch: dict[str, Partial] = field(default_factory=dict)
     samples: list[StepRow] = field(default_factory=list)  # of this worker alone
     idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
+    calls: list[LogCall] = field(default_factory=list)
 
 
 @dataclass
@@ -208,3 +234,5 @@ class FinishReport:
     attributes: dict[str, Any] = field(default_factory=dict)
     datamodule_state: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
+    calls: list[LogCall] = field(default_factory=list)  # of `self.logger`, since the last report
+    profile: bytes | None = None  # this worker's, where there is a profiler and it has recorded something

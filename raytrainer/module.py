@@ -110,9 +110,18 @@ class Module(HyperparametersMixin, DataHooks, nn.Module):
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger. None in workers, which log through `self.log`."""
+        """Stands for all loggers of the run: `self.logger.log_image(...)`, `log_figure`, `log_histogram`, and so on.
+
+        Calls of rank 0 are made on the driver's loggers, in order, with the next report (about once a second); other
+        ranks' do nothing. None outside a run, and where the Trainer has no logger.
+        """
         view = self.__dict__.get("_view")
         return None if view is None else view.logger
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """`logger` in a list; empty without one."""
+        return [] if self.logger is None else [self.logger]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print`, by rank 0 only."""

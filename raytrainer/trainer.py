@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from raytrainer import checkpoint as checkpoints
-from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, Tuner, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
 from raytrainer.checkpoint import CheckpointPath, RayCheckpoint
+from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
@@ -28,10 +31,12 @@ from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_da
 from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
 from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.logs import Logs
 from raytrainer.driver.look import TrainerProperties
-from raytrainer.driver.results import by_loader, print_results
+from raytrainer.driver.results import by_loader, print_results, write_profiles
 from raytrainer.driver.sources import has_loader, sources
 from raytrainer.driver.state import RunState, TrainerState
+from raytrainer.driver.tuning import LearningRates, find_learning_rate, rate_attribute, scale_batch_size
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.memory import open_nvml
 from raytrainer.gpu.select import count_all
@@ -40,6 +45,7 @@ from raytrainer.messages import Task
 from raytrainer.module import Module
 from raytrainer.plan.settings import build_settings
 from raytrainer.plan.strategies import DDP
+from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
 from raytrainer.worker.hooks import overridden
 
@@ -114,6 +120,8 @@ class Trainer(TrainerProperties):
         reload_dataloaders_every_n_epochs: Build loaders anew every n epochs; 0: never.
         log_every_n_steps: Give step values to loggers every n steps.
         logger: A logger, a list of them, False for none, True for a `CSVLogger` in `default_root_dir`.
+        profiler: "simple" (a table of hooks and their times), "advanced" (cProfile), "pytorch" (torch.profiler, a
+            Chrome trace for each worker), or a `Profiler`. Reports go to `profile/` in the log directory.
         callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
         enable_progress_bar: Show progress.
         enable_model_summary: Print a summary of the module before training.
@@ -176,6 +184,7 @@ class Trainer(TrainerProperties):
         snapshot_every: int | str | timedelta | None = "auto",
         hang_timeout: float = 600.0,
         logger: Logger | Iterable[Logger] | bool | None = True,
+        profiler: str | Profiler | None = None,
         callbacks: Callback | WorkerCallback | Iterable[Callback | WorkerCallback] | None = None,
         enable_progress_bar: bool = True,
         enable_model_summary: bool = True,
@@ -208,7 +217,11 @@ class Trainer(TrainerProperties):
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
         self._idle_timeout, self._placement_timeout = idle_timeout, placement_timeout
+        self._profiler = make_profiler(profiler)
         self._loggers = self._make_loggers(logger)
+        self._logs = Logs(self._loggers)
+        # module code may call self.logger in a dry run too, to no effect
+        self._worker_logs = True if self._loggers else False if self.fast_dev_run and logger else None
         extras: list[Callback] = []
         if enable_progress_bar:
             extras.append(ProgressBar())
@@ -225,6 +238,20 @@ class Trainer(TrainerProperties):
         self._coordinator: Coordinator | None = None
         self._resumed_from: str | None = None
         self._failing = False  # callbacks are being told that the run has failed
+        self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A Trainer from plain values, such as a YAML or JSON file has.
+        Args:
+            config: Arguments by name. Callbacks, loggers and the like are `{"class_path": "package.Class", "init_args":
+                {...}}`; a path without a dot names something of raytrainer's.
+        Raises:
+            ConfigurationError: There is no such argument or class, or a value cannot work.
+        """
+        arguments = instantiate(config)
+        check_names(cls, arguments)
+        return cls(**arguments)
 
     def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         if self.fast_dev_run or logger is None or logger is False:
@@ -273,13 +300,18 @@ class Trainer(TrainerProperties):
             )
         task = self._begin("fit", module, datamodule, loaders)
         checkpoint = self._read(ckpt_path)
+        if checkpoint is None and not self.fast_dev_run:
+            for callback in self._callbacks:
+                if isinstance(callback, Tuner):
+                    callback.tune(self, module, loaders.get("train"), datamodule)
         with self._running(task) as coordinator:
             if checkpoint is not None:
                 self._resume(checkpoint, coordinator)
             report = coordinator.fit(checkpoint)
             bring_home(module, datamodule, report, coordinator.group)
             self._emit("on_fit_end")
-        self._say_end()
+        if not self._probing:
+            self._say_end()
 
     def validate(
         self,
@@ -391,6 +423,112 @@ class Trainer(TrainerProperties):
             print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])
 
+    # ---------------------------------------------------------------- tuning
+
+    def lr_find(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        min_lr: float = 1e-8,
+        max_lr: float = 1.0,
+        num_training: int = 100,
+        mode: str = "exponential",
+        early_stop_threshold: float | None = 4.0,
+        update_attr: bool = False,
+        attr_name: str | None = None,
+    ) -> LearningRates:
+        """Train a copy of the module for a few steps, with a learning rate that rises, and look at the loss.
+
+        The module, its weights and this process's generators are as before. All parameter groups have the same rate;
+        schedulers, callbacks and loggers are left out. The workers are those of this Trainer.
+
+        Args:
+            model: The module.
+            train_dataloaders: A training loader, or a DataModule.
+            datamodule: Where the loader comes from if it is not given.
+            min_lr: The first learning rate.
+            max_lr: The last one.
+            num_training: Steps.
+            mode: "exponential" or "linear".
+            early_stop_threshold: Stop where the smoothed loss is so many times its best; None: do not.
+            update_attr: Set `attr_name` of the module to the suggestion, if there is one.
+            attr_name: An attribute or hyperparameter; None: `lr` or `learning_rate`.
+
+        Returns:
+            The rates and losses, with `suggestion()` and `plot()`.
+
+        Raises:
+            ConfigurationError: An argument cannot work, or the module has no such attribute.
+        """
+        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
+        attribute = (attr_name or rate_attribute(module)) if update_attr else None
+        return find_learning_rate(
+            self._probe, module, loaders.get("train"), datamodule,
+            min_lr=min_lr, max_lr=max_lr, num_training=num_training, mode=mode,
+            early_stop_threshold=early_stop_threshold, attribute=attribute,
+        )  # fmt: skip
+
+    def scale_batch_size(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        mode: str = "power",
+        steps_per_trial: int = 3,
+        init_val: int = 2,
+        max_trials: int = 25,
+        batch_arg_name: str = "batch_size",
+    ) -> int:
+        """Find the largest batch size that fits into memory, and set it.
+
+        Copies of the module train for a few steps each; the module's weights and this process's generators are as
+        before. The search also ends where one batch holds all the data.
+
+        Args:
+            model: The module.
+            train_dataloaders: A DataModule; loaders that are made already have a batch size that stays.
+            datamodule: Likewise.
+            mode: "power": double the size until it no longer fits; "binsearch": then halve the gap until it is known.
+            steps_per_trial: Steps to try each size for.
+            init_val: The first size.
+            max_trials: Sizes to try at most.
+            batch_arg_name: Attribute or hyperparameter of the DataModule or Module, which `train_dataloader` reads.
+
+        Returns:
+            The size.
+
+        Raises:
+            ConfigurationError: An argument cannot work, or nothing has such an attribute.
+            ResourceError: No size fits.
+        """
+        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
+        if loaders:
+            raise ConfigurationError(
+                "scale_batch_size was given a loader, whose batch size stays as it is: write train_dataloader() in "
+                "the DataModule or Module, and have it read self.batch_size."
+            )
+        return scale_batch_size(
+            self._probe, module, datamodule,
+            mode=mode, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
+            attribute=batch_arg_name,
+        )  # fmt: skip
+
+    def _probe(self, callbacks: list[Callback | WorkerCallback], loggers: list[Logger], **settings: Any) -> Trainer:
+        """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""
+        probe = copy.copy(self)
+        probe._probing, probe._profiler = True, None
+        probe._own_callbacks = probe._callbacks = callbacks
+        probe._loggers, probe._logs, probe._worker_logs = loggers, Logs(loggers), False
+        probe._state, probe._writer, probe._coordinator = RunState(), CheckpointWriter(), None
+        short: dict[str, Any] = {
+            "max_epochs": None, "min_epochs": 0, "min_steps": None, "max_seconds": None, "fast_dev_run": 0,
+            "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1, "snapshot_every": None,
+            "log_gpu_memory": None, "max_failures": 0,
+        }  # fmt: skip
+        probe._settings = replace(self._settings, **{**short, **settings})
+        return probe
+
     # ---------------------------------------------------------------- a run
 
     def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
@@ -400,10 +538,12 @@ class Trainer(TrainerProperties):
         self._module, self._datamodule = module, datamodule
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
+        self._logs = Logs(self._loggers)
         if stage != "fit":  # counters of the last fit stay visible
             self._state.progress = previous
         self._resumed_from = None
-        self._callbacks = arrange_callbacks(module.configure_callbacks(), self._own_callbacks)
+        given = None if self._probing else module.configure_callbacks()
+        self._callbacks = arrange_callbacks(given, self._own_callbacks)
         self._settings = with_accumulation(self._settings, self._callbacks)
         seed = self._settings.seed
         return Task(
@@ -417,6 +557,8 @@ class Trainer(TrainerProperties):
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             reseed=seed is not None or self._settings.strategy != "local",
             default_root_dir=self.default_root_dir,
+            logs=self._worker_logs,
+            profiler=self._profiler,
         )
 
     def _count_gpus(self) -> None:
@@ -441,17 +583,21 @@ class Trainer(TrainerProperties):
                 host = Hosted(
                     self._emit,
                     self._log_rows,
+                    self._logs.replay,
                     self._callback_states,
                     self._restore_callbacks,
                     self._group,
                     self._can_grow,
                 )
                 self._coordinator = coordinator = Coordinator(task, group, state, host, interrupt, marks)
-                log.info("%s on %s", task.stage, group.describe())
+                if not self._probing:
+                    log.info("%s on %s", task.stage, group.describe())
                 self._log_hyperparameters(task)
                 yield coordinator
                 state.interrupted |= interrupt.requested
             status = "interrupted" if state.interrupted else "success"
+            if self._profiler is not None:
+                write_profiles(self._profiler, state.profiles, self._profile_folder(task.stage))
         except BaseException as error:
             state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             state.interrupted |= isinstance(error, KeyboardInterrupt)
@@ -473,12 +619,14 @@ class Trainer(TrainerProperties):
             group = coordinator.group if coordinator is not None else group
             self._coordinator = None
             self._emit("teardown", task.stage)
-            for logger in self._loggers:
-                self._safely(logger.finalize, status)
+            self._logs.each("finalize", status)
             pool.set_idle_timeout(self._idle_timeout)
             group.release()
             release_datasets(task)
-            self._writer.flush()
+            with state.clock.phase("saving"):
+                self._writer.flush()
+            if task.stage == "fit":
+                state.time_report = state.clock.report()
 
     def _group(self) -> WorkerGroup:
         settings = self._settings
@@ -514,7 +662,14 @@ class Trainer(TrainerProperties):
             if isinstance(callback, Callback):
                 getattr(callback, hook)(self, self._module, *args)
 
+    def _profile_folder(self, stage: str) -> Path:
+        return Path(self.log_dir or self.default_root_dir) / ("profile" if stage == "fit" else f"profile_{stage}")
+
     def _say_end(self) -> None:
+        if self.time_report is not None:
+            log.info("fit took %s", self.time_report)
+            if self.time_report.hint is not None:
+                log.info("%s", self.time_report.hint)
         peaks, skipped = self.peak_memory_bytes, self.skipped_steps
         if peaks:
             log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
@@ -525,8 +680,7 @@ class Trainer(TrainerProperties):
 
     def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if rows:
-            for logger in self._loggers:
-                self._safely(logger.log_rows, rows)
+            self._logs.each("log_rows", rows)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Give values to the loggers from a callback, at the current step unless another is given."""
@@ -556,17 +710,7 @@ class Trainer(TrainerProperties):
             if owner is not None and owner.__dict__.get("_log_hyperparams", False):
                 values.update(owner.hparams_initial)
         if values and task.stage == "fit":
-            for logger in self._loggers:
-                self._safely(logger.log_hyperparams, values)
-
-    @staticmethod
-    def _safely(action: Any, *args: Any) -> None:
-        """A logger that fails must not end the training."""
-        try:
-            action(*args)
-        except Exception as error:
-            name = type(getattr(action, "__self__", action)).__name__
-            log.warning("%s failed, training goes on: %s: %s", name, type(error).__name__, error)
+            self._logs.each("log_hyperparams", values)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -592,15 +736,19 @@ class Trainer(TrainerProperties):
             self._emit("on_save_checkpoint", state)
             checkpoints.write_checkpoint(path, state)
             return
-        captured = self._coordinator.capture(weights_only)
+        with self._state.clock.phase("saving"):
+            self._save_running(path, weights_only, self._coordinator)
+            if wait:
+                self._writer.flush()
+
+    def _save_running(self, path: str, weights_only: bool, coordinator: Coordinator) -> None:
+        captured = coordinator.capture(weights_only)
         if any(_overrides(callback, "on_save_checkpoint") for callback in self._callbacks):
             state = captured.resolve()
             self._emit("on_save_checkpoint", state)
             self._writer.save(path, lambda: state)
         else:
             self._writer.save(path, captured.resolve)
-        if wait:
-            self._writer.flush()
 
     def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
         state = coordinator.rescue()

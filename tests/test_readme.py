@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sklearn.datasets  # noqa: F401  # sets environment variables, which no test may do
+import tensorboardX  # noqa: F401  # likewise
 
 import raytrainer
 from raytrainer import Callback, Trainer, WorkerCallback

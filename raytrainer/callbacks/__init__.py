@@ -19,10 +19,12 @@ from raytrainer.callbacks.rich_model_summary import RichModelSummary
 from raytrainer.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from raytrainer.callbacks.throughput_monitor import ThroughputMonitor
 from raytrainer.callbacks.timer import Timer
+from raytrainer.callbacks.tuning import BatchSizeFinder, LearningRateFinder, Tuner
 
 __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
+    "BatchSizeFinder",
     "Callback",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
@@ -30,6 +32,7 @@ __all__ = [
     "GradientAccumulationScheduler",
     "LambdaCallback",
     "LambdaWorkerCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
@@ -41,6 +44,7 @@ __all__ = [
     "ThroughputMonitor",
     "Timer",
     "TuneReportCallback",
+    "Tuner",
     "WorkerCallback",
     "tune_resources",
 ]

@@ -27,7 +27,7 @@ from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.snapshots import Snapshots
 from raytrainer.driver.state import RunState
 from raytrainer.errors import WorkerLostError
-from raytrainer.messages import EvaluationReport, FinishReport, MetricReport, MetricSpec, Task, TrainReport
+from raytrainer.messages import EvaluationReport, FinishReport, LogCall, MetricReport, MetricSpec, Task, TrainReport
 from raytrainer.plan import schedule
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
@@ -50,6 +50,9 @@ class Host(Protocol):
     def log_rows(self, rows: Rows) -> None:
         """Give rows (step, values) to the loggers."""
 
+    def replay(self, calls: Sequence[LogCall], step: int) -> None:
+        """Make the calls of `self.logger` that rank 0 has kept; `step` is that of those without one."""
+
     def callback_states(self) -> dict[str, Any]:
         """States of the driver's callbacks."""
 
@@ -69,6 +72,7 @@ class Hosted:
 
     emit: Callable[..., None]
     log_rows: Callable[[Rows], None]
+    replay: Callable[[Sequence[LogCall], int], None]
     callback_states: Callable[[], dict[str, Any]]
     restore_callbacks: Callable[[dict[str, Any]], None]
     regroup: Callable[[], WorkerGroup]
@@ -126,6 +130,7 @@ class Coordinator:
         resumed, lost = checkpoint, None
         while True:
             try:
+                self.state.clock.switch("starting")
                 if lost is not None:  # in here, since workers may be lost while others are being replaced
                     resumed, lost = self._recover(lost, checkpoint), None
                 return self._attempt(resumed)
@@ -136,6 +141,7 @@ class Coordinator:
                     raise
                 lost = error
             except _MoreWorkers:
+                self.state.clock.switch("starting")
                 resumed = self._grow()
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
@@ -187,14 +193,16 @@ class Coordinator:
     def _sanity_check(self) -> None:
         if not self.validates or self.settings.num_sanity_val_steps == 0:
             return
-        self.state.sanity_checking = True
-        self.state.trainer.stage = "sanity"
+        state = self.state
+        state.sanity_checking = True
+        state.trainer.stage = "sanity"
         try:
-            self.host.emit("on_sanity_check_start")
-            self._evaluate("validate", self.settings.num_sanity_val_steps)
-            self.host.emit("on_sanity_check_end")
+            with state.clock.phase("validating"):
+                self.host.emit("on_sanity_check_start")
+                self._evaluate("validate", self.settings.num_sanity_val_steps)
+                self.host.emit("on_sanity_check_end")
         finally:
-            self.state.sanity_checking = False
+            state.sanity_checking = False
 
     def _start_training(self) -> None:
         state = self.state
@@ -212,6 +220,7 @@ class Coordinator:
         self._clock = time.perf_counter() - state.progress.seconds
         self.snapshots.restart(state.progress.step)
         self._note_recovery()
+        state.clock.switch("other")
 
     def _epoch(self) -> None:
         progress = self.state.progress
@@ -242,8 +251,10 @@ class Coordinator:
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = state.board.plain() if self._fresh_metrics else None
         self._fresh_metrics = False
-        reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics)
+        with state.clock.phase("training"):
+            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics)
         report = _merge(reports)
+        state.clock.chunk(report.seconds, report.data_seconds)
         steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
         state.skipped_steps = report.skipped_steps
@@ -272,12 +283,14 @@ class Coordinator:
     def _validate(self) -> None:
         self.state.trainer.stage = "validate"
         self.state.progress.validated_at = self.state.progress.total_batches
-        self._evaluate("validate")
+        with self.state.clock.phase("validating"):
+            self._evaluate("validate")
         self.state.trainer.stage = "train"
 
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call("end_epoch")
+        self._replay(reports[0].calls)
         self._log_epoch("epoch", state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=self._compute))
         if self.plateau_epochs and progress.epoch_ended:
             self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
@@ -322,6 +335,8 @@ class Coordinator:
                 predictions += report.predictions
             if sanity is None:
                 self._log_steps(stage, [report.metrics for report in reports])
+            else:
+                self._replay(reports[0].metrics.calls)
             done = max(report.batches for report in reports)
             chunk = schedule.chunk_batches(max(1, done - before), max(report.seconds for report in reports))
             before = done
@@ -329,6 +344,7 @@ class Coordinator:
             self.host.emit("on_evaluation_chunk_end", shown)
         state.interrupted |= self.interrupt.requested
         ends = self.group.call("end_evaluation")
+        self._replay(ends[0].metrics.calls)
         if not finished:
             return {}, []  # interrupted: nobody must take half an evaluation for a whole one
         values = {}
@@ -355,6 +371,11 @@ class Coordinator:
         if fresh:
             self._logged[kind] = fresh[-1][0]
             self.host.log_rows(fresh)
+        self._replay(reports[0].calls)
+
+    def _replay(self, calls: Sequence[LogCall]) -> None:
+        if calls:
+            self.host.replay(calls, max(0, self.state.progress.step - 1))
 
     def _log_epoch(self, kind: str, values: dict[str, float]) -> None:
         self._fresh_metrics = True
@@ -370,7 +391,8 @@ class Coordinator:
     def capture(self, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
         began = time.perf_counter()
-        fetch = self.group.capture(weights_only)
+        with self.state.clock.phase("saving"):
+            fetch = self.group.capture(weights_only)
         captured = Captured(fetch, {} if weights_only else self._driver_state())
         if not weights_only:
             self.snapshots.take(captured, self.state.progress.step, time.perf_counter() - began)
@@ -468,6 +490,8 @@ class Coordinator:
 
     def _finish(self, trained: bool) -> FinishReport:
         reports: list[FinishReport] = self.group.call("finish", trained)
+        self._replay(reports[0].calls)
+        self.state.profiles = [r.profile for r in reports]
         self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
         self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
         return reports[0]

@@ -11,6 +11,8 @@ from raytrainer.driver.state import RunState, TrainerState
 from raytrainer.loggers import Logger
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.timing import TimeReport
+from raytrainer.profilers import Profiler
 
 if TYPE_CHECKING:
     from raytrainer.datamodule import DataModule
@@ -29,6 +31,7 @@ class TrainerProperties:
     _module: Module | None
     _datamodule: DataModule | None
     _resumed_from: str | None
+    _profiler: Profiler | None
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
@@ -113,6 +116,16 @@ class TrainerProperties:
     def recoveries(self) -> list[Recovery]:
         """Failures that the last run has recovered from: what was lost, replayed, and how long it took."""
         return self._state.recoveries
+
+    @property
+    def time_report(self) -> TimeReport | None:
+        """What the time of the last run went to, if that was a `fit` that has ended (or failed)."""
+        return self._state.time_report
+
+    @property
+    def profiler(self) -> Profiler | None:
+        """The profiler; after a run, its `files` are the reports of the workers."""
+        return self._profiler
 
     @property
     def skipped_steps(self) -> int:

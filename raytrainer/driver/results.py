@@ -1,10 +1,16 @@
-"""What an evaluation gives back, and prints."""
+"""What a run gives back, and prints: metrics of evaluations, and profiles."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-__all__ = ["by_loader", "print_results"]
+from raytrainer.profilers import Profiler
+
+__all__ = ["by_loader", "print_results", "write_profiles"]
+
+log = logging.getLogger("raytrainer")
 
 
 def by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
@@ -31,3 +37,25 @@ def print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
     for name in names:
         table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
     Console().print(table)
+
+
+def write_profiles(profiler: Profiler, profiles: Sequence[bytes | None], folder: Path) -> None:
+    """Write every worker's profile to `rank<n>.<suffix>` in `folder`; log rank 0's if it is for people to read."""
+    profiler.files, name = [], type(profiler).__name__
+    for rank, content in enumerate(profiles):
+        path = folder / f"rank{rank}.{profiler.suffix}"
+        if content is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:  # a full disk must not fail a run that has trained
+            log.warning("%s: %s cannot be written: %s", name, path, error)
+            return
+        profiler.files.append(str(path))
+    if not profiler.files:
+        log.warning("%s has recorded nothing: the run was over too soon.", name)
+        return
+    if profiler.summary and profiles[0] is not None:
+        log.info("%s, rank 0:\n%s", name, profiles[0].decode())
+    log.info("%s wrote %s", name, profiler.files[0] if len(profiler.files) == 1 else folder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from raytrainer.driver.metrics import MetricBoard
 from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
+from raytrainer.plan.timing import PhaseClock, TimeReport
 
 __all__ = ["RunState", "TrainerState"]
 
@@ -46,4 +47,7 @@ class RunState:
     world_size: int = 1
     recoveries: list[Recovery] = field(default_factory=list)
     skipped_steps: int = 0
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    time_report: TimeReport | None = None  # once a fit has ended, however
+    profiles: list[bytes | None] = field(default_factory=list)  # of each worker, by rank, where there is a profiler
     peak_memory_bytes: list[int] = field(default_factory=list)  # of each worker's GPU, by rank; empty on CPUs

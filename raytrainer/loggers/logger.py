@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.loggers.media import draw
 
-__all__ = ["DirectoryLogger", "Logger", "as_mapping", "flatten"]
+__all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "flatten"]
 
 
 class Logger(ABC):
@@ -25,6 +26,37 @@ class Logger(ABC):
     @abstractmethod
     def log_hyperparams(self, params: Any) -> None:
         """Take hyperparameters: a mapping, a Namespace or a dataclass, nested ones included."""
+
+    def log_image(self, key: str, images: Any, step: int | None = None, caption: Any = None) -> None:
+        """Take pictures; loggers that cannot store them leave this as it is, and nothing happens.
+
+        Args:
+            key: Their name.
+            images: One picture or a list or batch of them; see `raytrainer.loggers.media.as_images`.
+            step: As for `log_metrics`.
+            caption: Text below the picture; a list of one for each.
+        """
+        return None
+
+    def log_figure(self, key: str, figure: Any, step: int | None = None) -> None:
+        """Take a matplotlib figure. It is drawn and given to `log_image`; from a worker it comes drawn already."""
+        self.log_image(key, draw(figure), step)
+
+    def log_histogram(self, key: str, values: Any, step: int | None = None) -> None:
+        """Take the distribution of numbers: a tensor, an array or a list of any shape."""
+        return None
+
+    def log_text(self, key: str, text: str, step: int | None = None) -> None:
+        """Take a text."""
+        return None
+
+    def supports(self, name: str) -> bool:
+        """Whether the method `name` does something: "log_image", say, or one that only this class has."""
+        if name == "log_figure" and type(self).log_figure is Logger.log_figure:
+            name = "log_image"
+        own = getattr(type(self), name, None)
+        optional = name in ("log_figure", "log_histogram", "log_image", "log_text")
+        return callable(own) and not (optional and own is getattr(Logger, name))
 
     def log_rows(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Take several (step, values) at once; called about once a second while training."""
@@ -138,3 +170,12 @@ def flatten(params: Any, separator: str = "/") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def displayable(value: Any) -> bool | int | float | str:
+    """A hyperparameter as a boolean, a number or text, which is what services show."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return displayable(value.item())
+    return str(value)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.loggers.logger import DirectoryLogger, flatten
+from raytrainer.loggers.logger import DirectoryLogger, displayable, flatten
+from raytrainer.loggers.media import as_images, as_values
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -51,7 +52,7 @@ class TensorBoardLogger(DirectoryLogger):
 
     @property
     def experiment(self) -> SummaryWriter:
-        """The tensorboardX SummaryWriter, for images, histograms and the like. Opened anew after `finalize`."""
+        """The tensorboardX SummaryWriter, for what else it can do. Opened anew after `finalize`."""
         if self._writer is None:
             # tensorboardX names files by the second: without a suffix a writer opened soon after another,
             # in this process or elsewhere, would overwrite its file.
@@ -77,7 +78,7 @@ class TensorBoardLogger(DirectoryLogger):
         """
         if metrics is None:
             metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
-        values = {name: _displayable(value) for name, value in flatten(params).items()}
+        values = {name: displayable(value) for name, value in flatten(params).items()}
         if self._written == (values, dict(metrics)):
             return  # a second fit: writing hp_metric's placeholder again would hide what was logged since
         self._written = values, dict(metrics)
@@ -89,6 +90,22 @@ class TensorBoardLogger(DirectoryLogger):
             file_writer.add_summary(summary)
         for name, value in metrics.items():
             self.experiment.add_scalar(name, float(value), 0)
+
+    def log_image(self, key: str, images: Any, step: int | None = None, caption: Any = None) -> None:
+        """Write pictures; several are "key/0", "key/1", ... TensorBoard shows no captions."""
+        step = self._step if step is None else step
+        arrays = as_images(images)
+        for index, array in enumerate(arrays):
+            name = key if len(arrays) == 1 else f"{key}/{index}"
+            self.experiment.add_image(self._prefix + name, array, step, dataformats="HWC")
+
+    def log_histogram(self, key: str, values: Any, step: int | None = None) -> None:
+        """Write a histogram."""
+        self.experiment.add_histogram(self._prefix + key, as_values(values), self._step if step is None else step)
+
+    def log_text(self, key: str, text: str, step: int | None = None) -> None:
+        """Write a text, in Markdown."""
+        self.experiment.add_text(self._prefix + key, text, self._step if step is None else step)
 
     def save(self) -> None:
         """Flush the event file."""
@@ -115,12 +132,3 @@ def _tensorboardx() -> Any:
             "or use CSVLogger"
         ) from error
     return tensorboardX
-
-
-def _displayable(value: Any) -> bool | int | float | str:
-    """TensorBoard shows booleans, numbers and text."""
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return _displayable(value.item())
-    return str(value)

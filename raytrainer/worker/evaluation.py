@@ -46,7 +46,8 @@ class EvaluationLoop:
         step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
         self.step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
         self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
-        self.on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
         self.loader = 0
         self.batch = 0
         self.done = 0
@@ -55,6 +56,7 @@ class EvaluationLoop:
         self._rng = capture_rng() if sanity is not None else None
         self._outer_running = self.view.running
         self.metrics = run.view.metrics
+        run.recorder.evaluation = self
 
     def _no_grad(self) -> AbstractContextManager[None]:
         return torch.inference_mode() if self.view.settings.inference_mode else torch.no_grad()
@@ -146,6 +148,7 @@ class EvaluationLoop:
             else:
                 getattr(module, f"on_{name}_model_train")()
         self.view.modes = {}
+        self.run.recorder.evaluation = None
         if self.sanity is not None:
             self.metrics.clear()
         self.metrics.switch("train")

@@ -33,8 +33,14 @@ def overridden(owner: object, name: str) -> bool:
 class Hooks:
     """Calls hooks of the worker callbacks, then the module's, and tells `self.log` which hook runs."""
 
-    def __init__(self, view: TrainerView, module: Module, callbacks: Sequence[WorkerCallback]) -> None:
-        self.view, self.module, self.callbacks = view, module, list(callbacks)
+    def __init__(
+        self,
+        view: TrainerView,
+        module: Module,
+        callbacks: Sequence[WorkerCallback],
+        profiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, function: function,
+    ) -> None:
+        self.view, self.module, self.callbacks, self._profiled = view, module, list(callbacks), profiled
 
     def bind(self, name: str) -> Callable[..., Any] | None:
         """One function that calls every overridden `name`, or None if nobody overrode it.
@@ -56,7 +62,7 @@ class Hooks:
             finally:
                 metrics.hook = outer
 
-        return call
+        return self._profiled(name, call)
 
     def call(self, name: str, *args: Any) -> Any:
         """Call the hook now; for the rare ones."""
@@ -82,7 +88,7 @@ class Hooks:
             finally:
                 metrics.hook = outer
 
-        return call
+        return self._profiled(name, call)
 
 
 def bind_step(function: Callable[..., Any], name: str, loaders: int = 1) -> Callable[[Any, int, int], Any]:

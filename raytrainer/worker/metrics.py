@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import MetricError
-from raytrainer.messages import MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.messages import LogCall, MetricReport, MetricSpec, Partial, StepRow
 from raytrainer.worker.metric_objects import is_metric, path_of, reset, step_value
 
 __all__ = ["MetricStore"]
@@ -117,6 +117,7 @@ class MetricStore:
         self.batch: Any = None  # the batch that runs, for its size
         self.moment = 0  # counts batches
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
+        self.calls: Callable[[], list[LogCall]] = list  # what `self.logger` was asked to do since the last report
         self.first_of_node = True  # among workers that see the same batch of a node: the one whose values count
         self._whole: int | None = None  # samples in the node's batch, while a hook runs that sees all of it
         self._size: int | None = None
@@ -317,7 +318,7 @@ class MetricStore:
     def report(self, end_of_epoch: bool = False) -> MetricReport:
         """Everything since the last report, fetched from the device in one go."""
         fetched = _fetch(self._take())
-        report = MetricReport()
+        report = MetricReport(calls=self.calls())
         for step, epoch, row in self._rows:
             report.rows.append(StepRow(step, epoch, {name: next(fetched) for name, _ in row}))
         self._rows.clear()

@@ -26,6 +26,7 @@ from raytrainer.worker.metric_objects import compute, reset, states_of
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
+from raytrainer.worker.recorder import Recorder, WorkerLogger
 from raytrainer.worker.slices import Slices
 from raytrainer.worker.view import TrainerView
 
@@ -49,6 +50,9 @@ class Run:
 
     def __init__(self, task: Task, strategy: Strategy) -> None:
         self.task, self.strategy = task, strategy
+        self.profiler = task.profiler
+        if self.profiler is not None:
+            self.profiler.start(strategy.ranks.rank, strategy.device)
         self.module, self.datamodule = task.module, task.datamodule
         settings = task.settings
         self.view = TrainerView(
@@ -61,10 +65,14 @@ class Run:
             datamodule=task.datamodule,
         )
         self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps, self.module)
+        rank_zero = strategy.ranks.rank == 0
+        self.recorder = Recorder(self.view, lambda: self.stepped, keeps=bool(task.logs) and rank_zero)
+        self.view.logger = None if task.logs is None else WorkerLogger(self.recorder)
+        self.view.metrics.calls = self.recorder.take
         self.slices = Slices(strategy, self.view.metrics)
         self.view.loader_source = self._loader
         self.view.length_source = self._lengths
-        self.hooks = Hooks(self.view, self.module, task.callbacks)
+        self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
         self.precision = Precision(settings.precision, strategy.device)
         self.view.unscale = self.precision.unscale
         self.view.skipped_source = lambda: self.precision.skipped_steps
@@ -100,7 +108,8 @@ class Run:
         module.to(device)
         if task.stage == "fit" and not module.training:
             module.train()
-        self.transfer = self._bind_transfer()
+        transfer = self._bind_transfer()
+        self.transfer = None if transfer is None else self.profiled("transfer_batch_to_device", transfer)
         self._sample_memory()
         if not task.resuming:
             self.configure()
@@ -202,6 +211,23 @@ class Run:
                 return function(*args)
 
         return in_context
+
+    def profiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, watched by the profiler if there is one."""
+        return function if self.profiler is None else self.profiler.wrap(name, function)
+
+    def after_batch(self, hook: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """What to call after each batch of what the run is about: `hook`, then the profiler's step."""
+        profiler = self.profiler
+        if profiler is None:
+            return hook
+
+        def after(*args: Any) -> None:
+            if hook is not None:
+                hook(*args)
+            profiler.step()
+
+        return after
 
     # ---------------------------------------------------------------- data
 
@@ -308,6 +334,8 @@ class Run:
 
     def release(self) -> None:
         """Undo what the run changed in this process; also after a failure."""
+        if self.profiler is not None:
+            self.profiler.stop()
         for stage in list(self._feeds):
             self._close_feeds(stage)
         self.view.metrics.close()

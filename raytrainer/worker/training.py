@@ -39,6 +39,7 @@ class TrainingLoop:
 
     def __init__(self, run: Run) -> None:
         self.run, self.view, self.metrics = run, run.view, run.view.metrics
+        run.recorder.training = self
         feeds = run.feeds("train")
         if len(feeds) != 1:
             raise ConfigurationError(
@@ -52,7 +53,7 @@ class TrainingLoop:
         self._run_batch = self._bind_optimization()
         bind = run.hooks.bind
         self._on_batch_start = bind("on_train_batch_start")
-        self._on_batch_end = bind("on_train_batch_end")
+        self._on_batch_end = run.after_batch(bind("on_train_batch_end"))
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
         self._epoch_scheduled = False
         self.view.forward_epoch = self.forward_epoch
@@ -142,12 +143,13 @@ class TrainingLoop:
         view.running = "train"
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
+        next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate = view.accumulate_grad_batches
         first, exhausted, waited = self.batch, False, clock() - start
         for _ in range(batches):
             asked = clock()
             try:
-                batch = next(iterator)
+                batch = next_batch()
             except StopIteration:
                 if self.batch == 0 and (look_ahead is None or look_ahead.ended):
                     self.feed.refuse_nothing(self.epoch)
@@ -253,6 +255,9 @@ class _Automatic:
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
         self.backward = _own(run, "backward")
+        self.step_optimizer = run.profiled("optimizer_step", self.precision.step)
+        if self.backward is None and run.profiler is not None:
+            self.backward = run.profiled("backward", lambda loss: loss.backward())
         self.clip = _own(run, "configure_gradient_clipping")
         if self.clip is None and settings.gradient_clip_val is not None:
             self.clip = module.configure_gradient_clipping
@@ -284,7 +289,7 @@ class _Automatic:
             self.optimizer_step(self.view.current_epoch, index, self.given, self._closure)
         else:
             self._closure()
-            self.precision.step(self.optimizer)
+            self.step_optimizer(self.optimizer)
         if stepping:
             # also where infinite gradients were left out: only the device knows, and all else is counted in steps
             self.view.global_step += 1

@@ -41,6 +41,7 @@ class TrainerView:
         lr_scheduler_configs: The schedulers and when they step.
         forward_epoch: Runs `training_step` on every batch of an epoch, without gradients, steps or logging; all workers
             must call it together, in `on_train_end`. For statistics such as those of batch normalisation.
+        logger: Takes `log_...` calls for the driver's loggers; None if there are none.
         samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
             callback may add to them. Names must differ from worker to worker, or end in "/min", "/max", "/sum" or
             "/mean", which says what becomes of the workers' values.
@@ -211,6 +212,11 @@ class TrainerView:
         if batches == float("inf"):
             return batches
         return sum(-(-int(batches) // settings.accumulated(epoch)) for epoch in range(settings.max_epochs))
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """`logger`, which stands for all of them, in a list; empty if there is none."""
+        return [] if self.logger is None else [self.logger]
 
     # services
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:

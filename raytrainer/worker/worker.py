@@ -182,8 +182,8 @@ class Worker:
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained, rank 0 hands over the results."""
         run, module = self.run, self.run.module
+        report = FinishReport(profile=None if run.profiler is None else run.profiler.stop())
         run.teardown()
-        report = FinishReport()
         if trained and self.ranks.rank == 0:
             report.state_dict = {name: to_cpu(tensor) for name, tensor in module.state_dict().items()}
             report.hparams = dict(module.hparams)
@@ -191,6 +191,7 @@ class Worker:
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
         report.peak_memory_bytes = self._peak()
+        report.calls = run.recorder.take()
         self._forget()
         return report
 
@@ -199,9 +200,11 @@ class Worker:
 
     def finish_in_place(self, trained: bool) -> FinishReport:
         """As `finish`, where the module is the driver's own and nothing needs to travel."""
-        self.run.teardown()
+        run = self.run
+        profile = None if run.profiler is None else run.profiler.stop()
+        run.teardown()
         self._forget()
-        return FinishReport(peak_memory_bytes=self._peak())
+        return FinishReport(peak_memory_bytes=self._peak(), calls=run.recorder.take(), profile=profile)
 
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""

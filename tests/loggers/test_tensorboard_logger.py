@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.tensorboard import TensorBoardLogger
@@ -114,9 +117,28 @@ def test_missing_package(tmp_path, monkeypatch):
 def test_tensorboard_reads_it(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = TensorBoardLogger(tmp_path)
-    logger.log_hyperparams({"lr": 0.1})
+    logger.log_hyperparams({"lr": 0.1, "net": {"width": 3}})
     logger.log_metrics({"loss": 0.5}, 3)
+    picture = torch.zeros(3, 4, 6)
+    picture[1] = 1.0
+    logger.log_image("one", picture, step=4)
+    logger.log_image("two", [picture, picture], step=5)
+    logger.log_histogram("h", torch.tensor([[1.0, 2.0], [2.0, 4.0]]), step=6)
+    logger.log_text("t", "*hello*", step=7)
+    figures = pytest.importorskip("matplotlib.figure")
+    logger.log_figure("drawn", figures.Figure(figsize=(2, 1), dpi=50), step=8)
     logger.finalize("success")
     reader = accumulator.EventAccumulator(logger.log_dir).Reload()
     assert [(event.step, event.value) for event in reader.Scalars("loss")] == [(3, 0.5)]
     assert "_hparams_/session_start_info" in reader.summary_metadata
+    assert sorted(reader.Tags()["images"]) == ["drawn", "one", "two/0", "two/1"]
+    (image,) = reader.Images("one")
+    assert (image.step, image.width, image.height) == (4, 6, 4)
+    pixels = Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")
+    assert pixels.getpixel((0, 0)) == (0, 255, 0)
+    assert (reader.Images("drawn")[0].step, reader.Images("drawn")[0].width) == (8, 100)
+    (histogram,) = reader.Histograms("h")
+    values = histogram.histogram_value
+    assert (histogram.step, values.num, values.min, values.max, values.sum) == (6, 4.0, 1.0, 4.0, 9.0)
+    (text,) = reader.Tensors("t/text_summary")
+    assert text.step == 7 and text.tensor_proto.string_val == [b"*hello*"]

@@ -1,0 +1,116 @@
+"""The command line: `python -m raytrainer fit --config run.yaml --trainer.max_epochs=3`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from raytrainer.datamodule import DataModule
+from raytrainer.errors import ConfigurationError
+from raytrainer.module import Module
+from raytrainer.seeding import seed_everything
+from raytrainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["main"]
+
+_VERBS = {
+    "fit": "Train a model.",
+    "validate": "Run one validation epoch and print its metrics.",
+    "test": "Run one test epoch and print its metrics.",
+    "predict": "Predict every batch.",
+}
+_TITLES = {
+    "model": "the model: a Module (its own options: --model.help=my_project.Classifier)",
+    "data": "the data: a DataModule (its own options: --data.help=my_project.Digits)",
+    "trainer": "the Trainer",
+}
+_EPILOG = """example of a file for --config:
+
+  seed_everything: 1
+  model: {class_path: my_project.Classifier, init_args: {lr: 0.01}}
+  data: {class_path: my_project.Digits}
+  trainer: {max_epochs: 5, callbacks: [{class_path: raytrainer.EarlyStopping, init_args: {monitor: val_loss}}]}
+
+Options on the command line win over files, and later files over earlier ones."""
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Run a command; returns what the Trainer's verb returned.
+
+    Args:
+        arguments: Words of the command line; None: those of this process.
+
+    Raises:
+        SystemExit: Arguments are wrong, or help or a configuration was asked for.
+    """
+    parser = _parser()
+    config = parser.parse_args(arguments)
+    verb = config.command
+    chosen = config[verb]
+    if chosen.seed_everything is not None:
+        seed_everything(chosen.seed_everything)  # before the module draws its weights
+    try:
+        made = parser.instantiate(config)[verb]
+    except ConfigurationError as error:
+        parser.error(str(error))
+    trainer, data = made.trainer, made.get("data")
+    if verb == "fit":
+        return trainer.fit(made.model, datamodule=data, ckpt_path=made.ckpt_path)
+    result = getattr(trainer, verb)(made.model, datamodule=data, ckpt_path=made.ckpt_path)
+    if verb == "predict" and made.output is not None:
+        import torch
+
+        torch.save(result, made.output)
+        print(f"predictions are in {made.output}", file=sys.stderr)
+    return result
+
+
+def _parser() -> ArgumentParser:
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "the command line needs jsonargparse, which is not installed: pip install 'raytrainer[cli]'"
+        ) from error
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):  # type: ignore[misc]
+        """Keeps the lines of the example."""
+
+    parser = ArgumentParser(
+        prog="python -m raytrainer",
+        description="Train, validate, test and predict with raytrainer.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+    )
+    commands = parser.add_subcommands(dest="command", metavar="{" + ",".join(_VERBS) + "}")
+    for verb, text in _VERBS.items():
+        commands.add_subcommand(verb, _verb_parser(verb, text, Formatter), help=text)
+    return parser
+
+
+def _verb_parser(verb: str, text: str, formatter: Any) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    usage = f"python -m raytrainer {verb} [--config FILE] [--option=value ...]"
+    parser = ArgumentParser(usage=usage, description=text, epilog=_EPILOG, formatter_class=formatter)
+    parser.add_argument("--config", action="config", help="A YAML file with any of these options; may be repeated.")
+    parser.add_argument("--seed_everything", type=int | None, default=None, help="Seeds everything first.")
+    parser.add_argument(
+        "--ckpt_path", type=str | None, default=None,
+        help='A checkpoint: its path or URI, or (fit) "last": the newest, if there is one.',
+    )  # fmt: skip
+    if verb == "predict":
+        parser.add_argument("--output", type=str | None, default=None, help="Save predictions here, by torch.save.")
+    parser.add_subclass_arguments(Module, "model", required=True, fail_untyped=False, help="The model")
+    parser.add_subclass_arguments(DataModule, "data", required=False, fail_untyped=False, help="The data")
+    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False)
+    for name, title in _TITLES.items():
+        parser.groups[name].title = title
+    return parser

@@ -1,0 +1,71 @@
+"""What every profiler offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raytrainer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Profiler", "make_profiler"]
+
+
+class Profiler(ABC):
+    """Watches one worker's hooks. It is sent to the workers, and each has its own; reports come home as files.
+
+    Besides the module's and worker callbacks' hooks, it is shown "next_batch" (waiting for the loader), "backward",
+    "optimizer_step" and "transfer_batch_to_device".
+
+    Attributes:
+        suffix: Of the files with reports.
+        summary: Whether rank 0's report is logged, being text for people.
+        files: Paths of the last run's reports by rank, on the driver.
+    """
+
+    suffix: ClassVar[str] = "txt"
+    summary: ClassVar[bool] = True
+    files: list[str]
+
+    def __init__(self) -> None:
+        self.files = []
+
+    @abstractmethod
+    def start(self, rank: int, device: torch.device) -> None:
+        """A run begins in this worker; forget earlier ones."""
+
+    @abstractmethod
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, watched under `name`. Asked once for each hook."""
+
+    def step(self) -> None:
+        """A batch is done: in `fit` a training batch."""
+        return None
+
+    @abstractmethod
+    def stop(self) -> bytes | None:
+        """The run ends: the content of this worker's file; None: nothing was recorded. May be called twice."""
+
+
+def make_profiler(profiler: Any) -> Profiler | None:
+    """The profiler that `Trainer(profiler=...)` means.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    if profiler is None or isinstance(profiler, Profiler):
+        return profiler
+    from raytrainer.profilers.advanced import AdvancedProfiler
+    from raytrainer.profilers.pytorch import PyTorchProfiler
+    from raytrainer.profilers.simple import SimpleProfiler
+
+    kinds: dict[str, type[Profiler]] = {
+        "simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler,
+    }  # fmt: skip
+    kind = kinds.get(profiler) if isinstance(profiler, str) else None
+    if kind is None:
+        raise ConfigurationError(f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.")
+    return kind()
