@@ -163,6 +163,26 @@ def test_states_of_workers_come_together(make, cuts):
     torch.testing.assert_close(update(workers[0], preds, target).compute(), alone)
 
 
+def test_means_count_by_their_updates():
+    class Average(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("average", torch.tensor(0.0), dist_reduce_fx="mean")
+
+        def update(self, value):
+            self.average += (value - self.average) / self._update_count
+
+        def compute(self):
+            return self.average
+
+    workers = [Average(), Average(), Average()]
+    for index, values in enumerate(([1.0], [2.0, 3.0, 7.0], [])):
+        for value in values:
+            workers[index].update(value)
+    states = [metric_objects.states_of(worker) for worker in workers]
+    assert metric_objects.compute(workers[0], states, "m") == pytest.approx(13 / 4)
+
+
 class Exactly(Exact):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
