@@ -69,6 +69,27 @@ def test_step_and_epoch_values(local_trainer):
     assert not module.acc.update_called and not module.val_acc.update_called
 
 
+def test_epochs_and_validations_begin_anew(local_trainer):
+    class Sums(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.val_seen = torchmetrics.SumMetric(), torchmetrics.SumMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.seen.update(float(len(batch[0])))
+            self.log("seen", self.seen, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.val_seen.update(float(len(batch[0])))
+            self.log("val_seen", self.val_seen)
+
+    rows = Rows()
+    local_trainer(max_epochs=3, logger=rows, val_check_interval=4).fit(Sums(), data(20), data(7))
+    assert [row["seen"] for _, row in rows.rows if "seen" in row] == [20.0] * 3
+    assert [row["val_seen"] for _, row in rows.rows if "val_seen" in row] == [7.0] * 6
+
+
 def test_one_metric_over_several_loaders(local_trainer):
     loaders = [data(6, seed=3), data(5, seed=4)]
     found = local_trainer().test(Scored(), loaders, verbose=False)
@@ -90,6 +111,7 @@ def test_collections_share_states(local_trainer):
     trainer = local_trainer(max_epochs=2)
     trainer.fit(module, data(4), val)
     assert any(len(group) > 1 for group in module.scores.compute_groups.values())
+    assert not module.scores._state_is_copy  # copying all states in each step would be slow
     for name, kind in (("v_BinaryPrecision", BinaryPrecision), ("v_BinaryF1Score", BinaryF1Score)):
         assert trainer.callback_metrics[name] == kind()(*whole(val))
 
@@ -139,6 +161,26 @@ def test_states_of_workers_come_together(make, cuts):
     assert metric_objects.compute(workers[0], states, "m") == pytest.approx(float(alone), rel=1e-5)
     metric_objects.reset(workers[0])
     torch.testing.assert_close(update(workers[0], preds, target).compute(), alone)
+
+
+def test_means_count_by_their_updates():
+    class Average(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("average", torch.tensor(0.0), dist_reduce_fx="mean")
+
+        def update(self, value):
+            self.average += (value - self.average) / self._update_count
+
+        def compute(self):
+            return self.average
+
+    workers = [Average(), Average(), Average()]
+    for index, values in enumerate(([1.0], [2.0, 3.0, 7.0], [])):
+        for value in values:
+            workers[index].update(value)
+    states = [metric_objects.states_of(worker) for worker in workers]
+    assert metric_objects.compute(workers[0], states, "m") == pytest.approx(13 / 4)
 
 
 class Exactly(Exact):
