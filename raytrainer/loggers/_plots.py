@@ -78,8 +78,7 @@ def plot_rows(series: dict[str, Points], names: str | Sequence[str] | None, sour
     groups = group_names(_chosen(series, names, source))
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure: Figure = figure_type(figsize=(4.6 * columns + 0.4, 3.1 * rows), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure: Figure = figure_type(figsize=(4.6 * columns + 0.4, 3.1 * rows), layout=_layout())
     first: Axes | None = None
     for index, (title, members) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, index + 1, sharex=first)
@@ -134,6 +133,12 @@ def _plot_group(axes: Axes, title: str, members: dict[str, Points]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(members) > 1:
         axes.legend(frameon=False, fontsize=9)
+
+
+def _layout() -> Any:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return ConstrainedLayoutEngine(h_pad=0.08)
 
 
 def _figure_type() -> Any:

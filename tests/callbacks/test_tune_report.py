@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from ray import tune  # here, since it sets environment variables, which no test may do
 from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, TuneReportCallback, tune_resources
@@ -11,8 +12,6 @@ from raytrainer import ConfigurationError, TuneReportCallback, tune_resources
 @pytest.fixture
 def reported(monkeypatch):
     """What the callback reports, with whether there was a checkpoint."""
-    from ray import tune
-
     from raytrainer.callbacks import ray_tune
 
     reports = []
