@@ -25,8 +25,10 @@ _COMPRESSION = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.
 class _Step(nn.Module):
     """What DDP wraps: its forward is the training step, so that DDP sees the pass from its beginning."""
 
-    def __init__(self, module: Module, step: Callable[[Any, int, int], Any]) -> None:
+    def __init__(self, module: Module, step: Callable[[Any, int, int], Any], backwards: bool) -> None:
         super().__init__()
+        if backwards:  # DDP numbers parameters as it finds them, and finds these first
+            self.backwards = nn.ParameterList(reversed(list(module.parameters())))
         self.module = module
         self.__dict__["step"] = step
 
@@ -87,7 +89,11 @@ class ReplicatedStrategy(Strategy):
             # manual passes are averaged by sync_manual; DDP, which allows one backward per forward, only aligns ranks
             _broadcast_state(module)
             return step
-        self._ddp = DistributedDataParallel(_Step(module, step), **self.settings.options)
+        # two summands have one sum; of more, its last bit depends on where in a bucket they are
+        fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters
+        self._ddp = DistributedDataParallel(_Step(module, step, backwards=fixed), **self.settings.options)
+        if fixed:
+            _fix_buckets(self._ddp)
         if self.settings.gradient_compression is not None:
             self._ddp.register_comm_hook(None, _COMPRESSION[self.settings.gradient_compression])
         ddp = self._ddp
@@ -145,6 +151,17 @@ class ReplicatedStrategy(Strategy):
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+def _fix_buckets(ddp: DistributedDataParallel) -> None:
+    """Give gradients their places in buckets now rather than after the first backward pass, as DDP does.
+
+    A run that resumes would otherwise have its first step with other places than the run that it continues, and sums
+    that differ in their last bit. They lie in the order of DDP's numbers, which is the one in which gradients usually
+    come.
+    """
+    ddp.reducer._push_all_rebuilt_params()
+    ddp.reducer._rebuild_buckets()
 
 
 @torch.no_grad()

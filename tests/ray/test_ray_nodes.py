@@ -38,10 +38,10 @@ def cluster(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class Nodes(raytrainer.Callback):
-    """Removes the second node in epoch 0, and adds one in `add_in`: None at once, before the removal."""
+    """Removes the second node after two steps; adds one: before that if `spare`, else when the run has shrunk."""
 
-    def __init__(self, cluster: Any, add_in: int | None) -> None:
-        self.cluster, self.add_in = cluster, add_in
+    def __init__(self, cluster: Any, spare: bool) -> None:
+        self.cluster, self.spare = cluster, spare
         self.removed = self.added = False
         self.sizes: list[int] = []
 
@@ -51,7 +51,7 @@ class Nodes(raytrainer.Callback):
         # Ray tells of free CPUs with some delay, in which many small epochs pass
         trainer.should_stop |= self.sizes == [4, 2, 4]
         remove = not self.removed and trainer.global_step >= 2
-        if not self.added and (remove if self.add_in is None else trainer.current_epoch == self.add_in):
+        if not self.added and (remove if self.spare else self.sizes == [4, 2]):
             self.added = True
             self.cluster.add_node(num_cpus=2)
         if remove:
@@ -60,7 +60,7 @@ class Nodes(raytrainer.Callback):
 
 
 def test_shrinks_and_grows(cluster, tmp_path):
-    nodes = Nodes(cluster, add_in=1)
+    nodes = Nodes(cluster, spare=False)
     trainer, _ = run(
         Exact(), tmp_path, callbacks=[nodes], strategy="ddp", num_nodes=(1, 2), num_processes=2, snapshot_every=1,
         placement_timeout=4, max_epochs=100_000, max_time="00:00:01:30", accumulate_grad_batches=1,
@@ -76,7 +76,7 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     }  # fmt: skip
     calm, struck = Exact(), Exact()
     _, rows = run(calm, tmp_path, **options)
-    nodes = Nodes(cluster, add_in=None)
+    nodes = Nodes(cluster, spare=True)
     trainer, struck_rows = run(struck, tmp_path, callbacks=[nodes], **options)
     assert nodes.removed and nodes.sizes == [4]
     assert same(struck, calm)
