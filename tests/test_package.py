@@ -14,7 +14,9 @@ import raytrainer
 
 ROOT = Path(raytrainer.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-RAY_IMPORTERS = {f"driver/{n}.py" for n in ("attach", "cluster", "output", "ray_group", "remote", "reserve")}
+RAY_IMPORTERS = {
+    f"driver/{n}.py" for n in ("attach", "cluster", "output", "ray_group", "remote", "reserve", "shipping")
+}
 
 
 def may_import_ray(path: Path) -> bool:

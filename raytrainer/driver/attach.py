@@ -43,10 +43,7 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
                 f"address={address!r}: nothing answers there. Is the cluster up (`ray status` on its head), is that "
                 f"{port} unless told otherwise, and does a firewall let it through?"
             )
-        token, source = _token()
-        if token and "RAY_AUTH_MODE" not in os.environ:
-            _send_token()
-        _refuse_locked(address, place, token if os.environ.get("RAY_AUTH_MODE") == "token" else None, source)
+        _authenticate(address, place)
         if not address.startswith("ray://") and not _is_member():
             log.warning(
                 "No node of a cluster runs on this machine, and address=%r is for members; Ray tries for a minute.",
@@ -101,7 +98,7 @@ def _token() -> tuple[str, str]:
 
 
 def _send_token() -> None:
-    """Without this, Ray keeps a token to itself; a cluster that asks for none does not mind one."""
+    """Without this, Ray keeps a token to itself."""
     os.environ["RAY_AUTH_MODE"] = "token"
     with contextlib.suppress(ImportError, AttributeError):
         from ray._raylet import Config
@@ -109,18 +106,32 @@ def _send_token() -> None:
         Config.initialize("")  # it has read the environment when it was imported
 
 
-def _refuse_locked(address: str, place: tuple[str, int], token: str | None, source: str) -> None:
-    """Ask the cluster anything, to see whether it asks for a token that we do not have.
+def _authenticate(address: str, place: tuple[str, int]) -> None:
+    """Send a token where one is asked for, and only there.
 
-    Ray itself tries for 20 to 30 s, and a Ray Client does not even say why it gives up.
+    Ray itself tries for 20 to 30 s before it gives up, and a Ray Client does not even say why.
 
     Raises:
-        ConfigurationError: It does.
+        ConfigurationError: The cluster asks for a token that we do not have.
     """
+    token, source = _token()
+    sends = os.environ.get("RAY_AUTH_MODE") == "token"
+    if not _asks_for_token(address, place, token if sends else ""):
+        return
+    if not sends and token and "RAY_AUTH_MODE" not in os.environ:
+        _send_token()
+        sends = True
+        if not _asks_for_token(address, place, token):
+            return
+    raise ConfigurationError(f"address={address!r}: {_locked(token if sends else None, source)}")
+
+
+def _asks_for_token(address: str, place: tuple[str, int], token: str) -> bool:
+    """Whether the cluster, asked for anything, asks for another token than this one first."""
     try:
         import grpc
     except ImportError:
-        return  # then Ray finds out
+        return False  # then Ray finds out
     service = "RayletDriver/ClusterInfo" if address.startswith("ray://") else "NodeInfoGcsService/CheckAlive"
     host = f"[{place[0]}]" if ":" in place[0] else place[0]
     metadata = [("authorization", f"Bearer {token}")] if token else []
@@ -128,8 +139,8 @@ def _refuse_locked(address: str, place: tuple[str, int], token: str | None, sour
         try:
             channel.unary_unary(f"/ray.rpc.{service}")(b"", metadata=metadata, timeout=REACH)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise ConfigurationError(f"address={address!r}: {_locked(token, source)}") from None
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _locked(token: str | None, source: str) -> str:

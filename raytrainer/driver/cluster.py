@@ -124,7 +124,8 @@ def _running_here() -> str | None:
 
 def _refuse_other(address: str | None) -> None:
     """An explicit address must be that of the Ray this process uses."""
-    if address in (None, "auto", "local") or _same_place(address, place_name()):
+    own = address == "local" and (started_here() or own_reservation() is not None)
+    if own or address in (None, "auto") or (address != "local" and _same_place(address, place_name())):
         return
     raise ConfigurationError(
         f"address={address!r}: this process uses the Ray at {place_name()} already. Leave address out to train there, "

@@ -111,7 +111,7 @@ class RayGroup:
         one_node = self.ranks[0].num_nodes == 1
         # on one machine the loopback interface is fast and always there
         host = "127.0.0.1" if one_node else self.places[0].address
-        port = ray.get(self._actors[0].serve.remote(host, self.size)) if self.size > 1 else 0
+        port = self._ask([self._actors[0].serve.remote(host, self.size)])[0] if self.size > 1 else 0
         self._ask(
             [
                 actor.join.remote(ranks, host, port, host if one_node else place.address, self.request.gpu)
@@ -148,8 +148,8 @@ class RayGroup:
         pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
         self.outputs = self._ask([actor.load.remote(pickled, datasets, show) for actor in self._actors])
-        first_of_node = [a for a, ranks in zip(self._actors, self.ranks, strict=True) if ranks.local_rank == 0]
-        self._ask([actor.obey.remote("prepare_data") for actor in first_of_node])
+        first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
+        self._ask([self._actors[rank].obey.remote("prepare_data") for rank in first], ranks=first)
         return self.call("setup")
 
     def call(self, verb: str, *args: Any) -> list[Any]:
@@ -169,13 +169,15 @@ class RayGroup:
         self._ask([own for own, _ in refs], self.hang_timeout)
         return lambda: _fetch(refs)
 
-    def _ask(self, refs: Sequence[Any], patience: float | None = None) -> list[Any]:
-        """All answers, by rank; or the one failure to tell about, as soon as it can be told.
+    def _ask(self, refs: Sequence[Any], patience: float | None = None, ranks: Sequence[int] | None = None) -> list[Any]:
+        """All answers, in order; or the one failure to tell about, as soon as it can be told.
 
         Args:
             refs: One reference a worker.
             patience: Seconds to wait for the answers; without one after that, the workers count as lost.
+            ranks: The workers' ranks; None: they are the first ones, in order.
         """
+        of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
         answers: dict[Any, Any] = {}
         pending = list(refs)
         deadline = None if patience is None else time.monotonic() + patience
@@ -185,7 +187,7 @@ class RayGroup:
             ready, pending = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
                 break
-            answer = self._answer(ready[0], refs.index(ready[0]))
+            answer = self._answer(ready[0], of[ready[0]])
             answers[ready[0]] = answer
             if isinstance(answer, WorkerLostError):
                 break  # the others may hang for ever
@@ -194,7 +196,7 @@ class RayGroup:
         failures: list[Failure | WorkerLostError]
         failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
         if pending and not failures:
-            silent = [rank for rank, ref in enumerate(refs) if ref in pending]
+            silent = [of[ref] for ref in refs if ref in pending]
             failures = [
                 WorkerLostError(silent[0], f"no answer from rank(s) {silent} for {patience:.0f} s (hang_timeout)")
             ]

@@ -79,10 +79,15 @@ class RemoteWorker:
         node_id = ray.get_runtime_context().get_node_id()
         return Place(node_id, self.node, socket.gethostname(), gpus, own_versions())
 
-    def serve(self, host: str, world_size: int) -> int:
+    def serve(self, host: str, world_size: int) -> Failure | int:
         """Serve the rendezvous store; return its port."""
-        self.store, port = make_store(host, world_size)
-        return port
+
+        def serve() -> int:
+            self.store, port = make_store(host, world_size)
+            return port
+
+        answer: Failure | int = self._guard(serve)
+        return answer
 
     def join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> Failure | None:
         """Take a rank and join the process group, leaving one joined before."""

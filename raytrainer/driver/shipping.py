@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["runtime_environment", "script_directory"]
 
 #: Never shipped, in the patterns of .gitignore; what .gitignore and .rayignore name is left out by Ray itself.
 EXCLUDES = [
-    ".*/",
+    ".?*",  # not ".", which is the directory itself
     "__pycache__/",
     "node_modules/",
     "venv/",
@@ -61,34 +62,37 @@ def runtime_environment(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"working_dir": str(folder), "excludes": EXCLUDES}
 
 
+class _TooLarge(Exception):
+    """Enough has been seen."""
+
+
 def _refuse_large(folder: Path) -> None:
     sizes: Counter[str] = Counter()
-    for path in _files(folder):
-        try:
-            sizes[path.parts[0]] += (folder / path).stat().st_size
-        except OSError:
-            continue  # gone in the meantime, or a broken link
+
+    def count(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(folder).parts[0]] += path.stat().st_size
         if sizes.total() > LIMIT:
-            largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in sizes.most_common(3))
-            raise ConfigurationError(
-                f"The script's directory, {folder}, would be shipped to the workers so that they can import your "
-                f"modules, but it holds more than {LIMIT // 2**20} MiB: {largest}, ... Name what is not needed in "
-                f".gitignore or .rayignore; or say what to ship: Trainer(runtime_env={{'working_dir': ..., "
-                f"'excludes': [...]}}), or {{'py_modules': [...]}}; runtime_env={{}} ships nothing."
-            )
+            raise _TooLarge
 
-
-def _files(folder: Path) -> Iterator[Path]:
-    """What Ray would ship, nearly: files that git does not ignore, where there is git, else all that are not hidden."""
-    command = ["git", "-C", str(folder), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
-        listed = subprocess.run(command, capture_output=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        listed = None
-    if listed is not None and listed.returncode == 0:
-        yield from (Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name)
-        return
-    skipped = {pattern.rstrip("/") for pattern in EXCLUDES}
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in skipped and not f.endswith(".ckpt")]
-        yield from (Path(parent, name).relative_to(folder) for name in files)
+        _visit(folder, count)
+    except _TooLarge:
+        largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in sizes.most_common(3))
+        raise ConfigurationError(
+            f"The script's directory, {folder}, would be shipped to the workers so that they can import your modules, "
+            f"but it holds more than {LIMIT // 2**20} MiB: {largest}, ... Name what is not needed in .gitignore or "
+            f".rayignore; or say what to ship: Trainer(runtime_env={{'working_dir': ..., 'excludes': [...]}}), or "
+            f"{{'py_modules': [...]}}; runtime_env={{}} ships nothing."
+        ) from None
+
+
+def _visit(folder: Path, handler: Callable[[Path], None]) -> None:
+    """Call the handler with each path that Ray would ship. It is Ray that knows, so it is Ray's own walk."""
+    try:
+        from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+    except ImportError:
+        return  # then Ray's own limit is the only one
+    options = {"include_gitignore": True} if "include_gitignore" in signature(_dir_travel).parameters else {}
+    silent = logging.Logger("silent", logging.CRITICAL + 1)  # it would tell of the handler's exception
+    _dir_travel(folder, [_get_excludes(folder, EXCLUDES)], handler, logger=silent, **options)

@@ -65,18 +65,22 @@ def test_a_large_folder_is_refused(script, monkeypatch):
         runtime_environment(None)
 
 
-@pytest.mark.parametrize("folder", [".venv", "run.ckpt", "__pycache__", "wandb"])
-def test_what_is_left_out_does_not_count(folder, script, monkeypatch):
+@pytest.mark.parametrize("name", [".venv", "run.ckpt", "__pycache__", "wandb", "weights.pt"])
+@pytest.mark.parametrize("git", [True, False])
+def test_what_is_left_out_does_not_count(name, git, script, monkeypatch):
     monkeypatch.setattr(shipping, "LIMIT", 1000)
-    (script / folder).mkdir()
-    (script / folder / "big.bin").write_bytes(bytes(2000))
+    if git:
+        subprocess.run(["git", "init", "-q", str(script)], check=True)
+    path = script / name if "." in name[1:] and not name.endswith(".ckpt") else script / name / "big.bin"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(2000))
     assert runtime_environment(None)["working_dir"] == str(script.resolve())
 
 
-def test_what_git_ignores_does_not_count(script, monkeypatch):
+@pytest.mark.parametrize("file", [".gitignore", ".rayignore"])
+def test_what_is_ignored_does_not_count(file, script, monkeypatch):
     monkeypatch.setattr(shipping, "LIMIT", 1000)
-    subprocess.run(["git", "init", "-q", str(script)], check=True)
-    (script / ".gitignore").write_text("data/\n")
+    (script / file).write_text("data/\n")
     (script / "data").mkdir()
     (script / "data" / "big.bin").write_bytes(bytes(2000))
     assert runtime_environment(None)["working_dir"] == str(script.resolve())
