@@ -26,10 +26,11 @@ from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import Cluster, attached, ensure_ray, explain_lost, free_by_node, own_reservation
-from raytrainer.driver.coordinator import Coordinator, Hosted
+from raytrainer.driver.coordinator import Coordinator
 from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
 from raytrainer.driver.group import WorkerGroup, local_group
 from raytrainer.driver.home import bring_home
+from raytrainer.driver.host import Hosted
 from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.logs import Logs
 from raytrainer.driver.look import TrainerProperties

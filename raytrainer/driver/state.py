@@ -45,6 +45,8 @@ class RunState:
     batch_size: int | None = None
     num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
     world_size: int = 1
+    parts: int = 1  # batches that the workers read at the same time
+    closing: bool = False  # the epoch is over for the workers; callbacks are being told
     recoveries: list[Recovery] = field(default_factory=list)
     skipped_steps: int = 0
     clock: PhaseClock = field(default_factory=PhaseClock)
