@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from raytrainer.driver.group import WorkerGroup
 from raytrainer.messages import LogCall
 
-__all__ = ["Host", "Hosted", "Rows"]
+__all__ = ["Host", "Rows"]
 
 Rows = list[tuple[int, dict[str, float]]]
 
@@ -37,16 +36,3 @@ class Host(Protocol):
 
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether an elastic run could have more workers than `group` has."""
-
-
-@dataclass
-class Hosted:
-    """A `Host` made of functions."""
-
-    emit: Callable[..., None]
-    log_rows: Callable[[Rows], None]
-    replay: Callable[[Sequence[LogCall], int], None]
-    callback_states: Callable[[], dict[str, Any]]
-    restore_callbacks: Callable[[dict[str, Any]], None]
-    regroup: Callable[[], WorkerGroup]
-    can_grow: Callable[[WorkerGroup], bool]

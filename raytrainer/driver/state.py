@@ -39,6 +39,7 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     board: MetricBoard = field(default_factory=MetricBoard)
     should_stop: bool = False
+    resumed_from: str | None = None  # the checkpoint that a fit went on from
     interrupted: bool = False
     sanity_checking: bool = False
     num_training_batches: int | None = None

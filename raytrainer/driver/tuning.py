@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from raytrainer.datamodule import DataModule
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.loggers import Logger
 from raytrainer.module import Module
+from raytrainer.plan.settings import Settings
 from raytrainer.plan.tuning import SizeSearch, diverged_at, rates, smoothed, steepest
 from raytrainer.seeding import rng_untouched
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LearningRates", "find_learning_rate", "get_attribute", "rate_attribute", "scale_batch_size", "set_attribute",
+    "short_settings",
 ]  # fmt: skip
 
 log = logging.getLogger("raytrainer")
@@ -97,6 +99,16 @@ class LearningRates:
         if rate is not None:
             ax.plot(rate, self.results["loss"][self.results["lr"].index(rate)], "o")
         return ax.figure
+
+
+def short_settings(settings: Settings, **changes: Any) -> Settings:
+    """Those of a short run that only trains, until the step that `changes` say."""
+    short: dict[str, Any] = {
+        "max_epochs": None, "min_epochs": 0, "min_steps": None, "max_seconds": None, "fast_dev_run": 0,
+        "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1, "snapshot_every": None,
+        "log_gpu_memory": None, "max_failures": 0,
+    }  # fmt: skip
+    return replace(settings, **{**short, **changes})
 
 
 class _NoSchedulers(WorkerCallback):
