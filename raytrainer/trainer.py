@@ -20,6 +20,7 @@ from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
+from raytrainer.driver.attributes import rate_attribute
 from raytrainer.driver.checkpoints import CheckpointWriter, idle_checkpoint
 from raytrainer.driver.cluster import Cluster, attached, own_reservation
 from raytrainer.driver.datasets import has_dataset, lazy_predictions
@@ -32,13 +33,7 @@ from raytrainer.driver.resuming import read_to_resume
 from raytrainer.driver.run import Run
 from raytrainer.driver.sources import require_data, require_methods, sources
 from raytrainer.driver.state import RunState, TrainerState
-from raytrainer.driver.tuning import (
-    LearningRates,
-    find_learning_rate,
-    rate_attribute,
-    scale_batch_size,
-    short_settings,
-)  # fmt: skip
+from raytrainer.driver.tuning import LearningRates, find_learning_rate, scale_batch_size, short_settings
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.memory import open_nvml
 from raytrainer.gpu.select import count_all
