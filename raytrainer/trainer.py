@@ -5,38 +5,35 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from raytrainer import checkpoint as checkpoints
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, Tuner, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
-from raytrainer.checkpoint import CheckpointPath, RayCheckpoint
+from raytrainer.checkpoint import CheckpointPath, write_checkpoint
 from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver import pool
-from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import Cluster, attached, ensure_ray, explain_lost, free_by_node, own_reservation
-from raytrainer.driver.coordinator import Coordinator, Hosted
-from raytrainer.driver.datasets import has_dataset, lazy_predictions, prepare_datasets, release_datasets
-from raytrainer.driver.group import WorkerGroup, local_group
+from raytrainer.driver.attributes import rate_attribute
+from raytrainer.driver.checkpoints import CheckpointWriter, idle_checkpoint
+from raytrainer.driver.cluster import Cluster, attached, own_reservation
+from raytrainer.driver.datasets import has_dataset, lazy_predictions
+from raytrainer.driver.groups import Groups
 from raytrainer.driver.home import bring_home
-from raytrainer.driver.interrupt import Interrupt
-from raytrainer.driver.logs import Logs
+from raytrainer.driver.logs import Logs, make_loggers
 from raytrainer.driver.look import TrainerProperties
-from raytrainer.driver.results import by_loader, print_results, write_profiles
-from raytrainer.driver.sources import has_loader, sources
+from raytrainer.driver.results import by_loader, outputs_by_loader, print_results, say_end
+from raytrainer.driver.resuming import read_to_resume
+from raytrainer.driver.run import Run
+from raytrainer.driver.sources import require_data, require_methods, sources
 from raytrainer.driver.state import RunState, TrainerState
-from raytrainer.driver.tuning import LearningRates, find_learning_rate, rate_attribute, scale_batch_size
+from raytrainer.driver.tuning import LearningRates, find_learning_rate, scale_batch_size, short_settings
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.memory import open_nvml
 from raytrainer.gpu.select import count_all
@@ -47,12 +44,9 @@ from raytrainer.plan.settings import build_settings
 from raytrainer.plan.strategies import DDP
 from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
-from raytrainer.worker.hooks import overridden
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from raytrainer.driver.placement import Request
 
 __all__ = ["Trainer"]
 
@@ -192,9 +186,9 @@ class Trainer(TrainerProperties):
         default_root_dir: str | os.PathLike[str] | None = None,
         idle_timeout: float = 300.0,
     ) -> None:
-        self._cluster = Cluster(address, runtime_env)
+        cluster = Cluster(address, runtime_env)
         # a Ray Tune trial has its share of the cluster already, and is like a machine of its own
-        on_cluster = attached(self._cluster) and own_reservation() is None
+        on_cluster = attached(cluster) and own_reservation() is None
         if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
         self._settings = build_settings(
@@ -216,9 +210,9 @@ class Trainer(TrainerProperties):
         )  # fmt: skip
         self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
-        self._idle_timeout, self._placement_timeout = idle_timeout, placement_timeout
+        self._groups = Groups(cluster, placement_timeout, idle_timeout)
         self._profiler = make_profiler(profiler)
-        self._loggers = self._make_loggers(logger)
+        self._loggers = [] if self.fast_dev_run else make_loggers(logger, self.default_root_dir)
         self._logs = Logs(self._loggers)
         # module code may call self.logger in a dry run too, to no effect
         self._worker_logs = True if self._loggers else False if self.fast_dev_run and logger else None
@@ -235,9 +229,7 @@ class Trainer(TrainerProperties):
         self._writer = CheckpointWriter()
         self._module: Module | None = None
         self._datamodule: DataModule | None = None
-        self._coordinator: Coordinator | None = None
-        self._resumed_from: str | None = None
-        self._failing = False  # callbacks are being told that the run has failed
+        self._run: Run | None = None  # the latest
         self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
 
     @classmethod
@@ -252,17 +244,6 @@ class Trainer(TrainerProperties):
         arguments = instantiate(config)
         check_names(cls, arguments)
         return cls(**arguments)
-
-    def _make_loggers(self, logger: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
-        if self.fast_dev_run or logger is None or logger is False:
-            return []
-        if logger is True:
-            return [CSVLogger(self.default_root_dir, name="raytrainer_logs")]
-        given = [logger] if isinstance(logger, Logger) else list(logger)
-        for item in given:
-            if not isinstance(item, Logger):
-                raise ConfigurationError(f"logger={item!r}: give a raytrainer Logger, a list of them, True or False.")
-        return given
 
     # ---------------------------------------------------------------- the four verbs
 
@@ -291,27 +272,22 @@ class Trainer(TrainerProperties):
             WorkerLostError: A worker is gone.
         """
         module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders, val=val_dataloaders)
-        for name in ("training_step", "configure_optimizers"):
-            if not overridden(module, name):
-                raise ConfigurationError(f"{type(module).__name__} has no {name}(); fit needs one.")
-        if "train" not in loaders and not has_loader("train", module, datamodule):
-            raise ConfigurationError(
-                "fit needs training data: pass a loader or DataModule, or write train_dataloader()."
-            )
-        task = self._begin("fit", module, datamodule, loaders)
+        require_methods("fit", module, "training_step", "configure_optimizers")
+        require_data("fit", "train", loaders, module, datamodule)
+        run = self._begin("fit", module, datamodule, loaders)
         checkpoint = self._read(ckpt_path)
         if checkpoint is None and not self.fast_dev_run:
             for callback in self._callbacks:
                 if isinstance(callback, Tuner):
                     callback.tune(self, module, loaders.get("train"), datamodule)
-        with self._running(task) as coordinator:
+        with run.started() as coordinator:
             if checkpoint is not None:
-                self._resume(checkpoint, coordinator)
+                run.resume(checkpoint, coordinator)
             report = coordinator.fit(checkpoint)
             bring_home(module, datamodule, report, coordinator.group)
             self._emit("on_fit_end")
         if not self._probing:
-            self._say_end()
+            say_end(self._state)
 
     def validate(
         self,
@@ -368,12 +344,7 @@ class Trainer(TrainerProperties):
         outputs, loaders = self._evaluate(
             "predict", model, dataloaders, ckpt_path, False, datamodule, return_predictions
         )[1:]
-        if not return_predictions:
-            return None
-        batches: list[list[Any]] = [[] for _ in range(loaders)]
-        for loader, _, output in outputs:
-            batches[loader].append(output)
-        return batches[0] if loaders == 1 else batches
+        return outputs_by_loader(outputs, loaders) if return_predictions else None
 
     def _predict_lazily(self, model: Any, data: Any, datamodule: DataModule | None, ckpt_path: Any) -> Any:
         """Predictions for Ray Datasets; None if it is something else that shall be predicted."""
@@ -385,8 +356,8 @@ class Trainer(TrainerProperties):
         module, datamodule, loaders = sources(model, datamodule, predict=data)
         if not loaders and not has_dataset("predict", datamodule, module):
             return None
-        task = self._begin("predict", module, datamodule, loaders)
-        return lazy_predictions(task, self._settings, self._cluster, self._read(ckpt_path))
+        run = self._begin("predict", module, datamodule, loaders)
+        return lazy_predictions(run.task, self._settings, self._groups.cluster, self._read(ckpt_path))
 
     def _evaluate(
         self,
@@ -405,18 +376,16 @@ class Trainer(TrainerProperties):
             datamodule = self._datamodule
         name = {"validate": "val"}.get(stage, stage)
         module, datamodule, loaders = sources(model, datamodule, **{name: dataloaders})
-        step = {"validate": "validation_step", "test": "test_step"}.get(stage)
-        if step is not None and not overridden(module, step):
-            raise ConfigurationError(f"{type(module).__name__} has no {step}(); {stage} needs one.")
-        if name not in loaders and not has_loader(name, module, datamodule):
-            raise ConfigurationError(f"{stage} needs data: pass a loader or DataModule, or write {name}_dataloader().")
+        if stage != "predict":
+            require_methods(stage, module, {"validate": "validation_step", "test": "test_step"}[stage])
+        require_data(stage, name, loaders, module, datamodule)
         if self._settings.limit(name) == 0:
             log.info("limit_%s_batches=0: nothing to %s.", name, stage)
             return [], [], 1
         checkpoint = self._read(ckpt_path)
-        task = self._begin(stage, module, datamodule, loaders)
-        task.ask_predictions = ask_predictions
-        with self._running(task) as coordinator:
+        run = self._begin(stage, module, datamodule, loaders)
+        run.task.ask_predictions = ask_predictions
+        with run.started() as coordinator:
             values, predictions = coordinator.evaluate(stage, checkpoint)
         results = by_loader(values, len(self._state.num_batches[stage]))
         if verbose:
@@ -520,31 +489,32 @@ class Trainer(TrainerProperties):
         probe._probing, probe._profiler = True, None
         probe._own_callbacks = probe._callbacks = callbacks
         probe._loggers, probe._logs, probe._worker_logs = loggers, Logs(loggers), False
-        probe._state, probe._writer, probe._coordinator = RunState(), CheckpointWriter(), None
-        short: dict[str, Any] = {
-            "max_epochs": None, "min_epochs": 0, "min_steps": None, "max_seconds": None, "fast_dev_run": 0,
-            "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1, "snapshot_every": None,
-            "log_gpu_memory": None, "max_failures": 0,
-        }  # fmt: skip
-        probe._settings = replace(self._settings, **{**short, **settings})
+        probe._state, probe._writer, probe._run = RunState(), CheckpointWriter(), None
+        probe._settings = short_settings(self._settings, **settings)
         return probe
 
     # ---------------------------------------------------------------- a run
 
-    def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
-        """A fresh state and the task of a run."""
+    def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Run:
+        """A run with a fresh state, not started yet."""
         if self._every_gpu:
-            self._count_gpus()
+            self._settings = self._groups.with_every_gpu(self._settings)
         self._module, self._datamodule = module, datamodule
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
         self._logs = Logs(self._loggers)
         if stage != "fit":  # counters of the last fit stay visible
             self._state.progress = previous
-        self._resumed_from = None
         given = None if self._probing else module.configure_callbacks()
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
         self._settings = with_accumulation(self._settings, self._callbacks)
+        task = self._task(stage, module, datamodule, loaders)
+        self._run = run = Run(
+            task, self._state, self._callbacks, self._emit, self._logs, self._groups, self._writer, self._probing
+        )
+        return run
+
+    def _task(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
         seed = self._settings.seed
         return Task(
             stage=stage,
@@ -561,100 +531,8 @@ class Trainer(TrainerProperties):
             profiler=self._profiler,
         )
 
-    def _count_gpus(self) -> None:
-        """What gpus=-1 means on the cluster as it is now."""
-        ensure_ray(self._cluster, 1)
-        from raytrainer.driver.reserve import all_gpus
-
-        count = all_gpus(self._settings.num_nodes)
-        self._settings = replace(self._settings, gpus=count, fewest_per_node=count)
-
-    @contextmanager
-    def _running(self, task: Task) -> Iterator[Coordinator]:
-        """A group, the interrupt handler, and the orderly end of a run, however it ends."""
-        state, status = self._state, "failed"
-        self._coordinator = coordinator = None
-        prepare_datasets(task, self._settings, self._cluster)
-        group = self._group()
-        driver_callbacks = [c for c in self._callbacks if isinstance(c, Callback)]
-        marks = [c.every_n_train_steps for c in driver_callbacks if c.every_n_train_steps]
-        try:
-            with Interrupt() as interrupt:
-                host = Hosted(
-                    self._emit,
-                    self._log_rows,
-                    self._logs.replay,
-                    self._callback_states,
-                    self._restore_callbacks,
-                    self._group,
-                    self._can_grow,
-                )
-                self._coordinator = coordinator = Coordinator(task, group, state, host, interrupt, marks)
-                if not self._probing:
-                    log.info("%s on %s", task.stage, group.describe())
-                self._log_hyperparameters(task)
-                yield coordinator
-                state.interrupted |= interrupt.requested
-            status = "interrupted" if state.interrupted else "success"
-            if self._profiler is not None:
-                write_profiles(self._profiler, state.profiles, self._profile_folder(task.stage))
-        except BaseException as error:
-            state.trainer.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            state.interrupted |= isinstance(error, KeyboardInterrupt)
-            group = coordinator.group if coordinator is not None else group
-            self._failing = True
-            try:
-                self._emit("on_exception", error)
-            finally:
-                self._failing = False
-                if isinstance(error, Exception):
-                    group.call_off()
-                else:
-                    group.abort()
-            lost = None if group.in_process else explain_lost(error)
-            if lost is not None:
-                raise lost from error
-            raise
-        finally:
-            group = coordinator.group if coordinator is not None else group
-            self._coordinator = None
-            self._emit("teardown", task.stage)
-            self._logs.each("finalize", status)
-            pool.set_idle_timeout(self._idle_timeout)
-            group.release()
-            release_datasets(task)
-            with state.clock.phase("saving"):
-                self._writer.flush()
-            if task.stage == "fit":
-                state.time_report = state.clock.report()
-
-    def _group(self) -> WorkerGroup:
-        settings = self._settings
-        if settings.strategy == "local":
-            return local_group(settings)
-        ensure_ray(self._cluster, settings.world_size)
-        return pool.take(self._requests(), self._placement_timeout)
-
-    def _requests(self) -> list[Request]:
-        """The resources that would do, best first."""
-        from raytrainer.driver.placement import Request
-
-        settings = self._settings
-        indices = settings.gpus if isinstance(settings.gpus, tuple) else ()
-        return [
-            Request(nodes, workers, settings.on_gpu, indices=indices, free=settings.auto_select_gpus)
-            for nodes, workers in settings.sizes
-        ]
-
-    def _can_grow(self, group: WorkerGroup) -> bool:
-        settings = self._settings
-        larger = [(nodes, workers) for nodes, workers in settings.sizes if nodes * workers > group.size]
-        if not larger or own_reservation() is not None:
-            return False
-        from raytrainer.driver.placement import fits
-
-        free = free_by_node("GPU" if settings.on_gpu else "CPU")
-        return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
+    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
+        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir)
 
     def _emit(self, hook: str, *args: Any) -> None:
         """Call a hook of the driver's callbacks; those that save run last."""
@@ -662,29 +540,11 @@ class Trainer(TrainerProperties):
             if isinstance(callback, Callback):
                 getattr(callback, hook)(self, self._module, *args)
 
-    def _profile_folder(self, stage: str) -> Path:
-        return Path(self.log_dir or self.default_root_dir) / ("profile" if stage == "fit" else f"profile_{stage}")
-
-    def _say_end(self) -> None:
-        if self.time_report is not None:
-            log.info("fit took %s", self.time_report)
-            if self.time_report.hint is not None:
-                log.info("%s", self.time_report.hint)
-        peaks, skipped = self.peak_memory_bytes, self.skipped_steps
-        if peaks:
-            log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
-        if skipped:
-            log.info("%d of %d steps were left out for infinite gradients.", skipped, self.global_step)
-
     # ---------------------------------------------------------------- logging
-
-    def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        if rows:
-            self._logs.each("log_rows", rows)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Give values to the loggers from a callback, at the current step unless another is given."""
-        self._log_rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
+        self._logs.rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
 
     def plot(self, names: str | Sequence[str] | None = None) -> Figure:
         """Logged metrics over steps, as a matplotlib figure: `CSVLogger.plot` of this trainer's first `CSVLogger`.
@@ -704,14 +564,6 @@ class Trainer(TrainerProperties):
             )
         return logger.plot(names)
 
-    def _log_hyperparameters(self, task: Task) -> None:
-        values: dict[str, Any] = {}
-        for owner in (task.datamodule, task.module):
-            if owner is not None and owner.__dict__.get("_log_hyperparams", False):
-                values.update(owner.hparams_initial)
-        if values and task.stage == "fit":
-            self._logs.each("log_hyperparams", values)
-
     # ---------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False) -> None:
@@ -728,53 +580,10 @@ class Trainer(TrainerProperties):
         if self._module is None:
             raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
         path = os.fspath(filepath)
-        if self._coordinator is not None and self._failing:
-            checkpoints.write_checkpoint(path, self._rescued(self._coordinator))
-            return
-        if self._coordinator is None or self._state.trainer.status != "running":
-            state = self._idle_state()
+        if self._run is None or not self._run.save(path, weights_only, wait):
+            state = idle_checkpoint(self._module, self._state.progress)
             self._emit("on_save_checkpoint", state)
-            checkpoints.write_checkpoint(path, state)
-            return
-        with self._state.clock.phase("saving"):
-            self._save_running(path, weights_only, self._coordinator)
-            if wait:
-                self._writer.flush()
-
-    def _save_running(self, path: str, weights_only: bool, coordinator: Coordinator) -> None:
-        captured = coordinator.capture(weights_only)
-        if any(_overrides(callback, "on_save_checkpoint") for callback in self._callbacks):
-            state = captured.resolve()
-            self._emit("on_save_checkpoint", state)
-            self._writer.save(path, lambda: state)
-        else:
-            self._writer.save(path, captured.resolve)
-
-    def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
-        state = coordinator.rescue()
-        if state is None:
-            raise CheckpointError("save_checkpoint: the run has failed before there was a snapshot to save.")
-        self._emit("on_save_checkpoint", state)
-        return state
-
-    def _callback_states(self) -> dict[str, Any]:
-        return {c.state_key: c.state_dict() for c in self._callbacks if isinstance(c, Callback)}
-
-    def _restore_callbacks(self, states: dict[str, Any]) -> None:
-        for callback in self._callbacks:
-            if isinstance(callback, Callback) and callback.state_key in states:
-                callback.load_state_dict(states[callback.state_key])
-
-    def _idle_state(self) -> dict[str, Any]:
-        assert self._module is not None
-        state = {
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
-            "state_dict": self._module.state_dict(),
-            "hyper_parameters": dict(self._module.hparams),
-        }
-        self._module.on_save_checkpoint(state)
-        return state
+            write_checkpoint(path, state)
 
     def remove_checkpoint(self, filepath: str) -> None:
         """Delete a checkpoint, but never the one that this run went on from."""
@@ -784,52 +593,6 @@ class Trainer(TrainerProperties):
     def checkpoint_exists(self, filepath: str) -> bool:
         """Whether a whole checkpoint is there."""
         return self._writer.exists(filepath)
-
-    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
-        if ckpt_path is None:
-            return None
-        if isinstance(ckpt_path, RayCheckpoint):
-            return {**checkpoints.read_checkpoint(ckpt_path), "path": str(ckpt_path)}
-        path: str | None = os.fspath(ckpt_path)
-        if path == "best":
-            path = next((c.best_model_path for c in self._checkpoint_callbacks if c.best_model_path), None)
-            if path is None:
-                raise CheckpointError('ckpt_path="best": no ModelCheckpoint of this trainer has one; give its path.')
-        elif path == "last":
-            path = self._newest_checkpoint()
-            if path is None:
-                log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
-                return None
-        assert path is not None
-        checkpoint = checkpoints.read_checkpoint(path)
-        checkpoint["path"] = path
-        return checkpoint
-
-    @property
-    def _checkpoint_callbacks(self) -> list[ModelCheckpoint]:
-        return [c for c in self._callbacks if isinstance(c, ModelCheckpoint)]
-
-    def _newest_checkpoint(self) -> str | None:
-        """The newest checkpoint where this trainer's callbacks write, or would have written in an earlier process."""
-        places = {c.dirpath for c in self._checkpoint_callbacks if c.dirpath is not None}
-        if any(c.dirpath is None for c in self._checkpoint_callbacks):
-            # each process has a log directory of its own, side by side
-            roots = [logger.root_dir for logger in self._loggers if logger.root_dir]
-            places.add(roots[0] if roots else f"{self.default_root_dir}/checkpoints")
-        found = [item for place in places for item in checkpoints.find_checkpoints(place)]
-        return max(found)[1] if found else None
-
-    def _resume(self, checkpoint: dict[str, Any], coordinator: Coordinator) -> None:
-        """Take up the counters and callbacks of a checkpoint; workers take up the rest."""
-        if "progress" not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint['path']}: it holds weights only, so training cannot go on from it; load it with "
-                f"{type(self._module).__name__}.load_from_checkpoint(...) and fit that."
-            )
-        self._resumed_from = checkpoint.pop("path")
-        coordinator.take_up(checkpoint)
-        self._emit("on_load_checkpoint", checkpoint)
-        self._restore_callbacks(checkpoint.get("callbacks") or {})
 
     # ---------------------------------------------------------------- end
 
@@ -844,8 +607,3 @@ class Trainer(TrainerProperties):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _overrides(callback: Any, hook: str) -> bool:
-    own = getattr(getattr(callback, hook, None), "__func__", None)
-    return isinstance(callback, Callback) and own is not getattr(Callback, hook)

@@ -11,8 +11,9 @@ import torch
 from exact import Died, Exact, run, same
 from tiny import Tiny, data
 
-from raytrainer import Logger, SerializationError, Trainer, WorkerCallback
+from raytrainer import Logger, SerializationError, WorkerCallback
 from raytrainer.driver.group import LocalGroup
+from raytrainer.driver.groups import Groups
 from raytrainer.errors import WorkerLostError
 from raytrainer.loggers.media import as_images, draw
 
@@ -269,7 +270,7 @@ class Mortal(LocalGroup):
 
 def texts(monkeypatch, folder, die=None, verb="train", **options):
     logger = Media()
-    monkeypatch.setattr(Trainer, "_group", lambda self: Mortal())
+    monkeypatch.setattr(Groups, "take", lambda self, settings: Mortal())
     module = Telling(die, flag=f"{folder}/flag", verb=verb)
     trainer, _ = run(module, folder, logger=logger, **options)
     return module, trainer, [call[1:] for call in logger.media()]

@@ -8,8 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrainer.checkpoint import checkpoint_exists, remove_checkpoint, write_checkpoint
+from raytrainer.module import Module
+from raytrainer.plan.schedule import Progress
 
-__all__ = ["Captured", "CheckpointWriter"]
+__all__ = ["Captured", "CheckpointWriter", "idle_checkpoint"]
+
+
+def idle_checkpoint(module: Module, progress: Progress) -> dict[str, Any]:
+    """The state of a module that no workers have: the driver's own weights, without what only resuming needs."""
+    state = {
+        "epoch": progress.epoch,
+        "global_step": progress.step,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+    }
+    module.on_save_checkpoint(state)
+    return state
 
 
 class Captured:

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from raytrainer.loggers import Logger
+from raytrainer.errors import ConfigurationError
+from raytrainer.loggers import CSVLogger, Logger
 from raytrainer.messages import LogCall
 
-__all__ = ["Logs"]
+__all__ = ["Logs", "log_folder", "make_loggers"]
 
 log = logging.getLogger("raytrainer")
 
 #: A logger that fails is left alone for so many times as long as its failing took.
 _REST = 10.0
+
+
+def make_loggers(logger: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
+    """The loggers that a Trainer's argument means; True is a `CSVLogger` in `folder`.
+
+    Raises:
+        ConfigurationError: One is no Logger.
+    """
+    if logger is None or logger is False:
+        return []
+    if logger is True:
+        return [CSVLogger(folder, name="raytrainer_logs")]
+    given = [logger] if isinstance(logger, Logger) else list(logger)
+    for item in given:
+        if not isinstance(item, Logger):
+            raise ConfigurationError(f"logger={item!r}: give a raytrainer Logger, a list of them, True or False.")
+    return given
+
+
+def log_folder(loggers: Iterable[Logger]) -> str | None:
+    """Folder of the first logger that has one."""
+    return next((found.log_dir for found in loggers if found.log_dir), None)
 
 
 class Logs:
@@ -36,6 +59,11 @@ class Logs:
         """Call a method of every logger."""
         for logger in self.loggers:
             self._safely(logger, method, args, {})
+
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        """Give rows (step, values) to every logger."""
+        if rows:
+            self.each("log_rows", rows)
 
     def replay(self, calls: Sequence[LogCall], step: int) -> None:
         """Make the calls of a worker's `self.logger`, leaving out what a recovered run repeats.

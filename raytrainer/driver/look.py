@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
+from raytrainer.driver.logs import log_folder
 from raytrainer.driver.state import RunState, TrainerState
 from raytrainer.loggers import Logger
 from raytrainer.plan.recovery import Recovery
@@ -30,7 +31,6 @@ class TrainerProperties:
     _callbacks: list[Callback | WorkerCallback]
     _module: Module | None
     _datamodule: DataModule | None
-    _resumed_from: str | None
     _profiler: Profiler | None
 
     @property
@@ -174,7 +174,7 @@ class TrainerProperties:
     @property
     def log_dir(self) -> str | None:
         """Folder of the first logger that has one."""
-        return next((found.log_dir for found in self._loggers if found.log_dir), None)
+        return log_folder(self._loggers)
 
     @property
     def callbacks(self) -> list[Callback | WorkerCallback]:
@@ -188,7 +188,7 @@ class TrainerProperties:
     @property
     def ckpt_path(self) -> str | None:
         """The checkpoint that the run went on from."""
-        return self._resumed_from
+        return self._state.resumed_from
 
     @property
     def model(self) -> Module | None:

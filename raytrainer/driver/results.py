@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from raytrainer.driver.state import RunState
 from raytrainer.profilers import Profiler
 
-__all__ = ["by_loader", "print_results", "write_profiles"]
+__all__ = ["by_loader", "outputs_by_loader", "print_results", "say_end", "write_profiles"]
 
 log = logging.getLogger("raytrainer")
 
@@ -21,6 +23,27 @@ def by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
         for loader in [int(index)] if mark else range(loaders):
             results[loader][name] = value
     return results
+
+
+def outputs_by_loader(outputs: Sequence[tuple[int, int, Any]], loaders: int) -> list[Any]:
+    """Outputs of (loader, batch, output), in order: a list of them; with several loaders one list each."""
+    batches: list[list[Any]] = [[] for _ in range(loaders)]
+    for loader, _, output in outputs:
+        batches[loader].append(output)
+    return batches[0] if loaders == 1 else batches
+
+
+def say_end(state: RunState) -> None:
+    """Log what a `fit` took."""
+    if state.time_report is not None:
+        log.info("fit took %s", state.time_report)
+        if state.time_report.hint is not None:
+            log.info("%s", state.time_report.hint)
+    peaks, skipped = state.peak_memory_bytes, state.skipped_steps
+    if peaks:
+        log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
+    if skipped:
+        log.info("%d of %d steps were left out for infinite gradients.", skipped, state.progress.step)
 
 
 def print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:

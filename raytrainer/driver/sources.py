@@ -10,7 +10,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
 from raytrainer.worker.hooks import overridden
 
-__all__ = ["has_loader", "sources"]
+__all__ = ["require_data", "require_methods", "sources"]
 
 
 def sources(
@@ -34,6 +34,18 @@ def sources(
     return model, datamodule, loaders
 
 
-def has_loader(stage: str, module: Module, datamodule: DataModule | None) -> bool:
+def require_methods(verb: str, module: Module, *names: str) -> None:
+    """Raise a ConfigurationError if the module lacks one of the methods that `verb` needs."""
+    for name in names:
+        if not overridden(module, name):
+            raise ConfigurationError(f"{type(module).__name__} has no {name}(); {verb} needs one.")
+
+
+def require_data(verb: str, stage: str, loaders: dict[str, Any], module: Module, datamodule: DataModule | None) -> None:
+    """Raise a ConfigurationError if there is nothing to `verb` for "train", "val", "test" or "predict"."""
     owners = datamodule, module
-    return has_dataset(stage, *owners) or any(o is not None and overridden(o, f"{stage}_dataloader") for o in owners)
+    if stage in loaders or has_dataset(stage, *owners):
+        return
+    if not any(owner is not None and overridden(owner, f"{stage}_dataloader") for owner in owners):
+        what = "training data" if stage == "train" else "data"
+        raise ConfigurationError(f"{verb} needs {what}: pass a loader or DataModule, or write {stage}_dataloader().")

@@ -39,12 +39,15 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     board: MetricBoard = field(default_factory=MetricBoard)
     should_stop: bool = False
+    resumed_from: str | None = None  # the checkpoint that a fit went on from
     interrupted: bool = False
     sanity_checking: bool = False
     num_training_batches: int | None = None
     batch_size: int | None = None
     num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
     world_size: int = 1
+    parts: int = 1  # batches that the workers read at the same time
+    closing: bool = False  # the epoch is over for the workers; callbacks are being told
     recoveries: list[Recovery] = field(default_factory=list)
     skipped_steps: int = 0
     clock: PhaseClock = field(default_factory=PhaseClock)

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,23 +16,22 @@ from torch import Tensor
 from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.data.loaders import as_list
 from raytrainer.datamodule import DataModule
+from raytrainer.driver.attributes import get_attribute, set_attribute
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.loggers import Logger
 from raytrainer.module import Module
+from raytrainer.plan.settings import Settings
 from raytrainer.plan.tuning import SizeSearch, diverged_at, rates, smoothed, steepest
 from raytrainer.seeding import rng_untouched
 
 if TYPE_CHECKING:
     from raytrainer.worker.view import TrainerView
 
-__all__ = [
-    "LearningRates", "find_learning_rate", "get_attribute", "rate_attribute", "scale_batch_size", "set_attribute",
-]  # fmt: skip
+__all__ = ["LearningRates", "find_learning_rate", "scale_batch_size", "short_settings"]
 
 log = logging.getLogger("raytrainer")
 
 _LOSS = "lr_find/loss"
-_RATE_NAMES = ("lr", "learning_rate")
 
 
 class Probe(Protocol):
@@ -97,6 +96,16 @@ class LearningRates:
         if rate is not None:
             ax.plot(rate, self.results["loss"][self.results["lr"].index(rate)], "o")
         return ax.figure
+
+
+def short_settings(settings: Settings, **changes: Any) -> Settings:
+    """Those of a short run that only trains, until the step that `changes` say."""
+    short: dict[str, Any] = {
+        "max_epochs": None, "min_epochs": 0, "min_steps": None, "max_seconds": None, "fast_dev_run": 0,
+        "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1, "snapshot_every": None,
+        "log_gpu_memory": None, "max_failures": 0,
+    }  # fmt: skip
+    return replace(settings, **{**short, **changes})
 
 
 class _NoSchedulers(WorkerCallback):
@@ -266,48 +275,3 @@ def _no_trace(loaders: Any) -> Iterator[None]:
     finally:
         for generator, state in zip(own, states, strict=True):
             generator.set_state(state)
-
-
-def rate_attribute(module: Module) -> str:
-    """The name under which the module keeps its learning rate.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    for name in _RATE_NAMES:
-        if _has(module, name):
-            return name
-    raise ConfigurationError(
-        f"{type(module).__name__} has neither lr nor learning_rate, as attribute or in hparams: write one that "
-        f"configure_optimizers reads, or say which: attr_name=..."
-    )
-
-
-def _has(owner: Any, name: str) -> bool:
-    return owner is not None and (name in owner.hparams or hasattr(owner, name))
-
-
-def get_attribute(name: str, *owners: Any) -> Any:
-    """The attribute or hyperparameter of the first owner that has it.
-
-    Raises:
-        ConfigurationError: None has.
-    """
-    for owner in owners:
-        if owner is not None and name in owner.hparams:
-            return owner.hparams[name]
-        if owner is not None and hasattr(owner, name):
-            return getattr(owner, name)
-    named = " nor ".join(type(owner).__name__ for owner in owners if owner is not None)
-    raise ConfigurationError(f"{named} has no {name!r}, as attribute or in hparams.")
-
-
-def set_attribute(name: str, value: Any, *owners: Any) -> None:
-    """Set it where it is, in attributes and hyperparameters of all owners that have it."""
-    for owner in owners:
-        if owner is None:
-            continue
-        if name in owner.hparams:
-            owner.hparams[name] = value
-        if hasattr(owner, name):
-            setattr(owner, name, value)

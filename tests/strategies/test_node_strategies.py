@@ -14,8 +14,8 @@ from node_cases import CASES, SEED, WORKERS, Case, Found, Looks, Plain, contrast
 
 from raytrainer.data.loaders import Feed
 from raytrainer.data.sharding import Share
-from raytrainer.driver.coordinator import _in_order
 from raytrainer.driver.metrics import MetricBoard
+from raytrainer.driver.reports import in_order
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings
 
@@ -89,9 +89,9 @@ def test_step_values_of_the_whole_batch(found):
 
 
 @pytest.mark.parametrize("name", ["two", "three", "one sample left", "fewer than workers", "two nodes"])
-def test_predictions_in_order(found, name):
-    expected = _in_order(reference(CASES[name]).predictions)
-    ours = _in_order([item for worker in found[name] for item in worker.predictions])
+def test_predictionsin_order(found, name):
+    expected = in_order(reference(CASES[name]).predictions)
+    ours = in_order([item for worker in found[name] for item in worker.predictions])
     if CASES[name].nodes > 1:  # other weights
         assert [item[:2] for item in ours] == [item[:2] for item in expected]
         assert [item[2]["names"] for item in ours] == [item[2]["names"] for item in expected]

@@ -89,9 +89,9 @@ def test_hooks_without_logging(hook):
 
 
 def test_every_hook_of_a_run_is_decided():
-    from raytrainer import Module
+    from raytrainer.hooks import ModuleHooks
 
-    hooks = {name for name in vars(Module) if name.startswith("on_")}
+    hooks = {name for name in vars(ModuleHooks) if name.startswith("on_")}
     undecided = hooks - set(STEP) - set(EPOCH) - {name for name in NEVER if name}
     # before training, model mode hooks and checkpoint hooks: no logging
     for hook in undecided:

@@ -1,0 +1,88 @@
+"""`Evaluation`: validate, test or predict once, in chunks, with what callbacks and loggers are told of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from raytrainer.driver.group import WorkerGroup
+from raytrainer.driver.host import Host
+from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.journal import Journal
+from raytrainer.driver.reports import in_order, longest
+from raytrainer.driver.state import RunState
+from raytrainer.messages import EvaluationReport, MetricSpec
+from raytrainer.plan import schedule
+
+__all__ = ["Evaluation", "compute_metrics"]
+
+_HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+class Evaluation:
+    """The evaluations of one run.
+
+    Args:
+        state: Where to keep lengths and metrics.
+        host: Whose callbacks are told.
+        interrupt: Whether the user asked for the end.
+        journal: Where values are logged.
+    """
+
+    def __init__(self, state: RunState, host: Host, interrupt: Interrupt, journal: Journal) -> None:
+        self._state, self._host, self._interrupt, self._journal = state, host, interrupt, journal
+
+    def run(self, group: WorkerGroup, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:
+        """Evaluate everything, or as a sanity check `sanity` batches of each loader.
+
+        Returns:
+            Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
+        """
+        state, name = self._state, _HOOK[stage]
+        starts = group.call("start_evaluation", stage, sanity)
+        state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
+        self._host.emit(f"on_{name}_start")
+        self._host.emit(f"on_{name}_epoch_start")
+        finished, predictions = self._chunks(group, stage, sanity)
+        state.interrupted |= self._interrupt.requested
+        ends = group.call("end_evaluation")
+        self._journal.replay(ends[0].metrics.calls)
+        if not finished:
+            return {}, []  # interrupted: nobody must take half an evaluation for a whole one
+        values = {}
+        if sanity is None:
+            batches = [end.by_loader for end in ends]
+            reported = [end.metrics for end in ends]
+            compute = partial(compute_metrics, group)
+            values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, compute)
+            self._journal.epoch(stage, values)
+        self._host.emit(f"on_{name}_epoch_end")
+        self._host.emit(f"on_{name}_end")
+        return values, in_order(predictions)
+
+    def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
+        """Evaluate chunk by chunk; return whether that came to the end, and what the workers sent."""
+        predictions: list[Any] = []
+        chunk, before, finished = 1, 0, False
+        while not finished and not self._interrupt.requested:
+            reports: list[EvaluationReport] = group.call("evaluate", chunk)
+            finished = all(report.done for report in reports)
+            for report in reports:
+                predictions += report.predictions
+            if sanity is None:
+                self._journal.steps(stage, [report.metrics for report in reports])
+            else:
+                self._journal.replay(reports[0].metrics.calls)
+            done = max(report.batches for report in reports)
+            chunk = schedule.chunk_batches(max(1, done - before), max(report.seconds for report in reports))
+            before = done
+            shown = replace(reports[0], batches=done, done=finished, predictions=[])
+            self._host.emit("on_evaluation_chunk_end", shown)
+        return finished, predictions
+
+
+def compute_metrics(group: WorkerGroup, specs: list[MetricSpec]) -> dict[str, float]:
+    """Values of metric objects over all workers."""
+    values: dict[str, float] = group.call("compute_metrics", specs)[0]
+    return values

@@ -1,0 +1,46 @@
+"""What all workers report, as one: the slowest time, the fewest batches, predictions in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from raytrainer.data.slicing import join_parts
+from raytrainer.messages import TrainReport
+
+__all__ = ["in_order", "longest", "merged", "shortest"]
+
+
+def merged(reports: Sequence[TrainReport]) -> TrainReport:
+    """One report for all workers: the slowest time, any request to stop."""
+    return replace(
+        reports[0],
+        seconds=max(r.seconds for r in reports),
+        data_seconds=max(r.data_seconds for r in reports),
+        exhausted=any(r.exhausted for r in reports),
+        stop=any(r.stop for r in reports),
+    )
+
+
+def in_order(predictions: Sequence[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
+    """(loader, batch, output) sorted, where workers that split a batch have each sent a part, in order of rank."""
+    parts: dict[tuple[int, int], list[Any]] = {}
+    for loader, batch, output in predictions:
+        parts.setdefault((loader, batch), []).append(output)
+    return [(*key, outputs[0] if len(outputs) == 1 else join_parts(outputs)) for key, outputs in sorted(parts.items())]
+
+
+def shortest(lengths: Sequence[int | None]) -> int | None:
+    """The batches that every worker has; None if some worker does not know."""
+    known = [n for n in lengths if n is not None]
+    return min(known) if len(known) == len(lengths) else None
+
+
+def longest(by_worker: Sequence[list[int | None]]) -> list[int | None]:
+    """For each loader, the batches of the worker that has most."""
+    most: list[int | None] = []
+    for lengths in zip(*by_worker, strict=True):
+        known = [n for n in lengths if n is not None]
+        most.append(max(known) if len(known) == len(lengths) else None)
+    return most

@@ -1,0 +1,66 @@
+"""The checkpoint that a verb of the Trainer is told to use: a path, "best" or "last", found and read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
+from raytrainer.checkpoint import CheckpointPath, RayCheckpoint, find_checkpoints, read_checkpoint
+from raytrainer.errors import CheckpointError
+from raytrainer.loggers import Logger
+
+__all__ = ["read_to_resume"]
+
+log = logging.getLogger("raytrainer")
+
+
+def read_to_resume(
+    ckpt_path: CheckpointPath | None,
+    callbacks: Sequence[Callback | WorkerCallback],
+    loggers: Sequence[Logger],
+    default_root_dir: str,
+) -> dict[str, Any] | None:
+    """The checkpoint, with where it was found as "path"; None: there is none to use.
+
+    Args:
+        ckpt_path: A path, a URI, Ray's object, "best" (of the callbacks' best), "last" (see `Trainer.fit`), or None.
+        callbacks: Those of the run.
+        loggers: They say where checkpoints go that have no folder of their own.
+        default_root_dir: Where those go without a logger.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    if ckpt_path is None:
+        return None
+    if isinstance(ckpt_path, RayCheckpoint):
+        return {**read_checkpoint(ckpt_path), "path": str(ckpt_path)}
+    path: str | None = os.fspath(ckpt_path)
+    savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    if path == "best":
+        path = next((saver.best_model_path for saver in savers if saver.best_model_path), None)
+        if path is None:
+            raise CheckpointError('ckpt_path="best": no ModelCheckpoint of this trainer has one; give its path.')
+    elif path == "last":
+        path = _newest(savers, loggers, default_root_dir)
+        if path is None:
+            log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
+            return None
+    assert path is not None
+    checkpoint = read_checkpoint(path)
+    checkpoint["path"] = path
+    return checkpoint
+
+
+def _newest(savers: Sequence[ModelCheckpoint], loggers: Sequence[Logger], default_root_dir: str) -> str | None:
+    """The newest checkpoint where the callbacks write, or would have written in an earlier process."""
+    places = {saver.dirpath for saver in savers if saver.dirpath is not None}
+    if any(saver.dirpath is None for saver in savers):
+        # each process has a log directory of its own, side by side
+        roots = [logger.root_dir for logger in loggers if logger.root_dir]
+        places.add(roots[0] if roots else f"{default_root_dir}/checkpoints")
+    found = [item for place in places for item in find_checkpoints(place)]
+    return max(found)[1] if found else None

@@ -1,0 +1,213 @@
+"""`Run`: one run of a Trainer, from the start of its workers to its orderly end, however it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytrainer.callbacks import Callback, WorkerCallback
+from raytrainer.checkpoint import write_checkpoint
+from raytrainer.driver.checkpoints import CheckpointWriter
+from raytrainer.driver.cluster import explain_lost
+from raytrainer.driver.coordinator import Coordinator
+from raytrainer.driver.datasets import prepare_datasets, release_datasets
+from raytrainer.driver.group import WorkerGroup
+from raytrainer.driver.groups import Groups
+from raytrainer.driver.host import Rows
+from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.logs import Logs, log_folder
+from raytrainer.driver.results import write_profiles
+from raytrainer.driver.state import RunState
+from raytrainer.errors import CheckpointError
+from raytrainer.messages import LogCall, Task
+
+__all__ = ["Run"]
+
+log = logging.getLogger("raytrainer")
+
+
+@dataclass(eq=False)
+class Run:
+    """What one run needs; the `Host` of its coordinator.
+
+    Attributes:
+        task: What the workers are given.
+        state: Where the run is.
+        callbacks: Those of the run, in order.
+        emit: Calls a hook of the driver's callbacks.
+        logs: The loggers.
+        groups: Where workers come from.
+        writer: Writes checkpoints.
+        quiet: Whether it is a short run that finds something out, which is not talked about.
+        coordinator: Drives the workers, from their start to the end of the run.
+        failing: Whether callbacks are being told that the run has failed.
+    """
+
+    task: Task
+    state: RunState
+    callbacks: Sequence[Callback | WorkerCallback]
+    emit: Callable[..., None]
+    logs: Logs
+    groups: Groups
+    writer: CheckpointWriter
+    quiet: bool = False
+    coordinator: Coordinator | None = field(default=None, init=False)
+    failing: bool = field(default=False, init=False)
+
+    # ---------------------------------------------------------------- start and end
+
+    @contextmanager
+    def started(self) -> Iterator[Coordinator]:
+        """Workers, the interrupt handler, and the orderly end."""
+        task, state, status = self.task, self.state, "failed"
+        prepare_datasets(task, task.settings, self.groups.cluster)
+        group = self.regroup()
+        marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
+        try:
+            with Interrupt() as interrupt:
+                self.coordinator = coordinator = Coordinator(task, group, state, self, interrupt, marks)
+                if not self.quiet:
+                    log.info("%s on %s", task.stage, group.describe())
+                self._log_hyperparameters()
+                yield coordinator
+                state.interrupted |= interrupt.requested
+            status = "interrupted" if state.interrupted else "success"
+            if task.profiler is not None:
+                folder = Path(log_folder(self.logs.loggers) or task.default_root_dir)
+                name = "profile" if task.stage == "fit" else f"profile_{task.stage}"
+                write_profiles(task.profiler, state.profiles, folder / name)
+        except BaseException as error:
+            self._fail(error, self._latest(group))
+            raise
+        finally:
+            self._end(status, self._latest(group))
+
+    def _latest(self, first: WorkerGroup) -> WorkerGroup:
+        """The group in use, which need not be the one that the run began with."""
+        return first if self.coordinator is None else self.coordinator.group
+
+    def _fail(self, error: BaseException, group: WorkerGroup) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.state.trainer.status = "interrupted" if interrupted else "failed"
+        self.state.interrupted |= interrupted
+        self.failing = True
+        try:
+            self.emit("on_exception", error)
+        finally:
+            self.failing = False
+            if isinstance(error, Exception):
+                group.call_off()
+            else:
+                group.abort()
+        lost = None if group.in_process else explain_lost(error)
+        if lost is not None:
+            raise lost from error
+
+    def _end(self, status: str, group: WorkerGroup) -> None:
+        self.coordinator = None
+        self.emit("teardown", self.task.stage)
+        self.logs.each("finalize", status)
+        self.groups.give_back(group)
+        release_datasets(self.task)
+        with self.state.clock.phase("saving"):
+            self.writer.flush()
+        if self.task.stage == "fit":
+            self.state.time_report = self.state.clock.report()
+
+    # ---------------------------------------------------------------- what the coordinator asks for
+
+    def log_rows(self, rows: Rows) -> None:
+        """Give rows (step, values) to the loggers."""
+        self.logs.rows(rows)
+
+    def replay(self, calls: Sequence[LogCall], step: int) -> None:
+        """Make calls that rank 0 has kept; `step` is that of those without one."""
+        self.logs.replay(calls, step)
+
+    def callback_states(self) -> dict[str, Any]:
+        """States of the driver's callbacks."""
+        return {callback.state_key: callback.state_dict() for callback in self._driver_callbacks}
+
+    def restore_callbacks(self, states: dict[str, Any]) -> None:
+        """Put them back."""
+        for callback in self._driver_callbacks:
+            if callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
+
+    def regroup(self) -> WorkerGroup:
+        """Workers to begin with, or in place of others."""
+        return self.groups.take(self.task.settings)
+
+    def can_grow(self, group: WorkerGroup) -> bool:
+        """Whether there could be more workers than `group` has."""
+        return self.groups.can_grow(self.task.settings, group)
+
+    @property
+    def _driver_callbacks(self) -> list[Callback]:
+        return [callback for callback in self.callbacks if isinstance(callback, Callback)]
+
+    def _log_hyperparameters(self) -> None:
+        values: dict[str, Any] = {}
+        for owner in (self.task.datamodule, self.task.module):
+            if owner is not None and owner.__dict__.get("_log_hyperparams", False):
+                values.update(owner.hparams_initial)
+        if values and self.task.stage == "fit":
+            self.logs.each("log_hyperparams", values)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def resume(self, checkpoint: dict[str, Any], coordinator: Coordinator) -> None:
+        """Take up the counters and callbacks of a checkpoint; workers take up the rest.
+
+        Raises:
+            CheckpointError: It holds weights only.
+        """
+        if "progress" not in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint['path']}: it holds weights only, so training cannot go on from it; load it with "
+                f"{type(self.task.module).__name__}.load_from_checkpoint(...) and fit that."
+            )
+        self.state.resumed_from = checkpoint.pop("path")
+        coordinator.take_up(checkpoint)
+        self.emit("on_load_checkpoint", checkpoint)
+        self.restore_callbacks(checkpoint.get("callbacks") or {})
+
+    def save(self, path: str, weights_only: bool, wait: bool) -> bool:
+        """Save a checkpoint of the workers' state; return whether they have one, or had when the run failed.
+
+        Raises:
+            CheckpointError: The run has failed, and there is nothing to save.
+        """
+        coordinator = self.coordinator
+        if coordinator is not None and self.failing:
+            write_checkpoint(path, self._rescued(coordinator))
+            return True
+        if coordinator is None or self.state.trainer.status != "running":
+            return False
+        with self.state.clock.phase("saving"):
+            captured = coordinator.capture(weights_only)
+            if any(_overrides(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
+                state = captured.resolve()
+                self.emit("on_save_checkpoint", state)
+                self.writer.save(path, lambda: state)
+            else:
+                self.writer.save(path, captured.resolve)
+            if wait:
+                self.writer.flush()
+        return True
+
+    def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
+        state = coordinator.rescue()
+        if state is None:
+            raise CheckpointError("save_checkpoint: the run has failed before there was a snapshot to save.")
+        self.emit("on_save_checkpoint", state)
+        return state
+
+
+def _overrides(callback: Callback, hook: str) -> bool:
+    own = getattr(getattr(callback, hook, None), "__func__", None)
+    return own is not getattr(Callback, hook)
