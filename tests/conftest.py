@@ -62,8 +62,8 @@ def _environment() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a thread, a process or a changed environment. Ray, which lasts a session, is exempt."""
-    if "ray" in Path(str(request.path)).parts or "ray_session" in request.fixturenames:
+    """Fail a test that leaves a thread, a process or a changed environment. What lasts a session (Ray, hosts) is exempt."""
+    if {"ray", "cluster"} & set(Path(str(request.path)).parts) or "ray_session" in request.fixturenames:
         yield
         return
     threads, children, environment = _own_threads(), _children(), _environment()

@@ -57,7 +57,9 @@ def up(lab: Lab) -> None:
 def take_down(lab: Lab) -> None:
     """As cluster/README.md says; afterwards nothing of Ray is left on any host."""
     lab.dev.sh("cd ~/raytrainer && ray down -y cluster/local.yaml", timeout=120)
-    wait_for(lambda: not lab.processes(), 150, lambda: "no process is left: " + "; ".join(lab.processes()))
+    for host in lab.hosts:
+        lab.dev.sh(f"ssh {host.name} 'ray stop'", timeout=60)
+    wait_for(lambda: not lab.processes(), 60, lambda: "no process is left: " + "; ".join(lab.processes()))
 
 
 def nodes(lab: Lab) -> int:

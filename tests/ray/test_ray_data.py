@@ -113,8 +113,8 @@ def trained(make: Make, tmp_path: Path, data: Any, workers: int = 2, **options: 
 
 
 #: The ways of reading: kept or executed in each epoch; how shuffled; by how many workers.
-WAYS = [(keep, shuffle, 2) for keep in (True, False) for shuffle in (False, True, 100)]
-WAYS += [(True, True, 3), (False, 100, 3), (True, 100, 1), (False, False, 1)]
+WAYS = [(True, False, 2), (True, 100, 2), (False, False, 2), (False, True, 2)]
+WAYS += [(True, True, 3), (False, 100, 3), (True, 100, 1)]
 
 
 @pytest.mark.parametrize(("keep", "shuffle", "workers"), WAYS)
@@ -152,7 +152,7 @@ def test_drop_last(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, k
         assert len(set(flat(epoch))) == 14 * 64
 
 
-@pytest.mark.parametrize(("keep", "workers"), [(True, 2), (False, 2), (True, 3), (False, 3), (False, 1)])
+@pytest.mark.parametrize(("keep", "workers"), [(True, 2), (False, 2), (False, 3)])
 def test_evaluation_counts_each_row_once(ray_trainer: Make, rays: Any, parquet: str, keep: bool, workers: int) -> None:
     data = [RayDataset(rays.read_parquet(parquet), batch_size=96, keep_in_memory=keep)]
     data.append(RayDataset(rays.from_arrow(table(0, 2)), batch_size=96))  # fewer rows than workers
