@@ -62,7 +62,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a thread, a process or a changed environment. What lasts a session (Ray, hosts) is exempt."""
+    """Fail a test that leaves a thread, a process or a changed environment. Ray and hosts, which last, are exempt."""
     if {"ray", "cluster"} & set(Path(str(request.path)).parts) or "ray_session" in request.fixturenames:
         yield
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
+from raytrainer.driver.group import LocalGroup
+from raytrainer.errors import WorkerLostError
 
 
 class Augmented(Dataset[Any]):
@@ -31,6 +34,21 @@ class Augmented(Dataset[Any]):
 
 class Died(BaseException):
     """The process that trains is gone; no handler of errors sees it coming."""
+
+
+class Mortal(LocalGroup):
+    """Workers as if of another process: they have copies, and die of `Died`."""
+
+    in_process = False
+
+    def setup(self, task):
+        return super().setup(pickle.loads(pickle.dumps(task)))
+
+    def call(self, verb, *args):
+        try:
+            return [getattr(self.worker, verb)(*args)]
+        except Died:
+            raise WorkerLostError(0, "is lost") from None
 
 
 class Exact(raytrainer.Module):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from exact import Died, Exact, run, same
+from exact import Exact, Mortal, run, same
 from tiny import Tiny, data
 
 from raytrainer import Logger, SerializationError, WorkerCallback
-from raytrainer.driver.group import LocalGroup
 from raytrainer.driver.groups import Groups
-from raytrainer.errors import WorkerLostError
 from raytrainer.loggers.media import as_images, draw
 
 
@@ -251,21 +248,6 @@ class Telling(Exact):
 
     def on_train_end(self):
         self.tell("end")
-
-
-class Mortal(LocalGroup):
-    """Workers as if of another process: they have copies, and die of `Died`."""
-
-    in_process = False
-
-    def setup(self, task):
-        return super().setup(pickle.loads(pickle.dumps(task)))
-
-    def call(self, verb, *args):
-        try:
-            return [getattr(self.worker, verb)(*args)]
-        except Died:
-            raise WorkerLostError(0, "is lost") from None
 
 
 def texts(monkeypatch, folder, die=None, verb="train", **options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -100,10 +99,11 @@ def _token() -> tuple[str, str]:
 def _send_token() -> None:
     """Without this, Ray keeps a token to itself."""
     os.environ["RAY_AUTH_MODE"] = "token"
-    with contextlib.suppress(ImportError, AttributeError):
-        from ray._raylet import Config
+    from ray import _raylet
 
-        Config.initialize("")  # it has read the environment when it was imported
+    config = getattr(_raylet, "Config", None)
+    if hasattr(config, "initialize"):
+        config.initialize("")  # it has read the environment when it was imported
 
 
 def _authenticate(address: str, place: tuple[str, int]) -> None:

@@ -59,6 +59,8 @@ class RunCapture:
         """
         if not group.in_process:
             return self._snapshots.latest()
+        if self._state.trainer.stage not in ("train", "validate"):
+            return None  # before training began, the workers have not taken up what it begins with
         cursor, progress = group.call("cursor")[0], self._state.progress
         if self._state.trainer.stage == "validate":
             progress.validated_at = -1  # is to be repeated

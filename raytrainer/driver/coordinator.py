@@ -85,13 +85,17 @@ class Coordinator:
 
     def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
-        resumed, lost = checkpoint, None
+        resumed, lost, growing = checkpoint, None, False
         while True:
             try:
                 self.state.clock.switch("starting")
-                if lost is not None:  # in here, since workers may be lost while others are being replaced
+                # in here, since workers may be lost while others are being replaced or added
+                if lost is not None:
                     self.group = self._replacement.regroup(lost)
                     resumed, lost = self._replacement.go_back(checkpoint), None
+                elif growing:
+                    self.group, resumed = self._replacement.grow(self.group)
+                growing = False
                 return self._attempt(resumed)
             except WorkerLostError as error:
                 self.group.abort()
@@ -99,8 +103,7 @@ class Coordinator:
                     raise
                 lost = error
             except _MoreWorkers:
-                self.state.clock.switch("starting")
-                self.group, resumed = self._replacement.grow(self.group)
+                growing = True
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)

@@ -60,7 +60,7 @@ def _newest(savers: Sequence[ModelCheckpoint], loggers: Sequence[Logger], defaul
     places = {saver.dirpath for saver in savers if saver.dirpath is not None}
     if any(saver.dirpath is None for saver in savers):
         # each process has a log directory of its own, side by side
-        roots = [logger.root_dir for logger in loggers if logger.root_dir]
+        roots = [logger.root_dir for logger in loggers if logger.log_dir and logger.root_dir]
         places.add(roots[0] if roots else f"{default_root_dir}/checkpoints")
     found = [item for place in places for item in find_checkpoints(place)]
     return max(found)[1] if found else None

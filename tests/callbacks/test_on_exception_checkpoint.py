@@ -76,3 +76,18 @@ def test_only_fit_saves_and_the_error_stays(tmp_path, local_trainer, caplog, mon
     assert "could not save" in caplog.text and not checkpoint_exists(saving.ckpt_path)
     with pytest.raises(ConfigurationError, match="filename"):
         OnExceptionCheckpoint(tmp_path, "")
+
+
+def test_what_failed_before_training_saves_nothing(tmp_path):
+    """The workers have not taken up the checkpoint yet: saved, they would replace it with fresh weights."""
+
+    class Unlucky(Exact):
+        def setup(self, stage):
+            raise ArithmeticError
+
+    saving = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(Died):
+        run(Exact((0, 18), flag=f"{tmp_path}/flag"), tmp_path, callbacks=[saving])
+    with pytest.raises(ArithmeticError):
+        run(Unlucky(), tmp_path, callbacks=[saving], ckpt_path=saving.ckpt_path)
+    assert read_checkpoint(saving.ckpt_path)["progress"]["total_batches"] == 18
