@@ -101,8 +101,8 @@ def _send_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     from ray import _raylet
 
-    config = getattr(_raylet, "Config", None)
-    if hasattr(config, "initialize"):
+    config: Any = getattr(_raylet, "Config", None)
+    if config is not None:
         config.initialize("")  # it has read the environment when it was imported
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,20 @@ def test_shrinks_and_grows(cluster, tmp_path):
     assert recovery.workers == 2
 
 
+class Slow(Exact):
+    """Does not end before a node's loss is felt: its workers live on for a moment."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(0.1)
+        return super().training_step(batch, batch_idx)
+
+
 def test_a_spare_node_takes_over(cluster, tmp_path):
     options = {
         "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
+        "max_epochs": 12,
     }  # fmt: skip
-    calm, struck = Exact(), Exact()
+    calm, struck = Slow(), Slow()
     _, rows = run(calm, tmp_path, **options)
     nodes = Nodes(cluster, spare=True)
     trainer, struck_rows = run(struck, tmp_path, callbacks=[nodes], **options)
