@@ -160,7 +160,7 @@ class Coordinator:
                     raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
-            self.group.call("end_training")
+            self.group.call("end_training", self.state.interrupted)
         self.group.call("end_fit")
         return self._finish(trained=True)
 
