@@ -19,6 +19,7 @@ from raytrainer import (
     LearningRateFinder,
     ResourceError,
 )
+from raytrainer.plan.tuning import rates
 
 
 class Learner(Tiny):
@@ -183,6 +184,57 @@ def test_lr_find_needs_a_loss(local_trainer):
 
     with pytest.raises(ConfigurationError, match="returned no loss"):
         local_trainer().lr_find(Silent(), learnable())
+
+
+def test_batches_without_a_loss_are_skipped(local_trainer):
+    class Skipping(Learner):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if len(self.used) in (1, 7, 20) else loss
+
+    found = local_trainer().lr_find(Skipping(), learnable(), num_training=20, early_stop_threshold=None)
+    lrs = rates(1e-8, 1.0, 20, "exponential")
+    assert found.results["lr"] == [rate for step, rate in enumerate(lrs, start=1) if step not in (1, 7, 20)]
+    assert len(found.results["raw"]) == 17
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_manual_optimization_that_steps_schedulers(optimizers, local_trainer):
+    used = []
+
+    class Manual(Learner):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss, given = self.loss(batch), self.optimizers()
+            given = given if isinstance(given, list) else [given]
+            given[0].zero_grad()
+            self.manual_backward(loss)
+            used.append(given[0].param_groups[0]["lr"])
+            for optimizer in given:
+                optimizer.step()
+            for scheduler in self.lr_schedulers():
+                scheduler.step(loss.detach()) if scheduler is self.lr_schedulers()[0] else scheduler.step()
+            return loss
+
+        def configure_optimizers(self):
+            made = [torch.optim.SGD(self.parameters(), 0.02) for _ in range(optimizers)]
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(made[0], patience=0)
+            later = torch.optim.lr_scheduler.ConstantLR(made[0])
+            return made, [{"scheduler": plateau, "monitor": "val_loss"}, later]
+
+    found = local_trainer().lr_find(Manual(), learnable(), num_training=40, early_stop_threshold=None)
+    assert found.results["lr"] == used and used[-1] > 0.01
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_few_steps_are_enough_for_a_suggestion(steps, local_trainer):
+    found = local_trainer().lr_find(
+        Learner(), learnable(batch_size=64), min_lr=1e-3, num_training=steps, early_stop_threshold=None
+    )
+    assert found.suggestion() in found.results["lr"] and found.suggestion(skip_begin=12) is None
 
 
 # ---------------------------------------------------------------- batch size
