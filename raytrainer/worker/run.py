@@ -290,7 +290,10 @@ class Run:
         """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
         values: dict[str, float] = {}
         metrics = [self.module.get_submodule(str(spec.metric)) for spec in specs]
-        own = [states_of(m) if self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)]
+        shares = self.strategy.ranks.world_size > 1  # else nobody needs a copy of the states
+        own = [
+            states_of(m) if shares and self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)
+        ]
         by_worker = self.strategy.gather_objects(own)
         if by_worker is not None:
             for index, (metric, spec) in enumerate(zip(metrics, specs, strict=True)):
