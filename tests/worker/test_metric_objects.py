@@ -310,6 +310,26 @@ def test_mistakes(local_trainer):
         fit(lambda m, b: (m.log("a", m.s[0], on_step=False, on_epoch=True), m.s.insert(0, m.s[1])), s=swap)
 
 
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_one_object_in_two_stages_is_refused(sanity, local_trainer):
+    class Shared(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.acc = BinaryAccuracy()
+
+        def training_step(self, batch, batch_idx):
+            self.acc(*answers(batch))
+            self.log("acc", self.acc)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.acc.update(*answers(batch))
+            self.log("val_acc", self.acc)
+
+    with pytest.raises(MetricError, match="'val_acc', <BinaryAccuracy>.*training logs the same.*one object a stage"):
+        local_trainer(max_epochs=2, num_sanity_val_steps=sanity).fit(Shared(), data(8), data(8))
+
+
 def test_training_does_not_import_it():
     code = """
 import sys, torch, raytrainer
