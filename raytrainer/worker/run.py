@@ -26,7 +26,7 @@ from raytrainer.worker.metric_objects import compute, reset, states_of
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
-from raytrainer.worker.recorder import Recorder, WorkerLogger
+from raytrainer.worker.recorder import TRANSFER_HOOKS, Recorder, WorkerLogger
 from raytrainer.worker.slices import Slices
 from raytrainer.worker.view import TrainerView
 
@@ -161,10 +161,8 @@ class Run:
     def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
         device = self.strategy.device
-        before, to_device, after = (
-            self._data_hook(name)
-            for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        )
+        found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
+        before, to_device, after = (hook and self.hooks.named(name, hook) for name, hook in found.items())
         cast = self.precision.convert_input
         if device.type != "cpu" and to_device is None:
             to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
