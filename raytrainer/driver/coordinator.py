@@ -106,6 +106,7 @@ class Coordinator:
     ) -> None:
         self.task, self.settings, self.group = task, task.settings, group
         self.state, self.host, self.interrupt = state, host, interrupt
+        state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
         self.marks = (*step_marks, *self.snapshots.step_marks)
         self.validates = False
