@@ -98,7 +98,7 @@ class TuneReportCallback(Callback):
         wanted = {name: name for name in there} if self.metrics is None else self.metrics
         missing = sorted(set(wanted.values()) - set(there))
         if missing:
-            late = " What training logs for its epoch is there with on=\"train_epoch_end\"."
+            late = ' What training logs for its epoch is there with on="train_epoch_end".'
             raise ConfigurationError(
                 f"TuneReportCallback(metrics={list(wanted.values())}): {missing} was not logged; there are: "
                 f"{', '.join(sorted(there)) or 'none'}. Call self.log(...) in the module, or report one of these."

@@ -104,9 +104,9 @@ class StochasticWeightAveraging(WorkerCallback):
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms and trainer.interrupted:
             log.warning(
-                "StochasticWeightAveraging: the run was interrupted, so the statistics of batch normalisation stay those "
-                "of the weights before averaging; torch.optim.swa_utils.update_bn(loader, module) brings them up to "
-                "date."
+                "StochasticWeightAveraging: the run was interrupted, so the statistics of batch normalisation are "
+                "still those of the weights before averaging; torch.optim.swa_utils.update_bn(loader, module) brings "
+                "them up to date."
             )
         elif norms:
             _update_batch_norm(trainer, norms)

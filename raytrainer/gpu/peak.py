@@ -7,8 +7,8 @@ import re
 __all__ = ["peak_flops"]
 
 # Dense TFLOP/s of tensor cores with float16, with bfloat16 (None: they have none) and with TF32, and of float32 without
-# them; NVIDIA's data sheets, where figures "with sparsity" are twice these. The first row all of whose words are words of
-# the device's name counts: an "RTX A4000" is no A40.
+# them; NVIDIA's data sheets, where figures "with sparsity" are twice these. The first row all of whose words are in the
+# device's name counts: an "RTX A4000" is no A40.
 _PEAKS: dict[str, tuple[float, float | None, float, float]] = {
     "GB200": (2500.0, 2500.0, 1250.0, 80.0),
     "B200": (2250.0, 2250.0, 1125.0, 75.0),

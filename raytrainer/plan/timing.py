@@ -17,8 +17,8 @@ _WORDS = {
 #: What to do about waiting for data, where it is a Ray Dataset and where not.
 _ADVICE = {
     False: "raise num_workers",
-    True: "raise RayDataset(prefetch_batches=...), have Ray keep the blocks (keep_in_memory=True), or leave more CPUs to "
-    "Ray Data",
+    True: "raise RayDataset(prefetch_batches=...), have Ray keep the blocks (keep_in_memory=True), or leave more CPUs "
+    "to Ray Data",
 }
 #: Below this many seconds a fit is too short to advise on.
 _LEAST_SECONDS = 2.0

@@ -136,8 +136,8 @@ def _refuse_windows(metric: Any, name: str) -> None:
     for _, part in metrics_in(metric):
         if hasattr(part, _SEEN):
             raise MetricError(
-                f"self.log({name!r}, <{type(metric).__name__}>) with several workers: a running window of each worker's "
-                f"own batches does not become one over all. Log it with rank_zero_only=True for that of rank 0, or "
+                f"self.log({name!r}, <{type(metric).__name__}>) with several workers: a running window of each "
+                f"worker's own batches does not become one over all. Log it with rank_zero_only=True for that of rank 0, or "
                 f"log {type(part.base_metric).__name__} itself."
             )
 

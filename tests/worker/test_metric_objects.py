@@ -326,7 +326,7 @@ def test_one_object_in_two_stages_is_refused(sanity, local_trainer):
             self.acc.update(*answers(batch))
             self.log("val_acc", self.acc)
 
-    with pytest.raises(MetricError, match="'val_acc', <BinaryAccuracy>.*training logs the same.*one object a stage"):
+    with pytest.raises(MetricError, match=r"'val_acc', <BinaryAccuracy>.*training logs the same.*one object a stage"):
         local_trainer(max_epochs=2, num_sanity_val_steps=sanity).fit(Shared(), data(8), data(8))
 
 
