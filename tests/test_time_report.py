@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 from tiny import Tiny, data
 
 from raytrainer import ModelCheckpoint
+from raytrainer.driver.coordinator import Coordinator
+from raytrainer.driver.group import LocalGroup
+from raytrainer.driver.interrupt import Interrupt
+from raytrainer.driver.state import RunState
+from raytrainer.messages import Task
 from raytrainer.plan import timing
+from raytrainer.plan.settings import build_settings
 
 
 class Slow(Tiny):
@@ -89,3 +96,11 @@ def test_a_fit_that_fails_has_one_and_an_evaluation_has_none(local_trainer):
     assert trainer.time_report.computing > 0
     trainer.validate(Tiny(), data(4), verbose=False)
     assert trainer.time_report is None
+
+
+@pytest.mark.parametrize("datasets", [{}, {"val": ["blocks"]}, {"train": ["blocks"]}])
+def test_it_knows_what_training_reads(datasets):
+    task = Task("fit", Tiny(), None, build_settings(strategy="local"), [], datasets=datasets)
+    state, host = RunState(), SimpleNamespace(callback_states=dict)
+    Coordinator(task, LocalGroup(), state, host, Interrupt())
+    assert state.clock.report().ray_data == ("train" in datasets)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from raytrainer import (
     LearningRateFinder,
     ResourceError,
 )
+from raytrainer.plan.tuning import rates
 
 
 class Learner(Tiny):
@@ -185,6 +188,57 @@ def test_lr_find_needs_a_loss(local_trainer):
         local_trainer().lr_find(Silent(), learnable())
 
 
+def test_batches_without_a_loss_are_skipped(local_trainer):
+    class Skipping(Learner):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if len(self.used) in (1, 7, 20) else loss
+
+    found = local_trainer().lr_find(Skipping(), learnable(), num_training=20, early_stop_threshold=None)
+    lrs = rates(1e-8, 1.0, 20, "exponential")
+    assert found.results["lr"] == [rate for step, rate in enumerate(lrs, start=1) if step not in (1, 7, 20)]
+    assert len(found.results["raw"]) == 17
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_manual_optimization_that_steps_schedulers(optimizers, local_trainer):
+    used = []
+
+    class Manual(Learner):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss, given = self.loss(batch), self.optimizers()
+            given = given if isinstance(given, list) else [given]
+            given[0].zero_grad()
+            self.manual_backward(loss)
+            used.append(given[0].param_groups[0]["lr"])
+            for optimizer in given:
+                optimizer.step()
+            for scheduler in self.lr_schedulers():
+                scheduler.step(loss.detach()) if scheduler is self.lr_schedulers()[0] else scheduler.step()
+            return loss
+
+        def configure_optimizers(self):
+            made = [torch.optim.SGD(self.parameters(), 0.02) for _ in range(optimizers)]
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(made[0], patience=0)
+            later = torch.optim.lr_scheduler.ConstantLR(made[0])
+            return made, [{"scheduler": plateau, "monitor": "val_loss"}, later]
+
+    found = local_trainer().lr_find(Manual(), learnable(), num_training=40, early_stop_threshold=None)
+    assert found.results["lr"] == used and used[-1] > 0.01
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_few_steps_are_enough_for_a_suggestion(steps, local_trainer):
+    found = local_trainer().lr_find(
+        Learner(), learnable(batch_size=64), min_lr=1e-3, num_training=steps, early_stop_threshold=None
+    )
+    assert found.suggestion() in found.results["lr"] and found.suggestion(skip_begin=12) is None
+
+
 # ---------------------------------------------------------------- batch size
 
 
@@ -289,3 +343,26 @@ def test_wrong_arguments_of_scale_batch_size(local_trainer):
         local_trainer().scale_batch_size(Learner(), Sized(), batch_arg_name="size")
     with pytest.raises(ConfigurationError, match="steps_per_trial"):
         local_trainer().scale_batch_size(Learner(), Sized(), steps_per_trial=0)
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_control_c_ends_a_search_and_the_fit_behind_it(finder, local_trainer):
+    class Pressed(Learner):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().training_step(batch, batch_idx)
+
+    class Sized(DataModule):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 4
+
+        def train_dataloader(self):
+            return learnable(batch_size=self.batch_size)
+
+    trainer, module = local_trainer(max_epochs=2, callbacks=[finder()]), Pressed()
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(module, datamodule=Sized())
+    assert trainer.global_step == 0 and not module.used

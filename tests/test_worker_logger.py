@@ -213,6 +213,20 @@ def test_a_logger_that_is_slow_to_fail_is_left_alone_for_a_while(monkeypatch):
     assert calls == [100.0, "finalize", 761.0]
 
 
+@pytest.mark.parametrize("most", [1, 16])
+def test_transfer_hooks_log_at_the_step_of_their_batch(most, local_trainer, monkeypatch):
+    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *a, **k: most)
+
+    class Moving(Tiny):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.logger.log_text("t", self.trainer.running)
+            return batch
+
+    logger = Media()
+    local_trainer(max_epochs=1, logger=logger).fit(Moving(), data(6), data(2))
+    assert logger.media() == [*(("text", "train", step) for step in range(3)), ("text", "validate", 2)]
+
+
 # ---------------------------------------------------------------- recovery
 
 
@@ -239,6 +253,18 @@ class Telling(Exact):
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
         self.tell(f"val {batch_idx}")
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.tell(f"before {self.trainer.running} {batch[0].sum():.6f}")
+        return batch
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        self.tell(f"to device {self.trainer.running} {batch[0].sum():.6f}")
+        return batch
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.tell(f"after {self.trainer.running} {batch[0].sum():.6f}")
+        return batch
 
     def on_validation_end(self):
         self.tell("val end")

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raytrainer.callbacks.callback import WorkerCallback
+from raytrainer.worker.optimization import cover_groups
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
@@ -29,7 +30,8 @@ class BaseFinetuning(WorkerCallback):
 
     Override both; use `freeze` in the first and `unfreeze_and_add_param_group` in the second. `configure_optimizers`
     should leave frozen parameters out: `[p for p in self.parameters() if p.requires_grad]`. What is frozen and which
-    parameter groups were added is part of checkpoints.
+    parameter groups were added is part of checkpoints. Schedulers drive an added group along with the first one: its
+    learning rate rises and falls with that one's, as far above or below it as it began.
     """
 
     def __init__(self) -> None:
@@ -113,6 +115,7 @@ class BaseFinetuning(WorkerCallback):
             self._epoch = trainer.current_epoch
             for optimizer in trainer.optimizers:
                 self.finetune_function(module, trainer.current_epoch, optimizer)
+            cover_groups(trainer.lr_scheduler_configs)
 
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         """Note what trains, in which groups."""
@@ -140,6 +143,7 @@ class BaseFinetuning(WorkerCallback):
         for optimizer, groups in zip(trainer.optimizers, saved["groups"], strict=False):
             for names in groups[len(optimizer.param_groups) :]:
                 optimizer.add_param_group({"params": [named[name] for name in names]})
+        cover_groups(trainer.lr_scheduler_configs)
 
     def state_dict(self) -> dict[str, Any]:
         """The latest epoch that has begun."""

@@ -33,8 +33,9 @@ class TuneReportCallback(Callback):
     Args:
         metrics: What to report: a name or several of `trainer.callback_metrics`, or a mapping from the name in Tune to
             that name. None: all of them.
-        on: "validation_end": after each validation; "train_epoch_end": after each training epoch. None: after
-            validations, or if the run has none after training epochs.
+        on: "validation_end": after each validation, when epoch values of training are those of the epoch before;
+            "train_epoch_end": after each training epoch. None: after each training epoch in which there was a
+            validation, so that values of both belong together; if the run has none, after each.
         checkpoint: Report a checkpoint with them. It is a whole one: give `ray.tune.get_checkpoint()` to
             `fit(ckpt_path=...)`, or `result.checkpoint` to `Module.load_from_checkpoint`.
 
@@ -55,24 +56,28 @@ class TuneReportCallback(Callback):
         names = [metrics] if isinstance(metrics, str) else metrics
         self.metrics = None if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
         self.on, self.checkpoint = on, checkpoint
-        self._in_trial = False
+        self._in_trial = self._validated = False
 
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
         """See whether this is a trial."""
-        self._in_trial = stage == "fit" and _in_trial()
+        self._in_trial, self._validated = stage == "fit" and _in_trial(), False
         if stage == "fit" and not self._in_trial:
             _log.warning("TuneReportCallback: this is no trial of Ray Tune; nothing is reported.")
 
     def on_validation_end(self, trainer: Trainer, module: Module) -> None:
         """Report, if this is the moment to."""
-        if self.on in (None, "validation_end") and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        self._validated = True
+        if self.on == "validation_end":
             self._report(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
         """Report, if this is the moment to."""
         validates = any(count != 0 for count in trainer.num_val_batches)
-        if self.on == "train_epoch_end" or (self.on is None and not validates):
+        if self.on == "train_epoch_end" or (self.on is None and (self._validated or not validates)):
             self._report(trainer)
+        self._validated = False
 
     def _report(self, trainer: Trainer) -> None:
         if not self._in_trial:
@@ -93,9 +98,11 @@ class TuneReportCallback(Callback):
         wanted = {name: name for name in there} if self.metrics is None else self.metrics
         missing = sorted(set(wanted.values()) - set(there))
         if missing:
+            late = ' What training logs for its epoch is there with on="train_epoch_end".'
             raise ConfigurationError(
                 f"TuneReportCallback(metrics={list(wanted.values())}): {missing} was not logged; there are: "
-                f"{', '.join(sorted(there)) or 'none'}. Call self.log(...) in the module, or report one of these"
+                f"{', '.join(sorted(there)) or 'none'}. Call self.log(...) in the module, or report one of these."
+                f"{late if self.on == 'validation_end' else ''}"
             )
         counters = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         return {**counters, **{name: there[source] for name, source in wanted.items()}}

@@ -31,7 +31,8 @@ class StochasticWeightAveraging(WorkerCallback):
     From there on `torch.optim.swa_utils.SWALR` takes the place of the module's schedulers and brings the learning rate
     to a constant one. Validations see the weights being trained. When training ends, the module (also the driver's)
     keeps the averages; for the statistics of batch normalisation, `training_step` runs once more over the training
-    data, without gradients. Averages are part of checkpoints, whose weights are those being trained.
+    data, without gradients, also when `max_time` is over; after Ctrl-C it does not, and a warning says so. Averages are
+    part of checkpoints, whose weights are those being trained.
 
     Args:
         swa_lrs: The learning rate to end at, or one for each of the optimizer's parameter groups.
@@ -40,7 +41,8 @@ class StochasticWeightAveraging(WorkerCallback):
         annealing_strategy: "cos" or "linear".
 
     Raises:
-        ConfigurationError: An argument is out of range; there is not exactly one optimizer; a fraction of no limit.
+        ConfigurationError: An argument is out of range; there is not exactly one optimizer; a fraction of no limit;
+            batch normalisation in a module with manual optimization, whose `training_step` needs gradients.
     """
 
     def __init__(
@@ -72,6 +74,16 @@ class StochasticWeightAveraging(WorkerCallback):
             start = int(start * (epochs or 0) + 1e-9)
         self._first = start
 
+    def on_fit_start(self, trainer: TrainerView, module: Module) -> None:
+        """Refuse what would only fail at the end of training."""
+        norms = [name for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if norms and not module.automatic_optimization:
+            raise ConfigurationError(
+                f"StochasticWeightAveraging with manual optimization and batch normalisation ({', '.join(norms[:3])}): "
+                f"its statistics would need training_step without gradients. Use automatic optimization, another kind "
+                f"of normalisation, or EMAWeightAveraging, which averages the statistics too."
+            )
+
     def on_train_epoch_start(self, trainer: TrainerView, module: Module) -> None:
         """Take over the learning rate when it is time."""
         if self._averaged is None and trainer.current_epoch >= self._first:
@@ -89,7 +101,15 @@ class StochasticWeightAveraging(WorkerCallback):
             log.warning("StochasticWeightAveraging: training ended before epoch %d; nothing is averaged.", self._first)
             return
         averaged.swap(True)
-        _update_batch_norm(trainer, module)
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        if norms and trainer.interrupted:
+            log.warning(
+                "StochasticWeightAveraging: the run was interrupted, so the statistics of batch normalisation are "
+                "still those of the weights before averaging; torch.optim.swa_utils.update_bn(loader, module) brings "
+                "them up to date."
+            )
+        elif norms:
+            _update_batch_norm(trainer, norms)
 
     def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         """Take over the averages, and have the scheduler that takes up the saved state next."""
@@ -123,11 +143,8 @@ class StochasticWeightAveraging(WorkerCallback):
         return self._averaged
 
 
-def _update_batch_norm(trainer: TrainerView, module: Module) -> None:
+def _update_batch_norm(trainer: TrainerView, norms: Sequence[_BatchNorm]) -> None:
     """Statistics over all workers' batches of one epoch, as `torch.optim.swa_utils.update_bn` has them for one."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    if not norms:
-        return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

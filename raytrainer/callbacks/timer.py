@@ -51,6 +51,7 @@ class Timer(Callback):
         self._ended: dict[str, float] = {}
         self._before = 0.0  # seconds of training before it was resumed
         self._loaded = 0.0  # the same, until training begins
+        self._training = False  # from then until the run is over, however it ends
 
     def start_time(self, stage: str = "train") -> float | None:
         """When the stage last began, on the clock of `time.monotonic`; None: not yet."""
@@ -74,14 +75,19 @@ class Timer(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
         """Start the clock; nothing is left where a resumed run has had its time."""
-        self._before, self._loaded = self._loaded, 0.0
+        self._before, self._loaded, self._training = self._loaded, 0.0, True
         self._start("train")
         self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, module: Module) -> None:
         """Stop the clock."""
         self._ended["train"] = time.monotonic()
-        self._loaded = 0.0
+
+    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """The next run has all of its time, whether or not this one has come to its end."""
+        if self._training and "train" not in self._ended:
+            self._ended["train"] = time.monotonic()
+        self._loaded, self._training = 0.0, False
 
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
         """Look."""
@@ -117,14 +123,16 @@ class Timer(Callback):
         self._ended["predict"] = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds of training so far."""
-        return {"train": self.time_elapsed()}
+        """Seconds of training so far, in this run and those it was resumed from."""
+        return {"train": self.time_elapsed() if self._training else self._loaded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self._before = self._loaded = state_dict["train"]
-        if "train" in self._began:  # a worker was lost: training goes on without another `on_train_start`
+        self._before = state_dict["train"]
+        if self._training:  # a worker was lost: training goes on without another `on_train_start`
             self._start("train")
+        else:
+            self._loaded = self._before
 
     def _start(self, stage: str) -> None:
         self._began[stage] = time.monotonic()

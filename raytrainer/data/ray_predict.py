@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,10 +53,14 @@ def lazy_predictions(sources: list[RayDataset], task: Task, checkpoint: Any, set
 
 
 class Predictor:
-    """Holds the module in evaluation mode in an actor of Ray Data's; turns a table into one with predictions."""
+    """Holds the module in evaluation mode in an actor of Ray Data's; turns a table into one with predictions.
+
+    There is no run that it reports to: calls of `self.logger` lead nowhere, and nothing is profiled.
+    """
 
     def __init__(self, packed: Any, source: RayDataset, on_gpu: bool) -> None:
         task, checkpoint = _get(packed)
+        task = replace(task, logs=None if task.logs is None else False, profiler=None)
         self.source = source
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         self.run = Run(task, SingleStrategy(Ranks(), device))

@@ -68,6 +68,7 @@ class Coordinator:
     ) -> None:
         self.task, self.settings, self.group = task, task.settings, group
         self.state, self.host, self.interrupt = state, host, interrupt
+        state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
         self.marks = (*step_marks, *self.snapshots.step_marks)
         self.validates = False
@@ -121,7 +122,7 @@ class Coordinator:
                     raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
-            self.group.call("end_training")
+            self.group.call("end_training", self.state.interrupted)
         self.group.call("end_fit")
         return self._finish(trained=True)
 

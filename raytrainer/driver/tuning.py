@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,13 +32,14 @@ __all__ = ["LearningRates", "find_learning_rate", "scale_batch_size", "short_set
 
 log = logging.getLogger("raytrainer")
 
-_LOSS = "lr_find/loss"
+_LOSS, _RATE = "lr_find/loss", "lr_find/rate"
 
 
 class Probe(Protocol):
     """A Trainer for one short run."""
 
     num_training_batches: int | None
+    interrupted: bool
 
     def fit(self, model: Module, train_dataloaders: Any = None, *, datamodule: DataModule | None = None) -> None:
         """Train."""
@@ -59,16 +61,18 @@ class LearningRates:
     results: dict[str, list[float]] = field(default_factory=dict)
     attribute: str | None = None
 
-    def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> float | None:
+    def suggestion(self, skip_begin: int | None = None, skip_end: int = 1) -> float | None:
         """The learning rate at which the loss falls fastest, by the slope over a fifth of the rates around it.
 
         Args:
-            skip_begin: Leave out so many of the first rates.
+            skip_begin: Leave out so many of the first rates; None: a tenth of them, at most 10.
             skip_end: Leave out so many of the last, where the loss may be blowing up.
 
         Returns:
             None where the loss does not fall, or no rate is left.
         """
+        if skip_begin is None:
+            skip_begin = min(10, len(self.results["raw"]) // 10)
         index = steepest(self.results["raw"], skip_begin, skip_end)
         return None if index is None else self.results["lr"][index]
 
@@ -112,17 +116,21 @@ class _NoSchedulers(WorkerCallback):
     """Leaves schedulers out: they may wait for metrics, or end after a number of steps."""
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
-        trainer.lr_scheduler_configs.clear()
+        if module.automatic_optimization:
+            trainer.lr_scheduler_configs.clear()
+        for config in trainer.lr_scheduler_configs:  # `training_step` itself steps these
+            config.on_metric = False
 
 
 class _Sweep(_NoSchedulers):
     """Raises the learning rate from step to step, and logs the loss."""
 
     def __init__(self, lrs: list[float]) -> None:
-        self.lrs = lrs
+        self.lrs, self.rate = lrs, lrs[0]
+        self.silent = 0  # batches without a loss, before the first one that has one
 
     def on_train_batch_start(self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int) -> None:
-        rate = self.lrs[min(trainer.global_step, len(self.lrs) - 1)]
+        rate = self.rate = self.lrs[min(trainer.global_step, len(self.lrs) - 1)]
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -135,22 +143,33 @@ class _Sweep(_NoSchedulers):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
-            raise ConfigurationError(
-                f"lr_find: {type(module).__name__}.training_step returned no loss; it is needed, also with manual "
-                f"optimization."
-            )
+            self.silent += 1
+            if self.silent == len(self.lrs):
+                raise _no_loss(module)
+            return
+        self.silent = -sys.maxsize
         module.log(_LOSS, loss, on_step=True, on_epoch=False, sync_dist=True, batch_size=1)
+        module.log(_RATE, self.rate, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _no_loss(module: Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"lr_find: {type(module).__name__}.training_step returned no loss in any batch; it is needed, also with manual "
+        f"optimization."
+    )
 
 
 class _Losses(Logger):
-    """Takes the losses, averaged over workers, by step."""
+    """Takes the losses, averaged over workers, and the rates that they were had with."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.rates: list[float] = []
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if _LOSS in metrics:
             self.losses.append(metrics[_LOSS])
+            self.rates.append(metrics[_RATE])
 
     def log_hyperparams(self, params: Any) -> None:
         pass
@@ -189,11 +208,13 @@ def find_learning_rate(
     taken = _Losses()
     probe = make_probe([_Sweep(lrs), _StopWhenDiverged(taken, early_stop_threshold)], [taken], max_steps=num_training)
     with _no_trace(loaders):
-        probe.fit(copy.deepcopy(module), loaders, datamodule=copy.copy(datamodule))
+        _run(probe, module, loaders, datamodule)
+    if not taken.losses:
+        raise _no_loss(module)
     smooth = smoothed(taken.losses)
     end = diverged_at(smooth, early_stop_threshold)
     smooth = smooth if end is None else smooth[:end]
-    found = LearningRates({"lr": lrs[: len(smooth)], "loss": smooth, "raw": taken.losses[: len(smooth)]})
+    found = LearningRates({"lr": taken.rates[: len(smooth)], "loss": smooth, "raw": taken.losses[: len(smooth)]})
     rate = found.suggestion()
     if rate is None:
         log.warning("lr_find: the loss fell at none of %d learning rates; there is no suggestion.", len(smooth))
@@ -237,11 +258,22 @@ def scale_batch_size(
     return search.best
 
 
+def _run(probe: Probe, module: Module, loaders: Any, datamodule: DataModule | None) -> None:
+    """Train a copy for a moment.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed: what was found until then says nothing, and the user wants no more.
+    """
+    probe.fit(copy.deepcopy(module), loaders, datamodule=copy.copy(datamodule))
+    if probe.interrupted:
+        raise KeyboardInterrupt
+
+
 def _fits(probe: Probe, module: Module, datamodule: DataModule | None) -> bool:
     """Whether a short run of a copy has enough memory."""
     try:
         with _no_trace(None):
-            probe.fit(copy.deepcopy(module), datamodule=copy.copy(datamodule))
+            _run(probe, module, None, datamodule)
         return True
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):

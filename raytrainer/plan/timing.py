@@ -14,6 +14,12 @@ _WORDS = {
     "data": "waiting for data", "computing": "computing", "synchronising": "synchronising", "validating": "validating",
     "saving": "saving", "starting": "starting", "other": "other",
 }  # fmt: skip
+#: What to do about waiting for data, where it is a Ray Dataset and where not.
+_ADVICE = {
+    False: "raise num_workers",
+    True: "raise RayDataset(prefetch_batches=...), have Ray keep the blocks (keep_in_memory=True), or leave more CPUs "
+    "to Ray Data",
+}
 #: Below this many seconds a fit is too short to advise on.
 _LEAST_SECONDS = 2.0
 
@@ -32,6 +38,7 @@ class TimeReport:
         validating: Validation in `fit`, the sanity check included.
         saving: Training stood still for checkpoints and snapshots; what is written in the background does not count.
         other: Hooks and callbacks around epochs, logging, and bringing results home.
+        ray_data: Whether training read a Ray Dataset.
     """
 
     total: float = 0.0
@@ -42,11 +49,12 @@ class TimeReport:
     validating: float = 0.0
     saving: float = 0.0
     other: float = 0.0
+    ray_data: bool = False
 
     @property
     def shares(self) -> dict[str, float]:
         """Each part as a share of the total, from 0 to 1."""
-        parts = {name: seconds for name, seconds in asdict(self).items() if name != "total"}
+        parts = {name: seconds for name, seconds in asdict(self).items() if name not in ("total", "ray_data")}
         return {name: seconds / self.total if self.total else 0.0 for name, seconds in parts.items()}
 
     @property
@@ -54,7 +62,7 @@ class TimeReport:
         """What to do about it, where waiting for data dominates."""
         if self.total < _LEAST_SECONDS or self.data <= self.computing or self.shares["data"] < 0.25:
             return None
-        return f"{self.shares['data'] * 100:.0f} % of the time the workers waited for data: raise num_workers."
+        return f"{self.shares['data'] * 100:.0f} % of the time the workers waited for data: {_ADVICE[self.ray_data]}."
 
     def __str__(self) -> str:
         shares = self.shares
@@ -63,9 +71,14 @@ class TimeReport:
 
 
 class PhaseClock:
-    """Adds up seconds by phase. A phase inside another interrupts it, so nothing is counted twice."""
+    """Adds up seconds by phase. A phase inside another interrupts it, so nothing is counted twice.
+
+    Attributes:
+        ray_data: Whether training reads a Ray Dataset; for the report.
+    """
 
     def __init__(self) -> None:
+        self.ray_data = False
         self._phases = ["starting"]
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._began = self._mark = time.perf_counter()
@@ -106,4 +119,4 @@ class PhaseClock:
         data = min(self._data, busy)
         total = self._mark - self._began
         known |= {"data": data, "computing": busy - data, "synchronising": training - busy}
-        return TimeReport(total, other=total - sum(known.values()), **known)
+        return TimeReport(total, other=total - sum(known.values()), ray_data=self.ray_data, **known)

@@ -78,7 +78,11 @@ class Hooks:
                 log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
 
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with `self.log` knowing that `name` runs."""
+        """`function`, with `self.log` knowing that `name` runs; profiled."""
+        return self._profiled(name, self.named(name, function))
+
+    def named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with `self.log` and `self.logger` knowing that `name` runs."""
         metrics = self.view.metrics
 
         def call(*args: Any) -> Any:
@@ -88,7 +92,7 @@ class Hooks:
             finally:
                 metrics.hook = outer
 
-        return self._profiled(name, call)
+        return call
 
 
 def bind_step(function: Callable[..., Any], name: str, loaders: int = 1) -> Callable[[Any, int, int], Any]:

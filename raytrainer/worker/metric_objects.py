@@ -20,6 +20,9 @@ __all__ = ["compute", "is_metric", "load_states", "metrics_in", "path_of", "rese
 
 States = dict[str, dict[str, Any]]
 
+#: Where `torchmetrics.wrappers.Running` counts its updates, instead of where all others do; no state of it.
+_SEEN = "_num_vals_seen"
+
 
 def is_metric(value: Any) -> bool:
     """Whether it is a `torchmetrics.Metric`."""
@@ -67,9 +70,11 @@ def states_of(metric: nn.Module) -> States:
     """States, and numbers of updates, of all metrics in it that have been updated; in main memory."""
     states = {}
     for name, part in metrics_in(metric):
-        if part._update_count:
-            values = {key: map_leaves(getattr(part, key), _to_cpu) for key in part._defaults}
-            states[name] = {"count": part._update_count, "values": values}
+        count = getattr(part, _SEEN, part._update_count)
+        if count:
+            keys = [*part._defaults, *([_SEEN] if hasattr(part, _SEEN) else [])]
+            values = {key: map_leaves(getattr(part, key), _to_cpu) for key in keys}
+            states[name] = {"count": count, "values": values}
     return states
 
 
@@ -95,17 +100,21 @@ def compute(metric: Any, by_worker: Sequence[States], name: str) -> float:
     """Its value over all workers.
 
     Args:
-        metric: The object, whose states are lost.
-        by_worker: `states_of` it, of every worker.
+        metric: This worker's object. Where no other worker has states, it computes as it is, so that also what it keeps
+            outside of its states counts; otherwise these are lost.
+        by_worker: `states_of` it, of every worker, this one first.
         name: Under which it is logged.
 
     Raises:
-        MetricError: The value is no scalar.
+        MetricError: The value is no scalar; or states of several workers cannot become one.
     """
     parts = list(metrics_in(metric))
-    reset(metric)
-    for path, part in parts:
-        _merge(part, [states[path] for states in by_worker if path in states])
+    if any(by_worker[1:]):
+        _refuse_windows(metric, name)
+        reset(metric)
+        for path, part in parts:
+            _merge(part, [states[path] for states in by_worker if path in states])
+    for _, part in parts:
         part._to_sync = False  # torchmetrics would gather from all workers
     try:
         value = metric.compute()
@@ -121,6 +130,16 @@ def compute(metric: Any, by_worker: Sequence[States], name: str) -> float:
         f"self.log({name!r}, <{type(metric).__name__}>): its value is {shape}; log metrics with one number, and call "
         f"compute() in on_*_epoch_end for others."
     )
+
+
+def _refuse_windows(metric: Any, name: str) -> None:
+    for _, part in metrics_in(metric):
+        if hasattr(part, _SEEN):
+            raise MetricError(
+                f"self.log({name!r}, <{type(metric).__name__}>) with several workers: a running window of each "
+                f"worker's own batches does not become one over all. Log it with rank_zero_only=True for that of rank 0, "
+                f"or log {type(part.base_metric).__name__} itself."
+            )
 
 
 def _merge(part: Any, saved: Sequence[Mapping[str, Any]]) -> None:

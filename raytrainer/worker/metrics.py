@@ -223,6 +223,7 @@ class MetricStore:
     def _note_metric(self, slot: _Slot, name: str, metric: Any) -> None:
         """A torchmetrics object: its step value is what it has returned last; its epoch value is asked of it later."""
         if slot.metric is None:
+            self._refuse_shared(name, metric)
             path = path_of(metric, self.root, name)
             slot.spec, slot.metric = replace(slot.spec, metric=path), metric
         elif slot.metric is not metric:
@@ -232,6 +233,16 @@ class MetricStore:
             value = step_value(metric, name)
             slot.last = self._scalar(name, value.detach().clone()) if isinstance(value, Tensor) else float(value)
             slot.moment = self.moment
+
+    def _refuse_shared(self, name: str, metric: Any) -> None:
+        """Training and validation must not update one object: a validation within an epoch would take its batches."""
+        for key, ledger in self._ledgers.items():
+            if ledger is not self._current and any(slot.metric is metric for slot in ledger.slots.values()):
+                there = "training" if key == "train" else "validation"
+                raise MetricError(
+                    f"self.log({name!r}, <{type(metric).__name__}>) in {self.hook}: {there} logs the same metric "
+                    f"object, which would mix both; use one object a stage, as self.train_acc and self.val_acc."
+                )
 
     def _scalar(self, name: str, value: Tensor) -> Tensor:
         if value.numel() != 1:

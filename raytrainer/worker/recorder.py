@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from raytrainer.worker.training import TrainingLoop
     from raytrainer.worker.view import TrainerView
 
-__all__ = ["Recorder", "WorkerLogger"]
+__all__ = ["TRANSFER_HOOKS", "Recorder", "WorkerLogger"]
 
 log = logging.getLogger("raytrainer")
 
 #: Hooks of a whole run, which a recovered run calls again in the same order: what they log counts once.
 _ONCE = (None, "setup", "on_fit_start", "on_train_start")
+#: Hooks of a batch about to begin, in the order in which they are called.
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 #: Methods whose `step` is filled in.
 _STEPPED = frozenset(["log_figure", "log_histogram", "log_image", "log_metrics", "log_text"])
 
@@ -57,11 +59,15 @@ class Recorder:
             return
         hook, step = self.view.metrics.hook, None
         if name in _STEPPED and self.view.stage == "fit":
-            in_batch = self.view.running == "train" and self.view.metrics.batch is not None
+            begun = self.view.metrics.batch is not None or hook in TRANSFER_HOOKS
+            in_batch = self.view.running == "train" and begun
             # between batches: the step of the batch just done, as for epoch values
             step = self._stepped() if in_batch else max(0, self._stepped() - 1)
         args, kwargs = map_leaves((args, kwargs), _copied)
-        self._calls.append(LogCall(name, args, kwargs, hook, self._position(hook), step))
+        place = self._position(hook)
+        if hook in TRANSFER_HOOKS:  # training and evaluation have them in common, but not the order of their places
+            hook = f"{self.view.running} {hook}"
+        self._calls.append(LogCall(name, args, kwargs, hook, place, step))
 
     def _position(self, hook: str | None) -> tuple[int, ...]:
         if hook in _ONCE:

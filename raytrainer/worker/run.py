@@ -26,7 +26,7 @@ from raytrainer.worker.metric_objects import compute, reset, states_of
 from raytrainer.worker.metrics import MetricStore
 from raytrainer.worker.optimization import parse_optimizers
 from raytrainer.worker.precision import Precision
-from raytrainer.worker.recorder import Recorder, WorkerLogger
+from raytrainer.worker.recorder import TRANSFER_HOOKS, Recorder, WorkerLogger
 from raytrainer.worker.slices import Slices
 from raytrainer.worker.view import TrainerView
 
@@ -161,10 +161,8 @@ class Run:
     def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
         device = self.strategy.device
-        before, to_device, after = (
-            self._data_hook(name)
-            for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        )
+        found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
+        before, to_device, after = (hook and self.hooks.named(name, hook) for name, hook in found.items())
         cast = self.precision.convert_input
         if device.type != "cpu" and to_device is None:
             to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
@@ -290,7 +288,10 @@ class Run:
         """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
         values: dict[str, float] = {}
         metrics = [self.module.get_submodule(str(spec.metric)) for spec in specs]
-        own = [states_of(m) if self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)]
+        shares = self.strategy.ranks.world_size > 1  # else nobody needs a copy of the states
+        own = [
+            states_of(m) if shares and self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)
+        ]
         by_worker = self.strategy.gather_objects(own)
         if by_worker is not None:
             for index, (metric, spec) in enumerate(zip(metrics, specs, strict=True)):

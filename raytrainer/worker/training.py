@@ -57,6 +57,7 @@ class TrainingLoop:
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
         self._epoch_scheduled = False
         self.view.forward_epoch = self.forward_epoch
+        self._longest = 0  # batches of the longest epoch so far
         self._idle = False  # has had no sample in this epoch, since batches had fewer than the node has workers
 
     def _bind_optimization(self) -> _Automatic | _Manual:
@@ -114,14 +115,20 @@ class TrainingLoop:
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
         self.feed.rebase(0)
-        batches = itertools.islice(self.feed.start(self.epoch, 0, agree), self.feed.length)
-        with torch.no_grad():
-            for index, batch in enumerate(batches):
-                batch = run.slices.take(batch)
-                if run.transfer is not None:
-                    batch = run.transfer(batch, 0)
-                self.metrics.begin_batch(batch)
-                step(batch, index, 0)
+        # a loader may go on for ever, in epochs that other limits have ended
+        length = self._longest or self.feed.length
+        batches = itertools.islice(self.feed.start(self.epoch, 0, agree), length)
+        kept, run.recorder.keeps = run.recorder.keeps, False
+        try:
+            with torch.no_grad():
+                for index, batch in enumerate(batches):
+                    batch = run.slices.take(batch)
+                    if run.transfer is not None:
+                        batch = run.transfer(batch, 0)
+                    self.metrics.begin_batch(batch)
+                    step(batch, index, 0)
+        finally:
+            run.recorder.keeps = kept
         self.metrics.begin_batch(None)
         self.metrics.clear()
 
@@ -187,6 +194,7 @@ class TrainingLoop:
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 break
+        self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
         report = metrics.report()
         return TrainReport(

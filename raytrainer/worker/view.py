@@ -36,11 +36,13 @@ class TrainerView:
         running: What runs now: "train", "sanity", "validate", "test", "predict", or None in between.
         global_step: Optimizer steps done.
         current_epoch: Index of the epoch in progress.
+        interrupted: Known from `on_train_end` on: Ctrl-C was pressed, and the run should end soon.
         callback_metrics: Metrics by name, reduced over workers, as of the latest report.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
-        forward_epoch: Runs `training_step` on every batch of an epoch, without gradients, steps or logging; all workers
-            must call it together, in `on_train_end`. For statistics such as those of batch normalisation.
+        forward_epoch: Runs `training_step` on every batch of an epoch (of no more than the longest one trained here),
+            without gradients, steps or logging; all workers must call it together, in `on_train_end`. For statistics
+            such as those of batch normalisation.
         logger: Takes `log_...` calls for the driver's loggers; None if there are none.
         samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
             callback may add to them. Names must differ from worker to worker, or end in "/min", "/max", "/sum" or
@@ -56,6 +58,7 @@ class TrainerView:
     global_step: int = 0
     current_epoch: int = 0
     should_stop: bool = False
+    interrupted: bool = False
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     optimizers: list[Optimizer] = field(default_factory=list)
     lr_scheduler_configs: list[SchedulerConfig] = field(default_factory=list)

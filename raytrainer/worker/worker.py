@@ -132,7 +132,8 @@ class Worker:
     def end_epoch(self) -> MetricReport:
         return self.training.end_epoch()
 
-    def end_training(self) -> None:
+    def end_training(self, interrupted: bool = False) -> None:
+        self.run.view.interrupted = interrupted
         self.run.hooks.call("on_train_end")
 
     def end_fit(self) -> None:

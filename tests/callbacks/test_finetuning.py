@@ -111,3 +111,64 @@ def test_no_backbone(local_trainer):
         local_trainer(callbacks=BackboneFinetuning()).fit(Tiny(), data())
     with pytest.raises(ConfigurationError, match="unfreeze_backbone_at_epoch"):
         BackboneFinetuning(-1)
+
+
+def _schedulers(kind, optimizer):
+    of = torch.optim.lr_scheduler
+    if kind == "sequential":
+        parts = [of.LinearLR(optimizer, 0.5, 1.0, 2), of.CosineAnnealingLR(optimizer, 4)]
+        return of.SequentialLR(optimizer, parts, [2])
+    if kind == "chained":
+        return of.ChainedScheduler([of.LambdaLR(optimizer, lambda e: 0.5**e), of.ConstantLR(optimizer, 0.5, 2)])
+    if kind == "plateau":
+        return {"scheduler": of.ReduceLROnPlateau(optimizer, min_lr=[0.01]), "monitor": "train"}
+    return {
+        "lambda": lambda: of.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
+        "multiplicative": lambda: of.MultiplicativeLR(optimizer, lambda epoch: 0.5),
+        "cosine": lambda: of.CosineAnnealingLR(optimizer, 5),
+        "one cycle": lambda: of.OneCycleLR(optimizer, 0.3, total_steps=6),
+        "cyclic": lambda: of.CyclicLR(optimizer, 0.1, 0.4, step_size_up=2),
+        "exponential": lambda: of.ExponentialLR(optimizer, 0.5),
+    }[kind]()
+
+
+class Scheduled(Backed):
+    kind = "lambda"
+
+    def training_step(self, batch, batch_idx):
+        self.log("train", float(self.current_epoch), on_epoch=True)  # never improves
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = _schedulers(self.kind, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class UnfreezesOnce(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.backbone)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(module.backbone, optimizer)
+
+
+KINDS = ["lambda", "multiplicative", "cosine", "one cycle", "cyclic", "exponential", "sequential", "chained", "plateau"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedulers_drive_the_added_group_with_the_first(kind, local_trainer, tmp_path):
+    module = Scheduled()
+    module.kind = kind
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    local_trainer(max_epochs=6, callbacks=[UnfreezesOnce(), saving]).fit(module, data())
+    assert [len(rates) for rates in module.rates] == [1, 1, 2, 2, 2, 2]
+    assert len({rates[0] for rates in module.rates}) > 1 or kind == "plateau"
+    for first, second in module.rates[3:]:
+        assert second == pytest.approx(first / 10, abs=1e-12) or kind == "plateau"
+    again = Scheduled()
+    again.kind = kind
+    checkpoint = next(path for path in tmp_path.iterdir() if "epoch=3" in path.name)
+    local_trainer(max_epochs=6, callbacks=UnfreezesOnce()).fit(again, data(), ckpt_path=checkpoint)
+    assert again.rates == module.rates[4:]

@@ -8,7 +8,7 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data, weights
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
-from raytrainer import ConfigurationError, ModelCheckpoint, StochasticWeightAveraging
+from raytrainer import Callback, ConfigurationError, Logger, ModelCheckpoint, StochasticWeightAveraging
 
 
 class Normed(Tiny):
@@ -110,3 +110,90 @@ def test_mistakes(local_trainer):
         local_trainer(max_steps=3, callbacks=StochasticWeightAveraging(0.1)).fit(Normed(), data())
     with pytest.raises(ConfigurationError, match=r"\[0.1, 0.2\]"):
         local_trainer(max_epochs=1, callbacks=StochasticWeightAveraging([0.1, 0.2], 0)).fit(Normed(), data())
+
+
+class Manual(Normed):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+
+def test_manual_optimization_with_norms_is_refused_before_training(local_trainer):
+    module = Manual()
+    with pytest.raises(ConfigurationError, match=r"manual optimization and batch normalisation \(norm\)"):
+        local_trainer(max_epochs=2, callbacks=StochasticWeightAveraging(0.1, 0)).fit(module, data())
+    assert "t" not in module.events
+    module = Manual()
+    module.norm = torch.nn.LayerNorm(4)
+    before = weights(module)
+    local_trainer(max_epochs=2, callbacks=StochasticWeightAveraging(0.1, 0)).fit(module, data())
+    assert module.events.count("t") == 20 and not torch.equal(weights(module), before)
+
+
+class Interrupts(Callback):
+    """As Ctrl-C in the given epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_chunk_end(self, trainer, module, report):
+        if trainer.current_epoch == self.epoch:
+            trainer._coordinator.interrupt.requested = True
+
+
+def test_an_interrupted_run_ends_without_another_epoch(local_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(__import__("logging").getLogger("raytrainer"), "propagate", True)
+    module = Normed()
+    trainer = local_trainer(max_epochs=9, callbacks=[StochasticWeightAveraging(0.1, 0), Interrupts(1)])
+    trainer.fit(module, data())
+    assert trainer.interrupted and module.events.count("t") == trainer.global_step
+    assert int(module.norm.num_batches_tracked) == trainer.global_step  # those of training, not begun anew
+    assert "run was interrupted, so the statistics" in caplog.text
+
+
+class Endless:
+    def __iter__(self):
+        while True:
+            yield from data()
+
+
+def test_statistics_come_from_no_more_than_an_epoch(local_trainer):
+    class Stops(Normed):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 7 else None
+
+    module = Stops()
+    local_trainer(max_epochs=2, callbacks=StochasticWeightAveraging(0.1, 0)).fit(module, Endless())
+    assert module.events.count("t") == 14 + 7 and int(module.norm.num_batches_tracked) == 7
+
+
+def test_the_pass_for_statistics_logs_nothing(local_trainer):
+    class Texts(Logger):
+        def __init__(self):
+            self.texts = []
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        log_hyperparams = log_metrics
+
+        def log_text(self, key, text, step=None):
+            self.texts.append(text)
+
+    class Telling(Normed):
+        def training_step(self, batch, batch_idx):
+            self.logger.log_text("t", f"{self.current_epoch} {batch_idx}")
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self):
+            self.logger.log_text("t", "end")
+
+    logger = Texts()
+    local_trainer(max_epochs=2, logger=logger, callbacks=StochasticWeightAveraging(0.1, 0)).fit(Telling(), data())
+    assert logger.texts == [f"{epoch} {batch}" for epoch in range(2) for batch in range(10)] + ["end"]

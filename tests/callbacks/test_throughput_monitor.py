@@ -121,3 +121,16 @@ def test_measuring_compiled_code(local_trainer):
     trainer = local_trainer(compile=True, callbacks=ThroughputMonitor(flops_per_batch="measure"))
     with pytest.raises(ConfigurationError, match="give the number"):
         trainer.fit(Tiny(), data())
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "half", "single"),
+    [("NVIDIA RTX A1000", None, None, None), ("NVIDIA RTX A4000", None, None, None), ("NVIDIA T400", None, None, None),
+     ("NVIDIA A10G", 70, 70, 31.5), ("NVIDIA A10", 125, 125, 31.2), ("NVIDIA A40", 149.7, 149.7, 37.4),
+     ("NVIDIA L4", 121, 121, 30.3), ("NVIDIA L40S", 362, 362, 91.6), ("Tesla V100-SXM2-16GB", None, 125, 15.7),
+     ("Tesla T4", None, 65, 8.1), ("NVIDIA H100 NVL", 835.5, 835.5, 60), ("NVIDIA B200", 2250, 2250, 75),
+     ("NVIDIA GH200 480GB", 989.4, 989.4, 66.9), ("NVIDIA GB200", 2500, 2500, 80)],
+)  # fmt: skip
+def test_peaks_by_whole_words(device, bf16, half, single):
+    found = [peak_flops(device, precision) for precision in ("bf16-mixed", "16-mixed", "32-true")]
+    assert found == [None if value is None else value * 1e12 for value in (bf16, half, single)]

@@ -5,8 +5,10 @@ from datetime import timedelta
 import pytest
 from tiny import Tiny, data
 
-from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
+from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer, Trainer
 from raytrainer.callbacks import timer
+from raytrainer.driver.group import LocalGroup
+from raytrainer.errors import WorkerLostError
 
 
 @pytest.fixture
@@ -96,6 +98,56 @@ def test_goes_on_from_a_snapshot_when_a_worker_was_lost(clock):
     callback.load_state_dict(state)
     clock.now += 1
     assert callback.time_elapsed() == 5
+
+
+class Dying(LocalGroup):
+    """Workers as if of another process, which die of `LookupError`."""
+
+    in_process = False
+
+    def call(self, verb, *args):
+        try:
+            return super().call(verb, *args)
+        except LookupError:
+            raise WorkerLostError(0, "is lost") from None
+
+
+class Mortal(Ticking):
+    dies = ()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.events.count("t") in self.dies:
+            raise LookupError
+        return loss
+
+
+def test_recovery_from_the_beginning_forgets_the_fit_before(clock, local_trainer, monkeypatch):
+    monkeypatch.setattr(Trainer, "_group", lambda self: Dying())
+    callback, module = Timer({"seconds": 300}), Mortal(clock)
+    trainer = local_trainer(max_steps=20, callbacks=callback, snapshot_every=None)
+    trainer.fit(module, data())
+    module.dies, module.events = (3,), []
+    trainer.fit(module, data())
+    assert len(trainer.recoveries) == 1 and trainer.global_step == 20
+    assert callback.time_elapsed() == 200
+
+
+@pytest.mark.parametrize("dies", [(2,), ()])
+def test_a_run_that_was_resumed_and_failed_leaves_its_time_behind(dies, clock, tmp_path, local_trainer):
+    saving = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=5)
+    local_trainer(max_steps=5, callbacks=[Timer(), saving]).fit(Ticking(clock), data())
+    callback, module = Timer(), Mortal(clock)
+    module.dies = dies
+    if not dies:
+        module.on_train_start = lambda: 1 / 0  # before the driver's clock has started
+    trainer = local_trainer(max_epochs=2, callbacks=callback)
+    with pytest.raises((LookupError, ZeroDivisionError)):
+        trainer.fit(module, data(), ckpt_path=tmp_path / "x.ckpt")
+    clock.now += 1000
+    assert callback.time_elapsed() == (70 if dies else 50)
+    trainer.fit(Ticking(clock), data())
+    assert callback.time_elapsed() == 200
 
 
 @pytest.mark.parametrize("arguments", [{"duration": "1:2"}, {"duration": -1}, {"interval": "batch"}])

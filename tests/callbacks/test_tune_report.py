@@ -26,12 +26,35 @@ def fit(trainer, callback, epochs=1, **metrics):
         trainer.epoch(callback, train={"loss": 0.25}, val=metrics or None)
 
 
-def test_after_each_validation(trainer, reported):
-    fit(trainer, TuneReportCallback(checkpoint=False), epochs=2, val_loss=0.5)
+def test_after_each_epoch_with_a_validation(local_trainer, reported):
+    class Both(Tiny):
+        def training_step(self, batch, batch_idx):
+            self.log("train_loss", float(self.current_epoch), on_epoch=True, on_step=False)
+            return self.loss(batch)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.current_epoch))
+
+    def reports(**options):
+        reported.clear()
+        callback = TuneReportCallback(["train_loss", "val_loss"], checkpoint=False)
+        local_trainer(max_epochs=4, callbacks=callback, **options).fit(Both(), data(8), data(4))
+        return [tuple(metrics.values()) for metrics, _ in reported]
+
+    epochs = [(e, 4 * e + 4, e, e) for e in range(4)]
+    assert reports() == reports(val_check_interval=2) == epochs
+    assert reports(check_val_every_n_epoch=2) == epochs[1::2]
+
+
+def test_training_values_right_after_a_validation_are_those_of_the_epoch_before(trainer, reported):
+    fit(trainer, TuneReportCallback(on="validation_end", checkpoint=False), epochs=2, val_loss=0.5)
     assert reported == [
         ({"epoch": 0, "step": 10, "val_loss": 0.5}, None),
         ({"epoch": 1, "step": 20, "loss": 0.25, "val_loss": 0.5}, None),
     ]
+    trainer.callback_metrics.clear()
+    with pytest.raises(ConfigurationError, match='on="train_epoch_end"'):
+        fit(trainer, TuneReportCallback("loss", on="validation_end"), val_loss=0.5)
 
 
 def test_after_each_epoch_where_there_is_no_validation(trainer, reported):

@@ -61,6 +61,9 @@ def test_what_it_says():
     report = TimeReport(total=100.0, data=62.0, computing=30.0, saving=7.9, other=0.1)
     assert str(report) == "100.0 s: 62 % waiting for data, 30 % computing, 8 % saving"
     assert report.hint == "62 % of the time the workers waited for data: raise num_workers."
+    of_ray = TimeReport(total=100.0, data=62.0, computing=30.0, other=8.0, ray_data=True)
+    assert "prefetch_batches" in of_ray.hint and "num_workers" not in of_ray.hint
+    assert sum(of_ray.shares.values()) == pytest.approx(1.0)
     assert TimeReport(total=100.0, data=40.0, computing=60.0).hint is None
     assert TimeReport(total=100.0, data=20.0, computing=1.0, starting=79.0).hint is None
     assert TimeReport(total=1.0, data=0.9, computing=0.1).hint is None

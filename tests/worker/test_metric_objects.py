@@ -183,6 +183,42 @@ def test_means_count_by_their_updates():
     assert metric_objects.compute(workers[0], states, "m") == pytest.approx(13 / 4)
 
 
+def test_what_is_no_state_counts_too(local_trainer):
+    class Windows(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.called, self.updated = (torchmetrics.aggregation.RunningMean(window=3) for _ in range(2))
+
+        def training_step(self, batch, batch_idx):
+            self.called(float(batch_idx))
+            self.updated.update(float(batch_idx))
+            self.log("called", self.called, on_step=False, on_epoch=True)
+            self.log("updated", self.updated, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    rows = Rows()
+    local_trainer(max_epochs=2, logger=rows).fit(Windows(), data(20))
+    assert [(row["called"], row["updated"]) for _, row in rows.rows if "called" in row] == [(8.0, 8.0)] * 2
+
+
+def test_windows_of_several_workers_are_refused():
+    workers = [torchmetrics.aggregation.RunningMean(window=3) for _ in range(2)]
+    for value in range(6):
+        workers[0](float(value))
+    states = [metric_objects.states_of(worker) for worker in workers]
+    assert states[0] and not states[1]
+    assert metric_objects.compute(workers[0], states, "m") == 4.0
+    copy = torchmetrics.aggregation.RunningMean(window=3)
+    metric_objects.load_states(copy, states[0])  # as from a checkpoint
+    for metric in (copy, workers[0]):
+        metric(9.0)
+        assert float(metric.compute()) == 6.0
+    workers[1](1.0)
+    states = [metric_objects.states_of(worker) for worker in workers]
+    with pytest.raises(MetricError, match=r"'m', <RunningMean>.*rank_zero_only=True.*or log MeanMetric itself"):
+        metric_objects.compute(workers[0], states, "m")
+
+
 class Exactly(Exact):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -272,6 +308,26 @@ def test_mistakes(local_trainer):
     swap = torch.nn.ModuleList([BinaryAccuracy(), BinaryAccuracy()])
     with pytest.raises(MetricError, match="another metric object"):
         fit(lambda m, b: (m.log("a", m.s[0], on_step=False, on_epoch=True), m.s.insert(0, m.s[1])), s=swap)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_one_object_in_two_stages_is_refused(sanity, local_trainer):
+    class Shared(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.acc = BinaryAccuracy()
+
+        def training_step(self, batch, batch_idx):
+            self.acc(*answers(batch))
+            self.log("acc", self.acc)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.acc.update(*answers(batch))
+            self.log("val_acc", self.acc)
+
+    with pytest.raises(MetricError, match=r"'val_acc', <BinaryAccuracy>.*training logs the same.*one object a stage"):
+        local_trainer(max_epochs=2, num_sanity_val_steps=sanity).fit(Shared(), data(8), data(8))
 
 
 def test_training_does_not_import_it():
