@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from exact import Died, Exact, run, same
@@ -137,14 +140,15 @@ def test_manual_optimization_with_norms_is_refused_before_training(local_trainer
 
 
 class Interrupts(Callback):
-    """As Ctrl-C in the given epoch."""
+    """Presses Ctrl-C in the given epoch, once."""
 
     def __init__(self, epoch):
         self.epoch = epoch
 
     def on_train_chunk_end(self, trainer, module, report):
         if trainer.current_epoch == self.epoch:
-            trainer._coordinator.interrupt.requested = True
+            self.epoch = None
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_interrupted_run_ends_without_another_epoch(local_trainer, caplog, monkeypatch):
