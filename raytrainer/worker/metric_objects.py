@@ -137,8 +137,8 @@ def _refuse_windows(metric: Any, name: str) -> None:
         if hasattr(part, _SEEN):
             raise MetricError(
                 f"self.log({name!r}, <{type(metric).__name__}>) with several workers: a running window of each "
-                f"worker's own batches does not become one over all. Log it with rank_zero_only=True for rank 0's, or "
-                f"log {type(part.base_metric).__name__} itself."
+                f"worker's own batches does not become one over all. Log it with rank_zero_only=True for rank 0's, "
+                f"or log {type(part.base_metric).__name__} itself."
             )
 
 

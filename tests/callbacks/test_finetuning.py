@@ -117,7 +117,7 @@ def _schedulers(kind, optimizer):
     of = torch.optim.lr_scheduler
     if kind == "sequential":
         parts = [of.LinearLR(optimizer, 0.5, 1.0, 2), of.CosineAnnealingLR(optimizer, 4)]
-        return of.SequentialLR(optimizer, parts, [2])
+        return of.SequentialLR(optimizer, parts, [3])
     if kind == "chained":
         return of.ChainedScheduler([of.LambdaLR(optimizer, lambda e: 0.5**e), of.ConstantLR(optimizer, 0.5, 2)])
     if kind == "plateau":

@@ -5,9 +5,10 @@ from datetime import timedelta
 import pytest
 from tiny import Tiny, data
 
-from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer, Trainer
+from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
 from raytrainer.callbacks import timer
 from raytrainer.driver.group import LocalGroup
+from raytrainer.driver.groups import Groups
 from raytrainer.errors import WorkerLostError
 
 
@@ -123,7 +124,7 @@ class Mortal(Ticking):
 
 
 def test_recovery_from_the_beginning_forgets_the_fit_before(clock, local_trainer, monkeypatch):
-    monkeypatch.setattr(Trainer, "_group", lambda self: Dying())
+    monkeypatch.setattr(Groups, "take", lambda self, settings: Dying())
     callback, module = Timer({"seconds": 300}), Mortal(clock)
     trainer = local_trainer(max_steps=20, callbacks=callback, snapshot_every=None)
     trainer.fit(module, data())
