@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -58,6 +59,14 @@ def _environment() -> dict[str, str]:
     # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made, Ray RAY_CLIENT_MODE when it is imported
     exempt = ("PYTEST_", "TORCHINDUCTOR_", "RAY_CLIENT_MODE")
     return {name: value for name, value in os.environ.items() if not name.startswith(exempt)}
+
+
+def pytest_configure() -> None:
+    # a shell without job control has the programs that it starts in the background ignore Ctrl-C, which tests press
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tune leaves its own handler of Ctrl-C behind
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,7 @@ def _place_within(group: Any, request: Request) -> list[Slot]:
         raise ResourceError(
             f"{request}: this process runs in a reservation of its own (a Ray Tune trial?), {group.bundle_specs}, "
             f"which has no room for that. Reserve it together: tune.with_resources(function, raytrainer.tune_resources("
-            f"{'gpus' if request.gpu else 'num_processes'}={request.per_node}, num_nodes={request.nodes}))."
+            f"{'gpus' if request.gpu else 'num_processes'}={request.per_node}"
+            f"{f', num_nodes={request.nodes}' if request.nodes > 1 else ''}))."
         )
     return [Slot(group, index, request.cpus, borrowed=True) for index in places]
