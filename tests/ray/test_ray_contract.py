@@ -1,4 +1,4 @@
-"""What issue 2 names, on two Ray workers: one broad run, results of every verb, the order of hooks."""
+"""The contract on two Ray workers: one broad run, results of every verb, the order of hooks."""
 
 from __future__ import annotations
 
