@@ -14,7 +14,15 @@ __all__ = ["LambdaCallback", "LambdaWorkerCallback"]
 _count = itertools.count()
 
 
-class LambdaCallback(Callback):
+class _Keyed:
+    """Has a key of its own: it has no state, and there may be several."""
+
+    @property
+    def state_key(self) -> str:
+        return str(self.__dict__["key"])
+
+
+class LambdaCallback(_Keyed, Callback):
     """A `Callback` whose hooks are arguments: `LambdaCallback(on_fit_end=lambda trainer, module: ...)`.
 
     Args:
@@ -27,13 +35,8 @@ class LambdaCallback(Callback):
     def __init__(self, **hooks: Callable[..., Any]) -> None:
         _take(self, Callback, hooks)
 
-    @property
-    def state_key(self) -> str:
-        """Its own: it has no state, and there may be several."""
-        return str(self.__dict__["key"])
 
-
-class LambdaWorkerCallback(WorkerCallback):
+class LambdaWorkerCallback(_Keyed, WorkerCallback):
     """The same for a `WorkerCallback`'s hooks. The functions are sent to the workers.
 
     Args:
@@ -45,11 +48,6 @@ class LambdaWorkerCallback(WorkerCallback):
 
     def __init__(self, **hooks: Callable[..., Any]) -> None:
         _take(self, WorkerCallback, hooks)
-
-    @property
-    def state_key(self) -> str:
-        """Its own: it has no state, and there may be several."""
-        return str(self.__dict__["key"])
 
 
 def _take(callback: Any, kind: type, hooks: dict[str, Callable[..., Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from raytrainer.driver.shipping import runtime_environment
 from raytrainer.errors import ConfigurationError, ResourceError
 
-__all__ = ["answers", "attach"]
+__all__ = ["answers", "attach", "host_and_port"]
 
 log = logging.getLogger("raytrainer")
 
@@ -34,7 +34,7 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
     """
     import ray
 
-    place = _host_and_port(address)
+    place = host_and_port(address)
     if place is not None:
         if not answers(*place, REACH):
             port = "the Ray Client's, 10001" if address.startswith("ray://") else "the head node's, 6379"
@@ -79,7 +79,8 @@ def _is_member() -> bool:
     return bool(find_gcs_addresses())
 
 
-def _host_and_port(address: str) -> tuple[str, int] | None:
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """What "HOST:PORT" or "ray://HOST:PORT" names; None for anything else."""
     host, _, port = address.removeprefix("ray://").split("?")[0].rstrip("/").rpartition(":")
     # another of Ray's schemes, or a name that a plug-in of Ray resolves
     return (host.strip("[]"), int(port)) if host and port.isdigit() and "/" not in host else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raytrainer.driver.attach import answers, attach
+from raytrainer.driver.attach import answers, attach, host_and_port
 from raytrainer.errors import ConfigurationError, ResourceError
 
 __all__ = [
@@ -117,9 +117,9 @@ def _running_here() -> str | None:
     from ray._private.utils import read_ray_address
 
     address = str(read_ray_address() or "")
-    host, _, port = address.rpartition(":")
+    place = host_and_port(address)
     # what has ended may have left its address behind
-    return address if host and port.isdigit() and answers(host.strip("[]"), int(port), 1.0) else None
+    return address if place is not None and answers(*place, 1.0) else None
 
 
 def _refuse_other(address: str | None) -> None:
@@ -137,23 +137,19 @@ def _same_place(one: str, other: str) -> bool:
     """Whether two addresses mean the same port of the same machine."""
     if one == other:
         return True
-    scheme, (host, port) = one.startswith("ray://"), _split(one)
-    other_host, other_port = _split(other)
-    if scheme != other.startswith("ray://") or port != other_port:
+    places = host_and_port(one), host_and_port(other)
+    if places[0] is None or places[1] is None or places[0][1] != places[1][1]:
+        return False
+    if one.startswith("ray://") != other.startswith("ray://"):
         return False
     try:
-        addresses = {socket.gethostbyname(host), socket.gethostbyname(other_host)}
+        addresses = {socket.gethostbyname(places[0][0]), socket.gethostbyname(places[1][0])}
     except OSError:
         return False
     import ray
 
     # a name for this machine is as good as its address
     return len(addresses - {"127.0.0.1", "127.0.1.1", ray.util.get_node_ip_address()}) == 0 or len(addresses) == 1
-
-
-def _split(address: str) -> tuple[str, str]:
-    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
-    return host.strip("[]"), port
 
 
 def place_name() -> str:
