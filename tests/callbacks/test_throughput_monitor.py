@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import Tiny, data
+from tiny import Clock, Tiny, data
 
 from raytrainer import ConfigurationError, Logger, ThroughputMonitor
 from raytrainer.callbacks import throughput_monitor
@@ -27,13 +27,7 @@ class Rows(Logger):
 
 @pytest.fixture
 def clock(monkeypatch):
-    class Clock:
-        now = 50.0
-
-        def perf_counter(self):
-            return self.now
-
-    clock = Clock()
+    clock = Clock(50.0)
     monkeypatch.setattr(throughput_monitor, "time", clock)
     return clock
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from tiny import Tiny, data
+from tiny import Clock, Tiny, data
 
 from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
 from raytrainer.callbacks import timer
@@ -14,15 +14,7 @@ from raytrainer.errors import WorkerLostError
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves by hand."""
-
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
+    clock = Clock(100.0)
     monkeypatch.setattr(timer, "time", clock)
     return clock
 
