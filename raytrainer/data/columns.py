@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
     from raytrainer.data.dataset import RayDataset
 
-__all__ = ["Columns", "advice", "cut", "finished", "joined", "picked", "prediction_columns", "row_bytes", "views"]
+__all__ = [
+    "Columns",
+    "advice",
+    "cut",
+    "finished",
+    "joined",
+    "picked",
+    "pinned",
+    "prediction_columns",
+    "row_bytes",
+    "views",
+]
 
 #: Columns of equal length: tensors where the values are numbers, otherwise NumPy arrays or Arrow arrays.
 Columns = dict[str, Any]
@@ -125,6 +136,11 @@ def picked(columns: Columns, rows: Tensor) -> Columns:
 
 def _taken(values: Any, rows: Any) -> Any:
     return values[rows] if isinstance(values, np.ndarray) else _as_numpy(values.take(rows))
+
+
+def pinned(columns: Columns) -> Columns:
+    """Tensors in memory from which a GPU can copy by itself; what a `collate_fn` will make batches of stays."""
+    return {name: values.pin_memory() if isinstance(values, Tensor) else values for name, values in columns.items()}
 
 
 def row_bytes(columns: Columns, rows: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from raytrainer.data.columns import Columns, cut, finished, joined, picked, row_bytes
+from raytrainer.data.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
 from raytrainer.data.dealing import batches_of_each, evaluation_spans, tail_sizes, training_spans
 from raytrainer.data.loaders import LookAhead
 from raytrainer.data.row_order import RowOrder
@@ -66,6 +66,7 @@ class RayFeed:
         self.shuffle = self.source.shuffle if self.training and not settings.overfit else False
         self.ends_unannounced = blocks.total is None
         self._limit = settings.limit(stage)
+        self._pin = settings.on_gpu
         self._begin = 0
         self._starts = 0
         self.length: int | None
@@ -113,6 +114,8 @@ class RayFeed:
         """Batches out of large reads, leaving the first `skip` out."""
         depth = self.source.prefetch_batches
         typed = ((finished(columns, self.source), sizes) for columns, sizes in reads)
+        if self._pin and depth:  # in the loop itself it would cost what it saves
+            typed = ((pinned(columns), sizes) for columns, sizes in typed)
         for columns, sizes in _ahead(typed, min(depth, 2)) if depth else typed:
             start = 0
             for size in sizes:

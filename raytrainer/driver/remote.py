@@ -23,6 +23,7 @@ from raytrainer.gpu.select import use_pci_order
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks
 from raytrainer.version import __version__
+from raytrainer.worker.heap import keep_heap
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
@@ -69,6 +70,7 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
+        keep_heap()
 
     def where(self, on_gpu: bool) -> Place:
         """This worker's place."""

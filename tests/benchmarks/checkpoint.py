@@ -4,7 +4,7 @@ Beside it: a bare copy into buffers that are used again, `torch.distributed.chec
 kept `DefaultStager`), `torch.save`, and Lightning's `save_checkpoint` (if installed). Then: how much slower steps are
 while the write goes on.
 
-Run: python tests/benchmarks/checkpoint.py [--rounds 5] [--megabytes 400]
+Run: python tests/benchmarks/checkpoint.py [--rounds 5] [--megabytes 400] [--devices cpu cuda]
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class SaveEvery(raytrainer.Callback):
             self.seconds.append(time.perf_counter() - begun)
 
 
-def train(model: Model, steps: int, folder: str, every: int, device: torch.device) -> SaveEvery:
+def train(
+    model: Model, steps: int, folder: str, every: int, device: torch.device, strategy: str = "local"
+) -> SaveEvery:
     callback = SaveEvery(folder, every)
     trainer = raytrainer.Trainer(
-        max_steps=steps, strategy="local", gpus=1 if device.type == "cuda" else None, logger=False,
+        max_steps=steps, strategy=strategy, gpus=1 if device.type == "cuda" else None, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callback,
     )  # fmt: skip
     data = [torch.randn(64, 256) for _ in range(64)]
@@ -74,9 +76,9 @@ def train(model: Model, steps: int, folder: str, every: int, device: torch.devic
     return callback
 
 
-def blocked(model: Model, folder: str, device: torch.device) -> float:
+def blocked(megabytes: int, folder: str, device: torch.device, strategy: str) -> float:
     """The median of saves after the first, which allocates the buffers."""
-    return statistics.median(train(model, 1800, folder, 300, device).seconds[2:])
+    return statistics.median(train(Model(megabytes), 1800, folder, 300, device, strategy).seconds[2:])
 
 
 def bare_copy(model: Model, buffers: dict[str, torch.Tensor]) -> float:
@@ -148,19 +150,22 @@ def slowdown(megabytes: int, folder: str, device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3, help="runs with and without writing, for the slow-down")
     parser.add_argument("--megabytes", type=int, default=400)
+    parser.add_argument("--devices", nargs="+", default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    for device in [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available():
+    for device in map(torch.device, arguments.devices):
         folder = tempfile.mkdtemp()
         model = Model(arguments.megabytes).to(device)
         buffers: dict[str, torch.Tensor] = {}
         bare_copy(model, buffers)
         sides: dict[str, Callable[[], float]] = {
             "bare copy into kept buffers": lambda m=model, b=buffers: bare_copy(m, b),
-            "raytrainer": lambda m=model, f=folder, d=device: blocked(m, f, d),
+            "raytrainer": lambda f=folder, d=device: blocked(arguments.megabytes, f, d, "local"),
+            "raytrainer, Ray worker": lambda f=folder, d=device: blocked(arguments.megabytes, f, d, "ddp"),
             "torch.save": lambda m=model, f=folder: torch_save(m, f),
         }
         if importlib.util.find_spec("lightning") and device.type == "cpu":
@@ -178,7 +183,7 @@ def main() -> None:
         figures = interleaved(sides, arguments.rounds)
         print(f"\n{arguments.megabytes} MB on {device}: time that training is blocked\n")
         print(table(figures, "bare copy into kept buffers", "ms", 1e3))
-        ratios = [slowdown(arguments.megabytes, folder, device) for _ in range(3)]
+        ratios = [slowdown(arguments.megabytes, folder, device) for _ in range(arguments.pairs)]
         print(f"\nSteps while a write goes on take {statistics.median(ratios):.2f} of the usual time.")
         shutil.rmtree(folder)
 

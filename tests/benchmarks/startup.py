@@ -1,9 +1,10 @@
-"""Seconds from `fit` to the first training step with two workers.
+"""Seconds from `fit` to the first training step with two workers, on CPUs or on GPUs.
 
-raytrainer: nothing running, Ray running, and workers warm. Beside it: torchrun, Lightning ddp (if installed), and
-`ray.train.TorchTrainer` (its first and its second fit, Ray running). Each figure comes from a fresh process.
+raytrainer: nothing running, Ray running, and workers warm. Beside it: Lightning ddp (if installed) and
+`ray.train.TorchTrainer`, the first and the second fit of each; and torchrun, which has no `fit`, from its start. Each
+figure comes from a fresh process.
 
-Run: python tests/benchmarks/startup.py [--rounds 3]
+Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torch_trainer torchrun lightning]
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from step_overhead import loader, make
+
+#: GPUs to use; 0: two CPU processes
+GPUS = int(os.environ.get("STARTUP_GPUS", "0"))
 
 
 def mark(path: str) -> None:
@@ -57,8 +61,8 @@ def ours(path: str) -> dict[str, float]:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
     trainer = raytrainer.Trainer(
-        strategy="ddp", num_processes=2, max_epochs=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False,
+        strategy="ddp", gpus=GPUS or None, num_processes=None if GPUS else 2, max_epochs=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     seconds = {}
     for name in ("nothing running", "Ray running", "warm"):
@@ -85,14 +89,14 @@ def torch_trainer(path: str) -> dict[str, float]:
             model(x).square().mean().backward()
         ray.train.report({})
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(num_cpus=max(GPUS, 2) + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     seconds = {}
     for name in ("first fit, Ray running", "second fit"):
         begun = time.time()
         with tempfile.TemporaryDirectory() as folder:
             ray.train.torch.TorchTrainer(
                 train,
-                scaling_config=ray.train.ScalingConfig(num_workers=2),
+                scaling_config=ray.train.ScalingConfig(num_workers=GPUS or 2, use_gpu=GPUS > 0),
                 run_config=ray.train.RunConfig(storage_path=folder),
             ).fit()
         seconds[f"TorchTrainer, {name}"] = first_step(path, begun)
@@ -100,69 +104,89 @@ def torch_trainer(path: str) -> dict[str, float]:
     return seconds
 
 
-def launched(role: str, path: str) -> float:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    if role == "lightning":
-        command = [sys.executable]
+def torchrun(path: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={GPUS or 2}"]
     begun = time.time()
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, __file__, "--role", role, "--path", path], check=True, env=environment, capture_output=True
+        [*command, __file__, "--role", "torchrun_rank", "--path", path],
+        check=True,
+        env=environment,
+        capture_output=True,
     )
-    return first_step(path, begun)
+    return {"torchrun, from its start": first_step(path, begun)}
 
 
-def torchrun_rank(path: str) -> None:
+def torchrun_rank(path: str) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(32, 2))
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
+    dist.init_process_group("nccl" if GPUS else "gloo", device_id=device if GPUS else None)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(32, 2).to(device))
     x, _ = next(iter(loader(20)))
-    if dist.get_rank() == 0:
+    x = x.to(device)
+    if rank == 0:
         mark(path)
     model(x).square().mean().backward()
     dist.destroy_process_group()
+    return {}
 
 
-def lightning_rank(path: str) -> None:
-    import lightning
+def lightning(path: str) -> dict[str, float]:
+    """Lightning starts this script again for the other ranks, which come by here too."""
+    import lightning as L
 
-    base: Any = make(lightning.LightningModule, 0)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    base: Any = make(L.LightningModule, 0)
 
     class Model(base):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if self.global_rank == 0:
                 mark(path)
 
-    lightning.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False,
-    ).fit(Model(), loader(20))  # fmt: skip
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="gpu" if GPUS else "cpu", devices=GPUS or 2, strategy="ddp", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    seconds = {}
+    for name in ("first fit", "second fit"):
+        begun = time.time()
+        trainer.fit(Model(), loader(20))
+        trainer.fit_loop.max_epochs += 1
+        if trainer.is_global_zero:
+            seconds[f"Lightning ddp, {name}"] = first_step(path, begun)
+    return seconds
+
+
+ROLES = {"ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun, "lightning": lightning}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--roles", nargs="+", default=list(ROLES), choices=ROLES)
     parser.add_argument("--role", default="")
     parser.add_argument("--path", default="")
     arguments = parser.parse_args()
-    roles = {"ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun_rank, "lightning": lightning_rank}
     if arguments.role:
-        print(json.dumps(roles[arguments.role](arguments.path)))
+        print(json.dumps({**ROLES, "torchrun_rank": torchrun_rank}[arguments.role](arguments.path)))
         return
+    roles = [r for r in arguments.roles if r != "lightning" or importlib.util.find_spec("lightning")]
+    environment = {**os.environ, "STARTUP_GPUS": str(arguments.gpus)}
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/first-step"
         for _ in range(arguments.rounds):
-            for role in ("ours", "torch_trainer"):
-                command = [sys.executable, __file__, "--role", role, "--path", path]
-                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                for name, seconds in json.loads(printed.strip().splitlines()[-1]).items():
+            for role in roles:
+                command = [sys.executable, __file__, "--role", role, "--path", f"{folder}/first-step"]
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                if done.returncode:
+                    raise RuntimeError(f"{role} failed:\n{done.stderr[-3000:]}")
+                lines = [line for line in done.stdout.splitlines() if line.startswith("{") and len(line) > 2]
+                for name, seconds in json.loads(lines[-1]).items():
                     figures.setdefault(name, []).append(seconds)
-            figures.setdefault("torchrun", []).append(launched("torchrun", path))
-            if importlib.util.find_spec("lightning"):
-                figures.setdefault("Lightning ddp", []).append(launched("lightning", path))
     print("| | median s to the first step |\n|---|---|")
     for name, values in figures.items():
         print(f"| {name} | {statistics.median(values):.3f} |")

@@ -1,7 +1,8 @@
 """Milliseconds a step on GPUs: raw torchrun loop, raytrainer over Ray actors, Lightning; eager and compiled.
 
-Run on a machine with GPUs: python tests/gpu/figures.py --gpus 2 [--rounds 2] [--workloads gpt linear] [--no-compile]
-Prints one Markdown table for each workload.
+Run on a machine with GPUs: python tests/gpu/figures.py --gpus 2 [--rounds 2] [--workloads gpt linear] [--kinds eager]
+Prints one Markdown table for each workload. With --settings, instead: the GPT on one card and on all, with settings of
+DDP that may scale better.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +111,12 @@ def module_of(base: type[Any], workload: Workload) -> Any:
     return Model
 
 
-def ours(workload: Workload, gpus: int, compiled: bool) -> float:
+def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -> float:
     import raytrainer
 
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
     trainer = raytrainer.Trainer(
-        gpus=gpus, strategy="ddp", max_epochs=1, precision=workload.precision, logger=False, compile=compiled,
+        gpus=gpus, strategy=strategy, max_epochs=1, precision=workload.precision, logger=False, compile=compiled,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     module = module_of(raytrainer.Module, workload)()
@@ -152,15 +154,21 @@ def launched(role: str, workload: Workload, gpus: int, compiled: bool) -> float:
         return float(Path(out).read_text())
 
 
-def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool]) -> str:
+def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool], others: bool) -> str:
     """Interleaved rounds; a Markdown table of medians and ratios to the raw loop of the same kind."""
+    sides: dict[str, Callable[[bool], float]] = {
+        "raw torchrun": lambda compiled: launched("raw", workload, gpus, compiled),
+        "raytrainer": lambda compiled: ours(workload, gpus, compiled),
+    }
+    if others and importlib.util.find_spec("lightning"):
+        sides["Lightning"] = lambda compiled: launched("lightning", workload, gpus, compiled)
     figures: dict[tuple[str, bool], list[float]] = {}
     for _ in range(rounds):
         for compiled in kinds:
-            figures.setdefault(("raw torchrun", compiled), []).append(launched("raw", workload, gpus, compiled))
-            figures.setdefault(("raytrainer", compiled), []).append(ours(workload, gpus, compiled))
-            if importlib.util.find_spec("lightning"):
-                figures.setdefault(("Lightning", compiled), []).append(launched("lightning", workload, gpus, compiled))
+            for side, run in sides.items():
+                figures.setdefault((side, compiled), []).append(run(compiled))
+                # what has been measured is not lost when time is up
+                print(f"{workload.name} {side} {compiled=} {figures[side, compiled][-1]:.3f} ms", flush=True)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "?"
     lines = [f"\n{workload.name} on {gpus} x {name}\n", "| | ms a step | ratio to raw |", "|---|---|---|"]
     for (side, compiled), values in figures.items():
@@ -170,12 +178,39 @@ def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool]) -> st
     return "\n".join(lines)
 
 
+def scaling(workload: Workload, gpus: int, rounds: int) -> str:
+    """One card beside all of them, with settings of DDP; a Markdown table."""
+    import raytrainer
+
+    sides = {
+        "1 card": (1, raytrainer.DDP()),
+        f"{gpus} cards": (gpus, raytrainer.DDP()),
+        "bucket_cap_mb=100": (gpus, raytrainer.DDP(bucket_cap_mb=100)),
+        "bucket_cap_mb=250": (gpus, raytrainer.DDP(bucket_cap_mb=250)),
+        'gradient_compression="bf16"': (gpus, raytrainer.DDP(gradient_compression="bf16")),
+        "both of bf16 and 100 MB": (gpus, raytrainer.DDP(gradient_compression="bf16", bucket_cap_mb=100)),
+    }
+    figures: dict[str, list[float]] = {}
+    for turn in range(rounds):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            count, strategy = sides[name]
+            figures.setdefault(name, []).append(ours(workload, count, False, strategy))
+            print(f"{name} {figures[name][-1]:.3f} ms", flush=True)
+    lines = [f"\n{workload.name}, raytrainer, eager\n", "| | ms a step | share of linear |", "|---|---|---|"]
+    for name in sides:
+        share = statistics.median(one / v for one, v in zip(figures["1 card"], figures[name], strict=True))
+        lines.append(f"| {name} | {statistics.median(figures[name]):.2f} | {100 * share:.1f} % |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workloads", nargs="+", default=["linear", "gpt"])
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--kinds", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--settings", action="store_true")
+    parser.add_argument("--no-lightning", action="store_true")
     parser.add_argument("--role", default="")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", default="")
@@ -185,10 +220,15 @@ def main() -> None:
         raw(workload, arguments.compiled, arguments.out)
     elif arguments.role == "lightning":
         lightning(workload, arguments.compiled, arguments.out, arguments.gpus)
+    elif arguments.settings:
+        print(scaling(WORKLOADS["gpt"], arguments.gpus, arguments.rounds), flush=True)
     else:
         for name in arguments.workloads:
-            kinds = [False] if arguments.no_compile or name == "linear" else [False, True]
-            print(measure(WORKLOADS[name], arguments.gpus, arguments.rounds, kinds), flush=True)
+            kinds = [False] if name == "linear" else [kind == "compiled" for kind in arguments.kinds]
+            print(
+                measure(WORKLOADS[name], arguments.gpus, arguments.rounds, kinds, not arguments.no_lightning),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Workers that die or hang in the middle of NCCL training, and runs that go on from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import Net, check, data, distance, fit, uuids
+from torch import Tensor
+
+import raytrainer
+
+
+class Victim(Net):
+    """The last rank kills itself, or hangs, once, in the middle of training; rank 0 waits for it in a collective."""
+
+    def __init__(self, how: str = "", flag: str = "") -> None:
+        super().__init__(dropout=0.1)
+        self.how, self.flag = how, flag
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        victim = self.global_rank == self.trainer.world_size - 1
+        if self.how and self.global_step == 17 and victim and not os.path.exists(self.flag):
+            Path(self.flag).touch()
+            while self.how == "hang":
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+@check(1)
+def lost_workers() -> str:
+    gpus, said = len(uuids()), []
+    options = {"gpus": gpus, "snapshot_every": 5, "deterministic": True, "max_epochs": 4, "hang_timeout": 10.0}
+    calm = Victim()
+    fit(calm, data(64 * gpus), **options)
+    for how in ("kill", "hang"):
+        struck = Victim(how, f"{tempfile.mkdtemp()}/flag")
+        (recovery,) = fit(struck, data(64 * gpus), **options).recoveries
+        assert distance(calm, struck) == 0.0, how
+        said.append(f"{how}: {recovery.seconds:.1f} s, {recovery.replayed_batches} batches again")
+    return f"{gpus} GPU(s), weights bit-equal to the undisturbed run. {'; '.join(said)}"
+
+
+@check(1)
+def resumed_runs() -> str:
+    gpus, folder = len(uuids()), tempfile.mkdtemp()
+    options = {"gpus": gpus, "deterministic": True, "precision": "16-mixed", "accumulate_grad_batches": 2}
+    loader = data(64 * gpus, shuffle=True)
+    whole, resumed = Victim(), Victim()
+    fit(whole, loader, max_epochs=3, **options)
+    saver = raytrainer.ModelCheckpoint(folder, save_last=True, every_n_train_steps=5)
+    fit(Victim(), loader, max_steps=7, max_epochs=None, callbacks=saver, **options)
+    fit(resumed, loader, max_epochs=3, ckpt_path=f"{folder}/last.ckpt", **options)
+    assert distance(whole, resumed) == 0.0
+    return f"{gpus} GPU(s), 16-mixed, in the middle of an epoch: weights bit-equal to the undisturbed run"
+
+
+class FirstStep(Net):
+    """Notes the moment of its first step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.__dict__.setdefault("first", time.time())
+        return super().training_step(batch, batch_idx)
+
+
+@check(1)
+def time_to_first_step() -> str:
+    said = []
+    raytrainer.Trainer(logger=False).close()
+    for name in ("cold workers", "warm workers"):
+        module, begun = FirstStep(), time.time()
+        fit(module, gpus=len(uuids()))
+        said.append(f"{name} {module.first - begun:.2f} s")
+    return f"{len(uuids())} GPU(s): " + ", ".join(said)
