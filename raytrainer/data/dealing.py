@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Dealer", "Piece", "batches_of_each", "evaluation_spans", "mixed", "tail_sizes", "training_spans"]
+__all__ = [
+    "Dealer",
+    "Piece",
+    "Span",
+    "batches_of_each",
+    "chosen",
+    "evaluation_spans",
+    "mixed",
+    "rows_done",
+    "spans_left",
+    "tail_sizes",
+    "training_spans",
+    "within",
+]
 
 T = TypeVar("T")
+
+#: Rows by number: (start, stop).
+Span = tuple[int, int]
 
 
 def batches_of_each(shortest: int, longest: int, batch_size: int, drop_last: bool) -> int:
@@ -37,7 +53,12 @@ def tail_sizes(rows: int, batches: int, batch_size: int) -> list[int]:
     return [*sizes, min(batch_size, last)] if batches else []
 
 
-def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last: bool) -> list[tuple[int, int]]:
+def rows_done(rows: int, batches: int, shortest: int, longest: int, batch_size: int, drop_last: bool) -> int:
+    """Rows in the first `batches` batches of a part of `rows` rows, when parts have `shortest` to `longest`."""
+    return sum(tail_sizes(rows, batches_of_each(shortest, longest, batch_size, drop_last), batch_size)[:batches])
+
+
+def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last: bool) -> list[Span]:
     """The batches of one of `count` workers, as (start, stop) in the epoch's order of `rows` rows.
 
     Batches are dealt in turn, so that after k batches on each worker the first k * count * batch_size rows are done:
@@ -59,7 +80,52 @@ def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last:
     return spans
 
 
-def evaluation_spans(rows: int, rank: int, count: int, batch_size: int) -> list[tuple[int, int]]:
+def spans_left(rows: int, past: Sequence[tuple[int, int]], batch_size: int, drop_last: bool) -> list[Span]:
+    """What groups of other sizes have left of an epoch's order, in which each was dealt `training_spans`.
+
+    Args:
+        rows: Rows of the epoch.
+        past: (workers, batches of each) of these groups, in order.
+        batch_size: Rows of a batch.
+        drop_last: As in `training_spans`.
+    """
+    left = [(0, rows)] if rows else []
+    for count, batches in past:
+        there = sum(stop - start for start, stop in left)
+        parts = (training_spans(there, rank, count, batch_size, drop_last)[:batches] for rank in range(count))
+        at, kept = 0, list[Span]()
+        for start, stop in sorted(span for part in parts for span in part):
+            if at < start:
+                kept.append((at, start))
+            at = stop
+        left = within(left, [*kept, (at, there)] if at < there else kept)
+    return left
+
+
+def within(whole: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """`spans` of the rows that `whole` names, as spans of what `whole` is counted in."""
+    if len(whole) == 1:
+        first = whole[0][0]
+        return [(first + start, first + stop) for start, stop in spans]
+    parts = chosen([stop - start for start, stop in whole], spans)
+    return [(whole[i][0] + start, whole[i][0] + stop) for i, start, stop in parts]
+
+
+def chosen(lengths: Sequence[int], spans: Iterable[Span]) -> Iterator[tuple[int, int, int]]:
+    """Which rows of which of several things, laid end to end, ascending `spans` name: (number, start, stop)."""
+    number = at = 0
+    for start, stop in spans:
+        while number < len(lengths) and start < stop:
+            end = at + lengths[number]
+            if start < end:
+                yield number, start - at, min(stop, end) - at
+                start = min(stop, end)
+            if end > stop:
+                break
+            number, at = number + 1, end
+
+
+def evaluation_spans(rows: int, rank: int, count: int, batch_size: int) -> list[Span]:
     """Every `count`-th batch: each is what one worker alone would see, and every row is in exactly one."""
     starts = range(rank * batch_size, rows, count * batch_size)
     return [(start, min(start + batch_size, rows)) for start in starts]
@@ -77,6 +143,10 @@ class Piece(Generic[T]):
     def rows(self) -> int:
         return self.stop - self.start
 
+    def cut(self, start: int, stop: int) -> Piece[T]:
+        """Rows `start` to `stop` of these."""
+        return Piece(self.block, self.start + start, self.start + stop)
+
 
 class Dealer(Generic[T]):
     """Deals blocks of known size to `count` parts, whole as long as it goes, so that each crosses the network once.
@@ -91,11 +161,11 @@ class Dealer(Generic[T]):
         self.held: deque[Piece[T]] = deque()
         self.held_rows = 0
 
-    def add(self, block: T, rows: int) -> Iterator[tuple[int, Piece[T]]]:
-        """Take a block; yield (part, piece) for whatever can be dealt now."""
-        if rows:
-            self.held.append(Piece(block, 0, rows))
-            self.held_rows += rows
+    def add(self, piece: Piece[T]) -> Iterator[tuple[int, Piece[T]]]:
+        """Take a block, or a piece of one; yield (part, piece) for whatever can be dealt now."""
+        if piece.rows:
+            self.held.append(piece)
+            self.held_rows += piece.rows
         while self.held:
             part = self.totals.index(min(self.totals))
             size = self.held[0].rows
@@ -114,9 +184,10 @@ class Dealer(Generic[T]):
 
     def _hand(self, part: int, rows: int) -> Piece[T]:
         front = self.held.popleft()
-        piece = front if front.rows <= rows else Piece(front.block, front.start, front.start + rows)
-        if piece is not front:
-            self.held.appendleft(Piece(front.block, piece.stop, front.stop))
+        piece = front
+        if front.rows > rows:
+            piece = front.cut(0, rows)
+            self.held.appendleft(front.cut(rows, front.rows))
         self.totals[part] += piece.rows
         self.held_rows -= piece.rows
         return piece

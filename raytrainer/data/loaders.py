@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
+from raytrainer.data.sharding import IndexShard, Past, SeededDataset, ShardedBatches, Share
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import resolve_limit
 from raytrainer.plan.seeds import derive_seed
@@ -155,9 +155,9 @@ class Feed:
 
     # ---------------------------------------------------------------- reading
 
-    def rebase(self, offset: int) -> None:
-        """Leave out the first `offset` batches, counted over all workers, which a group of another size has done."""
-        count = self.share.count
+    def rebase(self, before: Past) -> None:
+        """Leave out the epoch's first batches, which groups of other sizes have done."""
+        offset, count = sum(parts * batches for parts, batches in before), self.share.count
         if self.batches is None:
             self._replay = offset // count
         elif isinstance(shard := getattr(self.batches.source, "sampler", self.batches.source), IndexShard):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.data.columns import Columns, advice, cut, views
 from raytrainer.data.row_order import RowOrder
-from raytrainer.data.splitter import Splitter, blocks_of
+from raytrainer.data.splitter import Pass, Splitter, blocks_of
 from raytrainer.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class StreamedBlocks:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             # no CPU: it only passes references on
             actor = ray.remote(num_cpus=0)(Splitter).options(scheduling_strategy=here)
-            self.splitter = actor.remote(dataset, stage == "train")
+            self.splitter = actor.remote(dataset, stage == "train", source.batch_size, source.drop_last)
         else:
-            self.splitter = Splitter(dataset, stage == "train")
+            self.splitter = Splitter(dataset, stage == "train", source.batch_size, source.drop_last)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "source": settings_only(self.source)}
@@ -118,19 +118,20 @@ class StreamedBlocks:
         elif ray.is_initialized():
             ray.kill(self.splitter)
 
-    def pieces(
-        self, start: int, epoch: int, share: Share, seed: int, shuffle: bool | int, begin: int
-    ) -> Iterator[tuple[Columns, int, tuple[int, int] | None]]:
+    def pieces(self, start: int, share: Share, wanted: Pass) -> Iterator[tuple[Columns, int, tuple[int, int] | None]]:
         """One worker's rows in an epoch: (columns, rows, None), and last ({}, 0, (shortest part, longest part))."""
-        ask = (self.session, start), share.index, share.count, epoch, seed, shuffle, begin
+        ask = (self.session, start), share.index, share.count, wanted
         pending = self._ask(ask)
+        block, chunks = None, list[tuple[Columns, int]]()
         while True:
             pieces, ends = self._answer(pending)
             if ends is None:
                 pending = self._ask(ask)  # answered while these are being read
             for piece in pieces:
+                if piece.block != block:
+                    block, chunks = piece.block, _fetch(piece.block, self.source)
                 at = 0
-                for columns, rows in _fetch(piece.block, self.source):
+                for columns, rows in chunks:
                     first, last = max(piece.start - at, 0), min(piece.stop - at, rows)
                     if first < last:
                         yield cut(columns, first, last), last - first, None

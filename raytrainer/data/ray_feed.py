@@ -11,13 +11,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from raytrainer.data.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
-from raytrainer.data.dealing import batches_of_each, evaluation_spans, tail_sizes, training_spans
+from raytrainer.data.dealing import (
+    Span,
+    batches_of_each,
+    evaluation_spans,
+    rows_done,
+    spans_left,
+    tail_sizes,
+    training_spans,
+    within,
+)
 from raytrainer.data.loaders import LookAhead
+from raytrainer.data.remainder import Windows
 from raytrainer.data.row_order import RowOrder
-from raytrainer.data.sharding import Share
+from raytrainer.data.sharding import Past, Share
+from raytrainer.data.splitter import Pass
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import resolve_limit
 from raytrainer.plan.seeds import derive_seed
@@ -67,14 +76,14 @@ class RayFeed:
         self.ends_unannounced = blocks.total is None
         self._limit = settings.limit(stage)
         self._pin = settings.on_gpu
-        self._begin = 0
         self._starts = 0
         self.length: int | None
-        self.rebase(0)
+        self.rebase(())
 
-    def rebase(self, offset: int) -> None:
-        """Leave out the first `offset` batches, counted over all workers, which a group of another size has done."""
-        self._begin = offset * self.source.batch_size
+    def rebase(self, before: Past) -> None:
+        """Leave out what groups of other sizes have done of the epoch."""
+        self._before = tuple(before)
+        offset = sum(parts * batches for parts, batches in before)
         total, name = self.blocks.total, f"limit_{self.stage}_batches"
         if total is None:
             limit = resolve_limit(name, self._limit, None)
@@ -83,7 +92,7 @@ class RayFeed:
             limit = resolve_limit(name, self._limit, longest)
         if limit is not None and offset:
             limit = max(0, -(-(limit * self.share.count - offset) // self.share.count))
-        own = None if total is None else self._batches_of(max(0, total - self._begin), self.share.index)
+        own = None if total is None else self._batches_of(self._rows_left(total), self.share.index)
         self.length = own if limit is None else limit if own is None else min(own, limit)
         if self.training and own == 0 and self._limit != 0 and not offset:
             raise DataError(
@@ -91,6 +100,18 @@ class RayFeed:
                 f"batch_size={self.source.batch_size}, drop_last={self.source.drop_last}. Give it more data, a smaller "
                 f"batch_size, drop_last=False or fewer workers."
             )
+
+    def _rows_left(self, rows: int) -> int:
+        """Rows of the epoch that groups of other sizes have left."""
+        size, drop_last = self.source.batch_size, self.source.drop_last
+        if self.blocks.kept:
+            return sum(stop - start for start, stop in spans_left(rows, self._before, size, drop_last))
+        for parts, batches in self._before:
+            shortest, longer = divmod(rows, parts)
+            longest = shortest + (longer > 0)
+            done = [rows_done(n, batches, shortest, longest, size, drop_last) for n in (shortest, longest)]
+            rows -= done[0] * (parts - longer) + done[1] * longer
+        return rows
 
     def _batches_of(self, rows: int, rank: int) -> int:
         count, size = self.share.count, self.source.batch_size
@@ -135,27 +156,28 @@ class RayFeed:
     def _kept_reads(self, epoch: int, skip: int) -> Iterator[Read]:
         blocks, count, size, index = self.blocks, self.share.count, self.source.batch_size, self.share.index
         assert blocks.kept and blocks.total is not None
-        begin, rows = self._begin, max(0, blocks.total - self._begin)
+        left = spans_left(blocks.total, self._before, size, self.source.drop_last)
+        rows = sum(stop - start for start, stop in left)
         if self.training:
             spans = training_spans(rows, index, count, size, self.source.drop_last)
         else:
             spans = evaluation_spans(rows, index, count, size)
-        spans = [(begin + start, begin + stop) for start, stop in spans[skip:]]
+        spans = spans[skip:]
         store: RowOrder = blocks.order(self.shuffle, derive_seed(self.seed, "shuffle", epoch))
         if not spans:
             return
         first, length = store.sample()
         most = self._rows_per_read(first, length)
-        group: list[tuple[int, int]] = []
+        group: list[Span] = []
         together = 0
         for span in spans:
             group.append(span)
             together += span[1] - span[0]
             if together >= most:
-                yield store.read(group), [stop - start for start, stop in group]
+                yield store.read(within(left, group)), [stop - start for start, stop in group]
                 group, together = [], 0
         if group:
-            yield store.read(group), [stop - start for start, stop in group]
+            yield store.read(within(left, group)), [stop - start for start, stop in group]
 
     # ---------------------------------------------------------------- blocks that come by
 
@@ -164,23 +186,22 @@ class RayFeed:
         blocks, size = self.blocks, self.source.batch_size
         assert not blocks.kept
         self._starts += 1
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "window", epoch, self.share.index))
-        window = 0 if isinstance(self.shuffle, bool) else self.shuffle // size * size
+        order = Windows(self.shuffle, size, self.seed, epoch, self.share.index)
         parts: deque[Columns] = deque()
-        waiting = passed = 0
-        most = size
-        pieces = blocks.pieces(self._starts, epoch, self.share, self.seed, self.shuffle, self._begin)
-        shortest = longest = 0
-        for columns, rows, ends in pieces:
+        waiting = passed = shortest = longest = 0
+        for columns, rows, ends in blocks.pieces(
+            self._starts, self.share, Pass(epoch, self.seed, self.shuffle, self._before)
+        ):
             if ends is not None:
                 shortest, longest = ends
                 break
             parts.append(columns)
             waiting += rows
-            full = max(window, self._rows_per_read(columns, rows))
+            least = order.rows or size
+            full = max(least, self._rows_per_read(columns, rows) // least * least)
             # the first read of an epoch is small, for it is waited for
-            while waiting >= (most := full if passed or window else size) + size:
-                yield self._mixed(_taken(parts, most), generator), [size] * (most // size)
+            while waiting >= (most := full if passed else least) + size:
+                yield _ordered(_taken(parts, most), order), [size] * (most // size)
                 waiting -= most
                 passed += most
         sizes = self._last_sizes(waiting, passed, shortest, longest)
@@ -189,10 +210,8 @@ class RayFeed:
                 f"the training dataset has no batch for each of {self.share.count} worker(s): rank {self.share.index} "
                 f"got {waiting} row(s), batch_size={size}, drop_last={self.source.drop_last}."
             )
-        while sizes:
-            group = sizes[: max(1, most // size)]
-            sizes = sizes[len(group) :]
-            yield self._mixed(_taken(parts, sum(group)), generator), group
+        if sizes:
+            yield _ordered(_taken(parts, waiting), order), sizes
 
     def _last_sizes(self, rows: int, passed: int, shortest: int, longest: int) -> list[int]:
         size = self.source.batch_size
@@ -201,10 +220,9 @@ class RayFeed:
         batches = batches_of_each(shortest, longest, size, self.source.drop_last)
         return tail_sizes(rows, batches - passed // size, size)
 
-    def _mixed(self, columns: Columns, generator: torch.Generator) -> Columns:
-        if self.shuffle is False or self.shuffle is True:
-            return columns
-        return picked(columns, torch.randperm(_rows(columns), generator=generator))
+
+def _ordered(columns: Columns, order: Windows) -> Columns:
+    return picked(columns, order.order(_rows(columns))) if order.rows else columns
 
 
 def _rows(columns: Columns) -> int:

@@ -7,13 +7,15 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer.data.dealing import Dealer, Piece, mixed
+from raytrainer.data.remainder import Windows, left_over
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 
-__all__ = ["Splitter", "blocks_of"]
+__all__ = ["Pass", "Splitter", "blocks_of"]
 
 #: Blocks that a shuffle in windows holds, to draw the next one from.
 BLOCK_WINDOW = 4
@@ -25,6 +27,23 @@ BLOCK_BYTES = 16 << 20
 PIECES = 16
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a dataset.
+
+    Args:
+        epoch: The epoch.
+        seed: The run's seed.
+        shuffle: As in `RayDataset`.
+        before: What groups of other sizes have done of the epoch: (parts, batches of each), in order.
+    """
+
+    epoch: int
+    seed: int
+    shuffle: bool | int
+    before: tuple[tuple[int, int], ...] = ()
+
+
 class Splitter:
     """Executes a dataset once an epoch and deals its blocks to the workers that ask.
 
@@ -34,10 +53,12 @@ class Splitter:
     Args:
         dataset: A `ray.data.Dataset`.
         training: Whether there is likely to be another epoch.
+        batch_size: Rows of a batch.
+        drop_last: Whether rows that fill no batch on every worker are dropped.
     """
 
-    def __init__(self, dataset: Any, training: bool) -> None:
-        self.training = training
+    def __init__(self, dataset: Any, training: bool, batch_size: int, drop_last: bool) -> None:
+        self.training, self.batch_size, self.drop_last = training, batch_size, drop_last
         for name in ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
             logging.getLogger(name).setLevel(logging.ERROR)  # a note for every epoch
         self.dataset = type(dataset).copy(dataset, _deep_copy=True)
@@ -48,15 +69,15 @@ class Splitter:
         self.dataset.context.target_max_block_size = min(largest or BLOCK_BYTES, BLOCK_BYTES)
         self.token: tuple[int, int] = (-1, -1)
         self.dealer: Dealer[Any] | None = None
-        self.blocks: Iterator[tuple[Any, int]] = iter(())
+        self.pieces: Iterator[Piece[Any]] = iter(())
         self.ready: list[deque[Piece[Any]]] = []
         self.ended = False
         self.failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
-        self._ahead: tuple[Any, Future[Any]] | None = None
+        self._ahead: tuple[Pass, Future[Any]] | None = None
 
     def next(
-        self, token: tuple[int, int], part: int, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int
+        self, token: tuple[int, int], part: int, count: int, wanted: Pass
     ) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
         """Pieces for one part, at least one but at the end; and at the end the rows of the shortest and longest part.
 
@@ -69,25 +90,23 @@ class Splitter:
         try:
             if token > self.token:
                 self.token, self.failure = token, None
-                self._open(count, epoch, seed, shuffle, begin)
+                self._open(count, wanted)
             if self.failure is None:
-                return self._next(part, epoch, seed, shuffle)
+                return self._next(part, wanted)
         except Exception as error:
             self.failure = error
         raise self.failure  # to every part at once, rather than failing again for each
 
-    def _next(
-        self, part: int, epoch: int, seed: int, shuffle: bool | int
-    ) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
+    def _next(self, part: int, wanted: Pass) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
         assert self.dealer is not None
         while not self.ready[part] and not self.ended:
-            block = next(self.blocks, None)
-            if block is None:
+            piece = next(self.pieces, None)
+            if piece is None:
                 self.ended = True
-                self._read_ahead(epoch + 1, seed, shuffle)
-            dealt = self.dealer.finish() if block is None else self.dealer.add(*block)
-            for receiver, piece in dealt:
-                self.ready[receiver].append(piece)
+                self._read_ahead(replace(wanted, epoch=wanted.epoch + 1, before=()))
+            dealt = self.dealer.finish() if piece is None else self.dealer.add(piece)
+            for receiver, own in dealt:
+                self.ready[receiver].append(own)
         ready = self.ready[part]
         pieces = [ready.popleft() for _ in range(min(PIECES, len(ready)))]
         over = self.ended and not ready
@@ -95,40 +114,46 @@ class Splitter:
 
     def close(self) -> None:
         """End what runs. An execution that is alive when Ray ends would start another Ray."""
-        self.blocks, self.dealer = iter(()), None
+        self.pieces, self.dealer = iter(()), None
         self.ready.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
         gc.collect()
 
-    def _open(self, count: int, epoch: int, seed: int, shuffle: bool | int, begin: int) -> None:
-        self.blocks = iter(())
+    def _open(self, count: int, wanted: Pass) -> None:
+        self.pieces = iter(())
         self.ready.clear()
         self.dealer = None
         gc.collect()  # ends the execution of an epoch that was left early
-        blocks = None
+        pieces = None
         if self._ahead is not None:
-            key, future = self._ahead
+            ahead, future = self._ahead
             self._ahead = None
             opened = future.result()
-            if key == (epoch, seed, shuffle) and begin == 0:
-                blocks = opened
+            if ahead == wanted:
+                pieces = opened
             del opened, future
-        self.blocks = blocks if blocks is not None else self._execute(epoch, seed, shuffle, begin)
+        self.pieces = pieces if pieces is not None else self._execute(wanted)
         self.ended = False
         self.dealer, self.ready = Dealer(count), [deque() for _ in range(count)]
 
-    def _read_ahead(self, epoch: int, seed: int, shuffle: bool | int) -> None:
+    def _read_ahead(self, wanted: Pass) -> None:
         """Begin the next epoch's execution while workers are busy with the last blocks of this one."""
         if self.training:
-            self._ahead = (epoch, seed, shuffle), self._pool.submit(self._execute, epoch, seed, shuffle, 0)
+            self._ahead = wanted, self._pool.submit(self._execute, wanted)
 
-    def _execute(self, epoch: int, seed: int, shuffle: bool | int, begin: int) -> Iterator[tuple[Any, int]]:
-        dataset, drawn = self.dataset, derive_seed(seed, "shuffle", epoch)
-        if shuffle is True:
+    def _execute(self, wanted: Pass) -> Iterator[Piece[Any]]:
+        dataset, drawn = self.dataset, derive_seed(wanted.seed, "shuffle", wanted.epoch)
+        if wanted.shuffle is True:
             dataset = dataset.random_shuffle(seed=drawn % 2**32)
-        blocks = _trimmed(blocks_of(dataset.iter_internal_ref_bundles()), begin)
-        return blocks if isinstance(shuffle, bool) else mixed(blocks, BLOCK_WINDOW, drawn)
+        blocks = blocks_of(dataset.iter_internal_ref_bundles())
+        if not isinstance(wanted.shuffle, bool):
+            blocks = mixed(blocks, BLOCK_WINDOW, drawn)
+        pieces: Iterator[Piece[Any]] = (Piece(ref, 0, rows) for ref, rows in blocks)
+        for count, batches in wanted.before:
+            orders = [Windows(wanted.shuffle, self.batch_size, wanted.seed, wanted.epoch, i) for i in range(count)]
+            pieces = left_over(pieces, batches, self.batch_size, self.drop_last, orders)
+        return pieces
 
 
 def blocks_of(bundles: Iterator[Any]) -> Iterator[tuple[Any, int]]:
@@ -138,13 +163,3 @@ def blocks_of(bundles: Iterator[Any]) -> Iterator[tuple[Any, int]]:
             ref, metadata = (entry.ref, entry.metadata) if hasattr(entry, "ref") else entry
             if metadata.num_rows:
                 yield ref, metadata.num_rows
-
-
-def _trimmed(blocks: Iterator[tuple[Any, int]], begin: int) -> Iterator[tuple[Any, int]]:
-    """The blocks from about row `begin` on: those that a group of another size has done, as far as whole blocks go."""
-    for ref, rows in blocks:
-        if begin >= rows:
-            begin -= rows
-        else:
-            begin = 0
-            yield ref, rows

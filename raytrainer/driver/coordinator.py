@@ -182,7 +182,7 @@ class Coordinator:
     def _epoch(self) -> None:
         progress = self.state.progress
         self.host.emit("on_train_epoch_start")
-        starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.offset)
+        starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.before)
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length) if self.validates else None
         if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it

@@ -33,7 +33,7 @@ class Progress:
     Attributes:
         epoch: Index of the epoch in progress.
         batch: Batches done in the epoch in progress.
-        offset: Batches of the epoch in progress that a group of another size has done, counted over all its workers.
+        before: What groups of other sizes have done of the epoch in progress: (parts of the data, batches of each).
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
         seconds: Time spent training, over resumed runs too.
@@ -43,7 +43,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0
-    offset: int = 0
+    before: tuple[tuple[int, int], ...] = ()
     total_batches: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -57,7 +57,7 @@ class Progress:
 
     def next_epoch(self) -> None:
         """The epoch in progress is over."""
-        self.epoch, self.batch, self.offset, self.epoch_ended = self.epoch + 1, 0, 0, False
+        self.epoch, self.batch, self.before, self.epoch_ended = self.epoch + 1, 0, (), False
 
 
 def resolve_limit(name: str, limit: int | float, length: int | None) -> int | None:
@@ -172,10 +172,10 @@ def next_step_stop(settings: Settings, progress: Progress, every: tuple[int, ...
     return min(stops, default=None)
 
 
-def rescale(progress: Progress, workers_before: int, workers_now: int) -> None:
-    """Move the cursor within an epoch to a group of another size: what was done becomes an offset into the epoch."""
-    if workers_before != workers_now and progress.batch:
-        progress.offset += progress.batch * workers_before
+def rescale(progress: Progress, parts_before: int, parts_now: int) -> None:
+    """Move the cursor within an epoch to a group of another size, which takes up what others have left of it."""
+    if parts_before != parts_now and progress.batch:
+        progress.before = (*progress.before, (parts_before, progress.batch))
         progress.batch = 0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.data.loaders import LookAhead
+from raytrainer.data.sharding import Past
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
 from raytrainer.seeding import rng_untouched
@@ -78,10 +79,10 @@ class TrainingLoop:
             val_batches=[feed.length for feed in run.feeds("val")] if validates else [],
         )
 
-    def start_epoch(self, epoch: int, skip: int = 0, offset: int = 0) -> TrainStart:
+    def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
         """Begin `epoch` at this worker's batch `skip`; build the loader anew where the settings ask for that.
 
-        `offset` batches, of all workers together, have been done by a group of another size.
+        `before` is what groups of other sizes have done of it.
         """
         self.view.current_epoch = self.epoch = epoch
         every = self.view.settings.reload_dataloaders_every_n_epochs
@@ -94,7 +95,7 @@ class TrainingLoop:
         self._idle = self.run.slices.active
         self.view.running = "train"
         self._iterator = None
-        self.feed.rebase(offset)
+        self.feed.rebase(before)
         if skip == 0:
             self.run.resume_generators()
         self.run.hooks.call("on_train_epoch_start")
@@ -114,7 +115,7 @@ class TrainingLoop:
         run = self.run
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
-        self.feed.rebase(0)
+        self.feed.rebase(())
         # a loader may go on for ever, in epochs that other limits have ended
         length = self._longest or self.feed.length
         batches = itertools.islice(self.feed.start(self.epoch, 0, agree), length)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from raytrainer.data.sharding import Past
 from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
@@ -104,8 +105,8 @@ class Worker:
 
     # ---------------------------------------------------------------- training
 
-    def start_epoch(self, epoch: int, skip: int = 0, offset: int = 0) -> TrainStart:
-        return self.training.start_epoch(epoch, skip, offset)
+    def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
+        return self.training.start_epoch(epoch, skip, before)
 
     def train(
         self, batches: int, stop_at_step: int | None = None, metrics: dict[str, float] | None = None

@@ -9,11 +9,14 @@ import pytest
 
 from raytrainer.data.dealing import (
     Dealer,
+    Piece,
     batches_of_each,
     evaluation_spans,
     mixed,
+    spans_left,
     tail_sizes,
     training_spans,
+    within,
 )
 
 CASES = list(itertools.product(range(60), (1, 2, 3, 4), (1, 2, 3, 5)))
@@ -40,13 +43,34 @@ def test_training_spans(drop_last: bool) -> None:
             assert rows - len(seen) < count if size == 1 or rows < count else seen == list(range(rows))
 
 
-def test_training_spans_can_go_on_with_another_number_of_workers() -> None:
-    """After k batches of each worker, the first k rounds of the epoch's order are done and no others."""
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_groups_of_other_sizes_go_on(drop_last: bool) -> None:
+    """After k batches on each worker, another number of workers does the rest, wherever k is; and once more."""
     for rows, count, size in CASES:
-        parts = [training_spans(rows, rank, count, size, False) for rank in range(count)]
-        for done in range(max(0, rows // (count * size) - 1)):
-            first = sorted(row for part in parts for row in rows_of(part[:done]))
-            assert first == list(range(done * count * size))
+        for done in range(batches_of_each(rows // count, -(-rows // count), size, drop_last)):
+            seen: list[int] = []
+            past: list[tuple[int, int]] = []
+            for workers, batches in ((count, done), (count % 4 + 1, 1), (2, 1000)):
+                left = spans_left(rows, past, size, drop_last)
+                there = len(rows_of(left))
+                for rank in range(workers):
+                    spans = training_spans(there, rank, workers, size, drop_last)[:batches]
+                    seen += rows_of(within(left, spans))
+                past.append((workers, batches))
+            assert len(seen) == len(set(seen))
+            dropped = sorted(set(range(rows)) - set(seen))
+            if drop_last:
+                assert len(dropped) < 2 * size
+            elif size > 1:
+                assert len(dropped) < 2  # one row is too few for the two workers of the last group
+            assert rows_of(spans_left(rows, past, size, drop_last)) == dropped
+
+
+def test_rows_in_the_middle_are_left_whole() -> None:
+    """Two workers of which each has cut its last full batch in two: rows 0-1 and 3-4 are done, 2 and 5 are not."""
+    assert [training_spans(6, rank, 2, 3, False) for rank in range(2)] == [[(0, 3)], [(3, 6)]]
+    assert [training_spans(7, rank, 2, 3, False) for rank in range(2)] == [[(0, 3), (3, 4)], [(4, 6), (6, 7)]]
+    assert spans_left(7, [(2, 1)], 3, False) == [(3, 4), (6, 7)]
 
 
 def test_evaluation_spans() -> None:
@@ -62,7 +86,7 @@ def test_dealer() -> None:
         start = 0
         while start < rows:
             block = min(rows - start, generator.randint(0, 12))
-            for part, piece in dealer.add(start, block):
+            for part, piece in dealer.add(Piece(start, 0, block)):
                 got[part] += _rows(piece)
             start += block
         for part, piece in dealer.finish():
@@ -82,7 +106,7 @@ def _rows(piece: object) -> list[int]:
 
 def test_dealer_deals_whole_blocks_while_it_can() -> None:
     dealer = Dealer[str](2)
-    dealt = [item for name in "abcdefg" for item in dealer.add(name, 10)]
+    dealt = [item for name in "abcdefg" for item in dealer.add(Piece(name, 0, 10))]
     assert [(part, piece.block, piece.rows) for part, piece in dealt] == [
         (part, name, 10) for part, name in zip([0, 1, 0, 1, 0, 1], "abcdef", strict=True)
     ]

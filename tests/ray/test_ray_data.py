@@ -17,7 +17,7 @@ from torch import Tensor
 
 import raytrainer
 from raytrainer import DataModule, Module, RayDataset, Trainer, WorkerCallback
-from raytrainer.callbacks import Callback
+from raytrainer.callbacks import Callback, ModelCheckpoint
 
 ROWS = 1000
 DIM = 4
@@ -275,6 +275,25 @@ def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_p
     first, second = recorded(tmp_path, 2)
     assert first == [batches[7:] for batches in whole[0]]
     assert second == whole[1]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_going_on_with_other_numbers_of_workers(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool
+) -> None:
+    """In the middle of an epoch and of a window, twice: every row once, whoever has read it."""
+    data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
+    seen, last = [], None
+    for workers, steps in ((2, 7), (3, 11), (1, None)):
+        saver = ModelCheckpoint(tmp_path / f"by{workers}", save_last=True, every_n_train_steps=1)
+        options = {"max_steps": steps} if steps else {"max_epochs": 1}
+        trainer = ray_trainer(num_processes=workers, seed=5, callbacks=[Recorder(tmp_path), saver], **options)
+        trainer.fit(Net(), data, ckpt_path=last)
+        (epoch,) = recorded(tmp_path, workers)
+        assert steps is None or [len(batches) for batches in epoch] == [7 if workers == 2 else 4] * workers
+        seen += flat(epoch)
+        last = str(tmp_path / f"by{workers}" / "last.ckpt")
+    assert sorted(seen) == list(range(ROWS))
 
 
 # ---------------------------------------------------------------- formats
