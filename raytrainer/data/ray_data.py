@@ -11,6 +11,7 @@ epoch) alone. With Ray 2.60 and 200 MB of Parquet an epoch's first block came af
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,26 +89,40 @@ class StreamedBlocks:
 
     kept: Literal[False] = False
 
-    def __init__(self, source: RayDataset, dataset: Any, stage: str, total: int | None, remote: bool) -> None:
+    def __init__(self, source: RayDataset, stage: str, remote: bool) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.source, self.total, self.session, self.remote = source, total, 0, remote
+        self.source, self.session, self.remote = source, 0, remote
+        self.total: int | None = None
+        self._taken: Any = None  # answers when the splitter knows what to execute
         self.splitter: Any = None
+        settings = stage == "train", source.batch_size, source.drop_last
         if remote:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             # no CPU: it only passes references on
-            actor = ray.remote(num_cpus=0)(Splitter).options(scheduling_strategy=here)
-            self.splitter = actor.remote(dataset, stage == "train", source.batch_size, source.drop_last)
+            self.splitter = ray.remote(num_cpus=0)(Splitter).options(scheduling_strategy=here).remote(*settings)
         else:
-            self.splitter = Splitter(dataset, stage == "train", source.batch_size, source.drop_last)
+            self.splitter = Splitter(*settings)
+
+    def take(self, dataset: Any, total: int | None) -> None:
+        """Say what is to be executed, and its rows."""
+        self.total = total
+        if self.remote:
+            self._taken = self.splitter.take.remote(dataset)
+        else:
+            self.splitter.take(dataset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "source": settings_only(self.source)}
+        return {**self.__dict__, "source": settings_only(self.source), "_taken": None}
 
     def renew(self) -> None:
         """Before each sending to a group."""
+        import ray
+
         self.session += 1
+        if self._taken is not None:
+            ray.get(self._taken)  # what workers ask is not kept behind what the driver has said
 
     def close(self) -> None:
         """At the end of the run: end the execution."""
@@ -208,6 +223,11 @@ def _prepare(
     source: RayDataset, dataset: Any, stage: str, remote: bool, taken: int
 ) -> tuple[KeptBlocks | StreamedBlocks, int]:
     rows, size = None, dataset._logical_plan.dag.infer_metadata().size_bytes
+    keep = source.keep_in_memory
+    if keep is None and not _operators(dataset._logical_plan.dag) <= _ONLY_READ:
+        keep = False
+    # begun now, its actor's process starts while files are listed
+    streamed = StreamedBlocks(source, stage, remote) if keep is False else None
     try:
         dataset, listed_rows, listed_size = _listed(dataset)
         rows = listed_rows if listed_rows is not None else dataset._meta_count()
@@ -216,17 +236,18 @@ def _prepare(
         log.debug("Ray Data's plans have changed; reading as they are", exc_info=error)
     if source.columns is not None:
         dataset = dataset.select_columns(list(source.columns))
-    keep = source.keep_in_memory
     if keep is None:
         room = KEEP_SHARE * _smallest_store() - taken
-        keep = size is not None and size <= room and _operators(dataset._logical_plan.dag) <= _ONLY_READ
+        keep = size is not None and size <= room
     schema = dataset.schema(fetch_if_missing=False)
     if keep:
         dataset = dataset.materialize()
         schema = dataset.schema()
     _advise(stage, schema)
     if not keep:
-        return StreamedBlocks(source, dataset, stage, rows, remote), 0
+        streamed = streamed or StreamedBlocks(source, stage, remote)
+        streamed.take(dataset, rows)
+        return streamed, 0
     blocks = _kept(source, dataset)
     taken = int(dataset.size_bytes())
     log.info("The %s dataset stays in the object store: %d rows, %.0f MB.", stage, blocks.total, taken / 1e6)
@@ -269,7 +290,7 @@ def _listed(dataset: Any) -> tuple[Any, int | None, int | None]:
         nonlocal rows, size
         if type(operator).__name__ != "ListFiles" or operator.shuffle_config_factory() is not None:
             return operator
-        listing = ray.data.Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
+        listing = ray.data.Dataset._from_parent(dataset, LogicalPlan(_with_few_actors(operator), dataset.context))
         bundles = list(listing.iter_internal_ref_bundles())
         for bundle in bundles:
             for ref, _ in blocks_of(iter([bundle])):
@@ -281,6 +302,21 @@ def _listed(dataset: Any) -> tuple[Any, int | None, int | None]:
     dataset = ray.data.Dataset._from_parent(dataset, LogicalPlan(plan, dataset.context))
     exact = kinds <= {"ListFiles", "ReadFiles", "Project"} and getattr(plan, "block_udf", None) is None
     return dataset, rows if exact and rows else None, size or None
+
+
+def _with_few_actors(operator: Any) -> Any:
+    """The operator that lists files, reading footers by an actor for every eight CPUs.
+
+    Ray Data starts 32 (and ends them), which takes a machine of two cores 2 s; each reads 128 files at once.
+    """
+    import ray
+
+    most = max(1, int(ray.cluster_resources().get("CPU", 1)) // 8)
+    indexer = copy.copy(operator.file_indexer)
+    if getattr(indexer, "_num_actors", 0) <= most:
+        return operator
+    indexer._num_actors = most
+    return dataclasses.replace(operator, file_indexer=indexer)
 
 
 def _smallest_store() -> float:

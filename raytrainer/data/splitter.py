@@ -51,22 +51,14 @@ class Splitter:
     this one.
 
     Args:
-        dataset: A `ray.data.Dataset`.
         training: Whether there is likely to be another epoch.
         batch_size: Rows of a batch.
         drop_last: Whether rows that fill no batch on every worker are dropped.
     """
 
-    def __init__(self, dataset: Any, training: bool, batch_size: int, drop_last: bool) -> None:
+    def __init__(self, training: bool, batch_size: int, drop_last: bool) -> None:
         self.training, self.batch_size, self.drop_last = training, batch_size, drop_last
-        for name in ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # a note for every epoch
-        self.dataset = type(dataset).copy(dataset, _deep_copy=True)
-        self.dataset.context.enable_progress_bars = False
-        self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed
-        # smaller blocks come sooner: the first one of an epoch above all
-        largest = self.dataset.context.target_max_block_size
-        self.dataset.context.target_max_block_size = min(largest or BLOCK_BYTES, BLOCK_BYTES)
+        self.dataset: Any = None
         self.token: tuple[int, int] = (-1, -1)
         self.dealer: Dealer[Any] | None = None
         self.pieces: Iterator[Piece[Any]] = iter(())
@@ -75,6 +67,17 @@ class Splitter:
         self.failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
         self._ahead: tuple[Pass, Future[Any]] | None = None
+
+    def take(self, dataset: Any) -> None:
+        """Say what is to be executed: a `ray.data.Dataset`."""
+        for name in ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # a note for every epoch
+        self.dataset = type(dataset).copy(dataset, _deep_copy=True)
+        self.dataset.context.enable_progress_bars = False
+        self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed
+        # smaller blocks come sooner: the first one of an epoch above all
+        largest = self.dataset.context.target_max_block_size
+        self.dataset.context.target_max_block_size = min(largest or BLOCK_BYTES, BLOCK_BYTES)
 
     def next(
         self, token: tuple[int, int], part: int, count: int, wanted: Pass
