@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -207,8 +207,13 @@ class RayGroup:
     def _answer(self, ref: Any, rank: int) -> Any:
         try:
             return ray.get(ref)
+        except OutOfMemoryError as error:
+            remedy = "Use smaller batches, fewer workers or loader processes on a node, or nodes with more memory."
+            return WorkerLostError(
+                rank, f"killed for its memory: {_lines(error)[0]}{self._whereabouts(rank)}. {remedy}"
+            )
         except RayActorError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+            lines = _lines(error)
             # an actor that could not start says why in its last line: a package that its node lacks, say
             if "creation task" in lines[0] and len(lines) > 1:
                 missing = "No module named" in lines[-1]
@@ -293,6 +298,11 @@ class RayGroup:
         from raytrainer.driver import pool
 
         pool.put_back(self)
+
+
+def _lines(error: RayError) -> list[str]:
+    """What Ray says, without empty lines; at least one."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
 
 
 def _numbers(address: str) -> list[tuple[int, str]]:
