@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from raytrainer.callbacks._display import Display, make_display
@@ -27,15 +28,22 @@ class ProgressBar(Callback):
     Args:
         refresh_rate: Seconds between redraws of live bars [0.5]. 0 shows nothing at all.
         leave: Keep each epoch's bar on the screen, instead of only the last.
+        metrics: Further metrics to show in training, of those that loggers are given: names, or patterns of names such
+            as "gpu_memory/*".
 
     Raises:
-        ConfigurationError: `refresh_rate` is negative.
+        ConfigurationError: `refresh_rate` is negative, or `metrics` holds something else than names.
     """
 
-    def __init__(self, refresh_rate: float = 0.5, leave: bool = False) -> None:
+    def __init__(self, refresh_rate: float = 0.5, leave: bool = False, metrics: str | Sequence[str] = ()) -> None:
         if refresh_rate < 0:
             raise ConfigurationError(f"ProgressBar(refresh_rate={refresh_rate}): seconds, above 0; 0 turns it off")
         self.refresh_rate, self.leave = refresh_rate, leave
+        self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        if not all(isinstance(name, str) for name in self.metrics):
+            raise ConfigurationError(
+                f"ProgressBar(metrics={metrics!r}): give names, or patterns such as 'gpu_memory/*'"
+            )
         self._display: Display | None = None
         self._batch = self._evaluated = 0
 
@@ -68,12 +76,12 @@ class ProgressBar(Callback):
         """Move the bar."""
         self._batch = report.batch
         if self._display is not None:
-            self._display.update("train", report.batch, trainer.progress_bar_metrics)
+            self._display.update("train", report.batch, self._shown(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
         """Show the epoch's metrics."""
         if self._display is not None:
-            self._display.end("train", self._batch, trainer.progress_bar_metrics, say=True)
+            self._display.end("train", self._batch, self._shown(trainer), say=True)
 
     def on_validation_start(self, trainer: Trainer, module: Module) -> None:
         """A bar below the epoch's."""
@@ -107,6 +115,16 @@ class ProgressBar(Callback):
         self._evaluated = report.batches
         if self._display is not None:
             self._display.update("evaluation", report.batches, {})
+
+    def _shown(self, trainer: Trainer) -> dict[str, float]:
+        """Metrics that were logged for the bar, and those asked for here."""
+        if not self.metrics:
+            return trainer.progress_bar_metrics
+        logged = {name: value.item() for name, value in trainer.logged_metrics.items() if self._asked_for(name)}
+        return {**trainer.progress_bar_metrics, **logged}
+
+    def _asked_for(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.metrics)
 
     @staticmethod
     def _batches_to_come(trainer: Trainer) -> int | None:

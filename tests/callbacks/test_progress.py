@@ -5,12 +5,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from raytrainer.callbacks import _display
 from raytrainer.callbacks._display import PlainDisplay, RichDisplay, format_metrics, format_value, is_live
 from raytrainer.callbacks.progress import ProgressBar, add_up, epoch_label
 from raytrainer.errors import ConfigurationError
+from raytrainer.module import Module
 from raytrainer.plan.settings import Settings
 
 
@@ -45,6 +47,34 @@ def fit(trainer, bar: ProgressBar) -> None:
     epoch(trainer, bar)
     bar.on_train_end(trainer, None)
     bar.teardown(trainer, None, "fit")
+
+
+def test_metrics_asked_for_are_shown(local_trainer, capsys):
+    """Also those that were not logged for the bar, in the line of the epoch."""
+
+    class Net(Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            for name in ("gpu_memory/min", "gpu_memory/max", "other"):
+                self.log(name, 7.0)
+            self.log("shown", 8.0, prog_bar=True)
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    bar = ProgressBar(metrics="gpu_memory/*")
+    local_trainer(max_epochs=1, callbacks=bar, enable_progress_bar=True, log_every_n_steps=1).fit(
+        Net(), [torch.ones(2, 2)] * 3
+    )
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
+    assert "shown 8.000" in line and "gpu_memory/min 7.000" in line and "gpu_memory/max 7.000" in line
+    assert "other" not in line
+    with pytest.raises(ConfigurationError, match="metrics"):
+        ProgressBar(metrics=[3])
 
 
 @pytest.mark.parametrize(
