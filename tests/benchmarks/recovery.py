@@ -1,8 +1,8 @@
 """What it costs to be ready for lost workers, and to lose one. Two CPU workers.
 
 Snapshots: the share of its time that a run with `--megabytes` of state spends on them, by its own report, and steps
-beside those of a run without. Recovery: from SIGKILL in a worker until its group is replaced and trains, beside the time
-from `fit` to the first step with new workers in a Ray that runs.
+beside those of a run without. Recovery: from SIGKILL in a worker until its group is replaced and trains, beside the
+time from `fit` to the first step with new workers in a Ray that runs.
 
 Run: python tests/benchmarks/recovery.py [--rounds 3] [--seconds 60] [--megabytes 100]
 """
