@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from exact import Died, Exact, run, same
+from torch.utils.data import DataLoader
+
+import raytrainer
+from raytrainer.callbacks import ModelCheckpoint
+from raytrainer.checkpoint import read_checkpoint, write_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -90,3 +96,42 @@ def test_a_checkpoint_holds_gradients_while_accumulating(undisturbed, tmp_path):
     module = Exact()
     run(module, tmp_path, ckpt_path=f"{tmp_path}/odd.ckpt")
     assert same(module, undisturbed[0])
+
+
+class Counting(raytrainer.Module):
+    """Counts batches, and validates."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.batches = 0
+
+    def training_step(self, batch, batch_idx):
+        self.batches += 1
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.layer(batch).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_nothing_is_left_for_another_number_of_workers(local_trainer, tmp_path, drop_last):
+    """The epoch ends, is validated, and the next one begins; a row too few for a batch is no error."""
+    loader = DataLoader(torch.ones(9 if drop_last else 8, 2), batch_size=2, drop_last=drop_last)
+    saver = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True, every_n_train_steps=2)
+    local_trainer(max_steps=2, callbacks=saver).fit(Counting(), loader, loader)
+    # as two workers would have saved it, who have done two batches each
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    write_checkpoint(tmp_path / "two.ckpt", {**checkpoint, "parts": 2, "world_size": 2})
+
+    validations = []
+    module = Counting()
+    watch = raytrainer.LambdaCallback(on_validation_end=lambda trainer, module: validations.append(trainer.global_step))
+    trainer = local_trainer(max_epochs=2, callbacks=watch)
+    trainer.fit(module, loader, loader, ckpt_path=str(tmp_path / "two.ckpt"))
+    assert (trainer.current_epoch, trainer.global_step) == (2, 6)
+    assert module.batches == 4  # of the second epoch
+    assert validations == [2, 6]

@@ -39,7 +39,8 @@ class ProgressBar(Callback):
         if refresh_rate < 0:
             raise ConfigurationError(f"ProgressBar(refresh_rate={refresh_rate}): seconds, above 0; 0 turns it off")
         self.refresh_rate, self.leave = refresh_rate, leave
-        self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        names: Sequence[str] = (metrics,) if isinstance(metrics, str) else metrics
+        self.metrics = tuple(names) if isinstance(names, Sequence) else (names,)
         if not all(isinstance(name, str) for name in self.metrics):
             raise ConfigurationError(
                 f"ProgressBar(metrics={metrics!r}): give names, or patterns such as 'gpu_memory/*'"

@@ -61,8 +61,9 @@ def rows_done(rows: int, batches: int, shortest: int, longest: int, batch_size: 
 def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last: bool) -> list[Span]:
     """The batches of one of `count` workers, as (start, stop) in the epoch's order of `rows` rows.
 
-    Batches are dealt in turn, so that after k batches on each worker the first k * count * batch_size rows are done:
-    an epoch can go on with another number of workers. The rows that fill no batch on every worker are spread evenly.
+    Batches are dealt in turn, so that after k full batches on each worker the first k * count * batch_size rows are
+    done: another number of workers goes on with what `spans_left` says. The rows that fill no batch on every worker are
+    spread evenly.
     """
     batches = batches_of_each(rows // count, -(-rows // count), batch_size, drop_last)
     full = rows // (count * batch_size)
@@ -80,17 +81,17 @@ def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last:
     return spans
 
 
-def spans_left(rows: int, past: Sequence[tuple[int, int]], batch_size: int, drop_last: bool) -> list[Span]:
+def spans_left(rows: int, before: Sequence[tuple[int, int]], batch_size: int, drop_last: bool) -> list[Span]:
     """What groups of other sizes have left of an epoch's order, in which each was dealt `training_spans`.
 
     Args:
         rows: Rows of the epoch.
-        past: (workers, batches of each) of these groups, in order.
+        before: (workers, batches of each) of these groups, in order.
         batch_size: Rows of a batch.
         drop_last: As in `training_spans`.
     """
     left = [(0, rows)] if rows else []
-    for count, batches in past:
+    for count, batches in before:
         there = sum(stop - start for start, stop in left)
         parts = (training_spans(there, rank, count, batch_size, drop_last)[:batches] for rank in range(count))
         at, kept = 0, list[Span]()

@@ -163,7 +163,8 @@ class Feed:
         elif isinstance(shard := getattr(self.batches.source, "sampler", self.batches.source), IndexShard):
             shard.begin = offset * (getattr(self.source, "batch_size", None) or 1)
         else:
-            self.batches.begin = offset
+            # batches of an own DistributedSampler are this worker's alone
+            self.batches.begin = offset if self.batches.share.count > 1 else offset // count
         if offset or self.length is not None:
             own = _length(self.loader)
             left = None if self._limit is None else max(0, -(-(self._limit * count - offset) // count))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.data.columns import Columns, advice, cut, views
 from raytrainer.data.row_order import RowOrder
-from raytrainer.data.splitter import Pass, Splitter, blocks_of
+from raytrainer.data.splitter import Reading, Splitter, blocks_of
 from raytrainer.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class StreamedBlocks:
 
         self.session += 1
         if self._taken is not None:
-            ray.get(self._taken)  # what workers ask is not kept behind what the driver has said
+            ray.get(self._taken)  # calls of several processes have no order: workers might ask before it knows
 
     def close(self) -> None:
         """At the end of the run: end the execution."""
@@ -133,7 +133,9 @@ class StreamedBlocks:
         elif ray.is_initialized():
             ray.kill(self.splitter)
 
-    def pieces(self, start: int, share: Share, wanted: Pass) -> Iterator[tuple[Columns, int, tuple[int, int] | None]]:
+    def pieces(
+        self, start: int, share: Share, wanted: Reading
+    ) -> Iterator[tuple[Columns, int, tuple[int, int] | None]]:
         """One worker's rows in an epoch: (columns, rows, None), and last ({}, 0, (shortest part, longest part))."""
         ask = (self.session, start), share.index, share.count, wanted
         pending = self._ask(ask)
@@ -229,7 +231,7 @@ def _prepare(
     # begun now, its actor's process starts while files are listed
     streamed = StreamedBlocks(source, stage, remote) if keep is False else None
     try:
-        dataset, listed_rows, listed_size = _listed(dataset)
+        dataset, listed_rows, listed_size = _listed(_with_lasting_blocks(dataset))
         rows = listed_rows if listed_rows is not None else dataset._meta_count()
         size = listed_size if listed_size is not None else size
     except (AttributeError, ImportError, TypeError, KeyError) as error:
@@ -307,16 +309,44 @@ def _listed(dataset: Any) -> tuple[Any, int | None, int | None]:
 def _with_few_actors(operator: Any) -> Any:
     """The operator that lists files, reading footers by an actor for every eight CPUs.
 
-    Ray Data starts 32 (and ends them), which takes a machine of two cores 2 s; each reads 128 files at once.
+    Ray Data starts 32 (and ends them), which takes a machine of two cores 2 s. Each reads the files of one batch at
+    once, so larger batches make up for fewer actors.
     """
     import ray
 
     most = max(1, int(ray.cluster_resources().get("CPU", 1)) // 8)
     indexer = copy.copy(operator.file_indexer)
-    if getattr(indexer, "_num_actors", 0) <= most:
+    usual = getattr(indexer, "_num_actors", 0)
+    if usual <= most:
         return operator
     indexer._num_actors = most
+    indexer._footer_batch_size = min(indexer._io_concurrency, indexer._footer_batch_size * usual // most)
     return dataclasses.replace(operator, file_indexer=indexer)
+
+
+def _with_lasting_blocks(dataset: Any) -> Any:
+    """The dataset with as many blocks as its size asks for, not as the cluster's CPUs do.
+
+    A run that goes on in the middle of an epoch must meet the same blocks, also where there are fewer CPUs than before.
+    """
+    import ray.data
+    from ray.data._internal.logical.interfaces import LogicalPlan
+    from ray.data._internal.util import _autodetect_parallelism
+
+    context = dataset.context
+
+    def fixed(operator: Any) -> Any:
+        if type(operator).__name__ != "Read" or operator.parallelism != -1:
+            return operator
+        blocks, _, _ = _autodetect_parallelism(
+            -1, context.target_max_block_size, context, operator.datasource_or_legacy_reader, avail_cpus=1
+        )
+        return dataclasses.replace(operator, parallelism=blocks)
+
+    plan = dataset._logical_plan.dag
+    if "Read" not in _operators(plan):
+        return dataset
+    return ray.data.Dataset._from_parent(dataset, LogicalPlan(plan._apply_transform(fixed), context))
 
 
 def _smallest_store() -> float:

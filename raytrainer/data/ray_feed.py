@@ -26,7 +26,7 @@ from raytrainer.data.loaders import LookAhead
 from raytrainer.data.remainder import Windows
 from raytrainer.data.row_order import RowOrder
 from raytrainer.data.sharding import Past, Share
-from raytrainer.data.splitter import Pass
+from raytrainer.data.splitter import Reading
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import resolve_limit
 from raytrainer.plan.seeds import derive_seed
@@ -90,7 +90,9 @@ class RayFeed:
         else:
             longest = self._batches_of(total, 0)
             limit = resolve_limit(name, self._limit, longest)
-        if limit is not None and offset:
+        if self._limit == 1.0 and isinstance(self._limit, float):
+            limit = None  # batches that were done may have been smaller than those to come
+        elif limit is not None and offset:
             limit = max(0, -(-(limit * self.share.count - offset) // self.share.count))
         own = None if total is None else self._batches_of(self._rows_left(total), self.share.index)
         self.length = own if limit is None else limit if own is None else min(own, limit)
@@ -190,7 +192,7 @@ class RayFeed:
         parts: deque[Columns] = deque()
         waiting = passed = shortest = longest = 0
         for columns, rows, ends in blocks.pieces(
-            self._starts, self.share, Pass(epoch, self.seed, self.shuffle, self._before)
+            self._starts, self.share, Reading(epoch, self.seed, self.shuffle, self._before)
         ):
             if ends is not None:
                 shortest, longest = ends
@@ -205,7 +207,7 @@ class RayFeed:
                 waiting -= most
                 passed += most
         sizes = self._last_sizes(waiting, passed, shortest, longest)
-        if self.training and not passed and not sizes:
+        if self.training and not passed and not sizes and not self._before:
             raise DataError(
                 f"the training dataset has no batch for each of {self.share.count} worker(s): rank {self.share.index} "
                 f"got {waiting} row(s), batch_size={size}, drop_last={self.source.drop_last}."

@@ -15,7 +15,7 @@ from raytrainer.data.remainder import Windows, left_over
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 
-__all__ = ["Pass", "Splitter", "blocks_of"]
+__all__ = ["Reading", "Splitter", "blocks_of"]
 
 #: Blocks that a shuffle in windows holds, to draw the next one from.
 BLOCK_WINDOW = 4
@@ -23,13 +23,14 @@ BLOCK_WINDOW = 4
 #: Size of blocks to ask Ray Data for, at most.
 BLOCK_BYTES = 16 << 20
 
-#: Pieces handed over in one answer, at most.
+#: Pieces handed over in one answer, at most; more if together they have fewer rows than `FEW_ROWS`.
 PIECES = 16
+FEW_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One pass over a dataset.
+class Reading:
+    """What workers read: one pass over a dataset, or what is left of it.
 
     Args:
         epoch: The epoch.
@@ -63,10 +64,10 @@ class Splitter:
         self.dealer: Dealer[Any] | None = None
         self.pieces: Iterator[Piece[Any]] = iter(())
         self.ready: list[deque[Piece[Any]]] = []
-        self.ended = False
+        self.ended = True
         self.failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
-        self._ahead: tuple[Pass, Future[Any]] | None = None
+        self._ahead: tuple[Reading, Future[Any]] | None = None
 
     def take(self, dataset: Any) -> None:
         """Say what is to be executed: a `ray.data.Dataset`."""
@@ -80,7 +81,7 @@ class Splitter:
         self.dataset.context.target_max_block_size = min(largest or BLOCK_BYTES, BLOCK_BYTES)
 
     def next(
-        self, token: tuple[int, int], part: int, count: int, wanted: Pass
+        self, token: tuple[int, int], part: int, count: int, wanted: Reading
     ) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
         """Pieces for one part, at least one but at the end; and at the end the rows of the shortest and longest part.
 
@@ -100,7 +101,7 @@ class Splitter:
             self.failure = error
         raise self.failure  # to every part at once, rather than failing again for each
 
-    def _next(self, part: int, wanted: Pass) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
+    def _next(self, part: int, wanted: Reading) -> tuple[list[Piece[Any]], tuple[int, int] | None]:
         assert self.dealer is not None
         while not self.ready[part] and not self.ended:
             piece = next(self.pieces, None)
@@ -111,7 +112,11 @@ class Splitter:
             for receiver, own in dealt:
                 self.ready[receiver].append(own)
         ready = self.ready[part]
-        pieces = [ready.popleft() for _ in range(min(PIECES, len(ready)))]
+        pieces: list[Piece[Any]] = []
+        rows = 0
+        while ready and (len(pieces) < PIECES or rows < FEW_ROWS):
+            pieces.append(ready.popleft())
+            rows += pieces[-1].rows
         over = self.ended and not ready
         return pieces, (min(self.dealer.totals), max(self.dealer.totals)) if over else None
 
@@ -123,11 +128,12 @@ class Splitter:
         self._ahead = None
         gc.collect()
 
-    def _open(self, count: int, wanted: Pass) -> None:
+    def _open(self, count: int, wanted: Reading) -> None:
         self.pieces = iter(())
         self.ready.clear()
         self.dealer = None
-        gc.collect()  # ends the execution of an epoch that was left early
+        if not self.ended:
+            gc.collect()  # ends the execution of an epoch that was left early
         pieces = None
         if self._ahead is not None:
             ahead, future = self._ahead
@@ -140,12 +146,12 @@ class Splitter:
         self.ended = False
         self.dealer, self.ready = Dealer(count), [deque() for _ in range(count)]
 
-    def _read_ahead(self, wanted: Pass) -> None:
+    def _read_ahead(self, wanted: Reading) -> None:
         """Begin the next epoch's execution while workers are busy with the last blocks of this one."""
         if self.training:
             self._ahead = wanted, self._pool.submit(self._execute, wanted)
 
-    def _execute(self, wanted: Pass) -> Iterator[Piece[Any]]:
+    def _execute(self, wanted: Reading) -> Iterator[Piece[Any]]:
         dataset, drawn = self.dataset, derive_seed(wanted.seed, "shuffle", wanted.epoch)
         if wanted.shuffle is True:
             dataset = dataset.random_shuffle(seed=drawn % 2**32)

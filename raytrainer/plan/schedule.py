@@ -55,6 +55,10 @@ class Progress:
         """Epochs whose batches are all done."""
         return self.epoch + self.epoch_ended
 
+    def done_before(self, parts: int) -> int:
+        """What groups of other sizes have done of the epoch in progress, in batches on each of `parts` workers."""
+        return sum(count * batches for count, batches in self.before) // parts
+
     def next_epoch(self) -> None:
         """The epoch in progress is over."""
         self.epoch, self.batch, self.before, self.epoch_ended = self.epoch + 1, 0, (), False
@@ -87,15 +91,21 @@ def resolve_limit(name: str, limit: int | float, length: int | None) -> int | No
     return batches
 
 
-def resolve_val_every(settings: Settings, train_batches: int | None) -> int | None:
+def resolve_val_every(settings: Settings, train_batches: int | None, done_before: int = 0) -> int | None:
     """Training batches between validations; None: at the end of an epoch.
+
+    Args:
+        settings: The interval.
+        train_batches: What an epoch has, or what is left of this one; None: unknown.
+        done_before: What groups of other sizes have done of this one, in batches of this group.
 
     Raises:
         ConfigurationError: More batches than an epoch has, or a fraction of an unknown length.
     """
     interval = settings.val_check_interval
     if isinstance(interval, int):
-        if settings.check_val_every_n_epoch is not None and train_batches is not None and interval > train_batches:
+        known = train_batches is not None and not done_before  # else it has been checked for the whole epoch
+        if settings.check_val_every_n_epoch is not None and known and interval > (train_batches or 0):
             raise ConfigurationError(
                 f"val_check_interval={interval} is more than the {train_batches} training batches of an epoch; give at "
                 f"most {train_batches}, or check_val_every_n_epoch=None to count batches across epochs."
@@ -108,7 +118,7 @@ def resolve_val_every(settings: Settings, train_batches: int | None) -> int | No
             f"val_check_interval={interval}: the training loader has no length to take a fraction of; give a number "
             f"of batches or 1.0."
         )
-    return max(1, _fraction(interval, train_batches))
+    return max(1, _fraction(interval, train_batches + done_before))
 
 
 def _fraction(share: float, length: int) -> int:
@@ -143,13 +153,14 @@ def is_done(settings: Settings, progress: Progress, stop_requested: bool) -> boo
 def validation_due(settings: Settings, progress: Progress, val_every: int | None, at_epoch_end: bool) -> bool:
     """Whether a validation is due after the batches done so far."""
     every_n_epoch = settings.check_val_every_n_epoch
-    if progress.validated_at == progress.total_batches or progress.batch == 0:
+    begun = progress.batch > 0 or bool(progress.before)
+    if progress.validated_at == progress.total_batches or not begun:
         return False
     if every_n_epoch is None:
         return progress.total_batches % (val_every or 1) == 0
     if (progress.epoch + 1) % every_n_epoch:
         return False
-    return at_epoch_end if val_every is None else progress.batch % val_every == 0
+    return at_epoch_end if val_every is None else progress.batch > 0 and progress.batch % val_every == 0
 
 
 def batches_until_decision(
@@ -174,7 +185,7 @@ def next_step_stop(settings: Settings, progress: Progress, every: tuple[int, ...
 
 def rescale(progress: Progress, parts_before: int, parts_now: int) -> None:
     """Move the cursor within an epoch to a group of another size, which takes up what others have left of it."""
-    if parts_before != parts_now and progress.batch:
+    if parts_before != parts_now and progress.batch and not progress.epoch_ended:
         progress.before = (*progress.before, (parts_before, progress.batch))
         progress.batch = 0
 

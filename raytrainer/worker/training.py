@@ -59,6 +59,7 @@ class TrainingLoop:
         self._epoch_scheduled = False
         self.view.forward_epoch = self.forward_epoch
         self._longest = 0  # batches of the longest epoch so far
+        self._before = False  # groups of other sizes have done part of the epoch
         self._idle = False  # has had no sample in this epoch, since batches had fewer than the node has workers
 
     def _bind_optimization(self) -> _Automatic | _Manual:
@@ -95,6 +96,7 @@ class TrainingLoop:
         self._idle = self.run.slices.active
         self.view.running = "train"
         self._iterator = None
+        self._before = bool(before)
         self.feed.rebase(before)
         if skip == 0:
             self.run.resume_generators()
@@ -159,7 +161,7 @@ class TrainingLoop:
             try:
                 batch = next_batch()
             except StopIteration:
-                if self.batch == 0 and (look_ahead is None or look_ahead.ended):
+                if self.batch == 0 and not self._before and (look_ahead is None or look_ahead.ended):
                     self.feed.refuse_nothing(self.epoch)
                 exhausted = True
                 break

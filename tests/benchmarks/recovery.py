@@ -65,7 +65,8 @@ def snapshots(seconds: float, megabytes: int) -> tuple[float, float]:
         model = Model(megabytes)
         trainer = fit(model, max_time={"seconds": seconds}, snapshot_every=every)
         steps.append((model.moments[-1] - model.moments[20]) / (len(model.moments) - 21))
-        share = share or trainer.time_report.saving / trainer.time_report.total
+        if every == "auto":
+            share = trainer.time_report.saving / trainer.time_report.total
     return share, steps[0] / steps[1]
 
 

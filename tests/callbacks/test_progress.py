@@ -73,8 +73,9 @@ def test_metrics_asked_for_are_shown(local_trainer, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
     assert "shown 8.000" in line and "gpu_memory/min 7.000" in line and "gpu_memory/max 7.000" in line
     assert "other" not in line
-    with pytest.raises(ConfigurationError, match="metrics"):
-        ProgressBar(metrics=[3])
+    for wrong in ([3], 3):
+        with pytest.raises(ConfigurationError, match="metrics"):
+            ProgressBar(metrics=wrong)
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,41 @@ def test_next_step_stop(step, max_steps, min_steps, every, expected):
 )
 def test_chunks_of_about_a_second(previous, seconds, expected):
     assert schedule.chunk_batches(previous, seconds) == expected
+
+
+def test_another_number_of_workers_takes_an_epoch_up() -> None:
+    progress = schedule.Progress(epoch=1, batch=6)
+    schedule.rescale(progress, 2, 2)
+    assert (progress.batch, progress.before) == (6, ())
+    schedule.rescale(progress, 2, 3)
+    assert (progress.batch, progress.before) == (0, ((2, 6),))
+    progress.batch = 2
+    schedule.rescale(progress, 3, 1)
+    assert (progress.batch, progress.before) == (0, ((2, 6), (3, 2)))
+    assert progress.done_before(1) == 18 and progress.done_before(4) == 4
+    progress.next_epoch()
+    assert progress.before == ()
+
+
+def test_an_epoch_that_has_ended_is_not_dealt_out_anew() -> None:
+    """Its validation is still to come, and counts its batches."""
+    progress = schedule.Progress(batch=6, total_batches=6, epoch_ended=True)
+    schedule.rescale(progress, 2, 3)
+    assert (progress.batch, progress.before) == (6, ())
+    assert schedule.validation_due(Settings(), progress, None, at_epoch_end=True)
+
+
+def test_what_is_left_of_an_epoch_is_no_epoch() -> None:
+    """An interval that fits the epoch is no error when less is left of it; a fraction is of the whole."""
+    assert schedule.resolve_val_every(Settings(val_check_interval=5), 3, done_before=7) == 5
+    assert schedule.resolve_val_every(Settings(val_check_interval=0.5), 4, done_before=6) == 5
+    with pytest.raises(ConfigurationError):
+        schedule.resolve_val_every(Settings(val_check_interval=5), 3)
+
+
+def test_validation_of_an_epoch_that_others_have_done() -> None:
+    ended = schedule.Progress(before=((2, 5),), total_batches=5, epoch_ended=True)
+    assert schedule.validation_due(Settings(), ended, None, at_epoch_end=True)
+    taken_up = schedule.Progress(before=((2, 5),), total_batches=5)
+    assert not schedule.validation_due(Settings(), taken_up, None, at_epoch_end=False)
+    assert not schedule.validation_due(Settings(val_check_interval=2), taken_up, 2, at_epoch_end=False)
