@@ -211,6 +211,19 @@ def test_own_distributed_sampler_is_respected():
         assert got == list(sampler)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_another_number_of_workers_goes_on(own):
+    """Two workers have done 3 batches each; three take up the rest, also where they shard by a sampler of their own."""
+    seen = []
+    for world, before, batches in ((2, (), 3), (3, ((2, 3),), 100)):
+        for rank in range(world):
+            options = {"sampler": DistributedSampler(range(60), world, rank, shuffle=False)} if own else {}
+            feed = Feed(loader(60, **options), "train", Share(rank, world), SEED, build_settings())
+            feed.rebase(before)
+            seen += flat(read(feed)[:batches])
+    assert sorted(seen) == list(range(60))
+
+
 def test_use_distributed_sampler_false():
     parts = [flat(read(feed)) for feed in feeds(loader(), world=2, use_distributed_sampler=False)]
     assert parts == [list(range(20))] * 2

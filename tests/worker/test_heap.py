@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from raytrainer.worker import heap
+
 COUNT = """
-import ctypes, resource, sys
-from raytrainer.worker.heap import keep_heap
+import ctypes, resource, runpy, sys
+keep_heap = runpy.run_path(sys.argv[1])["keep_heap"]  # without torch, which has done its own with the heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if "keep" in sys.argv:
@@ -31,7 +33,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 
 
 def faults(*arguments: str, **environment: str) -> float:
-    command = [sys.executable, "-c", COUNT, *arguments]
+    command = [sys.executable, "-c", COUNT, heap.__file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout)
 
