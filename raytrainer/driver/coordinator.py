@@ -184,9 +184,8 @@ class Coordinator:
         self.host.emit("on_train_epoch_start")
         starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.before)
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
-        done_before = progress.done_before(self.state.parts)
-        val_every = schedule.resolve_val_every(self.settings, length, done_before) if self.validates else None
-        if done_before and length == 0:  # others have left no batch for each worker
+        val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
+        if progress.before and length == 0:  # others have left no batch for each worker
             self.group.call("step_epoch_schedulers")
             progress.epoch_ended = True
         if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it

@@ -34,6 +34,7 @@ class Progress:
         epoch: Index of the epoch in progress.
         batch: Batches done in the epoch in progress.
         before: What groups of other sizes have done of the epoch in progress: (parts of the data, batches of each).
+        shift: The same in batches on each part of this group's, rounded down.
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
         seconds: Time spent training, over resumed runs too.
@@ -44,6 +45,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     before: tuple[tuple[int, int], ...] = ()
+    shift: int = 0
     total_batches: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -55,13 +57,10 @@ class Progress:
         """Epochs whose batches are all done."""
         return self.epoch + self.epoch_ended
 
-    def done_before(self, parts: int) -> int:
-        """What groups of other sizes have done of the epoch in progress, in batches on each of `parts` workers."""
-        return sum(count * batches for count, batches in self.before) // parts
-
     def next_epoch(self) -> None:
         """The epoch in progress is over."""
-        self.epoch, self.batch, self.before, self.epoch_ended = self.epoch + 1, 0, (), False
+        self.epoch, self.batch, self.epoch_ended = self.epoch + 1, 0, False
+        self.before, self.shift = (), 0
 
 
 def resolve_limit(name: str, limit: int | float, length: int | None) -> int | None:
@@ -91,20 +90,20 @@ def resolve_limit(name: str, limit: int | float, length: int | None) -> int | No
     return batches
 
 
-def resolve_val_every(settings: Settings, train_batches: int | None, done_before: int = 0) -> int | None:
+def resolve_val_every(settings: Settings, train_batches: int | None, shift: int = 0) -> int | None:
     """Training batches between validations; None: at the end of an epoch.
 
     Args:
         settings: The interval.
         train_batches: What an epoch has, or what is left of this one; None: unknown.
-        done_before: What groups of other sizes have done of this one, in batches of this group.
+        shift: What groups of other sizes have done of this one, in batches of this group.
 
     Raises:
         ConfigurationError: More batches than an epoch has, or a fraction of an unknown length.
     """
     interval = settings.val_check_interval
     if isinstance(interval, int):
-        known = train_batches is not None and not done_before  # else it has been checked for the whole epoch
+        known = train_batches is not None and not shift  # else it has been checked for the whole epoch
         if settings.check_val_every_n_epoch is not None and known and interval > (train_batches or 0):
             raise ConfigurationError(
                 f"val_check_interval={interval} is more than the {train_batches} training batches of an epoch; give at "
@@ -118,7 +117,7 @@ def resolve_val_every(settings: Settings, train_batches: int | None, done_before
             f"val_check_interval={interval}: the training loader has no length to take a fraction of; give a number "
             f"of batches or 1.0."
         )
-    return max(1, _fraction(interval, train_batches + done_before))
+    return max(1, _fraction(interval, train_batches + shift))
 
 
 def _fraction(share: float, length: int) -> int:
@@ -160,7 +159,9 @@ def validation_due(settings: Settings, progress: Progress, val_every: int | None
         return progress.total_batches % (val_every or 1) == 0
     if (progress.epoch + 1) % every_n_epoch:
         return False
-    return at_epoch_end if val_every is None else progress.batch > 0 and progress.batch % val_every == 0
+    return (
+        at_epoch_end if val_every is None else progress.batch > 0 and (progress.batch + progress.shift) % val_every == 0
+    )
 
 
 def batches_until_decision(
@@ -171,7 +172,7 @@ def batches_until_decision(
     if train_batches is not None:
         bounds.append(train_batches - progress.batch)
     if val_every is not None:
-        done = progress.total_batches if settings.check_val_every_n_epoch is None else progress.batch
+        done = progress.total_batches if settings.check_val_every_n_epoch is None else progress.batch + progress.shift
         bounds.append(val_every - done % val_every)
     return max(1, min(bounds))
 
@@ -188,6 +189,7 @@ def rescale(progress: Progress, parts_before: int, parts_now: int) -> None:
     if parts_before != parts_now and progress.batch and not progress.epoch_ended:
         progress.before = (*progress.before, (parts_before, progress.batch))
         progress.batch = 0
+    progress.shift = sum(parts * batches for parts, batches in progress.before) // parts_now
 
 
 def chunk_batches(previous: int, seconds: float, target: float = 1.0) -> int:

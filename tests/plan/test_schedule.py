@@ -241,9 +241,11 @@ def test_another_number_of_workers_takes_an_epoch_up() -> None:
     progress.batch = 2
     schedule.rescale(progress, 3, 1)
     assert (progress.batch, progress.before) == (0, ((2, 6), (3, 2)))
-    assert progress.done_before(1) == 18 and progress.done_before(4) == 4
+    assert progress.shift == 18
+    schedule.rescale(progress, 1, 4)  # before a batch was done
+    assert (progress.before, progress.shift) == (((2, 6), (3, 2)), 4)
     progress.next_epoch()
-    assert progress.before == ()
+    assert (progress.before, progress.shift) == ((), 0)
 
 
 def test_an_epoch_that_has_ended_is_not_dealt_out_anew() -> None:
@@ -256,8 +258,8 @@ def test_an_epoch_that_has_ended_is_not_dealt_out_anew() -> None:
 
 def test_what_is_left_of_an_epoch_is_no_epoch() -> None:
     """An interval that fits the epoch is no error when less is left of it; a fraction is of the whole."""
-    assert schedule.resolve_val_every(Settings(val_check_interval=5), 3, done_before=7) == 5
-    assert schedule.resolve_val_every(Settings(val_check_interval=0.5), 4, done_before=6) == 5
+    assert schedule.resolve_val_every(Settings(val_check_interval=5), 3, shift=7) == 5
+    assert schedule.resolve_val_every(Settings(val_check_interval=0.5), 4, shift=6) == 5
     with pytest.raises(ConfigurationError):
         schedule.resolve_val_every(Settings(val_check_interval=5), 3)
 
@@ -267,4 +269,10 @@ def test_validation_of_an_epoch_that_others_have_done() -> None:
     assert schedule.validation_due(Settings(), ended, None, at_epoch_end=True)
     taken_up = schedule.Progress(before=((2, 5),), total_batches=5)
     assert not schedule.validation_due(Settings(), taken_up, None, at_epoch_end=False)
-    assert not schedule.validation_due(Settings(val_check_interval=2), taken_up, 2, at_epoch_end=False)
+    interval = Settings(val_check_interval=4)
+    assert not schedule.validation_due(interval, taken_up, 4, at_epoch_end=False)
+    # 6 batches of this group's would have done what others have: the next validation is after 8
+    taken_up.shift = 6
+    assert schedule.batches_until_decision(interval, taken_up, 10, 4, most=100) == 2
+    taken_up.batch, taken_up.total_batches = 2, 7
+    assert schedule.validation_due(interval, taken_up, 4, at_epoch_end=False)
