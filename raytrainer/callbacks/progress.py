@@ -39,12 +39,13 @@ class ProgressBar(Callback):
         if refresh_rate < 0:
             raise ConfigurationError(f"ProgressBar(refresh_rate={refresh_rate}): seconds, above 0; 0 turns it off")
         self.refresh_rate, self.leave = refresh_rate, leave
-        names: Sequence[str] = (metrics,) if isinstance(metrics, str) else metrics
-        self.metrics = tuple(names) if isinstance(names, Sequence) else (names,)
-        if not all(isinstance(name, str) for name in self.metrics):
+        if isinstance(metrics, str):
+            metrics = (metrics,)
+        if not isinstance(metrics, Sequence) or not all(isinstance(name, str) for name in metrics):
             raise ConfigurationError(
                 f"ProgressBar(metrics={metrics!r}): give names, or patterns such as 'gpu_memory/*'"
             )
+        self.metrics = tuple(metrics)
         self._display: Display | None = None
         self._batch = self._evaluated = 0
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from raytrainer.plan.schedule import Past
+
 __all__ = [
     "Dealer",
     "Piece",
@@ -81,12 +83,12 @@ def training_spans(rows: int, rank: int, count: int, batch_size: int, drop_last:
     return spans
 
 
-def spans_left(rows: int, before: Sequence[tuple[int, int]], batch_size: int, drop_last: bool) -> list[Span]:
+def spans_left(rows: int, before: Past, batch_size: int, drop_last: bool) -> list[Span]:
     """What groups of other sizes have left of an epoch's order, in which each was dealt `training_spans`.
 
     Args:
         rows: Rows of the epoch.
-        before: (workers, batches of each) of these groups, in order.
+        before: What these groups have done.
         batch_size: Rows of a batch.
         drop_last: As in `training_spans`.
     """
@@ -105,9 +107,6 @@ def spans_left(rows: int, before: Sequence[tuple[int, int]], batch_size: int, dr
 
 def within(whole: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     """`spans` of the rows that `whole` names, as spans of what `whole` is counted in."""
-    if len(whole) == 1:
-        first = whole[0][0]
-        return [(first + start, first + stop) for start, stop in spans]
     parts = chosen([stop - start for start, stop in whole], spans)
     return [(whole[i][0] + start, whole[i][0] + stop) for i, start, stop in parts]
 

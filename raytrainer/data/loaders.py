@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.sharding import IndexShard, Past, SeededDataset, ShardedBatches, Share
+from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
 from raytrainer.errors import DataError
-from raytrainer.plan.schedule import resolve_limit
+from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
 from raytrainer.seeding import host_generators
@@ -157,7 +157,7 @@ class Feed:
 
     def rebase(self, before: Past) -> None:
         """Leave out the epoch's first batches, which groups of other sizes have done."""
-        offset, count = sum(parts * batches for parts, batches in before), self.share.count
+        offset, count = batches_before(before), self.share.count
         if self.batches is None:
             self._replay = offset // count
         elif isinstance(shard := getattr(self.batches.source, "sampler", self.batches.source), IndexShard):

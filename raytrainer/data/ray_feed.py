@@ -25,10 +25,10 @@ from raytrainer.data.dealing import (
 from raytrainer.data.loaders import LookAhead
 from raytrainer.data.remainder import Windows
 from raytrainer.data.row_order import RowOrder
-from raytrainer.data.sharding import Past, Share
+from raytrainer.data.sharding import Share
 from raytrainer.data.splitter import Reading
 from raytrainer.errors import DataError
-from raytrainer.plan.schedule import resolve_limit
+from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
 
@@ -83,7 +83,7 @@ class RayFeed:
     def rebase(self, before: Past) -> None:
         """Leave out what groups of other sizes have done of the epoch."""
         self._before = tuple(before)
-        offset = sum(parts * batches for parts, batches in before)
+        offset = batches_before(before)
         total, name = self.blocks.total, f"limit_{self.stage}_batches"
         if total is None:
             limit = resolve_limit(name, self._limit, None)

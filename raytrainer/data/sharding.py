@@ -13,10 +13,7 @@ from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import rng_untouched, seed_generators
 
-__all__ = ["IndexShard", "Past", "SeededDataset", "SeededIndices", "ShardedBatches", "Share"]
-
-#: What groups of other sizes have done of an epoch, in order: (parts that the data was dealt to, batches of each).
-Past = Sequence[tuple[int, int]]
+__all__ = ["IndexShard", "SeededDataset", "SeededIndices", "ShardedBatches", "Share"]
 
 
 @dataclass(frozen=True)

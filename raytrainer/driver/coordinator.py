@@ -186,15 +186,13 @@ class Coordinator:
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
-            self.group.call("step_epoch_schedulers")
-            progress.epoch_ended = True
+            self._end_batches()
         if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
             self._validate()
         while not progress.epoch_ended and not self._done():
             report = self._train_chunk(length, val_every)
             if schedule.epoch_done(progress, length, report.exhausted):
-                self.group.call("step_epoch_schedulers")
-                progress.epoch_ended = True
+                self._end_batches()
             self.host.emit("on_train_chunk_end", report)
             if self._validation_due(val_every):
                 self._validate()
@@ -203,6 +201,11 @@ class Coordinator:
             self._end_epoch()
         if progress.epoch_ended:
             progress.next_epoch()
+
+    def _end_batches(self) -> None:
+        """The epoch has no batch left."""
+        self.group.call("step_epoch_schedulers")
+        self.state.progress.epoch_ended = True
 
     def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
         """Train up to the next decision; take up what the workers report."""

@@ -6,13 +6,16 @@ beats a minimum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import Settings
 
 __all__ = [
+    "Past",
     "Progress",
+    "batches_before",
     "batches_until_decision",
     "chunk_batches",
     "epoch_done",
@@ -24,6 +27,15 @@ __all__ = [
     "resolve_val_every",
     "validation_due",
 ]
+
+
+#: What groups of other sizes have done of an epoch, in order: (parts that the data was dealt to, batches of each).
+Past = Sequence[tuple[int, int]]
+
+
+def batches_before(before: Past) -> int:
+    """Batches that these groups have done, on all parts together."""
+    return sum(parts * batches for parts, batches in before)
 
 
 @dataclass
@@ -103,8 +115,8 @@ def resolve_val_every(settings: Settings, train_batches: int | None, shift: int 
     """
     interval = settings.val_check_interval
     if isinstance(interval, int):
-        known = train_batches is not None and not shift  # else it has been checked for the whole epoch
-        if settings.check_val_every_n_epoch is not None and known and interval > (train_batches or 0):
+        by_epoch = settings.check_val_every_n_epoch is not None and not shift  # what is left of an epoch is none
+        if by_epoch and train_batches is not None and interval > train_batches:
             raise ConfigurationError(
                 f"val_check_interval={interval} is more than the {train_batches} training batches of an epoch; give at "
                 f"most {train_batches}, or check_val_every_n_epoch=None to count batches across epochs."
@@ -159,9 +171,9 @@ def validation_due(settings: Settings, progress: Progress, val_every: int | None
         return progress.total_batches % (val_every or 1) == 0
     if (progress.epoch + 1) % every_n_epoch:
         return False
-    return (
-        at_epoch_end if val_every is None else progress.batch > 0 and (progress.batch + progress.shift) % val_every == 0
-    )
+    if val_every is None:
+        return at_epoch_end
+    return progress.batch > 0 and (progress.batch + progress.shift) % val_every == 0
 
 
 def batches_until_decision(
@@ -189,7 +201,7 @@ def rescale(progress: Progress, parts_before: int, parts_now: int) -> None:
     if parts_before != parts_now and progress.batch and not progress.epoch_ended:
         progress.before = (*progress.before, (parts_before, progress.batch))
         progress.batch = 0
-    progress.shift = sum(parts * batches for parts, batches in progress.before) // parts_now
+    progress.shift = batches_before(progress.before) // parts_now
 
 
 def chunk_batches(previous: int, seconds: float, target: float = 1.0) -> int:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.data.loaders import LookAhead
-from raytrainer.data.sharding import Past
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
+from raytrainer.plan.schedule import Past
 from raytrainer.seeding import rng_untouched
 from raytrainer.worker.hooks import overridden
 from raytrainer.worker.precision import ScaledOptimizer

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from raytrainer.data.sharding import Past
 from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
@@ -21,6 +20,7 @@ from raytrainer.messages import (
     TrainStart,
 )
 from raytrainer.plan.ranks import Ranks
+from raytrainer.plan.schedule import Past
 from raytrainer.plan.settings import Settings
 from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
 from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
