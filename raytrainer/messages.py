@@ -133,6 +133,14 @@ class MetricReport:
     idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
     calls: list[LogCall] = field(default_factory=list)
 
+    def add(self, later: MetricReport) -> None:
+        """Take up a report on steps that follows this one."""
+        self.specs |= later.specs
+        self.rows += later.rows
+        self.step |= later.step
+        self.samples += later.samples
+        self.calls += later.calls
+
 
 @dataclass
 class SetupReport:
@@ -182,6 +190,7 @@ class TrainReport:
         data_seconds: Share of `seconds` spent waiting for the loader.
         metrics: What was logged.
         skipped_steps: Steps in the whole run so far that were left out for infinite gradients.
+        behind: What the last batch has logged is not in `metrics`, but comes with the next report.
     """
 
     batches: int
@@ -193,6 +202,7 @@ class TrainReport:
     data_seconds: float
     metrics: MetricReport
     skipped_steps: int = 0
+    behind: bool = False
 
 
 @dataclass

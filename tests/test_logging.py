@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import pytest
 import torch
 from tiny import Tiny, data
 
 from raytrainer import Callback, Logger, MetricError
+from raytrainer.worker.run import Run
 
 
 class Rows(Logger):
@@ -71,6 +73,71 @@ def test_rows(every, steps, local_trainer):
     assert [step for step, values in logger.rows if "val" in values] == [2, 5]
     assert not any("hidden" in values for _, values in logger.rows)
     assert logger.ended == "success"
+
+
+class Watch(Callback):
+    """Steps whose rows the logger has, at each hook; saves where a chunk ends in the middle of an epoch."""
+
+    def __init__(self, logger, path):
+        self.logger, self.path, self.seen = logger, path, []
+
+    def have(self):
+        return sum("step" in values for _, values in self.logger.rows)
+
+    def on_train_chunk_end(self, trainer, module, report):
+        self.seen.append(("chunk", report.batch, self.have()))
+        if report.behind and report.batch == 1:
+            trainer.save_checkpoint(self.path)
+            self.seen.append(("saved", report.batch, self.have()))
+
+    def on_validation_start(self, trainer, module):
+        self.seen.append(("validation", trainer.global_step, self.have()))
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """As on a GPU, which has work while a chunk is reported; chunks of 1, then 3 batches."""
+    monkeypatch.setattr(Run, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda batches, seconds: 3)
+
+
+def test_a_chunk_leaves_its_last_batch_to_the_next(ahead, local_trainer, tmp_path):
+    logger = Rows()
+    watch = Watch(logger, tmp_path / "x.ckpt")
+    trainer = local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=[watch], val_check_interval=6)
+    trainer.fit(Logging(), data(20), data(4))
+    assert watch.seen == [
+        ("validation", 0, 0), ("chunk", 1, 0), ("saved", 1, 1), ("chunk", 4, 3), ("chunk", 6, 6), ("validation", 6, 6),
+        ("chunk", 9, 8), ("chunk", 10, 10),
+    ]  # fmt: skip
+    assert [(step, values["step"]) for step, values in logger.rows if "step" in values] == [
+        (i, float(i)) for i in range(10)
+    ]
+    assert trainer.callback_metrics["loss_epoch"] == trainer.callback_metrics["epoch"] == 4.5
+    assert trainer.callback_metrics["both"] == 0.5
+    resumed = local_trainer(max_epochs=1, log_every_n_steps=1, logger=(again := Rows()))
+    resumed.fit(Logging(), data(20), data(4), ckpt_path=watch.path)
+    assert [step for step, values in again.rows if "step" in values] == list(range(1, 10))
+    assert resumed.callback_metrics["epoch"] == 4.5
+
+
+@pytest.mark.parametrize("end", ["stop", "max_steps", "interrupt"])
+def test_no_row_is_lost_where_training_ends_early(end, ahead, local_trainer):
+    class End(Callback):
+        def on_train_chunk_end(self, trainer, module, report):
+            trainer.should_stop |= end == "stop"
+            if end == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+
+    logger = Rows()
+    options = (
+        {"max_steps": 3, "max_epochs": None}
+        if end == "max_steps"
+        else {"max_epochs": 1, "min_epochs": 0, "callbacks": [End()]}
+    )
+    local_trainer(log_every_n_steps=1, logger=logger, **options).fit(Logging(), data(20))
+    steps = [step for step, values in logger.rows if "step" in values]
+    assert steps == list(range(3 if end == "max_steps" else 1))
 
 
 def test_steps_of_rows_count_optimizer_steps(local_trainer):

@@ -81,7 +81,11 @@ class Callback(_Stateful):
         """After an epoch, its validation and the module's own hook; `trainer.callback_metrics` has its metrics."""
 
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
-        """After each chunk of training batches (at most about a second of work)."""
+        """After each chunk of training batches (at most about a second of work).
+
+        On GPUs, what its last batch logged may come with the next chunk, so that they need not wait for each other; at
+        multiples of `every_n_train_steps`, and where validation or the epoch's end follows, it is there.
+        """
 
     def on_validation_start(self, trainer: Trainer, module: Module) -> None:
         """Before a validation (also the sanity check: see `trainer.sanity_checking`)."""

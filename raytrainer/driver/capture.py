@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +29,18 @@ class RunCapture:
         state: The driver's counters and metrics.
         host: Has the driver's callbacks, whose states belong to it.
         snapshots: Where the newest states are kept.
+        catch_up: Takes up what workers have still to report, since a state goes on after that.
     """
 
-    def __init__(self, task: Task, state: RunState, host: Host, snapshots: Snapshots) -> None:
+    def __init__(
+        self, task: Task, state: RunState, host: Host, snapshots: Snapshots, catch_up: Callable[[], None]
+    ) -> None:
         self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
+        self._catch_up = catch_up
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
+        self._catch_up()
         began = time.perf_counter()
         with self._state.clock.phase("saving"):
             fetch = group.capture(weights_only)

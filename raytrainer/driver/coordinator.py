@@ -76,9 +76,10 @@ class Coordinator:
         self.plateau_epochs = False
         self._journal = Journal(state, host)
         self._evaluation = Evaluation(state, host, interrupt, self._journal)
-        self._capture = RunCapture(task, state, host, self.snapshots)
+        self._capture = RunCapture(task, state, host, self.snapshots, self._catch_up)
         self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
         self._chunk = 1
+        self._behind = False  # workers have something to report of the batches done
         self._clock = 0.0
         self._emitted: set[str] = set()
 
@@ -128,6 +129,7 @@ class Coordinator:
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
         self._emit_once("setup", self.task.stage)
+        self._behind = False
         self.task.resuming = checkpoint is not None
         reports = self.group.setup(self.task)
         if checkpoint is not None:
@@ -197,6 +199,7 @@ class Coordinator:
             if self._validation_due(val_every):
                 self._validate()
             self._capture.snapshot_if_due(self.group)
+        self._catch_up()
         if not self.state.interrupted:
             self._end_epoch()
         if progress.epoch_ended:
@@ -210,12 +213,15 @@ class Coordinator:
     def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
         """Train up to the next decision; take up what the workers report."""
         state, progress = self.state, self.state.progress
-        batches = schedule.batches_until_decision(self.settings, progress, length, val_every, self._chunk)
+        ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._chunk + 1)
+        batches = min(ahead, self._chunk)
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = self._journal.take_news()
+        self._behind = False
         with state.clock.phase("training"):
-            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics)
+            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics, ahead > batches)
         report = merged(reports)
+        self._behind = report.behind
         state.clock.chunk(report.seconds, report.data_seconds)
         steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
@@ -232,6 +238,12 @@ class Coordinator:
                 break
         return report
 
+    def _catch_up(self) -> None:
+        """Take up what the latest chunk has left for the next one, where something else comes first."""
+        if self._behind:
+            self._behind = False
+            self._journal.steps("train", self.group.call("report_steps"))
+
     def _validation_due(self, val_every: int | None) -> bool:
         progress = self.state.progress
         if not self.validates or self.state.interrupted:
@@ -243,6 +255,7 @@ class Coordinator:
         return stops and progress.validated_at != progress.total_batches
 
     def _validate(self) -> None:
+        self._catch_up()
         self.state.trainer.stage = "validate"
         self.state.progress.validated_at = self.state.progress.total_batches
         with self.state.clock.phase("validating"):

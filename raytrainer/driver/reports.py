@@ -20,6 +20,7 @@ def merged(reports: Sequence[TrainReport]) -> TrainReport:
         data_seconds=max(r.data_seconds for r in reports),
         exhausted=any(r.exhausted for r in reports),
         stop=any(r.stop for r in reports),
+        behind=any(r.behind for r in reports),
     )
 
 

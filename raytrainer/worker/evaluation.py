@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves
-from raytrainer.messages import EvaluationReport, EvaluationStart
+from raytrainer.messages import EvaluationReport, EvaluationStart, MetricReport
 from raytrainer.seeding import capture_rng, restore_rng
 
 if TYPE_CHECKING:
@@ -77,15 +77,22 @@ class EvaluationLoop:
         return EvaluationStart(self.lengths)
 
     def evaluate(self, batches: int) -> EvaluationReport:
-        """Evaluate at most `batches` batches, going on from loader to loader."""
+        """Evaluate at most `batches` batches, going on from loader to loader.
+
+        As in training, what the last one logs on a GPU is left for the next report; there is one more, since only the
+        chunk after the last batch finds that all is done.
+        """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
+        early: Callable[[], MetricReport] | None = None
         left = batches
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
                 batch = self._next()
                 if batch is None:
                     continue
+                if left == 1 and self.run.ahead:
+                    early = self.metrics.begin_report()
                 output = self._evaluate_batch(batch[0])
                 if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
                     share = self.run.strategy.share
@@ -96,7 +103,7 @@ class EvaluationLoop:
                 left -= 1
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
-        report = self.metrics.report()
+        report = self.metrics.report() if early is None else early()
         return EvaluationReport(self.stage, self.done, time.perf_counter() - start, finished, report, predictions)
 
     def _next(self) -> tuple[Any] | None:

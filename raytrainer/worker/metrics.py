@@ -328,27 +328,55 @@ class MetricStore:
 
     def report(self, end_of_epoch: bool = False) -> MetricReport:
         """Everything since the last report, fetched from the device in one go."""
-        fetched = _fetch(self._take())
-        report = MetricReport(calls=self.calls())
-        for step, epoch, row in self._rows:
-            report.rows.append(StepRow(step, epoch, {name: next(fetched) for name, _ in row}))
+        report = self.begin_report()()
+        if end_of_epoch:
+            self._add_epoch(report)
+        return report
+
+    def begin_report(self) -> Callable[[], MetricReport]:
+        """Have everything since the last report fetched; what this returns waits for that, and gives the report.
+
+        What is logged before it is called belongs to the next report.
+        """
+        rows, samples, calls = self._rows.copy(), self._samples, self.calls()
         self._rows.clear()
-        report.samples, self._samples = self._samples, []
+        self._samples = []
+        values = [value for _, _, row in rows for _, value in row]
+        taken: list[tuple[_Slot, bool, list[int]]] = []
+        for slot in self._slots.values():
+            taken.append((slot, slot.last is not None, slot.weight))
+            if slot.last is not None:
+                values.append(slot.last)
+            values += slot.pending
+            slot.last, slot.pending, slot.weight = None, [], []
+        fetched = begin_fetch(values)
+
+        def report() -> MetricReport:
+            numbers = iter(fetched())
+            report = MetricReport(samples=samples, calls=calls)
+            for step, epoch, row in rows:
+                report.rows.append(StepRow(step, epoch, {name: next(numbers) for name, _ in row}))
+            for slot, has_last, weights in taken:
+                if has_last:
+                    last = next(numbers)
+                    report.specs[slot.spec.name] = slot.spec
+                    if self._tells_steps(slot.spec):
+                        report.step[slot.spec.name] = last
+                if weights:
+                    self._fold(slot, [next(numbers) for _ in weights], weights)
+            return report
+
+        return report
+
+    def _add_epoch(self, report: MetricReport) -> None:
+        """This worker's shares of the epoch's values, which begin anew."""
         for slot in self._slots.values():
             spec = slot.spec
-            if slot.last is not None:
-                last = next(fetched)
-                report.specs[spec.name] = spec
-                if self._tells_steps(spec):
-                    report.step[spec.name] = last
-                slot.last = None
-            if slot.pending:
-                self._fold(slot, [next(fetched) for _ in slot.pending])
-            if end_of_epoch and spec.on_epoch and slot.logged:
+            if spec.on_epoch and slot.logged:
                 report.specs[spec.name] = spec
                 report.epoch[spec.name] = Partial(0.0, 0.0)
                 slot.logged = False
-            elif end_of_epoch and spec.on_epoch and (slot.folded or slot.custom):
+            elif spec.on_epoch and (slot.folded or slot.custom):
                 report.specs[spec.name] = spec
                 total, weight = slot.folded or (0.0, 0.0)
                 share = Partial(total, weight, tuple(slot.custom), slot.fx)
@@ -356,7 +384,6 @@ class MetricStore:
                     share = Partial(_NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
                 report.epoch[spec.name] = share
                 slot.folded, slot.custom = [], []
-        return report
 
     def sums(self) -> list[dict[str, Any]]:
         """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
@@ -392,18 +419,9 @@ class MetricStore:
                 values[slot.spec.name] = values[slot.spec.epoch_name] = total / weight if mean and weight else total
         return values
 
-    def _take(self) -> list[Any]:
-        """All values to fetch, in the order in which `report` uses them."""
-        values = [value for _, _, row in self._rows for _, value in row]
-        for slot in self._slots.values():
-            if slot.last is not None:
-                values.append(slot.last)
-            values += slot.pending
-        return values
-
     @staticmethod
-    def _fold(slot: _Slot, values: list[float]) -> None:
-        weights, reduce = slot.weight, slot.spec.reduce
+    def _fold(slot: _Slot, values: list[float], weights: list[int]) -> None:
+        reduce = slot.spec.reduce
         if reduce == "custom":
             slot.custom += values
         else:
@@ -416,17 +434,40 @@ class MetricStore:
                 pick = min if reduce == "min" else max
                 total = pick(values) if total is None else pick(total, *values)
             slot.folded = [total, weight + sum(weights)]
-        slot.pending, slot.weight = [], []
 
 
-def _fetch(values: list[Any]) -> Any:
-    """The values as floats, in order: tensors of one device and type in one transfer."""
+def begin_fetch(values: Sequence[Any]) -> Callable[[], list[float]]:
+    """Have numbers and scalar tensors fetched; what this returns waits for that, and gives them as floats, in order.
+
+    Tensors of one device and type travel together, and a GPU's beside what it is given to do later.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             groups.setdefault((value.device, value.dtype), []).append(index)
-    floats = list(values)
-    for indices in groups.values():
-        for index, number in zip(indices, torch.stack([values[i] for i in indices]).tolist(), strict=True):
-            floats[index] = number
-    return iter([float(value) for value in floats])
+    travelling = [
+        (indices, *_to_host(torch.stack([values[i] for i in indices]), device))
+        for (device, _), indices in groups.items()
+    ]
+
+    def fetched() -> list[float]:
+        floats = list(values)
+        for indices, arrived, numbers in travelling:
+            if arrived is not None:
+                arrived.synchronize()
+            for index, number in zip(indices, numbers.tolist(), strict=True):
+                floats[index] = number
+        return [float(value) for value in floats]
+
+    return fetched
+
+
+def _to_host(tensor: Tensor, device: torch.device) -> tuple[torch.cuda.Event | None, Tensor]:
+    """A tensor that will be in main memory once the event, if there is one, has come."""
+    if device.type != "cuda":
+        return None, tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return arrived, host

@@ -74,6 +74,9 @@ class Run:
         self.view.length_source = self._lengths
         self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
         self.precision = Precision(settings.precision, strategy.device)
+        # whether the device has work while a chunk is reported, whose last batch is then left for the next report;
+        # counting the steps that a scaler has left out waits for the device
+        self.ahead = strategy.device.type == "cuda" and self.precision.scaler is None
         self.view.unscale = self.precision.unscale
         self.view.skipped_source = lambda: self.precision.skipped_steps
         self.transfer: Callable[[Any, int], Any] | None = None

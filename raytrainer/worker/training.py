@@ -144,8 +144,12 @@ class TrainingLoop:
                 self._iterator = self.feed.start(self.epoch, self.batch, agree)
         return self._iterator
 
-    def train(self, batches: int, stop_at_step: int | None = None) -> TrainReport:
-        """Train at most `batches` batches, ending early at an optimizer step or at the loader's end."""
+    def train(self, batches: int, stop_at_step: int | None = None, more: bool = False) -> TrainReport:
+        """Train at most `batches` batches, ending early at an optimizer step or at the loader's end.
+
+        With `more`, others follow at once, and a GPU must not run out of work in between: what the last batch logs is
+        left for the next report, so that this one waits for all batches but that.
+        """
         clock = time.perf_counter
         start = clock()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
@@ -155,8 +159,9 @@ class TrainingLoop:
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate = view.accumulate_grad_batches
-        first, exhausted, waited = self.batch, False, clock() - start
-        for _ in range(batches):
+        first, exhausted, stopped, waited = self.batch, False, False, clock() - start
+        early: Callable[[], MetricReport] | None = None
+        for left in range(batches, 0, -1):
             asked = clock()
             try:
                 batch = next_batch()
@@ -172,6 +177,8 @@ class TrainingLoop:
                 self._idle = self._idle and not slices.rows
             if transfer is not None:
                 batch = transfer(batch, 0)
+            if left == 1 and more and run.ahead:
+                early = metrics.begin_report()
             metrics.begin_batch(batch)
             if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
                 exhausted = True
@@ -196,10 +203,14 @@ class TrainingLoop:
                 exhausted = True
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
+                stopped = True
                 break
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
-        report = metrics.report()
+        report = metrics.report() if early is None else early()
+        behind = early is not None and not exhausted and not stopped
+        if early is not None and not behind:
+            report.add(metrics.report())
         return TrainReport(
             batches=self.batch - first,
             batch=self.batch,
@@ -210,6 +221,7 @@ class TrainingLoop:
             data_seconds=waited,
             metrics=report,
             skipped_steps=view.skipped_steps,
+            behind=behind,
         )
 
     def _step_schedulers(self) -> None:

@@ -109,15 +109,23 @@ class Worker:
         return self.training.start_epoch(epoch, skip, before)
 
     def train(
-        self, batches: int, stop_at_step: int | None = None, metrics: dict[str, float] | None = None
+        self,
+        batches: int,
+        stop_at_step: int | None = None,
+        metrics: dict[str, float] | None = None,
+        more: bool = False,
     ) -> TrainReport:
-        """Train a chunk. `metrics` are those reduced over all workers since the last one."""
+        """Train a chunk. `metrics` are those reduced over all workers since the last one; `more`: see TrainingLoop."""
         if metrics:
             self.run.take_metrics(metrics)
-        report = self.training.train(batches, stop_at_step)
+        report = self.training.train(batches, stop_at_step, more)
         accumulate = self.run.view.accumulate_grad_batches
         self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
+
+    def report_steps(self) -> MetricReport:
+        """What a chunk's report has left for the next one."""
+        return self.run.view.metrics.report()
 
     def step_epoch_schedulers(self) -> None:
         self.run.accumulating = False

@@ -240,6 +240,22 @@ def test_rows_for_loggers():
     assert rows == [(1, {"x_step": 1.0, "rare": 7.0}), (3, {"x_step": 3.0})]
 
 
+def test_what_is_logged_after_a_report_began_is_left_for_the_next():
+    store = make()
+    for step in range(3):
+        store.begin_batch(torch.zeros(4, 2))
+        if step == 2:
+            early = store.begin_report()
+        log(store, "x", torch.tensor(float(step)), on_epoch=True, batch_size=step + 1)
+        store.note_row(step, 0)
+    first, second = early(), store.report(end_of_epoch=True)
+    assert [row.step for row in first.rows] == [0, 1] and first.step == {"x": 1.0} and not first.epoch
+    assert [row.step for row in second.rows] == [2] and second.step == {"x": 2.0}
+    assert second.epoch["x"].total == 0 * 1 + 1 * 2 + 2 * 3 and second.epoch["x"].weight == 6
+    first.add(second)
+    assert [row.step for row in first.rows] == [0, 1, 2] and first.step == {"x": 2.0}
+
+
 @pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (0, [])])
 def test_log_steps(every, steps):
     store = MetricStore(0, every)
