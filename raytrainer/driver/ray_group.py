@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster import place_name, started_here
 from raytrainer.driver.placement import Request
-from raytrainer.driver.remote import Failure, Place, RemoteWorker, own_versions
+from raytrainer.driver.remote import ASIDE, Failure, Place, RemoteWorker, own_versions
 from raytrainer.driver.reserve import place
 from raytrainer.errors import ConfigurationError, SerializationError, WorkerError, WorkerLostError
 from raytrainer.messages import Task
@@ -54,6 +54,7 @@ class RayGroup:
     def __init__(self, request: Request, timeout: float = 60.0) -> None:
         self.request = request
         self.size = request.nodes * request.per_node
+        self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
         self.session = ray.get_runtime_context().gcs_address
         self.broken = False
         self.hang_timeout: float | None = None  # seconds; of the run in progress
@@ -69,7 +70,7 @@ class RayGroup:
 
     def _start(self) -> None:
         request = self.request
-        actor_class = ray.remote(RemoteWorker)
+        actor_class = ray.remote(concurrency_groups={ASIDE: 1} if self.stages else {})(RemoteWorker)
         self._actors = [
             actor_class.options(
                 num_cpus=slot.cpus,
@@ -125,6 +126,14 @@ class RayGroup:
         """Workers on each node, by its id."""
         return Counter(place.node_id for place in self.places)
 
+    @property
+    def stages(self) -> bool:
+        """Whether states are copied twice: out of a GPU, which training waits for, then by a thread beside training.
+
+        With such a thread, Ray runs everything else outside of the process's main one.
+        """
+        return self.request.gpu
+
     def describe(self) -> str:
         """E.g. "4 workers on 2 nodes of 10.0.0.1:6379: h1 gpu 0,1; h2 gpu 0,1"."""
         nodes = []
@@ -165,8 +174,17 @@ class RayGroup:
         The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
         a second node holds one too.
         """
-        refs = [actor.capture.remote(weights_only) for actor in self._actors]
-        self._ask([own for own, _ in refs], self.hang_timeout)
+        if not self.stages:
+            refs = [actor.capture.remote(weights_only) for actor in self._actors]
+            self._ask([own for own, _ in refs], self.hang_timeout)
+            return lambda: _fetch(refs)
+        # one state at a time, so that memory stays bounded
+        self._ask(self._handing, self.hang_timeout)
+        own = [actor.stage.remote(weights_only) for actor in self._actors]
+        self._ask(own, self.hang_timeout)
+        handed = [actor.hand_over.options(concurrency_group=ASIDE).remote() for actor in self._actors]
+        self._handing = [done for _, done in handed]
+        refs = [(mine, common) for mine, (common, _) in zip(own, handed, strict=True)]
         return lambda: _fetch(refs)
 
     def _ask(self, refs: Sequence[Any], patience: float | None = None, ranks: Sequence[int] | None = None) -> list[Any]:
@@ -326,7 +344,10 @@ def _fetch(refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
             raise WorkerLostError(rank, f"its part of the state: {part.message}")
         found = {} if part is None else {"own": unpack(part)}
         try:
-            found |= unpack(ray.get(common))
+            rest = ray.get(common)
+            if isinstance(rest, Failure):
+                raise WorkerLostError(rank, f"its part of the state: {rest.message}")
+            found |= unpack(rest)
         except RayError:
             log.info("The state that rank %d kept is gone with its node; another has one too.", rank)
         parts.append(found)

@@ -27,7 +27,10 @@ from raytrainer.worker.heap import keep_heap
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Failure", "Place", "RemoteWorker", "own_versions"]
+__all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "own_versions"]
+
+#: Ray's name for the thread in which a worker's actor hands over what it has staged.
+ASIDE = "aside"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
+        self.staged: Any = None
         keep_heap()
 
     def where(self, on_gpu: bool) -> Place:
@@ -167,6 +171,25 @@ class RemoteWorker:
 
         answer = self._guard(capture)
         return (answer, answer) if isinstance(answer, Failure) else answer
+
+    def stage(self, weights_only: bool) -> Any:
+        """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
+
+        def stage() -> Any:
+            self.staged = self._worker().capture(weights_only, replica=True)
+            return pack(self.staged.get("own"))
+
+        return self._guard(stage)
+
+    @ray.method(num_returns=2)
+    def hand_over(self) -> tuple[Any, None]:
+        """What has been staged and others have too; Ray copies it into shared memory as this returns.
+
+        Runs in the thread `ASIDE`, beside training. Its buffers must not be staged into before the second answer,
+        which is nothing, is there.
+        """
+        staged, self.staged = self.staged, None
+        return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
 
     def _worker(self) -> Worker:
         assert self.worker is not None

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Net, check, data, distance, fit, uuids
+from harness import Net, Rows, check, data, distance, fit, uuids
 from torch import Tensor
 
 import raytrainer
@@ -36,14 +36,16 @@ class Victim(Net):
 def lost_workers() -> str:
     gpus, said = len(uuids()), []
     options = {"gpus": gpus, "snapshot_every": 5, "deterministic": True, "max_epochs": 4, "hang_timeout": 10.0}
-    calm = Victim()
-    fit(calm, data(64 * gpus), **options)
+    calm, rows = Victim(), Rows()
+    fit(calm, data(64 * gpus), logger=rows, log_every_n_steps=1, **options)
+    assert len(rows.rows) == 32, rows.rows
     for how in ("kill", "hang"):
         struck = Victim(how, f"{tempfile.mkdtemp()}/flag")
-        (recovery,) = fit(struck, data(64 * gpus), **options).recoveries
+        (recovery,) = fit(struck, data(64 * gpus), logger=(own := Rows()), log_every_n_steps=1, **options).recoveries
         assert distance(calm, struck) == 0.0, how
+        assert own.rows == rows.rows, (how, rows.rows, own.rows)
         said.append(f"{how}: {recovery.seconds:.1f} s, {recovery.replayed_batches} batches again")
-    return f"{gpus} GPU(s), weights bit-equal to the undisturbed run. {'; '.join(said)}"
+    return f"{gpus} GPU(s), weights bit-equal to the undisturbed run, and each step logged once. {'; '.join(said)}"
 
 
 @check(1)

@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,28 @@ from workloads import WORKLOADS, Workload
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+#: Milliseconds over the median that a step may take; the rare ones beyond are the work of others on a shared machine.
+STALL = 10.0
+
+
 class Clock:
-    """Times the steps after the warm ones, the device's work included."""
+    """Times the steps after the warm ones on the device, from the begin of one to that of the next."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self.begun = 0.0
+        self.begins: list[torch.cuda.Event] = []
 
     def before(self, step: int) -> None:
-        if step == self.workload.warm:
-            torch.cuda.synchronize()
-            self.begun = time.perf_counter()
+        if step >= self.workload.warm:
+            self.begins.append(torch.cuda.Event(enable_timing=True))
+            self.begins[-1].record()
 
     def milliseconds(self) -> float:
+        """The mean, stalls left out."""
         torch.cuda.synchronize()
-        return (time.perf_counter() - self.begun) / (self.workload.steps - self.workload.warm) * 1e3
+        times = [a.elapsed_time(b) for a, b in pairwise(self.begins)]
+        most = statistics.median(times) + STALL
+        return statistics.fmean(t for t in times if t <= most)
 
 
 def raw(workload: Workload, compiled: bool, out: str) -> None:

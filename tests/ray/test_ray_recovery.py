@@ -8,6 +8,8 @@ import pytest
 from exact import Died, Exact, run, same
 
 import raytrainer
+from raytrainer.driver import pool
+from raytrainer.driver.ray_group import RayGroup
 from raytrainer.plan.schedule import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -43,6 +45,27 @@ def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, die, verb):
     assert recovery.workers == 2
     assert recovery.step - recovery.resumed_step <= 3
     assert recovery.seconds > 0
+
+
+@pytest.fixture
+def staging(monkeypatch: pytest.MonkeyPatch):
+    """States are copied aside as those of GPUs are; such workers are not left to other tests."""
+    pool.close_idle()
+    monkeypatch.setattr(RayGroup, "stages", True)
+    yield
+    pool.close_idle()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_states_that_a_thread_hands_over(staging, undisturbed, tmp_path, every):
+    calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
+    module = Exact((0, 9), "kill", f"{tmp_path}/flag")
+    options = {"num_workers": 1, **OVER_RAY, "snapshot_every": every}
+    trainer, struck_rows = run(module, tmp_path, save_every=2, **options)
+    assert same(module, calm)
+    assert struck_rows == rows
+    (recovery,) = trainer.recoveries
+    assert recovery.step - recovery.resumed_step <= 2 * every
 
 
 def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
