@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import statistics
@@ -31,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 #: Milliseconds over the median that a step may take; the rare ones beyond are the work of others on a shared machine.
 STALL = 10.0
 
+#: Of the steps of one run: the median, and the mean with stalls left out, in milliseconds.
+Times = tuple[float, float]
+
 
 class Clock:
     """Times the steps after the warm ones on the device, from the begin of one to that of the next."""
@@ -44,12 +48,11 @@ class Clock:
             self.begins.append(torch.cuda.Event(enable_timing=True))
             self.begins[-1].record()
 
-    def milliseconds(self) -> float:
-        """The mean, stalls left out."""
+    def milliseconds(self) -> Times:
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in pairwise(self.begins)]
-        most = statistics.median(times) + STALL
-        return statistics.fmean(t for t in times if t <= most)
+        median = statistics.median(times)
+        return median, statistics.fmean(t for t in times if t <= median + STALL)
 
 
 def raw(workload: Workload, compiled: bool, out: str) -> None:
@@ -84,7 +87,7 @@ def raw(workload: Workload, compiled: bool, out: str) -> None:
         loss.backward()
         optimizer.step()
     if rank == 0:
-        Path(out).write_text(str(clock.milliseconds()))
+        Path(out).write_text(json.dumps(clock.milliseconds()))
     if world > 1:
         dist.destroy_process_group()
 
@@ -96,7 +99,7 @@ def module_of(base: type[Any], workload: Workload) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = workload.model()
-            self.result = 0.0
+            self.result: list[float] = []
 
         def on_train_epoch_start(self) -> None:
             self.__dict__["clock"] = Clock(workload)
@@ -105,7 +108,7 @@ def module_of(base: type[Any], workload: Workload) -> Any:
             self.__dict__["clock"].before(batch_idx)
 
         def on_train_epoch_end(self) -> None:
-            self.result = self.__dict__.pop("clock").milliseconds()
+            self.result = list(self.__dict__.pop("clock").milliseconds())
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.model(batch[0])
@@ -118,7 +121,7 @@ def module_of(base: type[Any], workload: Workload) -> Any:
     return Model
 
 
-def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -> float:
+def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -> Times:
     import raytrainer
 
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
@@ -128,7 +131,7 @@ def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -
     )  # fmt: skip
     module = module_of(raytrainer.Module, workload)()
     trainer.fit(module, workload.loader(gpus))
-    return float(module.result)
+    return (module.result[0], module.result[1])
 
 
 def lightning(workload: Workload, compiled: bool, out: str, gpus: int) -> None:
@@ -144,10 +147,10 @@ def lightning(workload: Workload, compiled: bool, out: str, gpus: int) -> None:
     module = module_of(L.LightningModule, workload)()
     trainer.fit(torch.compile(module) if compiled else module, workload.loader(gpus))
     if trainer.is_global_zero:
-        Path(out).write_text(str(module.result))
+        Path(out).write_text(json.dumps(module.result))
 
 
-def launched(role: str, workload: Workload, gpus: int, compiled: bool) -> float:
+def launched(role: str, workload: Workload, gpus: int, compiled: bool) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/ms"
         command = [sys.executable]
@@ -158,35 +161,41 @@ def launched(role: str, workload: Workload, gpus: int, compiled: bool) -> float:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{role} failed:\n{done.stderr[-3000:]}")
-        return float(Path(out).read_text())
+        median, mean = json.loads(Path(out).read_text())
+        return median, mean
 
 
 def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool], others: bool) -> str:
-    """Interleaved rounds; a Markdown table of medians and ratios to the raw loop of the same kind."""
-    sides: dict[str, Callable[[bool], float]] = {
+    """Interleaved rounds; a Markdown table of medians over rounds, and of ratios to the raw loop of the same kind."""
+    sides: dict[str, Callable[[bool], Times]] = {
         "raw torchrun": lambda compiled: launched("raw", workload, gpus, compiled),
         "raytrainer": lambda compiled: ours(workload, gpus, compiled),
     }
     if others and importlib.util.find_spec("lightning"):
         sides["Lightning"] = lambda compiled: launched("lightning", workload, gpus, compiled)
-    figures: dict[tuple[str, bool], list[float]] = {}
+    figures: dict[tuple[str, bool], list[Times]] = {}
     for _ in range(rounds):
         for compiled in kinds:
             for side, run in sides.items():
                 figures.setdefault((side, compiled), []).append(run(compiled))
                 # what has been measured is not lost when time is up
-                print(f"{workload.name} {side} {compiled=} {figures[side, compiled][-1]:.3f} ms", flush=True)
+                median, mean = figures[side, compiled][-1]
+                print(f"{workload.name} {side} {compiled=} median {median:.3f} ms, mean {mean:.3f} ms", flush=True)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "?"
-    lines = [f"\n{workload.name} on {gpus} x {name}\n", "| | ms a step | ratio to raw |", "|---|---|---|"]
+    lines = [f"\n{workload.name} on {gpus} x {name}, ms a step\n", "| | median | ratio | mean | ratio |"]
+    lines.append("|---|---|---|---|---|")
     for (side, compiled), values in figures.items():
-        base = figures["raw torchrun", compiled]
-        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
-        lines.append(f"| {side}{', compiled' if compiled else ''} | {statistics.median(values):.2f} | {ratio:.3f} |")
+        cells = [f"{side}{', compiled' if compiled else ''}"]
+        for kind in (0, 1):
+            pairs = zip(values, figures["raw torchrun", compiled], strict=True)
+            cells.append(f"{statistics.median(v[kind] for v in values):.2f}")
+            cells.append(f"{statistics.median(v[kind] / b[kind] for v, b in pairs):.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def scaling(workload: Workload, gpus: int, rounds: int) -> str:
-    """One card beside all of them, with settings of DDP; a Markdown table."""
+    """Median steps on one card and on all of them, with settings of DDP; a Markdown table."""
     import raytrainer
 
     sides = {
@@ -201,7 +210,7 @@ def scaling(workload: Workload, gpus: int, rounds: int) -> str:
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             count, strategy = sides[name]
-            figures.setdefault(name, []).append(ours(workload, count, False, strategy))
+            figures.setdefault(name, []).append(ours(workload, count, False, strategy)[0])
             print(f"{name} {figures[name][-1]:.3f} ms", flush=True)
     lines = [f"\n{workload.name}, raytrainer, eager\n", "| | ms a step | share of linear |", "|---|---|---|"]
     for name in sides:
