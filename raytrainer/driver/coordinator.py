@@ -229,6 +229,7 @@ class Coordinator:
         progress.total_batches += report.batches
         progress.seconds = time.perf_counter() - self._clock
         self._chunk = schedule.chunk_batches(report.batches, report.seconds)
+        self.snapshots.trained()
         state.should_stop |= report.stop
         state.interrupted |= self.interrupt.requested
         self._journal.steps("train", [r.metrics for r in reports])

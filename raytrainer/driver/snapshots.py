@@ -30,14 +30,21 @@ class Snapshots:
         self._kept: list[Captured] = []
         self._taken = time.perf_counter()
         self._step = 0
-        self._cost = 0.0
+        self._cost: float | None = None
+        self._warm = False
 
     def restart(self, step: int) -> None:
-        """Training begins, or goes on, here."""
-        self._taken, self._step = time.perf_counter(), step
+        """Training begins, or goes on after a loss, here."""
+        self._taken, self._step, self._cost, self._warm = time.perf_counter(), step, None, False
+
+    def trained(self) -> None:
+        """A chunk has been. The first one's time is that of compiling and the like, which no snapshot would save."""
+        if not self._warm and self.every == "auto":
+            self._taken = time.perf_counter()
+        self._warm = True
 
     def due(self, step: int) -> bool:
-        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
+        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
 
     def take(self, captured: Captured, step: int, cost: float) -> None:
         """Keep a state whose copying blocked training for `cost` seconds."""
@@ -45,8 +52,9 @@ class Snapshots:
             return
         # the one before stays until the next: a worker may die before it has handed over the newest
         self._kept = [*self._kept[-1:], captured]
-        self._cost = cost
-        self.restart(step)
+        # new workers allocate the memory for copies with their first one, which so says nothing of the others
+        self._cost = 0.0 if self._cost is None else cost
+        self._taken, self._step = time.perf_counter(), step
 
     def latest(self) -> dict[str, Any] | None:
         """The newest state that can still be fetched."""

@@ -1,0 +1,76 @@
+"""How often a run keeps its state in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import Clock
+
+from raytrainer.driver import snapshots
+from raytrainer.driver.checkpoints import Captured
+from raytrainer.plan.settings import build_settings
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(100.0)
+    monkeypatch.setattr(snapshots, "time", clock)
+    return clock
+
+
+def state(name: str, gone: bool = False) -> Captured:
+    def fetch() -> list[dict[str, Any]]:
+        if gone:
+            raise OSError(name)
+        return [{"state_dict": name}]
+
+    return Captured(fetch, {})
+
+
+def moments(kept: snapshots.Snapshots, clock: Clock, costs: list[float]) -> list[float]:
+    """Seconds after which each snapshot is due, where they cost so much."""
+    found, begun = [], clock.now
+    for cost in costs:
+        while not kept.due(0):
+            clock.now += 1.0
+        found.append(clock.now - begun)
+        kept.take(state("x"), 0, cost)
+    return found
+
+
+def test_the_first_copy_of_new_workers_does_not_count(clock: Clock) -> None:
+    kept = snapshots.Snapshots(build_settings(), enabled=True)
+    kept.restart(0)
+    assert moments(kept, clock, [2.0, 0.05, 0.4, 0.05]) == [10.0, 20.0, 30.0, 90.0]
+    kept.restart(0)
+    assert moments(kept, clock, [2.0, 0.4, 0.4]) == [10.0, 20.0, 80.0]
+
+
+@pytest.mark.parametrize(("every", "moment"), [("auto", 110.0), ("00:00:00:20", 100.0), (3, 100.0)])
+def test_the_time_of_the_first_chunk_does_not_count(clock: Clock, every: Any, moment: float) -> None:
+    kept = snapshots.Snapshots(build_settings(snapshot_every=every), enabled=True)
+    kept.restart(5)
+    begun = clock.now
+    clock.now += 100.0  # compiling
+    kept.trained()
+    while not kept.due(8):
+        clock.now += 1.0
+        kept.trained()
+    assert clock.now - begun == moment
+
+
+def test_the_newest_state_that_can_be_had(clock: Clock) -> None:
+    kept = snapshots.Snapshots(build_settings(), enabled=True)
+    assert kept.latest() is None
+    for captured in (state("a"), state("b"), state("c", gone=True)):
+        kept.take(captured, 0, 0.0)
+    found = kept.latest()
+    assert found is not None and found["state_dict"] == "b"
+
+
+def test_nothing_is_kept_where_nothing_is_recovered(clock: Clock) -> None:
+    kept = snapshots.Snapshots(build_settings(max_failures=0), enabled=True)
+    kept.take(state("a"), 0, 0.0)
+    clock.now += 1e6
+    assert kept.latest() is None and not kept.due(10**6)
