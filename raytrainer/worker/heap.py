@@ -23,9 +23,9 @@ _SETTINGS_OF_OTHERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALL
 def keep_heap() -> None:
     """Have glibc keep memory that a step frees, since the next step will want it back.
 
-    Otherwise each step may give memory back to the system and take it again, page by page: seen as 130 page faults a
-    step in a worker that drives a GPU, and 550 to 1200 in one that trains a small GPT on a CPU. Environment variables
-    that tell glibc what to do win. Processes forked from this one do the same.
+    Otherwise each step may give memory back to the system and take it again, page by page: seen as 550 to 1200 page
+    faults a step in a worker that trains a small GPT on a CPU. Environment variables that tell glibc what to do win.
+    Processes forked from this one do the same.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS_OF_OTHERS):
         return
