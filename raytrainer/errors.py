@@ -16,6 +16,8 @@ is a copy whose `__cause__` is the `WorkerError` that tells where it happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
@@ -51,6 +53,14 @@ class SerializationError(RaytrainerError):
 
 class CheckpointError(RaytrainerError):
     """A checkpoint is missing, truncated, not one of ours, from a newer version, or does not fit the module."""
+
+
+class StateLostError(CheckpointError):
+    """A state is gone with its workers before it could be written. `superseded`: by now these have been given up."""
+
+    def __init__(self, message: str, superseded: Callable[[], bool]) -> None:
+        super().__init__(message)
+        self.superseded = superseded
 
 
 class ResourceError(RaytrainerError):

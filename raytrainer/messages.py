@@ -224,6 +224,7 @@ class EvaluationReport:
         metrics: What was logged; epoch values only when done.
         predictions: For "predict": (loader, batch index in the whole loader, output) of this chunk.
         by_loader: Batches done of each loader, when the evaluation has ended.
+        behind: What the last batch has logged is not in `metrics`, but comes with the next report.
     """
 
     stage: str
@@ -233,6 +234,7 @@ class EvaluationReport:
     metrics: MetricReport
     predictions: list[tuple[int, int, Any]] = field(default_factory=list)
     by_loader: list[int] = field(default_factory=list)
+    behind: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "unpack", "without_tensors"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def pack(tree: Any) -> Any:
 def unpack(tree: Any) -> Any:
     """The reverse of `pack`. Tensors share the packed bytes, which may be read-only: copy before writing."""
     return _walk(tree, _Packed, _tensor)
+
+
+def without_tensors(tree: Any) -> Any:
+    """The same with None for each tensor."""
+    return _walk(tree, Tensor, lambda tensor: None)
 
 
 def _walk(tree: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import Tiny, data
 
-from raytrainer import Callback, Logger, MetricError
+from raytrainer import Callback, Logger, MetricError, OnExceptionCheckpoint
 from raytrainer.worker.run import Run
 
 
@@ -98,7 +98,9 @@ class Watch(Callback):
 def ahead(monkeypatch):
     """As on a GPU, which has work while a chunk is reported; chunks of 1, then 3 batches."""
     monkeypatch.setattr(Run, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda batches, seconds: 3)
+    waited_for = []
+    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda batches, _: waited_for.append(batches) or 3)
+    return waited_for
 
 
 def test_a_chunk_leaves_its_last_batch_to_the_next(ahead, local_trainer, tmp_path):
@@ -121,6 +123,57 @@ def test_a_chunk_leaves_its_last_batch_to_the_next(ahead, local_trainer, tmp_pat
     assert resumed.callback_metrics["epoch"] == 4.5
 
 
+def test_chunks_are_sized_by_the_batches_that_were_waited_for(ahead, local_trainer):
+    local_trainer(max_epochs=1).fit(Logging(), data(20))
+    assert ahead == [0, 3, 3, 4]
+    ahead.clear()
+    local_trainer().validate(Logging(), data(20))
+    assert ahead == [0, 3, 3, 3, 1]
+
+
+class Failing(Logging):
+    """Fails at a batch; or its callback does, at the end of the chunk before."""
+
+    fails_at = 6
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == self.fails_at:
+            raise ZeroDivisionError
+        return loss
+
+
+class FailsAtChunk(Callback):
+    def on_train_chunk_end(self, trainer, module, report):
+        if report.batch == 4:
+            assert trainer.callback_metrics["step"] == 3.0, "whoever looks waits for the last batch"
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("where", ["batch", "callback"])
+def test_what_a_failed_run_has_logged_is_whole(where, ahead, local_trainer, tmp_path):
+    logger, done = Rows(), 6 if where == "batch" else 4
+    callbacks = [OnExceptionCheckpoint(tmp_path), *([FailsAtChunk()] if where == "callback" else [])]
+    with pytest.raises(ZeroDivisionError):
+        local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=callbacks).fit(Failing(), data(20))
+    assert [step for step, values in logger.rows if "step" in values] == list(range(done))
+    resumed = local_trainer(max_epochs=1, log_every_n_steps=1, logger=(again := Rows()))
+    resumed.fit(Logging(), data(20), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert [step for step, values in again.rows if "step" in values] == list(range(done, 10))
+    assert resumed.callback_metrics["epoch"] == 4.5
+
+
+def test_an_interrupted_validation_keeps_its_rows(ahead, local_trainer):
+    class Interrupts(Callback):
+        def on_evaluation_chunk_end(self, trainer, module, report):
+            if report.batches == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    logger = Rows()
+    local_trainer(log_every_n_steps=1, logger=logger, callbacks=[Interrupts()]).validate(Logging(), data(20))
+    assert [step for step, values in logger.rows if "both_step" in values] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("end", ["stop", "max_steps", "interrupt"])
 def test_no_row_is_lost_where_training_ends_early(end, ahead, local_trainer):
     class End(Callback):
@@ -131,13 +184,13 @@ def test_no_row_is_lost_where_training_ends_early(end, ahead, local_trainer):
 
     logger = Rows()
     options = (
-        {"max_steps": 3, "max_epochs": None}
+        {"max_steps": 4, "max_epochs": None}
         if end == "max_steps"
         else {"max_epochs": 1, "min_epochs": 0, "callbacks": [End()]}
     )
     local_trainer(log_every_n_steps=1, logger=logger, **options).fit(Logging(), data(20))
     steps = [step for step, values in logger.rows if "step" in values]
-    assert steps == list(range(3 if end == "max_steps" else 1))
+    assert steps == list(range(4 if end == "max_steps" else 1))
 
 
 def test_steps_of_rows_count_optimizer_steps(local_trainer):

@@ -83,8 +83,8 @@ class Callback(_Stateful):
     def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
         """After each chunk of training batches (at most about a second of work).
 
-        On GPUs, what its last batch logged may come with the next chunk, so that they need not wait for each other; at
-        multiples of `every_n_train_steps`, and where validation or the epoch's end follows, it is there.
+        On GPUs, what its last batch logged may reach the loggers with the next chunk only, so that the GPUs need not
+        wait; whoever looks at `trainer.callback_metrics` waits for it.
         """
 
     def on_validation_start(self, trainer: Trainer, module: Module) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from raytrainer.checkpoint import checkpoint_exists, remove_checkpoint, write_checkpoint
+from raytrainer.errors import StateLostError
 from raytrainer.module import Module
 from raytrainer.plan.schedule import Progress
 
 __all__ = ["Captured", "CheckpointWriter", "idle_checkpoint"]
+
+log = logging.getLogger("raytrainer")
 
 
 def idle_checkpoint(module: Module, progress: Progress) -> dict[str, Any]:
@@ -52,11 +56,13 @@ class Captured:
 class CheckpointWriter:
     """Writes and removes checkpoints in order, in one background thread.
 
-    A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently.
+    A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently. Until then nothing is
+    removed, which was to be after the one that failed. A state that went with workers which have been replaced is
+    told of only: training goes on from before it.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[str, bool, Callable[[], None]] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
@@ -92,14 +98,16 @@ class CheckpointWriter:
         self._raise()
         with self._lock:
             self._pending[path] = exists
-        self._jobs.put((path, job))
+        self._jobs.put((path, exists, job))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
             self._thread.start()
 
     def _raise(self) -> None:
         error, self._error = self._error, None
-        if error is not None:
+        if isinstance(error, StateLostError) and error.superseded():
+            log.warning("A checkpoint has not been written: %s", error)
+        elif error is not None:
             raise error
 
     def _work(self) -> None:
@@ -108,10 +116,11 @@ class CheckpointWriter:
             try:
                 if item is None:
                     return
-                path, job = item
-                job()
+                path, exists, job = item
+                if exists or self._error is None:
+                    job()
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
             finally:
                 self._jobs.task_done()
             with self._lock:

@@ -76,8 +76,9 @@ class Coordinator:
         self.plateau_epochs = False
         self._journal = Journal(state, host)
         self._evaluation = Evaluation(state, host, interrupt, self._journal)
-        self._capture = RunCapture(task, state, host, self.snapshots, self._catch_up)
+        self._capture = RunCapture(task, state, host, self.snapshots, self.catch_up)
         self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
+        state.catch_up = self.catch_up
         self._chunk = 1
         self._behind = False  # workers have something to report of the batches done
         self._clock = 0.0
@@ -199,7 +200,7 @@ class Coordinator:
             if self._validation_due(val_every):
                 self._validate()
             self._capture.snapshot_if_due(self.group)
-        self._catch_up()
+        self.catch_up()
         if not self.state.interrupted:
             self._end_epoch()
         if progress.epoch_ended:
@@ -217,6 +218,7 @@ class Coordinator:
         batches = min(ahead, self._chunk)
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = self._journal.take_news()
+        waited_for = self._behind  # one batch more than the chunk has, or less
         self._behind = False
         with state.clock.phase("training"):
             reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics, ahead > batches)
@@ -228,7 +230,7 @@ class Coordinator:
         state.skipped_steps = report.skipped_steps
         progress.total_batches += report.batches
         progress.seconds = time.perf_counter() - self._clock
-        self._chunk = schedule.chunk_batches(report.batches, report.seconds)
+        self._chunk = schedule.chunk_batches(report.batches + waited_for - report.behind, report.seconds)
         self.snapshots.trained()
         state.should_stop |= report.stop
         state.interrupted |= self.interrupt.requested
@@ -239,11 +241,13 @@ class Coordinator:
                 break
         return report
 
-    def _catch_up(self) -> None:
+    def catch_up(self, always: bool = False) -> None:
         """Take up what the latest chunk has left for the next one, where something else comes first."""
-        if self._behind:
+        if self._behind or always:
             self._behind = False
-            self._journal.steps("train", self.group.call("report_steps"))
+            with self.state.clock.phase("training"):
+                reports = self.group.call("report_steps")
+            self._journal.steps("train", reports)
 
     def _validation_due(self, val_every: int | None) -> bool:
         progress = self.state.progress
@@ -256,7 +260,7 @@ class Coordinator:
         return stops and progress.validated_at != progress.total_batches
 
     def _validate(self) -> None:
-        self._catch_up()
+        self.catch_up()
         self.state.trainer.stage = "validate"
         self.state.progress.validated_at = self.state.progress.total_batches
         with self.state.clock.phase("validating"):

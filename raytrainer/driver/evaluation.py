@@ -12,7 +12,7 @@ from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.journal import Journal
 from raytrainer.driver.reports import in_order, longest
 from raytrainer.driver.state import RunState
-from raytrainer.messages import EvaluationReport, MetricSpec
+from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
 from raytrainer.plan import schedule
 
 __all__ = ["Evaluation", "compute_metrics"]
@@ -47,7 +47,7 @@ class Evaluation:
         finished, predictions = self._chunks(group, stage, sanity)
         state.interrupted |= self._interrupt.requested
         ends = group.call("end_evaluation")
-        self._journal.replay(ends[0].metrics.calls)
+        self._take(stage, sanity, [end.metrics for end in ends])
         if not finished:
             return {}, []  # interrupted: nobody must take half an evaluation for a whole one
         values = {}
@@ -64,22 +64,27 @@ class Evaluation:
     def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
         """Evaluate chunk by chunk; return whether that came to the end, and what the workers sent."""
         predictions: list[Any] = []
-        chunk, before, finished = 1, 0, False
+        chunk, waited_for, finished = 1, 0, False
         while not finished and not self._interrupt.requested:
             reports: list[EvaluationReport] = group.call("evaluate", chunk)
             finished = all(report.done for report in reports)
             for report in reports:
                 predictions += report.predictions
-            if sanity is None:
-                self._journal.steps(stage, [report.metrics for report in reports])
-            else:
-                self._journal.replay(reports[0].metrics.calls)
+            self._take(stage, sanity, [report.metrics for report in reports])
             done = max(report.batches for report in reports)
-            chunk = schedule.chunk_batches(max(1, done - before), max(report.seconds for report in reports))
-            before = done
+            # the workers have waited for all batches, or for all but the last one
+            waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
+            chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
             shown = replace(reports[0], batches=done, done=finished, predictions=[])
             self._host.emit("on_evaluation_chunk_end", shown)
         return finished, predictions
+
+    def _take(self, stage: str, sanity: int | None, reports: list[MetricReport]) -> None:
+        """Take up what has been logged by step."""
+        if sanity is None:
+            self._journal.steps(stage, reports)
+        else:
+            self._journal.replay(reports[0].calls)
 
 
 def compute_metrics(group: WorkerGroup, specs: list[MetricSpec]) -> dict[str, float]:

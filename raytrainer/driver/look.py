@@ -36,11 +36,13 @@ class TrainerProperties:
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The latest value of every metric, reduced over workers: 0-dim CPU tensors."""
+        self._state.catch_up()
         return self._state.board.callback
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """The latest values given to the loggers."""
+        self._state.catch_up()
         return self._state.board.logged
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -20,7 +20,14 @@ from raytrainer.driver.cluster import place_name, started_here
 from raytrainer.driver.placement import Request
 from raytrainer.driver.remote import ASIDE, Failure, Place, RemoteWorker, own_versions
 from raytrainer.driver.reserve import place
-from raytrainer.errors import ConfigurationError, SerializationError, WorkerError, WorkerLostError
+from raytrainer.errors import (
+    CheckpointError,
+    ConfigurationError,
+    SerializationError,
+    StateLostError,
+    WorkerError,
+    WorkerLostError,
+)
 from raytrainer.messages import Task
 from raytrainer.packing import pack, unpack
 from raytrainer.plan.ranks import Ranks, assign_ranks
@@ -34,8 +41,11 @@ log = logging.getLogger("raytrainer")
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
 
+#: Seconds that workers get to hand over a state before they are killed.
+PATIENCE = 10.0
+
 #: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
-_WATCHED = frozenset({"train", "evaluate"})
+_WATCHED = frozenset({"train", "report_steps", "evaluate"})
 
 
 class RayGroup:
@@ -177,7 +187,7 @@ class RayGroup:
         if not self.stages:
             refs = [actor.capture.remote(weights_only) for actor in self._actors]
             self._ask([own for own, _ in refs], self.hang_timeout)
-            return lambda: _fetch(refs)
+            return lambda: self._fetch(refs)
         # one state at a time, so that memory stays bounded
         self._ask(self._handing, self.hang_timeout)
         own = [actor.stage.remote(weights_only) for actor in self._actors]
@@ -185,7 +195,40 @@ class RayGroup:
         handed = [actor.hand_over.options(concurrency_group=ASIDE).remote() for actor in self._actors]
         self._handing = [done for _, done in handed]
         refs = [(mine, common) for mine, (common, _) in zip(own, handed, strict=True)]
-        return lambda: _fetch(refs)
+        return lambda: self._fetch(refs)
+
+    def _fetch(self, refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+        """Every worker's part of a state: (its own, the common one).
+
+        Raises:
+            StateLostError: A worker died before it had handed over its own part, or all copies of the common one are
+                gone.
+        """
+        parts = []
+        for rank, (own, common) in enumerate(refs):
+            try:
+                part = ray.get(own)
+            except RayError as error:
+                raise self._lost(f"rank {rank} had not yet handed over its part of the state ({error})") from None
+            if isinstance(part, Failure):
+                raise self._lost(f"rank {rank}'s part of the state: {part.message}")
+            found = {} if part is None else {"own": unpack(part)}
+            try:
+                rest = ray.get(common)
+                if isinstance(rest, Failure):
+                    raise self._lost(f"rank {rank}'s part of the state: {rest.message}")
+                found |= unpack(rest)
+            except RayTaskError as error:
+                raise CheckpointError(f"rank {rank} cannot hand over its state: {error}") from None
+            except RayError:
+                log.info("The state that rank %d kept is gone with its node; another has one too.", rank)
+            parts.append(found)
+        if not any("state_dict" in part for part in parts):
+            raise self._lost("all copies of the state are gone")
+        return parts
+
+    def _lost(self, reason: str) -> StateLostError:
+        return StateLostError(reason, lambda: self.broken)
 
     def _ask(self, refs: Sequence[Any], patience: float | None = None, ranks: Sequence[int] | None = None) -> list[Any]:
         """All answers, in order; or the one failure to tell about, as soon as it can be told.
@@ -304,12 +347,16 @@ class RayGroup:
         self.broken = True
         if not ray.is_initialized():
             return
-        for actor in getattr(self, "_actors", []):
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
-        for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
-            with contextlib.suppress(RayError):
-                remove_placement_group(group)
+        try:
+            if self._handing:  # workers that live still hand over the newest state, whatever else they wait for
+                ray.wait(self._handing, num_returns=len(self._handing), timeout=PATIENCE)
+        finally:
+            for actor in getattr(self, "_actors", []):
+                with contextlib.suppress(RayError):
+                    ray.kill(actor)
+            for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
+                with contextlib.suppress(RayError):
+                    remove_placement_group(group)
 
     def release(self) -> None:
         """Hand the group back to the pool, for the next run that asks for the same."""
@@ -326,34 +373,6 @@ def _lines(error: RayError) -> list[str]:
 def _numbers(address: str) -> list[tuple[int, str]]:
     """A key that sorts 10.0.0.9 before 10.0.0.10."""
     return [(int(part) if part.isdigit() else -1, part) for part in address.split(".")]
-
-
-def _fetch(refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every worker's part of a state: (its own, the common one).
-
-    Raises:
-        WorkerLostError: A worker died before it had handed over its own part, or all copies of the common one are gone.
-    """
-    parts = []
-    for rank, (own, common) in enumerate(refs):
-        try:
-            part = ray.get(own)
-        except RayError as error:
-            raise WorkerLostError(rank, f"it had not yet handed over its part of the state ({error})") from None
-        if isinstance(part, Failure):
-            raise WorkerLostError(rank, f"its part of the state: {part.message}")
-        found = {} if part is None else {"own": unpack(part)}
-        try:
-            rest = ray.get(common)
-            if isinstance(rest, Failure):
-                raise WorkerLostError(rank, f"its part of the state: {rest.message}")
-            found |= unpack(rest)
-        except RayError:
-            log.info("The state that rank %d kept is gone with its node; another has one too.", rank)
-        parts.append(found)
-    if not any("state_dict" in part for part in parts):
-        raise WorkerLostError(0, "all copies of the state are gone")
-    return parts
 
 
 def _pickle(task: Task) -> bytes:

@@ -19,8 +19,9 @@ from ray import cloudpickle
 
 from raytrainer.driver.output import Output
 from raytrainer.driver.reserve import own_gpu_indices
+from raytrainer.errors import SerializationError
 from raytrainer.gpu.select import use_pci_order
-from raytrainer.packing import pack, unpack
+from raytrainer.packing import pack, unpack, without_tensors
 from raytrainer.plan.ranks import Ranks
 from raytrainer.version import __version__
 from raytrainer.worker.heap import keep_heap
@@ -126,6 +127,7 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
+            self.staged = None
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
@@ -167,6 +169,7 @@ class RemoteWorker:
 
         def capture() -> tuple[Any, Any]:
             state = self._worker().capture(weights_only, replica=True, live=True)
+            _refuse_unpicklable(state)
             return pack(state.get("own")), pack({name: value for name, value in state.items() if name != "own"})
 
         answer = self._guard(capture)
@@ -176,8 +179,11 @@ class RemoteWorker:
         """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
 
         def stage() -> Any:
-            self.staged = self._worker().capture(weights_only, replica=True)
-            return pack(self.staged.get("own"))
+            self.staged = None  # of a capture that another rank has failed
+            staged = self._worker().capture(weights_only, replica=True)
+            _refuse_unpicklable(staged)
+            self.staged = staged
+            return pack(staged.get("own"))
 
         return self._guard(stage)
 
@@ -210,3 +216,19 @@ class RemoteWorker:
             node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
             sys.stdout.flush()
             return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)
+
+
+def _refuse_unpicklable(state: dict[str, Any]) -> None:
+    """Say now what Ray would say when the state is already on its way.
+
+    Raises:
+        SerializationError: Names the entry.
+    """
+    for name, value in state.items():
+        try:
+            cloudpickle.dumps(without_tensors(value))
+        except Exception as error:
+            raise SerializationError(
+                f"checkpoint[{name!r}] cannot be pickled: {type(error).__name__}: {error}. Leave it out in "
+                f"on_save_checkpoint, or in the state_dict() that it comes from."
+            ) from None

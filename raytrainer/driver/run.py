@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from raytrainer.driver.host import Rows
 from raytrainer.driver.interrupt import Interrupt
 from raytrainer.driver.logs import Logs, log_folder
 from raytrainer.driver.results import write_profiles
-from raytrainer.driver.state import RunState
+from raytrainer.driver.state import RunState, nothing
 from raytrainer.errors import CheckpointError
 from raytrainer.messages import LogCall, Task
 
@@ -96,6 +96,7 @@ class Run:
         self.state.interrupted |= interrupted
         self.failing = True
         try:
+            self._catch_up_after(error)
             self.emit("on_exception", error)
         finally:
             self.failing = False
@@ -107,14 +108,23 @@ class Run:
         if lost is not None:
             raise lost from error
 
+    def _catch_up_after(self, error: BaseException) -> None:
+        """After an error of the driver's own, workers still have something to report."""
+        if isinstance(error, Exception):
+            with suppress(Exception):
+                self.state.catch_up()
+        self.state.catch_up = nothing
+
     def _end(self, status: str, group: WorkerGroup) -> None:
-        self.coordinator = None
+        self.coordinator, self.state.catch_up = None, nothing
         self.emit("teardown", self.task.stage)
         self.logs.each("finalize", status)
-        self.groups.give_back(group)
-        release_datasets(self.task)
-        with self.state.clock.phase("saving"):
-            self.writer.flush()
+        try:
+            with self.state.clock.phase("saving"):
+                self.writer.flush()  # from workers that may not stay
+        finally:
+            self.groups.give_back(group)
+            release_datasets(self.task)
         if self.task.stage == "fit":
             self.state.time_report = self.state.clock.report()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from raytrainer.driver.metrics import MetricBoard
@@ -9,7 +10,7 @@ from raytrainer.plan.recovery import Recovery
 from raytrainer.plan.schedule import Progress
 from raytrainer.plan.timing import PhaseClock, TimeReport
 
-__all__ = ["RunState", "TrainerState"]
+__all__ = ["RunState", "TrainerState", "nothing"]
 
 
 @dataclass
@@ -29,6 +30,10 @@ class TrainerState:
     @property
     def finished(self) -> bool:
         return self.status == "finished"
+
+
+def nothing() -> None:
+    """What there is to catch up while nothing runs."""
 
 
 @dataclass
@@ -54,3 +59,4 @@ class RunState:
     time_report: TimeReport | None = None  # once a fit has ended, however
     profiles: list[bytes | None] = field(default_factory=list)  # of each worker, by rank, where there is a profiler
     peak_memory_bytes: list[int] = field(default_factory=list)  # of each worker's GPU, by rank; empty on CPUs
+    catch_up: Callable[[], None] = nothing  # takes up what workers have still to report to `board`

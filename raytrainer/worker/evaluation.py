@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves
-from raytrainer.messages import EvaluationReport, EvaluationStart, MetricReport
+from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.seeding import capture_rng, restore_rng
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class EvaluationLoop:
         """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
-        early: Callable[[], MetricReport] | None = None
+        wait: Callable[[], None] | None = None
         left = batches
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
@@ -92,7 +92,8 @@ class EvaluationLoop:
                 if batch is None:
                     continue
                 if left == 1 and self.run.ahead:
-                    early = self.metrics.begin_report()
+                    self.metrics.begin_report()
+                    wait = self.run.mark()
                 output = self._evaluate_batch(batch[0])
                 if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
                     share = self.run.strategy.share
@@ -103,8 +104,11 @@ class EvaluationLoop:
                 left -= 1
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
-        report = self.metrics.report() if early is None else early()
-        return EvaluationReport(self.stage, self.done, time.perf_counter() - start, finished, report, predictions)
+        behind = wait is not None
+        (wait or self.run.mark())()
+        report = self.metrics.finish_report() if behind else self.metrics.report()
+        seconds = time.perf_counter() - start
+        return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)
 
     def _next(self) -> tuple[Any] | None:
         """The next batch in a tuple; None when a loader is through (and the next one is up)."""

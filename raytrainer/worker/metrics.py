@@ -81,6 +81,7 @@ class _Slot:
         "metric",
         "moment",
         "pending",
+        "recent",
         "spec",
         "total",
         "weight",
@@ -91,6 +92,7 @@ class _Slot:
         self.last: Any = None  # latest step value
         self.moment = -1  # batch in which it was logged
         self.pending: list[Any] = []  # values of this epoch, on the device
+        self.recent = 0  # how many of these are of that batch
         self.weight: list[int] = []  # their batch sizes
         self.folded: list[float] = []  # [total, weight] of values fetched before
         self.metric: Any = None  # the torchmetrics object that is logged here
@@ -122,14 +124,25 @@ class MetricStore:
         self._whole: int | None = None  # samples in the node's batch, while a hook runs that sees all of it
         self._size: int | None = None
         self._samples: list[StepRow] = []
+        self._begun: Callable[[], MetricReport] | None = None  # a report that is being fetched
         self._ledgers = {"train": _Ledger(), "evaluate": _Ledger()}
+        self._current = self._ledgers["train"]
         self.switch("train")
 
     def switch(self, ledger: str) -> None:
         """Log to the "train" or the "evaluate" ledger, so that a validation leaves the epoch's sums alone."""
+        if self._ledgers[ledger] is not self._current:
+            self._begun = None  # of an evaluation that has failed
         self._current = self._ledgers[ledger]
         self._slots, self._rows = self._current.slots, self._current.rows
         self.loader_idx = None
+
+    def forget_batch(self) -> None:
+        """Forget what the batch in progress has logged, since it has failed and will be repeated."""
+        for slot in self._slots.values():
+            if slot.moment == self.moment:
+                kept = len(slot.pending) - slot.recent
+                slot.last, slot.pending, slot.weight = None, slot.pending[:kept], slot.weight[:kept]
 
     def clear(self) -> None:
         """Forget what the current ledger holds."""
@@ -209,9 +222,10 @@ class MetricStore:
         spec = slot.spec
         if rank_zero_only and self.rank != 0:
             return
+        if slot.moment != self.moment:
+            slot.moment, slot.recent = self.moment, 0
         if spec.on_step:
             slot.last = value
-            slot.moment = self.moment
         if spec.on_epoch:
             if batch_size is None:
                 batch_size = self._size if self._whole is None else self._whole
@@ -219,6 +233,7 @@ class MetricStore:
                     batch_size = self._size = first_batch_size(self.batch)
             slot.pending.append(value)
             slot.weight.append(batch_size)
+            slot.recent += 1
 
     def _note_metric(self, slot: _Slot, name: str, metric: Any) -> None:
         """A torchmetrics object: its step value is what it has returned last; its epoch value is asked of it later."""
@@ -308,7 +323,7 @@ class MetricStore:
         row = [
             (slot.spec.step_name, slot.last)
             for slot in self._slots.values()
-            if slot.spec.logger and slot.moment == self.moment and self._tells_steps(slot.spec)
+            if slot.spec.logger and slot.spec.on_step and slot.moment == self.moment and self._tells_steps(slot.spec)
         ]
         if row:
             self._rows.append((step, epoch, row))
@@ -328,16 +343,20 @@ class MetricStore:
 
     def report(self, end_of_epoch: bool = False) -> MetricReport:
         """Everything since the last report, fetched from the device in one go."""
-        report = self.begin_report()()
+        self.begin_report()
+        report = self.finish_report()
         if end_of_epoch:
             self._add_epoch(report)
         return report
 
-    def begin_report(self) -> Callable[[], MetricReport]:
-        """Have everything since the last report fetched; what this returns waits for that, and gives the report.
+    def finish_report(self) -> MetricReport:
+        """Wait for what `begin_report` has had fetched, and give it."""
+        begun, self._begun = self._begun, None
+        return MetricReport() if begun is None else begun()
 
-        What is logged before it is called belongs to the next report.
-        """
+    def begin_report(self) -> None:
+        """Have everything since the last report fetched. What is logged from now on is left for the next report."""
+        earlier = self._begun
         rows, samples, calls = self._rows.copy(), self._samples, self.calls()
         self._rows.clear()
         self._samples = []
@@ -351,7 +370,12 @@ class MetricStore:
             slot.last, slot.pending, slot.weight = None, [], []
         fetched = begin_fetch(values)
 
-        def report() -> MetricReport:
+        def finish() -> MetricReport:
+            report = MetricReport() if earlier is None else earlier()
+            report.add(taken_up())
+            return report
+
+        def taken_up() -> MetricReport:
             numbers = iter(fetched())
             report = MetricReport(samples=samples, calls=calls)
             for step, epoch, row in rows:
@@ -366,7 +390,7 @@ class MetricStore:
                     self._fold(slot, [next(numbers) for _ in weights], weights)
             return report
 
-        return report
+        self._begun = finish
 
     def _add_epoch(self, report: MetricReport) -> None:
         """This worker's shares of the epoch's values, which begin anew."""

@@ -213,6 +213,15 @@ class Run:
 
         return in_context
 
+    def mark(self) -> Callable[[], None]:
+        """A point in the device's work: call what this returns to wait for it."""
+        if self.strategy.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
     def profiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, watched by the profiler if there is one."""
         return function if self.profiler is None else self.profiler.wrap(name, function)

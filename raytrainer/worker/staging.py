@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Staging:
         self._lock = threading.Lock()
 
     def copy(self, state: Mapping[str, Any]) -> Staged:
-        """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU)."""
+        """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too."""
         with self._lock:
             buffers = self._free.pop() if self._free else {}
         used: dict[str, Tensor] = {}
@@ -44,7 +45,7 @@ class Staging:
             if isinstance(value, (list, tuple)):
                 items = [walk(item, f"{path}/{index}") for index, item in enumerate(value)]
                 return items if isinstance(value, list) else tuple(items)
-            return value
+            return _copied(value)
 
         with torch.no_grad():
             staged = Staged({name: walk(value, name) for name, value in state.items()})
@@ -57,6 +58,16 @@ class Staging:
         with self._lock:
             self._free.append(buffers)
             del self._free[:-2]
+
+
+def _copied(value: Any) -> Any:
+    """What training may change while it is written: arrays, queues, objects of users."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whether it can be pickled is for others to find out
+        return value
 
 
 def _fitting(buffer: Tensor | None, value: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class TrainingLoop:
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate = view.accumulate_grad_batches
         first, exhausted, stopped, waited = self.batch, False, False, clock() - start
-        early: Callable[[], MetricReport] | None = None
+        wait: Callable[[], None] | None = None
         for left in range(batches, 0, -1):
             asked = clock()
             try:
@@ -178,7 +178,8 @@ class TrainingLoop:
             if transfer is not None:
                 batch = transfer(batch, 0)
             if left == 1 and more and run.ahead:
-                early = metrics.begin_report()
+                metrics.begin_report()
+                wait = run.mark()
             metrics.begin_batch(batch)
             if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
                 exhausted = True
@@ -207,10 +208,13 @@ class TrainingLoop:
                 break
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
-        report = metrics.report() if early is None else early()
-        behind = early is not None and not exhausted and not stopped
-        if early is not None and not behind:
-            report.add(metrics.report())
+        if wait is None or exhausted or stopped:
+            wait = run.mark()
+            behind = False
+        else:
+            behind = True
+        wait()  # also where nothing is logged: else what a chunk takes would be unknown
+        report = metrics.finish_report() if behind else metrics.report()
         return TrainReport(
             batches=self.batch - first,
             batch=self.batch,

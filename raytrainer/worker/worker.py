@@ -172,7 +172,7 @@ class Worker:
             return None
         run, batch = self.run, self._training.batch
         run.view.metrics.switch("train")
-        run.view.metrics.report()  # so that the epoch's sums are whole
+        run.view.metrics.forget_batch()
         run.accumulating = batch % run.view.accumulate_grad_batches != 0
         return batch, run.view.global_step
 

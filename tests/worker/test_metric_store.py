@@ -245,10 +245,10 @@ def test_what_is_logged_after_a_report_began_is_left_for_the_next():
     for step in range(3):
         store.begin_batch(torch.zeros(4, 2))
         if step == 2:
-            early = store.begin_report()
+            store.begin_report()
         log(store, "x", torch.tensor(float(step)), on_epoch=True, batch_size=step + 1)
         store.note_row(step, 0)
-    first, second = early(), store.report(end_of_epoch=True)
+    first, second = store.finish_report(), store.report(end_of_epoch=True)
     assert [row.step for row in first.rows] == [0, 1] and first.step == {"x": 1.0} and not first.epoch
     assert [row.step for row in second.rows] == [2] and second.step == {"x": 2.0}
     assert second.epoch["x"].total == 0 * 1 + 1 * 2 + 2 * 3 and second.epoch["x"].weight == 6
