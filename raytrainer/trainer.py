@@ -122,7 +122,7 @@ class Trainer(TrainerProperties):
         max_failures: Lost workers to recover from in one `fit`: the group is rebuilt and goes on from the newest
             snapshot or checkpoint. Errors of user code are never retried. "local" recovers nothing.
         snapshot_every: In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at
-            most every 10 s, costing under 1 % of the time; None: none.
+            most every 10 s, costing under 1 % of the time, but for the first one; None: none.
         hang_timeout: Seconds without an answer from training workers after which they count as lost.
         enable_checkpointing: Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given.
         default_root_dir: Where logs and checkpoints go [the working directory].

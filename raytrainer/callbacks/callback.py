@@ -124,7 +124,7 @@ class Callback(_Stateful):
         """After prediction."""
 
     def on_evaluation_chunk_end(self, trainer: Trainer, module: Module, report: EvaluationReport) -> None:
-        """After each chunk of validation, test or prediction batches."""
+        """After each chunk of validation, test or prediction batches; on GPUs, rows of the last may come later."""
 
     def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         """When the run fails or is aborted, before `teardown`."""

@@ -29,10 +29,7 @@ from workloads import WORKLOADS, Workload
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-#: Milliseconds over the median that a step may take; the rare ones beyond are the work of others on a shared machine.
-STALL = 10.0
-
-#: Of the steps of one run: the median, and the mean with stalls left out, in milliseconds.
+#: Of the steps of one run: the median, which others on a shared machine disturb little, and the mean; milliseconds.
 Times = tuple[float, float]
 
 
@@ -51,8 +48,7 @@ class Clock:
     def milliseconds(self) -> Times:
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in pairwise(self.begins)]
-        median = statistics.median(times)
-        return median, statistics.fmean(t for t in times if t <= median + STALL)
+        return statistics.median(times), statistics.fmean(times)
 
 
 def raw(workload: Workload, compiled: bool, out: str) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
-import torch
 from exact import Died, Exact, run, same
 
 import raytrainer
-from raytrainer.driver import pool
-from raytrainer.driver.ray_group import RayGroup
 from raytrainer.plan.schedule import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -47,69 +43,6 @@ def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, die, verb):
     assert recovery.workers == 2
     assert recovery.step - recovery.resumed_step <= 3
     assert recovery.seconds > 0
-
-
-@pytest.fixture
-def staging(monkeypatch: pytest.MonkeyPatch):
-    """States are copied aside as those of GPUs are; such workers are not left to other tests."""
-    pool.close_idle()
-    monkeypatch.setattr(RayGroup, "stages", True)
-    yield
-    pool.close_idle()
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_states_that_a_thread_hands_over(staging, undisturbed, tmp_path, every):
-    calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
-    module = Exact((0, 9), "kill", f"{tmp_path}/flag")
-    options = {"num_workers": 1, **OVER_RAY, "snapshot_every": every}
-    trainer, struck_rows = run(module, tmp_path, save_every=2, **options)
-    assert same(module, calm)
-    assert struck_rows == rows
-    (recovery,) = trainer.recoveries
-    assert recovery.step - recovery.resumed_step <= 2 * every
-
-
-class Heavy(Exact):
-    """With a state so large that Ray keeps it in shared memory, and all of it changes in each step."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.much = torch.nn.Parameter(torch.zeros(2**20))
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + (self.much - 1).square().mean()
-
-
-def test_large_states_are_those_of_their_steps(staging, tmp_path):
-    options = {"num_workers": 0, **OVER_RAY, "snapshot_every": 1}
-    calm, struck = Heavy(), Heavy((1, 9), "kill", f"{tmp_path}/flag")
-    run(calm, tmp_path, **options)
-    trainer, _ = run(struck, tmp_path, **options)
-    assert same(calm, struck)
-    (recovery,) = trainer.recoveries
-    assert recovery.step - recovery.resumed_step <= 1
-
-
-def test_the_last_checkpoint_of_workers_that_do_not_stay(staging, tmp_path):
-    module = Heavy()
-    run(module, tmp_path, save_every=1, idle_timeout=0, **OVER_RAY)
-    saved = Heavy.load_from_checkpoint(f"{tmp_path}/last.ckpt")
-    assert same(module, saved)
-    pool.set_idle_timeout(300.0)
-
-
-class Unpicklable(Exact):
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["lock"] = threading.Lock()
-
-
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_state_that_cannot_be_pickled_is_named(staged, request, tmp_path):
-    if staged:
-        request.getfixturevalue("staging")
-    with pytest.raises(raytrainer.SerializationError, match=r"checkpoint\['lock'\] cannot be pickled.*lock"):
-        run(Unpicklable(), tmp_path, save_every=2, **OVER_RAY)
 
 
 def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):

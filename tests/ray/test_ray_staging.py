@@ -1,0 +1,107 @@
+"""States that are copied aside and handed over by a thread, as those of GPUs are; here of CPU workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import quiet
+from exact import Exact, loaders, run, same
+
+import raytrainer
+from raytrainer.driver import pool
+from raytrainer.driver.ray_group import RayGroup
+
+OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def staging(ray_ended: object) -> Iterator[None]:
+    """Workers are made for it, and not left to other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        pool.close_idle()
+        patch.setattr(RayGroup, "stages", True)
+        yield
+        pool.close_idle()
+        pool.set_idle_timeout(300.0)
+
+
+@pytest.fixture(autouse=True)
+def session(ray_session: str) -> None:
+    """Ray runs."""
+
+
+class Unpicklable(Exact):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["lock"] = threading.Lock()
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_state_that_cannot_be_pickled_is_named(staged, tmp_path, monkeypatch):
+    monkeypatch.setattr(RayGroup, "stages", staged)
+    with pytest.raises(raytrainer.SerializationError, match=r"checkpoint\['lock'\] cannot be pickled.*lock"):
+        run(Unpicklable(), tmp_path, save_every=2, **OVER_RAY)
+
+
+def test_a_killed_worker_changes_nothing(tmp_path):
+    calm, struck = Exact(), Exact((0, 9), "kill", f"{tmp_path}/flag")
+    _, rows = run(calm, tmp_path, save_every=2, **OVER_RAY)
+    trainer, struck_rows = run(struck, tmp_path, save_every=2, **OVER_RAY)
+    assert same(struck, calm)
+    assert struck_rows == rows
+    (recovery,) = trainer.recoveries
+    assert recovery.step - recovery.resumed_step <= 2
+
+
+class Slow(float):
+    """A number that takes its time to be pickled, as large states do."""
+
+    def __reduce__(self):
+        time.sleep(0.3)
+        return float, (0.0,)
+
+
+class Heavy(Exact):
+    """With a state that is long on its way, and of which all changes in each step."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.register_buffer("much", torch.zeros(2**18))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.much += 1
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["slow"] = Slow()
+
+
+class KeepsStates(raytrainer.Callback):
+    """Captures at each step, without waiting for what it has got."""
+
+    every_n_train_steps = 1
+
+    def __init__(self) -> None:
+        self.captured = []
+
+    def on_train_chunk_end(self, trainer, module, report):
+        self.captured.append((report.step, trainer._run.coordinator.capture()))
+
+    def on_train_end(self, trainer, module):
+        self.states = [(step, captured.resolve()) for step, captured in self.captured]
+
+
+def test_states_are_those_of_their_steps(tmp_path):
+    keeps = KeepsStates()
+    options = {**OVER_RAY, "snapshot_every": None, "max_epochs": None, "max_steps": 4}
+    quiet(tmp_path, callbacks=[keeps], accumulate_grad_batches=1, **options).fit(Heavy(), loaders()[0])
+    assert [step for step, _ in keeps.states] == [1, 2, 3, 4]
+    assert all(state["state_dict"]["much"].unique().tolist() == [step] for step, state in keeps.states)
+
+
+def test_the_last_checkpoint_of_workers_that_do_not_stay(tmp_path):
+    module, saver = Heavy(), raytrainer.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    quiet(tmp_path, callbacks=[saver], max_epochs=1, idle_timeout=0, **OVER_RAY).fit(module, *loaders())
+    assert same(module, Heavy.load_from_checkpoint(f"{tmp_path}/last.ckpt"))
