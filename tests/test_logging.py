@@ -136,10 +136,14 @@ class Failing(Logging):
 
     fails_at = 6
 
+    def __init__(self, error=ZeroDivisionError):
+        super().__init__()
+        self.error = error
+
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         if batch_idx == self.fails_at:
-            raise ZeroDivisionError
+            raise self.error
         return loss
 
 
@@ -150,17 +154,27 @@ class FailsAtChunk(Callback):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("where", ["batch", "callback"])
-def test_what_a_failed_run_has_logged_is_whole(where, ahead, local_trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "error"), [("batch", ZeroDivisionError), ("batch", KeyboardInterrupt), ("callback", ZeroDivisionError)]
+)
+def test_what_a_failed_run_has_logged_is_whole(where, error, ahead, local_trainer, tmp_path):
     logger, done = Rows(), 6 if where == "batch" else 4
     callbacks = [OnExceptionCheckpoint(tmp_path), *([FailsAtChunk()] if where == "callback" else [])]
-    with pytest.raises(ZeroDivisionError):
-        local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=callbacks).fit(Failing(), data(20))
+    trainer = local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=callbacks)
+    with pytest.raises(error):
+        trainer.fit(Failing(error), data(20))
     assert [step for step, values in logger.rows if "step" in values] == list(range(done))
     resumed = local_trainer(max_epochs=1, log_every_n_steps=1, logger=(again := Rows()))
     resumed.fit(Logging(), data(20), ckpt_path=tmp_path / "on_exception.ckpt")
     assert [step for step, values in again.rows if "step" in values] == list(range(done, 10))
     assert resumed.callback_metrics["epoch"] == 4.5
+
+
+def test_rows_up_to_an_error(local_trainer):
+    logger = Rows()
+    with pytest.raises(ZeroDivisionError):
+        local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger).fit(Failing(), data(20))
+    assert [step for step, values in logger.rows if "step" in values] == list(range(6))
 
 
 def test_an_interrupted_validation_keeps_its_rows(ahead, local_trainer):

@@ -29,19 +29,18 @@ class RunCapture:
         state: The driver's counters and metrics.
         host: Has the driver's callbacks, whose states belong to it.
         snapshots: Where the newest states are kept.
-        catch_up: Takes up what workers have still to report, since a state goes on after that; with True, even if they
-            seem to have nothing.
+        catch_up: Takes up what workers have still to report, since a state goes on after that.
     """
 
     def __init__(
-        self, task: Task, state: RunState, host: Host, snapshots: Snapshots, catch_up: Callable[[bool], None]
+        self, task: Task, state: RunState, host: Host, snapshots: Snapshots, catch_up: Callable[[], None]
     ) -> None:
         self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
         self._catch_up = catch_up
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
-        self._catch_up(False)
+        self._catch_up()
         began = time.perf_counter()
         with self._state.clock.phase("saving"):
             fetch = group.capture(weights_only)
@@ -69,8 +68,6 @@ class RunCapture:
         if self._state.trainer.stage not in ("train", "validate"):
             return None  # before training began, the workers have not taken up what it begins with
         cursor, progress = group.call("cursor")[0], self._state.progress
-        if cursor is not None:
-            self._catch_up(True)
         if self._state.trainer.stage == "validate":
             progress.validated_at = -1  # is to be repeated
         if cursor is not None and not progress.epoch_ended:

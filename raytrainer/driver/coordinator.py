@@ -241,12 +241,15 @@ class Coordinator:
                 break
         return report
 
-    def catch_up(self, always: bool = False) -> None:
-        """Take up what the latest chunk has left for the next one, where something else comes first."""
-        if self._behind or always:
+    def catch_up(self, failed: bool = False) -> None:
+        """Take up what the latest chunk has left for the next one, where something else comes first.
+
+        If the run has `failed`, take up all that has been logged before the batch that failed.
+        """
+        if self._behind or failed:
             self._behind = False
             with self.state.clock.phase("training"):
-                reports = self.group.call("report_steps")
+                reports = self.group.call("report_steps", failed)
             self._journal.steps("train", reports)
 
     def _validation_due(self, val_every: int | None) -> bool:

@@ -28,6 +28,10 @@ class WorkerGroup(Protocol):
         """Whether the worker uses the driver's own objects, and lives and dies with it."""
 
     @property
+    def broken(self) -> bool:
+        """Whether it has been aborted."""
+
+    @property
     def by_node(self) -> Mapping[str, int]:
         """Workers on each node of a cluster, by its id."""
 
@@ -63,6 +67,7 @@ class LocalGroup:
 
     size = 1
     in_process = True
+    broken = False
     by_node: Mapping[str, int] = {}
 
     def __init__(self, worker: Worker | None = None) -> None:

@@ -349,7 +349,8 @@ class RayGroup:
             return
         try:
             if self._handing:  # workers that live still hand over the newest state, whatever else they wait for
-                ray.wait(self._handing, num_returns=len(self._handing), timeout=PATIENCE)
+                with contextlib.suppress(RayError):
+                    ray.wait(self._handing, num_returns=len(self._handing), timeout=PATIENCE)
         finally:
             for actor in getattr(self, "_actors", []):
                 with contextlib.suppress(RayError):

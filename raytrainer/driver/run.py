@@ -96,7 +96,7 @@ class Run:
         self.state.interrupted |= interrupted
         self.failing = True
         try:
-            self._catch_up_after(error)
+            self._catch_up_after(error, group)
             self.emit("on_exception", error)
         finally:
             self.failing = False
@@ -108,11 +108,13 @@ class Run:
         if lost is not None:
             raise lost from error
 
-    def _catch_up_after(self, error: BaseException) -> None:
-        """After an error of the driver's own, workers still have something to report."""
-        if isinstance(error, Exception):
+    def _catch_up_after(self, error: BaseException, group: WorkerGroup) -> None:
+        """Workers that are well still report what has been logged up to the error."""
+        training = self.state.trainer.stage in ("train", "validate")
+        well = group.in_process or (isinstance(error, Exception) and not group.broken)
+        if self.coordinator is not None and training and well:
             with suppress(Exception):
-                self.state.catch_up()
+                self.coordinator.catch_up(failed=True)
         self.state.catch_up = nothing
 
     def _end(self, status: str, group: WorkerGroup) -> None:

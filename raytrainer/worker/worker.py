@@ -123,9 +123,13 @@ class Worker:
         self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
 
-    def report_steps(self) -> MetricReport:
-        """What a chunk's report has left for the next one."""
-        return self.run.view.metrics.report()
+    def report_steps(self, failed: bool) -> MetricReport:
+        """What a chunk's report has left for the next one; if the run has failed, all up to the batch in progress."""
+        metrics = self.run.view.metrics
+        if failed:
+            metrics.switch("train")
+            metrics.forget_batch()
+        return metrics.report()
 
     def step_epoch_schedulers(self) -> None:
         self.run.accumulating = False
@@ -171,8 +175,6 @@ class Worker:
         if self._training is None:
             return None
         run, batch = self.run, self._training.batch
-        run.view.metrics.switch("train")
-        run.view.metrics.forget_batch()
         run.accumulating = batch % run.view.accumulate_grad_batches != 0
         return batch, run.view.global_step
 
