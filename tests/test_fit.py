@@ -126,9 +126,7 @@ def test_max_time_ends_a_run(local_trainer):
             return super().training_step(batch, batch_idx)
 
     trainer, module = local_trainer(max_time={"milliseconds": 100}, max_epochs=-1), Slow()
-    began = time.perf_counter()
     trainer.fit(module, data())
-    assert time.perf_counter() - began < 3.0  # a chunk's length late, at most
     assert 5 < trainer.global_step < 300
     assert trainer.state.finished
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import Tiny, data
 
-from raytrainer import Callback, Logger, MetricError, OnExceptionCheckpoint
+from raytrainer import Callback, Logger, MetricError, OnExceptionCheckpoint, ProgressBar
 from raytrainer.worker.run import Run
 
 
@@ -124,7 +124,8 @@ def test_a_chunk_leaves_its_last_batch_to_the_next(ahead, local_trainer, tmp_pat
 
 
 def test_chunks_are_sized_by_the_batches_that_were_waited_for(ahead, local_trainer):
-    local_trainer(max_epochs=1).fit(Logging(), data(20))
+    bar, logger = ProgressBar(metrics="*"), Rows()  # which look at what there is, and wait for nothing
+    local_trainer(max_epochs=1, callbacks=[bar], logger=logger, enable_progress_bar=True).fit(Logging(), data(20))
     assert ahead == [0, 3, 3, 4]
     ahead.clear()
     local_trainer().validate(Logging(), data(20))

@@ -42,7 +42,6 @@ class TrainerProperties:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """The latest values given to the loggers."""
-        self._state.catch_up()
         return self._state.board.logged
 
     @property

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,10 +138,8 @@ def check_interruptions(running: Script) -> None:
     running.control_c()
     running.wait_for("Once more", times=2, seconds=10)
     assert not running.lines("aborted")
-    pressed = time.monotonic()
     running.control_c()
     running.wait_for("aborted", seconds=20)
-    assert time.monotonic() - pressed < 10
     running.wait_for("goes on")
     running.finish()
     assert len(running.pids()) >= 2

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from ray_models import alive, eventually
 from scripts import INTERRUPTED, check_interruptions, script
 
-from raytrainer.driver import attach as attach_module
 from raytrainer.driver.attach import attach
 from raytrainer.driver.cluster import Cluster, ensure_ray
 from raytrainer.errors import ConfigurationError
@@ -202,10 +200,8 @@ def test_a_token_of_another_cluster(head, monkeypatch):
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_nothing_answers(address, monkeypatch):
     address = address.format(port=free_port())
-    began = time.monotonic()
     with pytest.raises(ConfigurationError, match="nothing answers there"):
         attach(address, {})
-    assert time.monotonic() - began < 2 * attach_module.REACH + 5
 
 
 def test_another_address_than_the_one_in_use(ray_session):

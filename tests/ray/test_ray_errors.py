@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 from ray_models import Net, Where, alive, eventually, loader, moved, table
@@ -35,11 +34,9 @@ def test_one_rank_fails_while_the_other_waits_for_it(ray_trainer):
                 raise ValueError("label out of range")  # the line that users look for
             return super().training_step(batch, batch_idx)
 
-    begun = time.monotonic()
     trainer = ray_trainer(max_epochs=1)
     with pytest.raises(ValueError, match="label out of range") as caught:
         trainer.fit(OneFails(), loader(16, 4))
-    assert time.monotonic() - begun < 15  # most of it is the start of workers
     where = caught.value.__cause__
     assert isinstance(where, WorkerError)
     assert where.rank == 1 and where.node.split()[0] not in ("", "?")

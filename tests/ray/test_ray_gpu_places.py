@@ -58,8 +58,6 @@ def test_chosen_gpus(four_gpus: None) -> None:
 
 
 def test_impossible_number(four_gpus: None) -> None:
-    began = time.monotonic()
     with pytest.raises(ResourceError, match=r"5 worker\(s\).*GPU 4 of 4 free.*4 GPU"):
         reserve.place(Request(1, 5, True), 60)
-    assert time.monotonic() - began < 5
     assert reserve.all_gpus(1) == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 
 import pytest
 import torch
@@ -117,7 +116,6 @@ def test_loader_processes_end_with_the_run(ends, one_process, tmp_path):
     trainer = one_process(max_epochs=2, limit_train_batches=3 if ends == "by limit" else 1.0)
     gc.disable()
     try:
-        begun = time.monotonic()
         if ends == "badly":
             with pytest.raises(KeyError):
                 trainer.fit(Net(), data)
@@ -125,7 +123,6 @@ def test_loader_processes_end_with_the_run(ends, one_process, tmp_path):
             trainer.fit(Net(), data)
         pids = [int(path.name) for path in tmp_path.iterdir()]
         assert len(pids) == 2 and not any(map(alive, pids))
-        assert time.monotonic() - begun < 5
     finally:
         gc.enable()
 
