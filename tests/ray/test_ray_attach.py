@@ -96,6 +96,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "HOME": str(home),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "90",  # what a loaded machine may take to start one
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     ray = Path(sys.executable).with_name("ray")

@@ -167,13 +167,13 @@ def test_validation_within_fit_and_early_ends(ray_trainer: Make, rays: Any, parq
         net = Net()
         train = RayDataset(dataset, batch_size=16, shuffle=50, keep_in_memory=keep)
         val = RayDataset(dataset, batch_size=100, keep_in_memory=keep)
-        trainer = ray_trainer(max_epochs=3, limit_train_batches=5, val_check_interval=2)
+        trainer = ray_trainer(max_epochs=2, limit_train_batches=5, val_check_interval=2)
         trainer.fit(net, train, val)
-        assert trainer.global_step == 15
+        assert trainer.global_step == 10
         assert trainer.callback_metrics["rows"] == ROWS
-        trainer = ray_trainer(max_steps=40, limit_val_batches=1, val_check_interval=10)
+        trainer = ray_trainer(max_steps=36, limit_val_batches=1, val_check_interval=15)
         trainer.fit(net, train, val)
-        assert trainer.global_step == 40
+        assert trainer.global_step == 36
         assert trainer.callback_metrics["rows"] == 200
 
 
