@@ -18,7 +18,7 @@ import checks_precision  # noqa: F401
 import checks_strategies  # noqa: F401
 import pynvml
 import torch
-from harness import CHECKS, uuids
+from harness import checks, uuids
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="names, or beginnings of names")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    chosen = [c for c in CHECKS if not arguments.only or c[0].startswith(tuple(arguments.only))]
+    chosen = [c for c in checks() if not arguments.only or c[0].startswith(tuple(arguments.only))]
     if arguments.list:
         print("\n".join(f"{name} (GPUs: {gpus})" for name, gpus, _ in chosen))
         return 0

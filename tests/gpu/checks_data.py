@@ -68,7 +68,7 @@ class Batches:
         return (kept[i % len(kept)] for i in range(self.count))
 
 
-@check(1)
+@check(1, workers="one")
 def copying_beside_computing() -> str:
     """64 MiB batches: no slower than on the computing stream; the figures say how much faster."""
     kept = [[torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(i))] for i in range(4)]
@@ -87,7 +87,7 @@ def copying_beside_computing() -> str:
     return "; ".join(said)
 
 
-@check(1)
+@check(1, workers="both")
 def ray_datasets_arrive_pinned() -> str:
     """Every row once over all GPUs, in order on one; from pinned memory."""
     import ray.data

@@ -16,6 +16,7 @@ import raytrainer
 
 @check(2)
 def each_index_is_its_card() -> str:
+    raytrainer.Trainer(logger=False).close()
     grown = []
     for index, uuid in enumerate(uuids()):
         before, module = used_mib(), Net()
@@ -28,7 +29,7 @@ def each_index_is_its_card() -> str:
     return f"gpus=[i] is PCI index i; memory grew on {grown} only; no CUDA in the driver"
 
 
-@check(1)
+@check(1, workers="all")
 def all_of_them() -> str:
     trainer = fit(Net(), gpus=-1)
     assert trainer.world_size == len(uuids())
@@ -131,7 +132,7 @@ class Placed(Net):
         return super().training_step((x, y), batch_idx)
 
 
-@check(1)
+@check(1, workers="all")
 def everything_is_on_the_device() -> str:
     gpus = min(2, len(uuids()))
     batches = [{"nested": [{"x": torch.randn(8, 16)}], "y": torch.randn(8, 1)} for _ in range(4)]
@@ -140,7 +141,7 @@ def everything_is_on_the_device() -> str:
     return "parameters, buffers, a torchmetrics object, nested batches, self.device, type_as, stray .cuda()"
 
 
-@check(1)
+@check(1, workers="all")
 def memory_is_logged() -> str:
     gpus, rows = min(2, len(uuids())), Rows()
     options = {"gpus": gpus, "logger": rows, "log_every_n_steps": 2}
@@ -169,7 +170,7 @@ class Gpt(raytrainer.Module):
         return WORKLOADS["gpt"].optimizer(self.model)
 
 
-@check(1)
+@check(1, workers="one")
 def throughput_and_mfu() -> str:
     rows = Rows()
     monitor = raytrainer.ThroughputMonitor(tokens=lambda batch: batch[0].numel(), flops_per_batch="measure")
@@ -185,7 +186,7 @@ def throughput_and_mfu() -> str:
     return f"GPT, eager, one card: {tokens:,.0f} tokens/s, MFU {mfu:.3f}"
 
 
-@check(1)
+@check(1, workers="one")
 def profiler_sees_kernels() -> str:
     trainer = fit(Net(), profiler="pytorch")
     with open(trainer.profiler.files[0]) as file:

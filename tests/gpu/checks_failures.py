@@ -32,7 +32,7 @@ class Victim(Net):
         return super().training_step(batch, batch_idx)
 
 
-@check(1)
+@check(1, workers="all")
 def lost_workers() -> str:
     gpus, said = len(uuids()), []
     options = {"gpus": gpus, "snapshot_every": 5, "deterministic": True, "max_epochs": 4, "hang_timeout": 10.0}
@@ -48,7 +48,7 @@ def lost_workers() -> str:
     return f"{gpus} GPU(s), weights bit-equal to the undisturbed run, and each step logged once. {'; '.join(said)}"
 
 
-@check(1)
+@check(1, workers="all")
 def resumed_runs() -> str:
     gpus, folder = len(uuids()), tempfile.mkdtemp()
     options = {"gpus": gpus, "deterministic": True, "precision": "16-mixed", "accumulate_grad_batches": 2}

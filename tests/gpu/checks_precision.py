@@ -46,7 +46,7 @@ class Curve(Net):
                 scaler.update()
 
 
-@check(1)
+@check(1, workers="one")
 def loss_curves() -> str:
     seen = []
     for mode in ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"):
@@ -66,7 +66,7 @@ def loss_curves() -> str:
     return f"{', '.join(seen)}: equal to a loop by hand, bit for bit; buffers and exports have the type"
 
 
-@check(1)
+@check(1, workers="one")
 def overflow_is_counted_and_schedulers_rest() -> str:
     for fused in (False, True):
         module = Net(fused=fused, bursts=(1, 3), schedule=True)
@@ -89,7 +89,7 @@ class Alert(Net):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@check(1)
+@check(1, workers="one")
 def steps_do_not_wait() -> str:
     fit(Alert(fused=True), precision="16-mixed")
     fit(Alert(fused=False), precision="bf16-mixed")
@@ -116,7 +116,7 @@ class Manual(Net):
         optimizer.step()
 
 
-@check(1)
+@check(1, workers="one")
 def own_steps_are_scaled_too() -> str:
     modules = [kind(fused=False, bursts=(3,)) for kind in (Net, OwnStep, Manual)]
     for module in modules:
@@ -127,7 +127,7 @@ def own_steps_are_scaled_too() -> str:
     return "automatic, own optimizer_step and manual: the same weights"
 
 
-@check(1)
+@check(1, workers="all")
 def deterministic() -> str:
     gpus = len(uuids())
     first, second = Net(dropout=0.2), Net(dropout=0.2)
@@ -142,7 +142,7 @@ class Flags(Net):
         self.flags = [torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()]
 
 
-@check(1)
+@check(1, workers="one")
 def speed_flags() -> str:
     module = Flags()
     fit(module, benchmark=True, float32_matmul_precision="high")
@@ -152,7 +152,7 @@ def speed_flags() -> str:
     return "benchmark and float32_matmul_precision are set in the workers, and put back"
 
 
-@check(1)
+@check(1, workers="all")
 def compiled() -> str:
     gpus = len(uuids())
     plain, fast = Net(), Net()

@@ -20,7 +20,7 @@ import raytrainer
 TESTS = Path(__file__).resolve().parent.parent
 
 
-@check(2)
+@check(2, workers="both")
 def ddp_equals_one_process() -> str:
     k, ways = len(uuids()), ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5})
     ones, manys = [Net() for _ in ways], [Net() for _ in ways]
@@ -53,7 +53,7 @@ class Contrastive(raytrainer.Module):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@check(2)
+@check(2, workers="both")
 def ddp2_and_dp_equal_one_process() -> str:
     k, worst = len(uuids()), 0.0
     sizes = ((64, 16), (66, 11))  # the second does not divide evenly
@@ -109,7 +109,7 @@ class Normed(Net):
             nn.init.normal_(parameter, std=0.1)
 
 
-@check(2)
+@check(2, workers="both")
 def sync_batchnorm() -> str:
     k = len(uuids())
     one, many = Normed(), Normed()
@@ -120,7 +120,7 @@ def sync_batchnorm() -> str:
     return f"{k} GPUs against one: weights differ by {worst:.1e} at most"
 
 
-@check(2)
+@check(2, workers="all")
 def ddp_settings() -> str:
     k = len(uuids())
     plain, static, compressed = Net(), Net(), Net()
@@ -133,7 +133,7 @@ def ddp_settings() -> str:
     return f"static_graph and bucket_cap_mb change nothing; bf16 gradients change weights by {worst:.1e}"
 
 
-@check(1)
+@check(1, workers="all")
 def averages_of_weights() -> str:
     """EMA and SWA on the GPUs against the same on CPUs."""
     k, worst = len(uuids()), 0.0

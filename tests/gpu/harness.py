@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrainer
 
 __all__ = [
-    "CHECKS",
     "Net",
     "Rows",
     "another_process",
     "check",
+    "checks",
     "data",
     "distance",
     "fit",
@@ -42,15 +42,23 @@ QUIET: dict[str, Any] = {
     "default_root_dir": tempfile.gettempdir(),
 }
 
-#: (name, GPUs needed, function that returns what it saw, and raises if that is wrong)
-CHECKS: list[tuple[str, int, Callable[[], str]]] = []
+#: What workers a check wants, in the order in which checks share most: one, one and then all, all, or some of its own.
+WORKERS = ("one", "both", "all", "own")
+
+#: (name, GPUs needed, function that returns what it saw, and raises if that is wrong), by workers wanted.
+_CHECKS: dict[str, list[tuple[str, int, Callable[[], str]]]] = {workers: [] for workers in WORKERS}
 
 
-def check(gpus: int) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """Register a check that needs `gpus` GPUs."""
+def checks() -> list[tuple[str, int, Callable[[], str]]]:
+    """All of them, in the order that starts the fewest workers."""
+    return [item for workers in WORKERS for item in _CHECKS[workers]]
+
+
+def check(gpus: int, workers: str = "own") -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a check that needs `gpus` GPUs, and wants one of `WORKERS`."""
 
     def register(function: Callable[[], str]) -> Callable[[], str]:
-        CHECKS.append((function.__name__, gpus, function))
+        _CHECKS[workers].append((function.__name__, gpus, function))
         return function
 
     return register
