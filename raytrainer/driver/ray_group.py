@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster import place_name, started_here
 from raytrainer.driver.placement import Request
-from raytrainer.driver.remote import ASIDE, Failure, Place, RemoteWorker, own_versions
+from raytrainer.driver.remote import ASIDE, Failure, Place, RemoteWorker, StagingWorker, own_versions
 from raytrainer.driver.reserve import place
 from raytrainer.errors import (
     CheckpointError,
@@ -80,7 +80,10 @@ class RayGroup:
 
     def _start(self) -> None:
         request = self.request
-        actor_class = ray.remote(concurrency_groups={ASIDE: 1} if self.stages else {})(RemoteWorker)
+        if self.stages:
+            actor_class = ray.remote(concurrency_groups={ASIDE: 1})(StagingWorker)
+        else:
+            actor_class = ray.remote(RemoteWorker)
         self._actors = [
             actor_class.options(
                 num_cpus=slot.cpus,
@@ -138,10 +141,7 @@ class RayGroup:
 
     @property
     def stages(self) -> bool:
-        """Whether states are copied twice: out of a GPU, which training waits for, then by a thread beside training.
-
-        With such a thread, Ray runs everything else outside of the process's main one.
-        """
+        """Whether workers are `StagingWorker`s."""
         return self.request.gpu
 
     def describe(self) -> str:
@@ -192,7 +192,7 @@ class RayGroup:
         self._ask(self._handing, self.hang_timeout)
         own = [actor.stage.remote(weights_only) for actor in self._actors]
         self._ask(own, self.hang_timeout)
-        handed = [actor.hand_over.options(concurrency_group=ASIDE).remote() for actor in self._actors]
+        handed = [actor.hand_over.remote() for actor in self._actors]
         self._handing = [done for _, done in handed]
         refs = [(mine, common) for mine, (common, _) in zip(own, handed, strict=True)]
         return lambda: self._fetch(refs)

@@ -28,7 +28,7 @@ from raytrainer.worker.heap import keep_heap
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
-__all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "own_versions"]
+__all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "StagingWorker", "own_versions"]
 
 #: Ray's name for the thread in which a worker's actor hands over what it has staged.
 ASIDE = "aside"
@@ -74,7 +74,6 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
-        self.staged: Any = None
         keep_heap()
 
     def where(self, on_gpu: bool) -> Place:
@@ -127,7 +126,6 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
-            self.staged = None
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
@@ -175,28 +173,6 @@ class RemoteWorker:
         answer = self._guard(capture)
         return (answer, answer) if isinstance(answer, Failure) else answer
 
-    def stage(self, weights_only: bool) -> Any:
-        """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
-
-        def stage() -> Any:
-            self.staged = None  # of a capture that another rank has failed
-            staged = self._worker().capture(weights_only, replica=True)
-            _refuse_unpicklable(staged)
-            self.staged = staged
-            return pack(staged.get("own"))
-
-        return self._guard(stage)
-
-    @ray.method(num_returns=2)
-    def hand_over(self) -> tuple[Any, None]:
-        """What has been staged and others have too; Ray copies it into shared memory as this returns.
-
-        Runs in the thread `ASIDE`, beside training. Its buffers must not be staged into before the second answer,
-        which is nothing, is there.
-        """
-        staged, self.staged = self.staged, None
-        return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
-
     def _worker(self) -> Worker:
         assert self.worker is not None
         return self.worker
@@ -216,6 +192,45 @@ class RemoteWorker:
             node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
             sys.stdout.flush()
             return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)
+
+
+class StagingWorker(RemoteWorker):
+    """One that copies its state twice: out of a GPU, which training waits for, then by a thread beside training.
+
+    With such a thread, Ray runs all other methods outside of the process's main one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.staged: Any = None
+
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+        """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
+        self.staged = None
+        return super().load(pickled, datasets, show)
+
+    def stage(self, weights_only: bool) -> Any:
+        """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
+
+        def stage() -> Any:
+            self.staged = None  # of a capture that another rank has failed
+            staged = self._worker().capture(weights_only, replica=True)
+            _refuse_unpicklable(staged)
+            self.staged = staged
+            return pack(staged.get("own"))
+
+        return self._guard(stage)
+
+    # said here, since a call over ray:// cannot
+    @ray.method(concurrency_group=ASIDE, num_returns=2)
+    def hand_over(self) -> tuple[Any, None]:
+        """What has been staged and others have too; Ray copies it into shared memory as this returns.
+
+        Runs in the thread `ASIDE`, beside training. Its buffers must not be staged into before the second answer,
+        which is nothing, is there.
+        """
+        staged, self.staged = self.staged, None
+        return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
 
 
 def _refuse_unpicklable(state: dict[str, Any]) -> None:

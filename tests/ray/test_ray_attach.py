@@ -27,7 +27,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 import raytrainer
 import beside
+from raytrainer.driver.ray_group import RayGroup
 
+RayGroup.stages = True  # as workers with GPUs do
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 class Net(raytrainer.Module):
@@ -58,7 +60,9 @@ def data():
 
 def trainer(**options):
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    return raytrainer.Trainer(strategy="ddp", num_processes=2, max_epochs=20, seed=3, **{**quiet, **options})
+    return raytrainer.Trainer(
+        strategy="ddp", num_processes=2, max_epochs=20, seed=3, snapshot_every=40, **{**quiet, **options}
+    )
 """
 
 TRAIN = (

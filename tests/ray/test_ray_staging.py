@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -59,7 +60,10 @@ def test_a_killed_worker_changes_nothing(tmp_path):
 class Slow(float):
     """A number that takes its time to be pickled, as large states do."""
 
+    threads: ClassVar[set[int]] = set()
+
     def __reduce__(self):
+        self.threads.add(threading.get_ident())
         time.sleep(0.3)
         return float, (0.0,)
 
@@ -76,6 +80,9 @@ class Heavy(Exact):
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["slow"] = Slow()
+
+    def on_train_end(self):
+        self.threads = len(Slow.threads)
 
 
 class KeepsStates(raytrainer.Callback):
@@ -96,7 +103,9 @@ class KeepsStates(raytrainer.Callback):
 def test_states_are_those_of_their_steps(tmp_path):
     keeps = KeepsStates()
     options = {**OVER_RAY, "snapshot_every": None, "max_epochs": None, "max_steps": 4}
-    quiet(tmp_path, callbacks=[keeps], accumulate_grad_batches=1, **options).fit(Heavy(), loaders()[0])
+    module = Heavy()
+    quiet(tmp_path, callbacks=[keeps], accumulate_grad_batches=1, **options).fit(module, loaders()[0])
+    assert module.threads == 2, "one makes sure that it can be pickled, the other hands it over"
     assert [step for step, _ in keeps.states] == [1, 2, 3, 4]
     assert all(state["state_dict"]["much"].unique().tolist() == [step] for step, state in keeps.states)
 
