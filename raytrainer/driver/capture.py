@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,18 +28,14 @@ class RunCapture:
         state: The driver's counters and metrics.
         host: Has the driver's callbacks, whose states belong to it.
         snapshots: Where the newest states are kept.
-        catch_up: Takes up what workers have still to report, since a state goes on after that.
     """
 
-    def __init__(
-        self, task: Task, state: RunState, host: Host, snapshots: Snapshots, catch_up: Callable[[], None]
-    ) -> None:
+    def __init__(self, task: Task, state: RunState, host: Host, snapshots: Snapshots) -> None:
         self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
-        self._catch_up = catch_up
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
-        self._catch_up()
+        self._state.catch_up()  # a state goes on after what has been reported
         began = time.perf_counter()
         with self._state.clock.phase("saving"):
             fetch = group.capture(weights_only)
@@ -65,7 +60,7 @@ class RunCapture:
         """
         if not group.in_process:
             return self._snapshots.latest()
-        if self._state.trainer.stage not in ("train", "validate"):
+        if not self._state.trainer.has_begun:
             return None  # before training began, the workers have not taken up what it begins with
         cursor, progress = group.call("cursor")[0], self._state.progress
         if self._state.trainer.stage == "validate":

@@ -76,7 +76,7 @@ class Coordinator:
         self.plateau_epochs = False
         self._journal = Journal(state, host)
         self._evaluation = Evaluation(state, host, interrupt, self._journal)
-        self._capture = RunCapture(task, state, host, self.snapshots, self.catch_up)
+        self._capture = RunCapture(task, state, host, self.snapshots)
         self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
         state.catch_up = self.catch_up
         self._chunk = 1

@@ -241,7 +241,8 @@ def _refuse_unpicklable(state: dict[str, Any]) -> None:
     """
     for name, value in state.items():
         try:
-            cloudpickle.dumps(without_tensors(value))
+            # the callback keeps the bytes of arrays out of it, which would only be copied
+            cloudpickle.dumps(without_tensors(value), protocol=5, buffer_callback=lambda buffer: None)
         except Exception as error:
             raise SerializationError(
                 f"checkpoint[{name!r}] cannot be pickled: {type(error).__name__}: {error}. Leave it out in "

@@ -110,9 +110,8 @@ class Run:
 
     def _catch_up_after(self, error: BaseException, group: WorkerGroup) -> None:
         """Workers that are well still report what has been logged up to the error."""
-        training = self.state.trainer.stage in ("train", "validate")
         well = group.in_process or (isinstance(error, Exception) and not group.broken)
-        if self.coordinator is not None and training and well:
+        if self.coordinator is not None and self.state.trainer.has_begun and well:
             with suppress(Exception):
                 self.coordinator.catch_up(failed=True)
         self.state.catch_up = nothing

@@ -28,6 +28,11 @@ class TrainerState:
     stage: str | None = None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether workers train, or validate what they have trained."""
+        return self.stage in ("train", "validate")
+
+    @property
     def finished(self) -> bool:
         return self.status == "finished"
 

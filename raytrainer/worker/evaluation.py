@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +84,7 @@ class EvaluationLoop:
         """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
-        wait: Callable[[], None] | None = None
-        left = batches
+        left, behind = batches, False
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
                 batch = self._next()
@@ -93,7 +92,7 @@ class EvaluationLoop:
                     continue
                 if left == 1 and self.run.ahead:
                     self.metrics.begin_report()
-                    wait = self.run.mark()
+                    behind = True
                 output = self._evaluate_batch(batch[0])
                 if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
                     share = self.run.strategy.share
@@ -104,8 +103,6 @@ class EvaluationLoop:
                 left -= 1
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
-        behind = wait is not None
-        (wait or self.run.mark())()
         report = self.metrics.finish_report() if behind else self.metrics.report()
         seconds = time.perf_counter() - start
         return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)

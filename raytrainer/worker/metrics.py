@@ -124,7 +124,9 @@ class MetricStore:
         self._whole: int | None = None  # samples in the node's batch, while a hook runs that sees all of it
         self._size: int | None = None
         self._samples: list[StepRow] = []
-        self._begun: Callable[[], MetricReport] | None = None  # a report that is being fetched
+        self._begun: list[Callable[[], MetricReport]] = []  # what is being fetched, in order
+        # a point in the device's work, as a function that waits for it
+        self.mark: Callable[[], Callable[[], None]] = lambda: lambda: None
         self._ledgers = {"train": _Ledger(), "evaluate": _Ledger()}
         self._current = self._ledgers["train"]
         self.switch("train")
@@ -132,7 +134,7 @@ class MetricStore:
     def switch(self, ledger: str) -> None:
         """Log to the "train" or the "evaluate" ledger, so that a validation leaves the epoch's sums alone."""
         if self._ledgers[ledger] is not self._current:
-            self._begun = None  # of an evaluation that has failed
+            self._begun.clear()  # of an evaluation that has failed
         self._current = self._ledgers[ledger]
         self._slots, self._rows = self._current.slots, self._current.rows
         self.loader_idx = None
@@ -351,12 +353,14 @@ class MetricStore:
 
     def finish_report(self) -> MetricReport:
         """Wait for what `begin_report` has had fetched, and give it."""
-        begun, self._begun = self._begun, None
-        return MetricReport() if begun is None else begun()
+        report = MetricReport()
+        begun, self._begun = self._begun, []
+        for taken_up in begun:
+            report.add(taken_up())
+        return report
 
     def begin_report(self) -> None:
         """Have everything since the last report fetched. What is logged from now on is left for the next report."""
-        earlier = self._begun
         rows, samples, calls = self._rows.copy(), self._samples, self.calls()
         self._rows.clear()
         self._samples = []
@@ -368,14 +372,10 @@ class MetricStore:
                 values.append(slot.last)
             values += slot.pending
             slot.last, slot.pending, slot.weight = None, [], []
-        fetched = begin_fetch(values)
-
-        def finish() -> MetricReport:
-            report = MetricReport() if earlier is None else earlier()
-            report.add(taken_up())
-            return report
+        fetched, wait = begin_fetch(values), self.mark()
 
         def taken_up() -> MetricReport:
+            wait()  # also where nothing is logged: else what a chunk takes would be unknown
             numbers = iter(fetched())
             report = MetricReport(samples=samples, calls=calls)
             for step, epoch, row in rows:
@@ -390,7 +390,7 @@ class MetricStore:
                     self._fold(slot, [next(numbers) for _ in weights], weights)
             return report
 
-        self._begun = finish
+        self._begun.append(taken_up)
 
     def _add_epoch(self, report: MetricReport) -> None:
         """This worker's shares of the epoch's values, which begin anew."""

@@ -68,7 +68,7 @@ class Run:
         rank_zero = strategy.ranks.rank == 0
         self.recorder = Recorder(self.view, lambda: self.stepped, keeps=bool(task.logs) and rank_zero)
         self.view.logger = None if task.logs is None else WorkerLogger(self.recorder)
-        self.view.metrics.calls = self.recorder.take
+        self.view.metrics.calls, self.view.metrics.mark = self.recorder.take, self.mark
         self.slices = Slices(strategy, self.view.metrics)
         self.view.loader_source = self._loader
         self.view.length_source = self._lengths

@@ -62,8 +62,6 @@ class Staging:
 
 def _copied(value: Any) -> Any:
     """What training may change while it is written: arrays, queues, objects of users."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return value
     try:
         return copy.deepcopy(value)
     except Exception:  # whether it can be pickled is for others to find out

@@ -159,8 +159,7 @@ class TrainingLoop:
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate = view.accumulate_grad_batches
-        first, exhausted, stopped, waited = self.batch, False, False, clock() - start
-        wait: Callable[[], None] | None = None
+        first, exhausted, behind, waited = self.batch, False, False, clock() - start
         for left in range(batches, 0, -1):
             asked = clock()
             try:
@@ -179,7 +178,7 @@ class TrainingLoop:
                 batch = transfer(batch, 0)
             if left == 1 and more and run.ahead:
                 metrics.begin_report()
-                wait = run.mark()
+                behind = True
             metrics.begin_batch(batch)
             if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
                 exhausted = True
@@ -204,16 +203,11 @@ class TrainingLoop:
                 exhausted = True
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
-                stopped = True
+                behind = False
                 break
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
-        if wait is None or exhausted or stopped:
-            wait = run.mark()
-            behind = False
-        else:
-            behind = True
-        wait()  # also where nothing is logged: else what a chunk takes would be unknown
+        behind = behind and not exhausted
         report = metrics.finish_report() if behind else metrics.report()
         return TrainReport(
             batches=self.batch - first,
