@@ -112,15 +112,15 @@ def ray_datasets_arrive_pinned() -> str:
 
 @check(1)
 def nested_batches_arrive_whole() -> str:
-    """Every kind of batch, copied aside while the GPU is busy, is what was sent."""
+    """Every kind of batch, copied aside while the GPU is busy, is what was sent; also where it is kept for later."""
     in_a_process("import checks_data; checks_data.compare()")
-    return "200 batches of changing sizes, freed and allocated again under load"
+    return "200 batches of changing sizes, freed and allocated again under load, some of them kept meanwhile"
 
 
 def compare() -> None:
     device = torch.device("cuda", 0)
     copy, load = prefetch.CopyStream(device), torch.randn(4096, 4096, device=device)
-    sums, expected = [], []
+    sums, expected, kept = [], [], []
     for i in range(200):
         x = torch.full((1 + i * 37 % 1000, 1000), float(i))
         moved = copy({"a": [x, "text"], "b": (x + 1,)}, device, 0)
@@ -128,5 +128,12 @@ def compare() -> None:
             load = load @ load * 1e-4
         sums.append(moved["a"][0].sum(dtype=torch.float64) + moved["b"][0].sum(dtype=torch.float64))
         expected.append(x.double().sum().item() * 2 + x.numel())
+        if i % 3 == 0:
+            kept.append((moved["a"][0][1:], x[1:].double().sum().item()))
+        if len(kept) > 4:
+            part, total = kept.pop(0)
+            sums.append(part.sum(dtype=torch.float64))
+            expected.append(total)
+            del part
         del moved
     assert torch.stack(sums).tolist() == expected
