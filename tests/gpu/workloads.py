@@ -95,4 +95,4 @@ class Workload:
         return "bf16-mixed" if self.name == "gpt" else "32-true"
 
 
-WORKLOADS = {"gpt": Workload("gpt", 100, 10), "linear": Workload("linear", 2000, 200)}
+WORKLOADS = {"gpt": Workload("gpt", 200, 10), "linear": Workload("linear", 2000, 200)}
