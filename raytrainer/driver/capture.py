@@ -51,6 +51,8 @@ class RunCapture:
         between_steps = progress.epoch_ended or progress.batch % accumulate == 0
         if between_steps and self._snapshots.due(progress.step):
             self.capture(group)
+        elif self._snapshots.approaching(progress.step):
+            group.call("prepare_capture")
 
     def rescue(self, group: WorkerGroup) -> dict[str, Any] | None:
         """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none.

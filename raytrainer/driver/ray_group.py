@@ -45,7 +45,7 @@ GRACE = 2.0
 PATIENCE = 10.0
 
 #: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
-_WATCHED = frozenset({"train", "report_steps", "evaluate"})
+_WATCHED = frozenset({"train", "report_steps", "evaluate", "prepare_capture"})
 
 
 class RayGroup:

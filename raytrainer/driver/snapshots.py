@@ -32,10 +32,12 @@ class Snapshots:
         self._step = 0
         self._cost: float | None = None
         self._warm = False
+        self._announced = False
 
     def restart(self, step: int) -> None:
         """Training begins, or goes on after a loss, here."""
         self._taken, self._step, self._cost, self._warm = time.perf_counter(), step, None, False
+        self._announced = False
 
     def trained(self) -> None:
         """A chunk has been. The first one's time is that of compiling and the like, which no snapshot would save."""
@@ -45,6 +47,15 @@ class Snapshots:
 
     def due(self, step: int) -> bool:
         return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
+
+    def approaching(self, step: int) -> bool:
+        """Whether half the way to the first one has been gone; said once."""
+        if self._announced or self._cost is not None:
+            return False
+        self._announced = snapshot_due(
+            self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), 0.0
+        )
+        return self._announced
 
     def take(self, captured: Captured, step: int, cost: float) -> None:
         """Keep a state whose copying blocked training for `cost` seconds."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from raytrainer.gpu.pinned import pinned_tensors
 
 __all__ = ["Staged", "Staging"]
 
@@ -18,46 +22,89 @@ class Staged(dict[str, Any]):
     """A copied state. Its buffers are used for a later copy when nobody holds it any more."""
 
 
-class Staging:
-    """Hands out copies; keeps as many sets of buffers as there are copies alive at once."""
+#: What makes buffers exchangeable: type, shape, and whether a GPU copies to them.
+_Kind = tuple[torch.dtype, torch.Size, bool]
 
-    def __init__(self) -> None:
-        self._free: list[dict[str, Tensor]] = []
-        self._lock = threading.Lock()
+_Buffers = dict[_Kind, list[Tensor]]
+
+
+class Staging:
+    """Hands out copies; keeps as many sets of buffers as there are copies alive at once.
+
+    Args:
+        device: Where most of what is copied is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[_Buffers] = []
+        self._lock = threading.RLock()  # copies may die, and give back their buffers, at any time
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, state: Mapping[str, Any]) -> None:
+        """Have a thread take memory for copies of the GPU's tensors in `state`, unless there is some already."""
+        kinds = [kind for kind in map(_kind, _tensors(state)) if kind[2]]
+        if not kinds or self._free or self._reserving is not None:
+            return
+
+        def take() -> None:
+            with contextlib.suppress(Exception):  # the copy that needs the memory will say so
+                self._give_back(_sorted(kinds, self._pinned(kinds)))
+
+        self._reserving = threading.Thread(target=take, name="raytrainer-reserve", daemon=True)
+        self._reserving.start()
 
     def copy(self, state: Mapping[str, Any]) -> Staged:
         """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too."""
-        with self._lock:
-            buffers = self._free.pop() if self._free else {}
-        used: dict[str, Tensor] = {}
-        on_gpu = False
+        kinds = [_kind(tensor) for tensor in _tensors(state)]
+        buffers = self._take(kinds)
+        left = iter(buffers)
 
-        def walk(value: Any, path: str) -> Any:
-            nonlocal on_gpu
-            if isinstance(value, Tensor):
-                on_gpu |= value.device.type != "cpu"
-                used[path] = buffer = _fitting(buffers.get(path), value)
-                # leaf tensors may require gradients; the copy never does
-                buffer.copy_(value.detach(), non_blocking=True)
-                return buffer
-            if isinstance(value, Mapping):
-                return {key: walk(item, f"{path}/{key!r}") for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                items = [walk(item, f"{path}/{index}") for index, item in enumerate(value)]
-                return items if isinstance(value, list) else tuple(items)
-            return _copied(value)
+        def copied(value: Tensor) -> Tensor:
+            # leaf tensors may require gradients; the copy never does
+            return next(left).copy_(value.detach(), non_blocking=True)
 
         with torch.no_grad():
-            staged = Staged({name: walk(value, name) for name, value in state.items()})
-        if on_gpu:
+            staged = Staged(_walk(state, copied, _copied))
+        if any(from_gpu for _, _, from_gpu in kinds):
             torch.cuda.current_stream().synchronize()
-        weakref.finalize(staged, self._give_back, used)
+        weakref.finalize(staged, self._give_back, _sorted(kinds, buffers))
         return staged
 
-    def _give_back(self, buffers: dict[str, Tensor]) -> None:
+    def _take(self, kinds: Sequence[_Kind]) -> list[Tensor]:
+        """A buffer for each: what is free, and new ones."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+        with self._lock:
+            free = self._free.pop() if self._free else {}
+        found = [free[kind].pop() if free.get(kind) else None for kind in kinds]
+        lacking = [kind for kind, buffer in zip(kinds, found, strict=True) if buffer is None]
+        pinned = [kind for kind in lacking if kind[2]]
+        new = {False: iter([torch.empty(shape, dtype=dtype) for dtype, shape, from_gpu in lacking if not from_gpu])}
+        if pinned:
+            with ThreadPoolExecutor(1) as pool:
+                new[True] = iter(pool.submit(self._pinned, pinned).result())
+        return [next(new[kind[2]]) if buffer is None else buffer for kind, buffer in zip(kinds, found, strict=True)]
+
+    def _pinned(self, kinds: Sequence[_Kind]) -> list[Tensor]:
+        return pinned_tensors([(dtype, shape) for dtype, shape, _ in kinds], self._device)
+
+    def _give_back(self, buffers: _Buffers) -> None:
         with self._lock:
             self._free.append(buffers)
             del self._free[:-2]
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    return tensor.dtype, tensor.shape, tensor.device.type == "cuda"
+
+
+def _sorted(kinds: Sequence[_Kind], buffers: Sequence[Tensor]) -> _Buffers:
+    by_kind: _Buffers = {}
+    for kind, buffer in zip(kinds, buffers, strict=True):
+        by_kind.setdefault(kind, []).append(buffer)
+    return by_kind
 
 
 def _copied(value: Any) -> Any:
@@ -68,7 +115,19 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _fitting(buffer: Tensor | None, value: Tensor) -> Tensor:
-    if buffer is not None and buffer.dtype == value.dtype and buffer.shape == value.shape:
-        return buffer
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+def _walk(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any]) -> Any:
+    """`value` in containers of its own, with what `tensor` and `other` make of all else, called in a fixed order."""
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if isinstance(value, Mapping):
+        return {key: _walk(item, tensor, other) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_walk(item, tensor, other) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return other(value)
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _walk(state, found.append, lambda value: None)
+    return found

@@ -13,7 +13,7 @@ from raytrainer.worker.metric_objects import load_states, states_of
 if TYPE_CHECKING:
     from raytrainer.worker.run import Run
 
-__all__ = ["capture_state", "restore_state"]
+__all__ = ["capture_state", "most_of_state", "restore_state"]
 
 
 def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]:
@@ -29,8 +29,7 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
     """
     view, module = run.view, run.module
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
-    second = replica and view.ranks.node_rank == 1 and view.ranks.local_rank == 0
-    if view.ranks.rank != 0 and not second:
+    if not _has_common(run, replica):
         return state
     state |= {
         "epoch": view.current_epoch,
@@ -51,6 +50,19 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
         callback.on_save_checkpoint(view, module, state)
     module.on_save_checkpoint(state)
     return state
+
+
+def most_of_state(run: Run, replica: bool) -> dict[str, Any]:
+    """The large tensors of what `capture_state` would return, without calling any hook."""
+    if not _has_common(run, replica):
+        return {}
+    return {"state_dict": run.module.state_dict(), "optimizer_states": [o.state_dict() for o in run.view.optimizers]}
+
+
+def _has_common(run: Run, replica: bool) -> bool:
+    """Whether this worker gives what all have in common: rank 0, and with `replica` one on another node."""
+    ranks = run.view.ranks
+    return ranks.rank == 0 or (replica and ranks.node_rank == 1 and ranks.local_rank == 0)
 
 
 def _own_state(run: Run) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.run import Run, plain
 from raytrainer.worker.staging import Staging
-from raytrainer.worker.state import capture_state, restore_state
+from raytrainer.worker.state import capture_state, most_of_state, restore_state
 from raytrainer.worker.training import TrainingLoop
 
 __all__ = ["Worker"]
@@ -44,7 +44,7 @@ class Worker:
         self._training: TrainingLoop | None = None
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
-        self._staging = Staging()
+        self._staging = Staging(self.device)
 
     @property
     def run(self) -> Run:
@@ -185,6 +185,11 @@ class Worker:
         """
         state = capture_state(self.run, weights_only, replica)
         return state if live and self.device.type == "cpu" else self._staging.copy(state)
+
+    def prepare_capture(self) -> None:
+        """Captures will follow: have a thread take the memory for the first one, which a GPU's copies need pinned."""
+        if self.device.type == "cuda":
+            self._staging.reserve(most_of_state(self.run, replica=True))
 
     def restore(self, checkpoint: dict[str, Any]) -> SetupReport:
         """Put module, optimizers, schedulers and generators into a checkpoint's state; this completes `setup`."""

@@ -74,3 +74,23 @@ def test_nothing_is_kept_where_nothing_is_recovered(clock: Clock) -> None:
     kept.take(state("a"), 0, 0.0)
     clock.now += 1e6
     assert kept.latest() is None and not kept.due(10**6)
+
+
+@pytest.mark.parametrize(
+    ("every", "seconds", "steps", "expected"),
+    [("auto", 4.0, 1000, False), ("auto", 5.0, 0, True), (9, 0.0, 4, False), (9, 0.0, 5, True), (None, 1e6, 9, False),
+     ("00:00:00:02", 1.0, 0, True)],
+)  # fmt: skip
+def test_the_first_is_announced_halfway(clock: Clock, every: Any, seconds: float, steps: int, expected: bool) -> None:
+    kept = snapshots.Snapshots(build_settings(snapshot_every=every), enabled=True)
+    kept.restart(3)
+    clock.now += seconds
+    assert kept.approaching(3 + steps) is expected
+    assert not expected or not kept.approaching(3 + steps)  # once
+
+
+def test_later_ones_are_not_announced(clock: Clock) -> None:
+    kept = snapshots.Snapshots(build_settings(snapshot_every=2), enabled=True)
+    kept.restart(0)
+    kept.take(state("x"), 0, 0.1)
+    assert not kept.approaching(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import raytrainer
 from raytrainer.data import prefetch
+from raytrainer.gpu import pinned
+from raytrainer.worker.staging import Staging
 
 ROWS, WIDTH = 8192, 2048
 
@@ -73,15 +76,15 @@ def copying_beside_computing() -> str:
     """64 MiB batches: no slower than on the computing stream; the figures say how much faster."""
     kept = [[torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(i))] for i in range(4)]
     said = []
-    for pinned in (False, True):
+    for from_pinned in (False, True):
         found = {}
         for aside in (False, True):
             module = Copying(aside)
-            fit(module, Batches(kept, 45, pinned), max_epochs=1)
+            fit(module, Batches(kept, 45, from_pinned), max_epochs=1)
             found[aside] = module
         assert found[True].sums == found[False].sums
         a, b = (found[aside].seconds * 1e3 for aside in (False, True))
-        said.append(f"{'pinned' if pinned else 'pageable'} {a:.1f} -> {b:.1f} ms a step, "
+        said.append(f"{'pinned' if from_pinned else 'pageable'} {a:.1f} -> {b:.1f} ms a step, "
                     f"peak {found[False].peak >> 20} -> {found[True].peak >> 20} MiB")  # fmt: skip
         assert b < a * 1.05, said
     return "; ".join(said)
@@ -137,3 +140,48 @@ def compare() -> None:
             del part
         del moved
     assert torch.stack(sums).tolist() == expected
+
+
+@check(1)
+def copies_of_states_are_whole() -> str:
+    """Copies into memory that a thread has taken beforehand: equal, pinned, and CUDA forgets it in time."""
+    return in_a_process("import checks_data; checks_data.stage()").strip()
+
+
+def stage() -> None:
+    device, known = torch.device("cuda", 0), set()
+    register, unregister = pinned._register, pinned._unregister
+
+    def count(address: int, size: int, device: torch.device) -> bool:
+        known.add(address)
+        return register(address, size, device)
+
+    def forget(address: int, device: torch.device) -> None:
+        known.remove(address)
+        unregister(address, device)
+
+    pinned._register, pinned._unregister = count, forget
+    state: dict[str, Any] = {f"rows{n}": torch.randn(n, 1000, device=device) for n in (1, 7, 9000, 40000)}
+    state |= {"half": [torch.randn(1000, device=device).bfloat16()], "flags": torch.rand(77, device=device) > 0.5}
+    staging = Staging(device)
+
+    def copy() -> tuple[Any, float]:
+        begun = time.perf_counter()
+        copied = staging.copy(state)
+        waited = time.perf_counter() - begun
+        for name, value in state.items():
+            for there, here in zip(copied[name], value, strict=True):
+                assert torch.equal(there, here.cpu()) and there.is_pinned(), name
+        return copied, waited
+
+    staging.reserve(state)
+    (first, reserved), (second, alone) = copy(), copy()  # the second, since the first is held, takes its memory itself
+    place = first["rows40000"].data_ptr()
+    del first
+    third, again = copy()
+    assert third["rows40000"].data_ptr() == place and known
+    del second, third
+    staging._free.clear()
+    gc.collect()
+    assert not known
+    print(f"196 MB: {reserved:.2f} s right after a thread was asked, {alone:.2f} s without, {again:.3f} s again")

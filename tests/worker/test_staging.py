@@ -6,8 +6,10 @@ import threading
 from collections import deque
 from typing import Any
 
+import pytest
 import torch
 
+from raytrainer.worker import staging as module
 from raytrainer.worker.staging import Staging
 
 
@@ -18,7 +20,7 @@ def test_nothing_in_a_copy_is_changed_by_training() -> None:
         "nested": [({"seen": {1}}, torch.zeros(2))],
         "epoch": 3,
     }
-    copied = Staging().copy(live)
+    copied = Staging(torch.device("cpu")).copy(live)
     live["weights"]["a"].zero_()
     live["queue"].append(2)
     live["nested"][0][0]["seen"].add(2)
@@ -31,11 +33,11 @@ def test_nothing_in_a_copy_is_changed_by_training() -> None:
 
 def test_what_cannot_be_copied_stays() -> None:
     lock = threading.Lock()
-    assert Staging().copy({"lock": lock})["lock"] is lock
+    assert Staging(torch.device("cpu")).copy({"lock": lock})["lock"] is lock
 
 
 def test_buffers_are_used_again_once_nobody_holds_the_copy() -> None:
-    staging, live = Staging(), {"a": torch.ones(3)}
+    staging, live = Staging(torch.device("cpu")), {"a": torch.ones(3)}
     first = staging.copy(live)
     place = first["a"].data_ptr()
     second = staging.copy(live)
@@ -44,3 +46,76 @@ def test_buffers_are_used_again_once_nobody_holds_the_copy() -> None:
     live["a"].fill_(2.0)
     assert staging.copy(live)["a"].data_ptr() == place
     assert second["a"].tolist() == [1, 1, 1]
+
+
+class Device:
+    """A GPU whose tensors are those of 32 bits."""
+
+    def __init__(self) -> None:
+        self.allocations: list[tuple[str, int]] = []
+        self.may_allocate = threading.Event()
+        self.may_allocate.set()
+
+    def kind(self, tensor: torch.Tensor) -> Any:
+        return tensor.dtype, tensor.shape, tensor.dtype is torch.float32
+
+    def pinned(self, kinds: Any, device: Any) -> list[torch.Tensor]:
+        assert self.may_allocate.wait(30)
+        self.allocations.append((threading.current_thread().name, len(kinds)))
+        return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
+
+    def current_stream(self) -> Device:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    fake = Device()
+    monkeypatch.setattr(module, "_kind", fake.kind)
+    monkeypatch.setattr(module, "pinned_tensors", fake.pinned)
+    monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
+    return fake
+
+
+LIVE = {"weights": {"a": torch.ones(3), "tied": torch.ones(3)}, "steps": [torch.zeros(1, dtype=torch.int64)]}
+
+
+def test_memory_is_taken_beforehand_by_a_thread(device: Device) -> None:
+    staging = Staging(torch.device("cpu"))
+    device.may_allocate.clear()
+    staging.reserve(LIVE)
+    staging.reserve(LIVE)
+    assert device.allocations == []  # and this thread has not waited
+    device.may_allocate.set()
+    copied = staging.copy(LIVE)
+    assert device.allocations == [("raytrainer-reserve", 2)]
+    assert copied["weights"]["tied"].tolist() == [1, 1, 1] and copied["steps"][0].tolist() == [0]
+    assert copied["weights"]["a"].data_ptr() != copied["weights"]["tied"].data_ptr()
+    del copied
+    staging.reserve(LIVE)  # what is free does
+    staging.copy(LIVE)
+    assert len(device.allocations) == 1
+
+
+def test_what_reserving_did_not_foresee_is_taken_by_the_copy(device: Device) -> None:
+    staging = Staging(torch.device("cpu"))
+    staging.reserve({"a": torch.ones(3)})
+    copied = staging.copy({"other": torch.full((2, 2), 5.0), **LIVE})
+    assert copied["other"].tolist() == [[5, 5], [5, 5]] and copied["weights"]["a"].tolist() == [1, 1, 1]
+    assert [count for _, count in device.allocations] == [1, 2]
+
+
+def test_where_reserving_fails_the_copy_tries_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(kinds: Any, device: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    staging = Staging(torch.device("cpu"))
+    monkeypatch.setattr(module, "pinned_tensors", fails)
+    staging.reserve(LIVE)
+    with pytest.raises(RuntimeError, match="no memory"):
+        staging.copy(LIVE)
+    monkeypatch.setattr(module, "pinned_tensors", device.pinned)
+    assert staging.copy(LIVE)["weights"]["a"].tolist() == [1, 1, 1]
