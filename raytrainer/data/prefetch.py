@@ -4,11 +4,6 @@ The CPU issues work well ahead of the GPU, so a batch that is copied when the lo
 batches are being computed, if only the copy does not queue up behind them: hence a CUDA stream of its own. Nothing is
 read ahead of the loop, so hooks run in their order, generators are drawn from in theirs, and a run resumes exactly.
 From memory that is not pinned, a copy on the computing stream would even make the CPU wait for what is queued there.
-
-A batch's memory belongs to the copying stream, which must not use it again before the computing one is through. torch's
-answer, `record_stream`, has each later allocation ask the device whether it is, while the CPU is ahead: hundreds of
-questions a step. So batches are held here until they have been used, which is asked once a batch; only those that
-somebody else holds longer are recorded.
 """
 
 from __future__ import annotations
@@ -42,66 +37,45 @@ class CopyStream:
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
         self.stream = cuda.Stream(device)
-        # torch has few streams and gives them again: this one may have been another run's
-        self.stream.wait_stream(cuda.current_stream(device))
-        self._waiting: deque[tuple[Any, list[Tensor], int]] = deque()  # (when the batch has been used, it, its bytes)
+        self._waiting: deque[tuple[Any, int]] = deque()  # (when the batch has been used, its bytes)
         self._bytes = 0  # of them all
-        self._last: tuple[list[Tensor], int] | None = None  # the batch in use, and its bytes
+        self._last = 0  # bytes of the batch in use
 
     def __call__(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         size = _copied_bytes(batch)
         if size is None or size < LEAST:
             return move(batch, device)
         current = self.cuda.current_stream(device)
-        self._let_go(current)
+        self._limit(current)
+        self._last = size
         with self.cuda.stream(self.stream):
             moved = move(batch, device)
         current.wait_stream(self.stream)
-        self._last = _aliases(moved), size
+        # the memory belongs to the copying stream, which must not use it again before the computing one is through
+        map_leaves(moved, lambda leaf: _record(leaf, current))
         return moved
 
-    def _let_go(self, current: Any) -> None:
-        """Free used batches; wait for the GPU, if it is so far behind that copied batches would fill its memory."""
-        if self._last is not None:
+    def _limit(self, current: Any) -> None:
+        """Wait for the GPU, if it is so far behind that copied batches would fill its memory."""
+        if self._last:
             event = self.cuda.Event()
-            event.record(current)  # all that uses the batch before this one is queued by now, if nobody keeps it
-            self._waiting.append((event, *self._last))
-            self._bytes += self._last[1]
-            self._last = None
+            event.record(current)  # all that uses the batch before this one is queued by now
+            self._waiting.append((event, self._last))
+            self._bytes += self._last
         while self._waiting:
-            event, tensors, size = self._waiting[0]
+            event, size = self._waiting[0]
             if not event.query():
                 if self._bytes <= IN_FLIGHT or len(self._waiting) <= 2:
                     return
                 event.synchronize()
-            for tensor in tensors:
-                if _holders(tensor) > _ALONE:
-                    tensor.record_stream(current)
             self._waiting.popleft()
             self._bytes -= size
 
 
-def _aliases(batch: Any) -> list[Tensor]:
-    """For the memory of each tensor in `batch`, one tensor that nobody else has."""
-    found: dict[int, Tensor] = {}
-
-    def add(leaf: Any) -> Any:
-        for tensor in _tensors(leaf) or []:
-            found.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
-        return leaf
-
-    map_leaves(batch, add)
-    return list(found.values())
-
-
-def _holders(tensor: Tensor) -> int:
-    """How many tensors, views, graphs and the like have this tensor's memory."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
-
-
-#: Holders of memory that a single tensor has.
-_ALONE = _holders(torch.empty(1))
+def _record(leaf: Any, stream: Any) -> Any:
+    for tensor in _tensors(leaf) or []:
+        tensor.record_stream(stream)
+    return leaf
 
 
 def _tensors(leaf: Any) -> list[Tensor] | None:

@@ -11,7 +11,6 @@ from raytrainer.data import prefetch
 from raytrainer.data.prefetch import CopyStream
 
 META = torch.device("meta")  # a device that copies go to without any hardware
-BEGUN = "copy waits for compute"
 
 
 class FakeStream:
@@ -91,7 +90,8 @@ Pair = namedtuple("Pair", "x y")
 def test_large_batches_of_any_nesting_take_the_side_stream(cuda, batch):
     moved = CopyStream(META, cuda)(batch, META, 0)
     assert type(moved) is type(batch)
-    assert cuda.story == [BEGUN, "on copy", "compute waits for copy"]
+    assert cuda.story[:2] == ["on copy", "compute waits for copy"]
+    assert any(line.endswith("used by compute") for line in cuda.story[2:])
 
 
 class Opaque:
@@ -118,54 +118,13 @@ class Encoding(dict):
 )
 def test_others_are_moved_as_always(cuda, batch):
     CopyStream(META, cuda)(batch, META, 0)
-    assert cuda.story == [BEGUN]
-
-
-def held(copy: CopyStream) -> list[torch.Tensor]:
-    batches = [batch for _, batch, _ in copy._waiting] + ([copy._last[0]] if copy._last else [])
-    return [tensor for batch in batches for tensor in batch]
-
-
-def test_a_batch_is_held_until_the_gpu_has_used_it(cuda):
-    copy = CopyStream(META, cuda)
-    for _ in range(3):
-        copy([big(), torch.ones(2)], META, 0)
-    assert len(held(copy)) == 6 and len(cuda.events) == 2
-    cuda.events[0].done = True
-    copy(big(), META, 0)
-    assert [tuple(t.shape) for t in held(copy)] == [(prefetch.LEAST // 4,), (2,)] * 2 + [(prefetch.LEAST // 4,)]
-    for event in cuda.events:
-        event.done = True
-    copy(big(), META, 0)
-    assert len(held(copy)) == 2  # the last one, and the one that has just been used
-    assert not any("used by" in line for line in cuda.story)  # each would be asked for at every later allocation
-
-
-@pytest.mark.parametrize(
-    "keep",
-    [
-        lambda moved: moved,
-        lambda moved: moved["a"][0],
-        lambda moved: moved["a"][0][:5],
-        lambda moved: (moved["a"][0] * torch.ones(1, device=META, requires_grad=True)).sum(),  # in a graph
-    ],
-)
-def test_what_the_user_holds_longer_is_recorded(cuda, keep):
-    copy = CopyStream(META, cuda)
-    moved = copy({"a": [big()]}, META, 0)
-    kept = keep(moved)
-    del moved
-    copy(big(3, prefetch.LEAST), META, 0)
-    cuda.events[0].done = True
-    copy(big(), META, 0)
-    assert kept is not None and cuda.story.count(f"({prefetch.LEAST // 4},) used by compute") == 1
+    assert cuda.story == []
 
 
 def test_mappings_that_move_themselves(cuda):
-    copy = CopyStream(META, cuda)
-    moved = copy(Encoding(x=big(4, prefetch.LEAST)), META, 0)
+    moved = CopyStream(META, cuda)(Encoding(x=big(4, prefetch.LEAST)), META, 0)
     assert isinstance(moved, Encoding) and moved["x"].device == META
-    assert [tuple(t.shape) for t in held(copy)] == [(4, prefetch.LEAST)]
+    assert cuda.story[-1] == f"(4, {prefetch.LEAST}) used by compute"
 
 
 def test_the_cpu_waits_when_the_gpu_is_far_behind(cuda, monkeypatch):
