@@ -28,13 +28,14 @@ def offline(monkeypatch) -> Iterator[None]:
 
 
 def records(folder: Path) -> Iterator[Any]:
-    """All records of all offline runs in `folder`.
+    """All records of all offline runs in `folder`, W&B's process being ended: it may write a run's last ones then.
 
     A file is 7 bytes, then LevelDB's log format: blocks of 32 KiB, in which a piece is a checksum (4 bytes), a length
     (2), a kind (1: whole, 2: first, 3: middle, 4: last) and content.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     for path in sorted(folder.rglob("*.wandb")):
         content, at, whole = path.read_bytes(), 7, b""
         while at + 7 <= len(content):
