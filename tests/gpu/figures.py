@@ -1,8 +1,9 @@
 """Milliseconds a step on GPUs: raw torchrun loop, raytrainer over Ray actors, Lightning; eager and compiled.
 
 Run on a machine with GPUs: python tests/gpu/figures.py --gpus 2 [--rounds 2] [--workloads gpt linear] [--kinds eager]
-Prints one Markdown table for each workload. With --settings, instead: the GPT on one card and on all, with settings of
-DDP that may scale better.
+Prints one Markdown table for each workload. With --alternate the loop by hand and raytrainer's run in turn in the same
+workers, which what else the machine does disturbs less. With --settings, instead: the GPT on one card and on all, with
+settings of DDP that may scale better.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 #: of the GPU, and whether it has more to do on one side than on the other.
 Times = tuple[float, float, float, float]
 
+SAID = "median {:.3f} ms, mean {:.3f}; CPU: loop {:.3f}, all {:.3f}"
+
 
 class Clock:
     """Times the steps after the warm ones on the device, from the begin of one to that of the next."""
@@ -61,39 +64,53 @@ class Clock:
         return statistics.median(times), statistics.fmean(times), of_thread, of_all
 
 
+class ByHand:
+    """The loop one would write by hand, of one rank whose process group is there."""
+
+    def __init__(self, workload: Workload, device: torch.device, compiled: bool, rank: int, world: int) -> None:
+        from torch.nn.parallel import DistributedDataParallel
+        from torch.utils.data import DataLoader
+        from torch.utils.data.distributed import DistributedSampler
+
+        self.workload, self.device = workload, device
+        self.model: Any = workload.model().to(device)
+        self.optimizer = workload.optimizer(self.model)
+        if compiled:
+            self.model = torch.compile(self.model)
+        source = workload.loader(world)
+        sampler = None
+        if world > 1:
+            self.model = DistributedDataParallel(self.model, device_ids=[device.index], gradient_as_bucket_view=True)
+            sampler = DistributedSampler(source.dataset, num_replicas=world, rank=rank, shuffle=False)
+        self.data = DataLoader(source.dataset, batch_size=source.batch_size, sampler=sampler, pin_memory=True)
+
+    def epoch(self) -> Times:
+        model, optimizer = self.model, self.optimizer
+        mixed = self.workload.precision == "bf16-mixed"
+        clock = Clock(self.workload)
+        for step, (batch,) in enumerate(self.data):
+            clock.before(step)
+            batch = batch.to(self.device, non_blocking=True)
+            with torch.autocast("cuda", dtype=torch.bfloat16) if mixed else contextlib.nullcontext():
+                loss = model(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return clock.milliseconds()
+
+
 def raw(workload: Workload, compiled: bool, out: str) -> None:
-    """A rank of torchrun: the loop one would write by hand."""
+    """A rank of torchrun."""
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.data import DataLoader
-    from torch.utils.data.distributed import DistributedSampler
 
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    model: Any = workload.model().to(device)
-    optimizer = workload.optimizer(model)
-    if compiled:
-        model = torch.compile(model)
-    source = workload.loader(world)
-    sampler = None
     if world > 1:
         dist.init_process_group("nccl", device_id=device)
-        model = DistributedDataParallel(model, device_ids=[rank], gradient_as_bucket_view=True)
-        sampler = DistributedSampler(source.dataset, shuffle=False)
-    data = DataLoader(source.dataset, batch_size=source.batch_size, sampler=sampler, pin_memory=True)
-    mixed = workload.precision == "bf16-mixed"
-    clock = Clock(workload)
-    for step, (batch,) in enumerate(data):
-        clock.before(step)
-        batch = batch.to(device, non_blocking=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16) if mixed else contextlib.nullcontext():
-            loss = model(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    times = ByHand(workload, device, compiled, rank, world).epoch()
     if rank == 0:
-        Path(out).write_text(json.dumps(clock.milliseconds()))
+        Path(out).write_text(json.dumps(times))
     if world > 1:
         dist.destroy_process_group()
 
@@ -141,6 +158,43 @@ def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -
     return median, mean, of_thread, of_all
 
 
+def alternating(workload: Workload, gpus: int, rounds: int, compiled: bool) -> str:
+    """Both loops in the same workers, an epoch of one after one of the other: what differs is nothing but the loop."""
+    import raytrainer
+
+    class Alternating(module_of(raytrainer.Module, workload)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.results: list[tuple[Times, Times]] = []
+
+        def on_train_epoch_start(self) -> None:
+            if "hand" not in self.__dict__:
+                trainer = self.trainer
+                self.__dict__["hand"] = ByHand(workload, self.device, compiled, trainer.global_rank, trainer.world_size)
+            self.__dict__["by_hand"] = self.__dict__["hand"].epoch()
+            super().on_train_epoch_start()
+
+        def on_train_epoch_end(self) -> None:
+            super().on_train_epoch_end()
+            self.results.append((self.__dict__["by_hand"], tuple(self.result)))
+
+        def on_train_end(self) -> None:
+            del self.__dict__["hand"]
+
+    logging.getLogger("raytrainer").setLevel(logging.ERROR)
+    trainer = raytrainer.Trainer(
+        gpus=gpus, max_epochs=rounds, precision=workload.precision, logger=False, compile=compiled,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    module = Alternating()
+    trainer.fit(module, workload.loader(gpus))
+    hand, own = ([pair[side] for pair in module.results] for side in (0, 1))
+    rows = {"by hand": (hand, hand), "raytrainer": (own, hand)}
+    for name, (values, _) in rows.items():
+        print(name, *(SAID.format(*times) for times in values), sep="\n  ", flush=True)
+    return table(f"{workload.name} on {gpus} cards{', compiled' * compiled}, in turn in the same workers", rows)
+
+
 def lightning(workload: Workload, compiled: bool, out: str, gpus: int) -> None:
     import lightning as L
 
@@ -186,22 +240,27 @@ def measure(workload: Workload, gpus: int, rounds: int, kinds: list[bool], other
             for side, run in sides.items():
                 figures.setdefault((side, compiled), []).append(run(compiled))
                 # what has been measured is not lost when time is up
-                said = "median {:.3f} ms, mean {:.3f}; CPU: loop {:.3f}, all {:.3f}".format(
-                    *figures[side, compiled][-1]
-                )
-                print(f"{workload.name} {side} {compiled=} {said}", flush=True)
+                print(workload.name, side, f"{compiled=}", SAID.format(*figures[side, compiled][-1]), flush=True)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "?"
+    rows = {
+        f"{side}{', compiled' * compiled}": (values, figures["raw torchrun", compiled])
+        for (side, compiled), values in figures.items()
+    }
+    return table(f"{workload.name} on {gpus} x {name}", rows)
+
+
+def table(title: str, rows: dict[str, tuple[list[Times], list[Times]]]) -> str:
+    """Markdown: of each row medians over runs, and medians of ratios to the runs that it is compared with."""
     lines = [
-        f"\n{workload.name} on {gpus} x {name}, ms a step\n",
+        f"\n{title}, ms a step\n",
         "| | median | ratio | mean | ratio | CPU: loop | ratio | CPU: all | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for (side, compiled), values in figures.items():
-        cells = [f"{side}{', compiled' if compiled else ''}"]
+    for name, (values, base) in rows.items():
+        cells = [name]
         for kind in range(4):
-            pairs = zip(values, figures["raw torchrun", compiled], strict=True)
             cells.append(f"{statistics.median(v[kind] for v in values):.2f}")
-            cells.append(f"{statistics.median(v[kind] / b[kind] for v, b in pairs):.3f}")
+            cells.append(f"{statistics.median(v[kind] / b[kind] for v, b in zip(values, base, strict=True)):.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -238,6 +297,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=["linear", "gpt"])
     parser.add_argument("--kinds", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--settings", action="store_true")
+    parser.add_argument("--alternate", action="store_true")
     parser.add_argument("--no-lightning", action="store_true")
     parser.add_argument("--role", default="")
     parser.add_argument("--compiled", action="store_true")
@@ -253,10 +313,12 @@ def main() -> None:
     else:
         for name in arguments.workloads:
             kinds = [False] if name == "linear" else [kind == "compiled" for kind in arguments.kinds]
-            print(
-                measure(WORKLOADS[name], arguments.gpus, arguments.rounds, kinds, not arguments.no_lightning),
-                flush=True,
-            )
+            if arguments.alternate:
+                tables = [alternating(WORKLOADS[name], arguments.gpus, arguments.rounds, kind) for kind in kinds]
+            else:
+                others = not arguments.no_lightning
+                tables = [measure(WORKLOADS[name], arguments.gpus, arguments.rounds, kinds, others)]
+            print(*tables, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
