@@ -99,5 +99,6 @@ def snapshot_due(every: int | float | str | None, seconds: float, steps: int, co
     if every is None:
         return False
     if isinstance(every, str):
-        return seconds >= max(10.0, 150.0 * cost)
+        # handing the copy over beside training costs about as much again
+        return seconds >= max(10.0, 250.0 * cost)
     return steps >= every if isinstance(every, int) else seconds >= every
