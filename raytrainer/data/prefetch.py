@@ -22,6 +22,10 @@ __all__ = ["CopyStream"]
 #: Bytes of a batch from which the stream pays: smaller copies are done before the stream is switched.
 LEAST = 64 * 1024
 
+#: The same for pinned memory, from which a copy never makes the CPU wait. It takes a GPU 40 us or less, and the stream
+#: the CPU more than that: besides switching, torch's allocator asks for recorded memory with each allocation.
+LEAST_PINNED = 2**20
+
 #: Bytes of copied batches that may wait for the GPU, besides two, before the CPU waits: memory that is not free again.
 IN_FLIGHT = 256 * 2**20
 
@@ -43,7 +47,7 @@ class CopyStream:
 
     def __call__(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         size = _copied_bytes(batch)
-        if size is None or size < LEAST:
+        if size is None or size < LEAST or (size < LEAST_PINNED and _is_pinned(batch)):
             return move(batch, device)
         current = self.cuda.current_stream(device)
         self._limit(current)
@@ -86,6 +90,18 @@ def _tensors(leaf: Any) -> list[Tensor] | None:
         values = list(leaf.values())
         return values if all(type(value) is Tensor for value in values) else None
     return None if callable(getattr(leaf, "to", None)) else []
+
+
+def _is_pinned(batch: Any) -> bool:
+    """Whether all tensors of a batch, which are known and on the CPU, are in pinned memory."""
+    found: list[Tensor] = []
+
+    def add(leaf: Any) -> Any:
+        found.extend(_tensors(leaf) or [])
+        return leaf  # containers are rebuilt, and may check what they hold
+
+    map_leaves(batch, add)
+    return all(tensor.is_pinned() for tensor in found)
 
 
 def _copied_bytes(batch: Any) -> int | None:

@@ -94,6 +94,18 @@ def test_large_batches_of_any_nesting_take_the_side_stream(cuda, batch):
     assert any(line.endswith("used by compute") for line in cuda.story[2:])
 
 
+@pytest.mark.parametrize(
+    ("pinned", "size", "aside"),
+    [(3, 1, False), (3, prefetch.LEAST_PINNED // prefetch.LEAST, True), (2, 1, True), (0, 1, True)],
+)
+def test_pinned_memory_needs_larger_batches_to_take_it(cuda, monkeypatch, pinned, size, aside):
+    tensors = [torch.ones(size, prefetch.LEAST // 4) for _ in range(3)]
+    in_pinned = {tensor.data_ptr() for tensor in tensors[:pinned]}
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in in_pinned)
+    CopyStream(META, cuda)({"x": tensors[0], "y": tensors[1:]}, META, 0)
+    assert bool(cuda.story) is aside
+
+
 class Opaque:
     """Has tensors that nobody can see."""
 
