@@ -126,7 +126,8 @@ class Trainer(TrainerProperties):
         hang_timeout: Seconds without an answer from training workers after which they count as lost.
         enable_checkpointing: Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given.
         default_root_dir: Where logs and checkpoints go [the working directory].
-        idle_timeout: Seconds that unused workers are kept for the next run; 0: not at all.
+        idle_timeout: Seconds that unused workers are kept for the next run, unless others in the cluster wait for what
+            they hold; 0: not at all.
 
     Raises:
         ConfigurationError: A value, or a pair of values, cannot work.

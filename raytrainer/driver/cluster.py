@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "own_reservation",
     "place_name",
     "resources_text",
+    "somebody_waits",
     "started_here",
 ]
 
@@ -206,6 +207,35 @@ def started_here() -> bool:
     from ray._private import worker
 
     return bool(getattr(getattr(worker, "_global_node", None), "head", False))
+
+
+def somebody_waits(kinds: Set[str]) -> bool:
+    """Whether a task, an actor or a placement group waits for "CPU" or "GPU" in `kinds`, on nodes that are there.
+
+    False where Ray does not tell: to a Ray Client, say.
+    """
+    from ray._private import worker
+
+    try:
+        from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+        state = get_cluster_resource_state(worker.global_worker.gcs_client)
+        nodes = [dict(node.total_resources) for node in state.node_states]  # empty for dead ones
+        asked = [[one.request] for one in state.pending_resource_requests]
+        for gang in state.pending_gang_resource_requests:
+            asked.append(gang.requests or [one for some in gang.bundle_selectors for one in some.resource_requests])
+        wanted = [[dict(one.resources_bundle) for one in requests] for requests in asked]
+    except Exception as error:
+        log.debug("Ray does not tell what waits for resources", exc_info=error)
+        return False
+
+    def could_be_had(bundle: dict[str, float]) -> bool:
+        return any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
+
+    return any(
+        any(kinds & bundle.keys() for bundle in bundles) and all(could_be_had(bundle) for bundle in bundles)
+        for bundles in wanted
+    )
 
 
 def resources_text() -> str:

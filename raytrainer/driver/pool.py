@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from raytrainer.driver.cluster import somebody_waits
 from raytrainer.errors import ResourceError
 
 if TYPE_CHECKING:
     from raytrainer.driver.ray_group import RayGroup, Request
 
-__all__ = ["close_idle", "put_back", "set_idle_timeout", "take"]
+__all__ = ["close_idle", "kept", "put_back", "set_idle_timeout", "take"]
 
 log = logging.getLogger("raytrainer")
 
-_lock = threading.RLock()
-_idle: dict[Request, list[tuple[RayGroup, threading.Timer | None]]] = {}
+#: Seconds between looks at whether somebody waits for what idle groups hold.
+LOOK = 1.0
+
+#: Seconds that somebody has to have waited before they give way: a task that will soon be served waits a little too.
+GIVE_WAY = 5.0
+
+_changed = threading.Condition(threading.RLock())
+_idle: list[tuple[RayGroup, float]] = []  # with the time until which it is kept, newest last
+_watcher: threading.Thread | None = None
 _timeout = 300.0
+_keeping = 0
 
 
 def set_idle_timeout(seconds: float) -> None:
@@ -56,51 +67,81 @@ def take(requests: Sequence[Request], timeout: float = 60.0) -> RayGroup:
 
 def _take_idle(request: Request) -> RayGroup | None:
     while True:
-        with _lock:
-            groups = _idle.get(request, [])
-            if not groups:
+        with _changed:
+            group = next((group for group, _ in reversed(_idle) if group.request == request), None)
+            if group is None:
                 return None
-            group, timer = groups.pop()
-        if timer is not None:
-            timer.cancel()
+            _remove([group])
         if group.usable:
             return group
 
 
+def _remove(groups: Sequence[RayGroup]) -> None:
+    _idle[:] = [entry for entry in _idle if entry[0] not in groups]
+    _changed.notify_all()
+
+
 def put_back(group: RayGroup) -> None:
-    """Keep a group whose run is over; release it after the idle time."""
+    """Keep a group whose run is over, until the idle time is over or others wait for what it holds."""
+    global _watcher
     if group.broken:
         return
     if _timeout <= 0:
         group.abort()
         return
-    with _lock:
-        timer = None
-        if _timeout < threading.TIMEOUT_MAX:
-            timer = threading.Timer(_timeout, _expire, [group])
-            timer.daemon = True
-            timer.start()
-        _idle.setdefault(group.request, []).append((group, timer))
+    with _changed:
+        _idle.append((group, time.monotonic() + _timeout))
+        _changed.notify_all()
+        if _watcher is None:
+            _watcher = threading.Thread(target=_watch, name="raytrainer-idle", daemon=True)
+            _watcher.start()
 
 
-def _expire(group: RayGroup) -> None:
-    with _lock:
-        groups = _idle.get(group.request, [])
-        kept = [(g, t) for g, t in groups if g is not group]
-        if len(kept) == len(groups):
-            return  # taken in the meantime
-        _idle[group.request] = kept
-    group.abort()
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Meanwhile idle groups give way to nobody: a run that will take one of them reads its datasets first."""
+    global _keeping
+    with _changed:
+        _keeping += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _keeping -= 1
+
+
+def _watch() -> None:
+    """As long as there are idle groups: release each when its time is over, and all when others wait for them."""
+    global _watcher
+    since: float | None = None  # others wait
+    while True:
+        with _changed:
+            if _idle:
+                _changed.wait(min(LOOK, max(0.0, min(until for _, until in _idle) - time.monotonic())))
+            if not _idle:
+                _watcher = None
+                return
+            now = time.monotonic()
+            over = [group for group, until in _idle if until <= now]
+            _remove(over)
+            held = set() if _keeping else {kind for group, _ in _idle for kind in group.holds}
+        for group in over:
+            group.abort()
+        since = (since or now) if held and somebody_waits(held) else None
+        if since is not None and now - since >= GIVE_WAY:
+            log.info(
+                "Workers that were kept for the next run give way: others wait for their %s.",
+                " and ".join(sorted(held)),
+            )
+            close_idle()
 
 
 def close_idle() -> None:
     """Release every idle group now."""
-    with _lock:
-        groups = [entry for entries in _idle.values() for entry in entries]
-        _idle.clear()
-    for group, timer in groups:
-        if timer is not None:
-            timer.cancel()
+    with _changed:
+        groups = [group for group, _ in _idle]
+        _remove(groups)
+    for group in groups:
         group.abort()
 
 

@@ -140,6 +140,13 @@ class RayGroup:
         return Counter(place.node_id for place in self.places)
 
     @property
+    def holds(self) -> set[str]:
+        """What others could have if this group ended; nothing where its reservations are somebody else's."""
+        if all(slot.borrowed for slot in self._slots):
+            return set()
+        return {"CPU", "GPU"} if self.request.gpu else {"CPU"}
+
+    @property
     def stages(self) -> bool:
         """Whether workers are `StagingWorker`s."""
         return self.request.gpu

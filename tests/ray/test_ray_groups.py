@@ -9,6 +9,7 @@ import signal
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray_models import Net, Where, alive, assert_same, eventually, loader, moved, numbers
 
 from raytrainer import ResourceError
@@ -87,6 +88,26 @@ def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
     fit(trainer, where)
     assert where.taken() != [os.getpid()]
     assert trainer.settings.strategy == "ddp"
+
+
+def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog):
+    """The session's Ray has four CPUs; Ray reports what waits for them about once a second."""
+    monkeypatch.setattr(pool, "LOOK", 0.1)
+    monkeypatch.setattr(pool, "GIVE_WAY", 0.5)
+    reserved = []
+
+    def let_wait(ask):
+        fit(ray_trainer(max_epochs=1), where)
+        pids = where.taken()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "raytrainer"):
+            ray.get(ask(), timeout=30)
+        assert "others wait for their CPU" in caplog.text
+        eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
+
+    let_wait(lambda: ray.remote(num_cpus=3)(lambda: 1).remote())
+    let_wait(lambda: reserved.append(placement_group([{"CPU": 2}] * 2)) or reserved[0].ready())
+    remove_placement_group(reserved[0])
 
 
 # the rest with one worker, which starts sooner

@@ -1,0 +1,158 @@
+"""How long idle groups are kept."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytrainer.driver import cluster, pool
+
+
+class Group:
+    """Of a pool, an idle group is no more than this."""
+
+    def __init__(self, request: str, holds: tuple[str, ...] = ("CPU",), usable: bool = True) -> None:
+        self.request, self.holds, self.usable = request, set(holds), usable
+        self.broken = False
+
+    def abort(self) -> None:
+        self.broken = True
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """What others wait for; the pool looks often, and is emptied afterwards."""
+    pool.close_idle()
+    kinds: set[str] = set()
+    monkeypatch.setattr(pool, "somebody_waits", lambda held: bool(held & kinds))
+    monkeypatch.setattr(pool, "LOOK", 0.01)
+    monkeypatch.setattr(pool, "GIVE_WAY", 0.05)
+    monkeypatch.setattr(pool, "_timeout", 300.0)
+    yield kinds
+    pool.close_idle()
+    eventually(lambda: pool._watcher is None)
+    assert "raytrainer-idle" not in {thread.name for thread in threading.enumerate()}
+
+
+def put_back(*groups: Group) -> None:
+    for group in groups:
+        pool.put_back(group)  # type: ignore[arg-type]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_newest_that_is_well_is_taken(waiting: set[str]) -> None:
+    old, new, ill, other = Group("a"), Group("a"), Group("a", usable=False), Group("b")
+    put_back(old, new, other, ill)
+    assert [pool._take_idle("a") for _ in range(3)] == [new, old, None]  # type: ignore[arg-type]
+    assert pool._take_idle("b") is other  # type: ignore[arg-type]
+
+
+def test_each_ends_when_its_time_is_over(waiting: set[str]) -> None:
+    lasting, brief, none = Group("a"), Group("b"), Group("c")
+    put_back(lasting)
+    pool.set_idle_timeout(0.05)
+    put_back(brief)
+    pool.set_idle_timeout(0)
+    put_back(none)
+    assert none.broken
+    eventually(lambda: brief.broken)
+    pool.set_idle_timeout(float("inf"))
+    put_back(for_ever := Group("d"))
+    assert pool._take_idle("a") is lasting and pool._take_idle("d") is for_ever  # type: ignore[arg-type]
+
+
+def test_groups_give_way_to_others_that_wait(waiting: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    groups = Group("a", ("CPU", "GPU")), Group("b")
+    with caplog.at_level("INFO", "raytrainer"):
+        put_back(*groups)
+        waiting.add("GPU")
+        eventually(lambda: all(group.broken for group in groups))
+    assert "others wait for their CPU and GPU" in caplog.text
+
+
+def test_but_not_at_once_nor_for_what_they_do_not_hold(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bool] = []
+
+    def look(held: set[str]) -> bool:
+        looks.append(len(looks) % 2 == 0)  # somebody else each time: nobody waits for long
+        return looks[-1]
+
+    monkeypatch.setattr(pool, "somebody_waits", look)
+    monkeypatch.setattr(pool, "GIVE_WAY", 0.0101)
+    group, reserved = Group("a"), Group("b", ())
+    put_back(group)
+    eventually(lambda: len(looks) > 10)
+    assert pool._take_idle("a") is group  # type: ignore[arg-type]
+    eventually(lambda: pool._watcher is None)
+    looks.clear()
+    monkeypatch.setattr(pool, "LOOK", 0.001)
+    put_back(reserved)
+    pool.set_idle_timeout(0.05)
+    put_back(brief := Group("c", ()))
+    eventually(lambda: brief.broken)
+    assert not looks and not reserved.broken
+
+
+def test_a_run_that_reads_its_datasets_keeps_them(waiting: set[str]) -> None:
+    waiting.add("CPU")
+    with pool.kept():
+        put_back(group := Group("a"))
+        pool.set_idle_timeout(0.2)
+        put_back(brief := Group("c"))
+        eventually(lambda: brief.broken)  # four times as long as they would wait otherwise
+        assert not group.broken
+    eventually(lambda: group.broken)
+
+
+def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: list[list[dict[str, float]]]) -> Any:
+    from ray.core.generated import autoscaler_pb2 as messages
+
+    found = messages.ClusterResourceState()
+    for node in nodes:
+        found.node_states.add().total_resources.update(node)
+    for task in tasks:
+        found.pending_resource_requests.add().request.resources_bundle.update(task)
+    for gang in gangs:
+        added = found.pending_gang_resource_requests.add()
+        for bundle in gang:
+            added.requests.add().resources_bundle.update(bundle)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tasks", "gangs", "waits"),
+    [
+        ({"CPU"}, [], [], False),
+        ({"CPU"}, [{"CPU": 1}], [], True),
+        ({"CPU"}, [{"memory": 1e9}], [], False),
+        ({"CPU"}, [{"CPU": 1, "GPU": 1}], [], True),
+        ({"CPU"}, [{"CPU": 9}], [], False),  # no node has it
+        ({"GPU"}, [{"CPU": 1}], [], False),
+        ({"GPU"}, [{"CPU": 9}, {"GPU": 1}], [], True),
+        ({"CPU"}, [{"CPU_group_1f": 1}], [], False),  # within a reservation
+        ({"CPU"}, [], [[{"CPU": 1}, {"CPU": 4}]], True),
+        ({"CPU"}, [], [[{"CPU": 1}, {"CPU": 9}]], False),
+    ],
+)
+def test_who_waits(monkeypatch: pytest.MonkeyPatch, kinds: set[str], tasks: Any, gangs: Any, waits: bool) -> None:
+    from ray.autoscaler.v2 import sdk
+
+    found = state([{"CPU": 4, "memory": 2e9}, {"CPU": 2, "GPU": 2}, {}], tasks, gangs)
+    monkeypatch.setattr(sdk, "get_cluster_resource_state", lambda client: found)
+    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=None))
+    assert cluster.somebody_waits(kinds) is waits
+
+
+def test_where_ray_does_not_tell() -> None:
+    assert cluster.somebody_waits({"CPU"}) is False  # Ray has not been started
