@@ -26,6 +26,13 @@ torch.set_num_threads(1)
 _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: garbage is not looked for in it at each collection."""
+    torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports much
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Generators start alike, and no test sees another one's `seed_everything`."""

@@ -200,11 +200,17 @@ class Feed:
 
         Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
         """
-        gc.freeze()
+        forks = getattr(self.loader, "num_workers", 1) != 0
+        frozen = gc.get_freeze_count() > 0  # by the user: cannot be told apart afterwards, and leaves little to collect
+        if forks and frozen:
+            gc.collect()
+        elif forks:
+            gc.freeze()
         try:
             iterator = iter(self.loader)
         finally:
-            gc.unfreeze()
+            if forks and not frozen:
+                gc.unfreeze()
         with contextlib.suppress(TypeError):
             self._reading = weakref.ref(iterator)
         return iterator

@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from raytrainer.data import loaders
 from raytrainer.data.loaders import Feed, LookAhead, as_list
 from raytrainer.data.sharding import Share
 from raytrainer.errors import ConfigurationError, DataError
@@ -484,3 +485,34 @@ def test_batch_sampler_subclass_keeps_its_own_rule():
 
     source = DataLoader(Clip(), batch_sampler=Big(SequentialSampler(range(6)), 3, False))
     assert read(feeds(source)[0]) == [[0, 1, 2, 99], [3, 4, 5, 99]]
+
+
+class Collector:
+    """Stands for `gc`, and notes what is asked of it."""
+
+    def __init__(self, frozen: int) -> None:
+        self.frozen, self.asked = frozen, list[str]()
+
+    def get_freeze_count(self) -> int:
+        return self.frozen
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self.asked.append(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "frozen", "asked"),
+    [
+        (loader(), 0, []),
+        (loader(), 9, []),
+        ([1, 2], 0, ["freeze", "unfreeze"]),  # who knows what an iterable of the user's starts
+        (loader(num_workers=1), 0, ["freeze", "unfreeze"]),
+        (loader(num_workers=1), 9, ["collect"]),  # what the user has frozen stays so
+    ],
+)
+def test_loader_processes_get_no_garbage(monkeypatch, source, frozen, asked):
+    collector = Collector(frozen)
+    monkeypatch.setattr(loaders, "gc", collector)
+    (feed,) = feeds(source)
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: iter([1]))  # what is started does not matter here
+    assert read(feed) and collector.asked == asked

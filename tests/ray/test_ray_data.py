@@ -23,12 +23,20 @@ DIM = 4
 
 
 @pytest.fixture
-def rays(ray_session: str) -> Any:
-    """`ray.data`, without its progress bars."""
+def rays(ray_session: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`ray.data`, without its progress bars; it reads Parquet in the older way, which starts no actors for footers."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    monkeypatch.setattr(context, "use_datasource_v2", False, raising=False)
     return ray.data
+
+
+@pytest.fixture
+def footers(rays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet is read in the default way."""
+    monkeypatch.setattr(rays.DataContext.get_current(), "use_datasource_v2", True, raising=False)
 
 
 def table(start: int, stop: int) -> pa.Table:
@@ -116,6 +124,7 @@ WAYS = [(True, False, 2), (True, 100, 2), (False, False, 2), (False, True, 2)]
 WAYS += [(True, True, 3), (False, 100, 3), (True, 100, 1)]
 
 
+@pytest.mark.usefixtures("footers")
 @pytest.mark.parametrize(("keep", "shuffle", "workers"), WAYS)
 def test_each_row_reaches_one_worker(
     ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool, shuffle: bool | int, workers: int
@@ -190,6 +199,7 @@ def test_early_stop(ray_trainer: Make, rays: Any, parquet: str) -> None:
     assert trainer.current_epoch == 1
 
 
+@pytest.mark.usefixtures("footers")
 def test_epoch_length(ray_trainer: Make, rays: Any, parquet: str) -> None:
     """Known from Parquet footers, unknown after a function that may change the number of rows."""
     trainer = ray_trainer(max_epochs=1)
@@ -238,6 +248,7 @@ def test_hooks_of_a_datamodule(ray_trainer: Make, parquet: str) -> None:
     assert data.asked == ["train", "val", "test", "test", "predict"]  # on the driver
 
 
+@pytest.mark.usefixtures("footers")
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
 def test_in_the_drivers_process(one_process: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
     data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=64, keep_in_memory=keep)
@@ -262,6 +273,7 @@ class KillAt(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.usefixtures("footers")
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
 def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
     data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
