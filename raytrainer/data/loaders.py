@@ -201,7 +201,8 @@ class Feed:
         Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
         """
         forks = getattr(self.loader, "num_workers", 1) != 0
-        frozen = gc.get_freeze_count() > 0  # by the user: cannot be told apart afterwards, and leaves little to collect
+        # by the user: cannot be told apart afterwards, and leaves little to collect
+        frozen = forks and gc.get_freeze_count() > 0
         if forks and frozen:
             gc.collect()
         elif forks:
