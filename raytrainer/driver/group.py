@@ -121,17 +121,14 @@ def local_group(settings: Settings) -> LocalGroup:
     """
     if not settings.on_gpu:
         return LocalGroup()
-    started = torch.cuda.is_initialized()
-    if not started:
+    own: list[int] = []  # what this process uses already, latest first
+    if torch.cuda.is_initialized():
+        own = _used[::-1] + [i for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i)]
+    else:
         use_pci_order()
-    # what this process holds already would look taken
-    select = settings.auto_select_gpus and not (started and _selected)
-    if settings.auto_select_gpus and not select:
-        return LocalGroup(Worker(device=torch.device("cuda", _selected[-1])))
-    ordinal = local_ordinal(settings.gpus, select, open_nvml())
-    if select:
-        _selected.append(ordinal)
+    ordinal = local_ordinal(settings.gpus, settings.auto_select_gpus, open_nvml(), own)
+    _used.append(ordinal)
     return LocalGroup(Worker(device=torch.device("cuda", ordinal)))
 
 
-_selected: list[int] = []  # what auto_select_gpus has picked in this process
+_used: list[int] = []  # the GPUs of runs in this process

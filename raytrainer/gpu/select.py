@@ -109,13 +109,14 @@ def describe_loads(cards: Iterable[Card]) -> str:
     ) or "no GPU"  # fmt: skip
 
 
-def local_ordinal(gpus: int | tuple[int, ...], auto_select: bool, nvml: Nvml | None) -> int:
+def local_ordinal(gpus: int | tuple[int, ...], auto_select: bool, nvml: Nvml | None, own: Sequence[int] = ()) -> int:
     """What CUDA in the driver's own process calls the GPU that "local" trains on.
 
     Args:
         gpus: 1, or a tuple of one PCI index.
-        auto_select: Pick a free one.
+        auto_select: Pick one that this process uses already, and no other that can be seen; else a free one.
         nvml: This machine's GPUs.
+        own: What CUDA calls those that this process uses already, and that so look taken; best first.
 
     Raises:
         ConfigurationError: No such GPU.
@@ -130,9 +131,12 @@ def local_ordinal(gpus: int | tuple[int, ...], auto_select: bool, nvml: Nvml | N
         return shown.index(gpus[0])
     if not auto_select:
         return 0
-    own = [cards[i] for i in shown]
-    free = free_first(own)
+    mine = next((ordinal for ordinal in own if cards[shown[ordinal]].processes <= 1), None)
+    if mine is not None:
+        return mine
+    seen = [cards[i] for i in shown]
+    free = free_first(seen)
     if not free:
-        raise ResourceError(f"auto_select_gpus: no GPU is free here: {describe_loads(own)}.")
-    log.info("auto_select_gpus: GPU %d (%s)", free[0], describe_loads(own))
+        raise ResourceError(f"auto_select_gpus: no GPU is free here: {describe_loads(seen)}.")
+    log.info("auto_select_gpus: GPU %d (%s)", free[0], describe_loads(seen))
     return shown.index(free[0])

@@ -98,6 +98,17 @@ def test_local_ordinal(monkeypatch, gpus, auto, shown, ordinal):
     assert select.local_ordinal(gpus, auto, nvml) == ordinal
 
 
+@pytest.mark.parametrize(
+    ("processes", "own", "ordinal"),
+    [((1, 0), [0], 0), ((1, 0), [], 1), ((2, 0), [0], 1), ((1, 1), [1, 0], 1), ((2, 1), [0, 1], 1)],
+)
+def test_own_gpus_only_look_taken(monkeypatch, processes, own, ordinal):
+    """Also those that were given by their indices before."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvml = Nvml(FakePynvml(*((str(i), 900.0 * count, count) for i, count in enumerate(processes))))
+    assert select.local_ordinal(1, True, nvml, own) == ordinal
+
+
 def test_local_gpu_refusals(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     taken = Nvml(FakePynvml(("1", 9000, 1)))
@@ -105,6 +116,8 @@ def test_local_gpu_refusals(monkeypatch):
         select.local_ordinal((3,), False, taken)
     with pytest.raises(ResourceError, match=r"no GPU is free here: GPU 0: 1 process"):
         select.local_ordinal(1, True, taken)
+    with pytest.raises(ResourceError, match=r"no GPU is free here: GPU 0: 2 process"):
+        select.local_ordinal(1, True, Nvml(FakePynvml(("1", 9000, 2))), [0])
     with pytest.raises(ConfigurationError, match="no NVIDIA GPU"):
         select.local_ordinal(1, False, None)
 
@@ -113,7 +126,7 @@ def test_local_group_counts_in_pci_order(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(group_module, "open_nvml", lambda: Nvml(FakePynvml(("1", 9000, 1), ("2", 0, 0))))
-    monkeypatch.setattr(group_module, "_selected", [])
+    monkeypatch.setattr(group_module, "_used", [])
     group = group_module.local_group(build_settings(gpus=[1], strategy="local"))
     assert group.worker.device == torch.device("cuda", 1) and group.describe() == "this process (cuda:1)"
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
@@ -122,6 +135,7 @@ def test_local_group_counts_in_pci_order(monkeypatch):
     # later, this process's own memory does not make the card look taken
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(group_module, "open_nvml", lambda: Nvml(FakePynvml(("1", 0, 0), ("2", 9000, 1))))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     again = group_module.local_group(build_settings(gpus=1, strategy="local", auto_select_gpus=True))
     assert again.worker.device.index == 1
     assert group_module.local_group(build_settings(strategy="local")).worker.device.type == "cpu"
