@@ -49,8 +49,8 @@ class Snapshots:
         return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
 
     def approaching(self, step: int) -> bool:
-        """Whether half the way to the first one has been gone; said once."""
-        if self._announced or self._cost is not None:
+        """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow."""
+        if self._announced or self._cost is not None or step <= self._step:
             return False
         self._announced = snapshot_due(
             self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), 0.0

@@ -7,6 +7,8 @@ another thread waits. Ordinary memory, its pages being there, is made known to C
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
 import math
 import mmap
 import sys
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["pinned_tensors"]
+
+log = logging.getLogger("raytrainer")
 
 #: Bytes of memory that are made known to CUDA at once, if one tensor does not need more.
 PIECE = 32 << 20
@@ -62,17 +66,21 @@ def _in_one_mapping(kinds: Sequence[tuple[torch.dtype, torch.Size]], device: tor
     size = sum(_bytes(*kind) for kind in kinds)
     if size == 0:
         return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # a child's copy would leave the GPU with pages that this process no longer has
-    mapping.madvise(mmap.MADV_DONTFORK)
+    try:
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # a child's copy would leave the GPU with pages that this process no longer has
+        mapping.madvise(mmap.MADV_DONTFORK)
+    except OSError:
+        return None
     with contextlib.suppress(OSError):  # kernels without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    # the tensors hold this, and this holds the mapping, which itself tells of its end when its memory is gone already
+    held = (ctypes.c_char * size).from_buffer(mapping)
+    whole = torch.frombuffer(held, dtype=torch.uint8)
     whole[:: mmap.PAGESIZE].zero_()  # have the pages now: this holds up nobody, and the next call does
     if not _register(whole.data_ptr(), size, device):
         return None
-    # the tensors hold the mapping, and this comes before it is given back
-    weakref.finalize(mapping, _unregister, whole.data_ptr(), device).atexit = False
+    weakref.finalize(held, _unregister, whole.data_ptr(), device).atexit = False
     tensors, begin = [], 0
     for dtype, shape in kinds:
         count = math.prod(shape) * dtype.itemsize
@@ -86,6 +94,9 @@ def _register(address: int, size: int, device: torch.device) -> bool:
         return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0
 
 
-def _unregister(address: int, device: torch.device) -> None:
+def _unregister(address: int, device: torch.device) -> bool:
     with torch.cuda.device(device):
-        torch.cuda.cudart().cudaHostUnregister(address)
+        error = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if error:
+        log.warning("CUDA goes on taking memory that is given back for pinned: error %d.", error)
+    return error == 0

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,11 +26,9 @@ class Staged(dict[str, Any]):
 #: What makes buffers exchangeable: type, shape, and whether a GPU copies to them.
 _Kind = tuple[torch.dtype, torch.Size, bool]
 
-_Buffers = dict[_Kind, list[Tensor]]
-
 
 class Staging:
-    """Hands out copies; keeps as many sets of buffers as there are copies alive at once.
+    """Hands out copies, in buffers of earlier ones that nobody holds any more.
 
     Args:
         device: Where most of what is copied is.
@@ -37,19 +36,29 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: list[_Buffers] = []
-        self._lock = threading.RLock()  # copies may die, and give back their buffers, at any time
+        self._free: dict[_Kind, list[Tensor]] = {}
+        self._needed: Counter[_Kind] = Counter()  # of each, the most that one copy of this run takes
+        self._returned: deque[tuple[Sequence[_Kind], Sequence[Tensor]]] = deque()  # copies may die at any time
         self._reserving: threading.Thread | None = None
 
+    def begin(self) -> None:
+        """Another run begins: buffers that its first state has no use for will go."""
+        self._needed.clear()
+
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Have a thread take memory for copies of the GPU's tensors in `state`, unless there is some already."""
-        kinds = [kind for kind in map(_kind, _tensors(state)) if kind[2]]
-        if not kinds or self._free or self._reserving is not None:
+        """Have a thread take memory for copies of the GPU's tensors in `state`, as far as there is none yet."""
+        if self._reserving is not None and self._reserving.is_alive():
+            return
+        kinds = [_kind(tensor) for tensor in _tensors(state)]
+        self._expect(kinds)
+        free = Counter({kind: len(buffers) for kind, buffers in self._free.items()})
+        lacking = list((Counter(kind for kind in kinds if kind[2]) - free).elements())
+        if not lacking:
             return
 
         def take() -> None:
             with contextlib.suppress(Exception):  # the copy that needs the memory will say so
-                self._give_back(_sorted(kinds, self._pinned(kinds)))
+                self._returned.append((lacking, self._pinned(lacking)))
 
         self._reserving = threading.Thread(target=take, name="raytrainer-reserve", daemon=True)
         self._reserving.start()
@@ -64,11 +73,13 @@ class Staging:
             # leaf tensors may require gradients; the copy never does
             return next(left).copy_(value.detach(), non_blocking=True)
 
-        with torch.no_grad():
-            staged = Staged(_walk(state, copied, _copied))
-        if any(from_gpu for _, _, from_gpu in kinds):
-            torch.cuda.current_stream().synchronize()
-        weakref.finalize(staged, self._give_back, _sorted(kinds, buffers))
+        try:
+            with torch.no_grad():
+                staged = Staged(_walk(state, copied, _copied))
+        finally:
+            if any(from_gpu for _, _, from_gpu in kinds):  # also before the buffers of a failed copy may go
+                torch.cuda.current_stream().synchronize()
+        weakref.finalize(staged, self._returned.append, (kinds, buffers))
         return staged
 
     def _take(self, kinds: Sequence[_Kind]) -> list[Tensor]:
@@ -76,9 +87,9 @@ class Staging:
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
-        with self._lock:
-            free = self._free.pop() if self._free else {}
-        found = [free[kind].pop() if free.get(kind) else None for kind in kinds]
+        self._expect(kinds)
+        # in order, so that those which lie in one piece of memory stay together
+        found = [self._free[kind].pop(0) if self._free.get(kind) else None for kind in kinds]
         lacking = [kind for kind, buffer in zip(kinds, found, strict=True) if buffer is None]
         pinned = [kind for kind in lacking if kind[2]]
         new = {False: iter([torch.empty(shape, dtype=dtype) for dtype, shape, from_gpu in lacking if not from_gpu])}
@@ -87,24 +98,23 @@ class Staging:
                 new[True] = iter(pool.submit(self._pinned, pinned).result())
         return [next(new[kind[2]]) if buffer is None else buffer for kind, buffer in zip(kinds, found, strict=True)]
 
+    def _expect(self, kinds: Sequence[_Kind]) -> None:
+        """Make what has come back available, up to what two copies take."""
+        counts = Counter(kinds)
+        if not self._needed:
+            self._free = {kind: buffers for kind, buffers in self._free.items() if kind in counts}
+        self._needed |= counts
+        while self._returned:
+            for kind, buffer in zip(*self._returned.popleft(), strict=True):
+                if len(self._free.get(kind, ())) < 2 * self._needed[kind]:
+                    self._free.setdefault(kind, []).append(buffer)
+
     def _pinned(self, kinds: Sequence[_Kind]) -> list[Tensor]:
         return pinned_tensors([(dtype, shape) for dtype, shape, _ in kinds], self._device)
-
-    def _give_back(self, buffers: _Buffers) -> None:
-        with self._lock:
-            self._free.append(buffers)
-            del self._free[:-2]
 
 
 def _kind(tensor: Tensor) -> _Kind:
     return tensor.dtype, tensor.shape, tensor.device.type == "cuda"
-
-
-def _sorted(kinds: Sequence[_Kind], buffers: Sequence[Tensor]) -> _Buffers:
-    by_kind: _Buffers = {}
-    for kind, buffer in zip(kinds, buffers, strict=True):
-        by_kind.setdefault(kind, []).append(buffer)
-    return by_kind
 
 
 def _copied(value: Any) -> Any:

@@ -72,6 +72,7 @@ class Worker:
     def setup(self, task: Task) -> SetupReport:
         """Take up a run, dropping what an earlier one may have left."""
         self.abandon()
+        self._staging.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._run = Run(task, self._strategy(task.settings))

@@ -78,8 +78,8 @@ def test_nothing_is_kept_where_nothing_is_recovered(clock: Clock) -> None:
 
 @pytest.mark.parametrize(
     ("every", "seconds", "steps", "expected"),
-    [("auto", 4.0, 1000, False), ("auto", 5.0, 0, True), (9, 0.0, 4, False), (9, 0.0, 5, True), (None, 1e6, 9, False),
-     ("00:00:00:02", 1.0, 0, True)],
+    [("auto", 4.0, 1000, False), ("auto", 5.0, 1, True), ("auto", 5.0, 0, False), (9, 0.0, 4, False),
+     (9, 0.0, 5, True), (None, 1e6, 9, False), ("00:00:00:02", 1.0, 1, True)],
 )  # fmt: skip
 def test_the_first_is_announced_halfway(clock: Clock, every: Any, seconds: float, steps: int, expected: bool) -> None:
     kept = snapshots.Snapshots(build_settings(snapshot_every=every), enabled=True)

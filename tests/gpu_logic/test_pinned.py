@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,14 +29,18 @@ class Cuda:
     def __init__(self) -> None:
         self.known: dict[int, int] = {}
         self.refuses = False
+        self.there: list[bool] = []  # whether memory was still this process's when CUDA was told to forget it
 
     def register(self, address: int, size: int, device: Any) -> bool:
         if not self.refuses:
             self.known[address] = size
         return not self.refuses
 
-    def unregister(self, address: int, device: Any) -> None:
+    def unregister(self, address: int, device: Any) -> bool:
         del self.known[address]
+        spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        self.there.append(any(int(begin, 16) <= address < int(end, 16) for begin, end in spans))
+        return True
 
     def knows(self, tensor: torch.Tensor) -> bool:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -76,11 +81,20 @@ def test_cuda_forgets_memory_with_the_last_that_uses_it(cuda: Cuda) -> None:
     assert len(cuda.known) == 1 and (part == 1.0).all()
     del part
     gc.collect()
-    assert cuda.known == {}
+    assert cuda.known == {} and cuda.there == [True]
 
 
-def test_where_cuda_refuses_torch_is_asked(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda.refuses = True
+def no_mapping(*args: Any, **options: Any) -> Any:
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_where_cuda_or_the_system_refuses_torch_is_asked(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    cuda.refuses = mapped
+    if not mapped:
+        monkeypatch.setattr(pinned.mmap, "mmap", no_mapping)
     asked = []
     monkeypatch.setattr(torch, "empty", lambda shape, **options: asked.append((shape, options)) or torch.zeros(shape))
     assert len(pinned_tensors(KINDS[:2], CPU)) == 2

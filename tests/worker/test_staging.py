@@ -55,6 +55,7 @@ class Device:
         self.allocations: list[tuple[str, int]] = []
         self.may_allocate = threading.Event()
         self.may_allocate.set()
+        self.waits = 0
 
     def kind(self, tensor: torch.Tensor) -> Any:
         return tensor.dtype, tensor.shape, tensor.dtype is torch.float32
@@ -68,7 +69,7 @@ class Device:
         return self
 
     def synchronize(self) -> None:
-        pass
+        self.waits += 1
 
 
 @pytest.fixture
@@ -119,3 +120,39 @@ def test_where_reserving_fails_the_copy_tries_again(device: Device, monkeypatch:
         staging.copy(LIVE)
     monkeypatch.setattr(module, "pinned_tensors", device.pinned)
     assert staging.copy(LIVE)["weights"]["a"].tolist() == [1, 1, 1]
+
+
+def test_buffers_that_a_copy_does_not_need_stay_for_the_next(device: Device) -> None:
+    """Weights alone, then all, then weights alone."""
+    staging = Staging(torch.device("cpu"))
+    staging.copy(LIVE)
+    held = staging.copy({"weights": {"a": torch.ones(3)}})
+    assert len(staging.copy(LIVE)["steps"]) == 1
+    assert [count for _, count in device.allocations] == [2, 1]  # one, since one is held
+    del held
+    for _ in range(4):
+        copies = [staging.copy(LIVE) for _ in range(3)]
+        del copies
+    staging.copy(LIVE)
+    assert max(map(len, staging._free.values())) <= 4  # what two copies take
+
+
+def test_another_run_has_memory_reserved_for_its_own_state(device: Device) -> None:
+    staging = Staging(torch.device("cpu"))
+    staging.copy(LIVE)
+    staging.begin()
+    larger = {"a": torch.ones(3), "b": torch.ones(9), "c": torch.ones(9)}
+    staging.reserve(larger)
+    assert staging.copy(larger)["c"].tolist() == [1] * 9
+    assert [count for _, count in device.allocations] == [2, 2]
+    assert {tuple(shape) for _, shape, _ in staging._free} <= {(3,), (9,)}  # of the first run's, what fits the second
+    staging.begin()
+    staging.copy({"d": torch.ones(5)})
+    assert [tuple(shape) for _, shape, _ in staging._free] == [(5,)] or not staging._free
+
+
+def test_a_copy_that_fails_still_waits_for_what_it_has_begun(device: Device) -> None:
+    staging = Staging(torch.device("cpu"))
+    with pytest.raises(RuntimeError):
+        staging.copy({"a": torch.ones(3), "sparse": torch.ones(3).to_sparse()})
+    assert device.waits == 1
