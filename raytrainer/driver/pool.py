@@ -125,8 +125,7 @@ def _watch() -> None:
             over = [group for group, until in _idle if until <= now]
             _remove(over)
             held = set() if _keeping else {kind for group, _ in _idle for kind in group.holds}
-        for group in over:
-            group.abort()
+        _end(over)
         since = (since or now) if held and somebody_waits(held) else None
         if since is not None and now - since >= GIVE_WAY:
             log.info(
@@ -141,8 +140,15 @@ def close_idle() -> None:
     with _changed:
         groups = [group for group, _ in _idle]
         _remove(groups)
+    _end(groups)
+
+
+def _end(groups: Sequence[RayGroup]) -> None:
     for group in groups:
-        group.abort()
+        try:
+            group.abort()
+        except Exception as error:  # e.g. Ray ends just now; the others are to end all the same
+            log.debug("Idle workers could not be ended", exc_info=error)
 
 
 atexit.register(close_idle)

@@ -72,6 +72,19 @@ def test_each_ends_when_its_time_is_over(waiting: set[str]) -> None:
     assert pool._take_idle("a") is lasting and pool._take_idle("d") is for_ever  # type: ignore[arg-type]
 
 
+def test_one_that_cannot_be_ended_keeps_no_other(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("Ray has ended")
+
+    stuck, brief, later = Group("a"), Group("b"), Group("c")
+    monkeypatch.setattr(stuck, "abort", fails)
+    pool.set_idle_timeout(0.05)
+    put_back(stuck, brief)
+    eventually(lambda: brief.broken)
+    put_back(later)
+    eventually(lambda: later.broken)
+
+
 def test_groups_give_way_to_others_that_wait(waiting: set[str], caplog: pytest.LogCaptureFixture) -> None:
     groups = Group("a", ("CPU", "GPU")), Group("b")
     with caplog.at_level("INFO", "raytrainer"):
