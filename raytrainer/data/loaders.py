@@ -200,7 +200,7 @@ class Feed:
 
         Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
         """
-        forks = getattr(self.loader, "num_workers", 1) != 0
+        forks = getattr(self.loader, "num_workers", 1) != 0 or self.iterable_dataset  # which may start some itself
         # by the user: cannot be told apart afterwards, and leaves little to collect
         frozen = forks and gc.get_freeze_count() > 0
         if forks and frozen:

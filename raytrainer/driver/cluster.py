@@ -30,6 +30,9 @@ __all__ = [
 
 log = logging.getLogger("raytrainer")
 
+#: Seconds that a cluster has to say what is waiting in it.
+PATIENCE = 5.0
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -210,17 +213,19 @@ def started_here() -> bool:
 
 
 def somebody_waits(kinds: Set[str]) -> bool:
-    """Whether a task, an actor or a placement group waits for "CPU" or "GPU" in `kinds`, on nodes that are there.
+    """Whether a task, an actor or a placement group waits for nothing but resources of these kinds, such as "CPU".
 
-    False where Ray does not tell: to a Ray Client, say.
+    What no node has, or has but for others, does not count. False where Ray does not tell: to a Ray Client, say.
     """
     from ray._private import worker
 
     try:
-        from ray.autoscaler.v2.sdk import get_cluster_resource_state
+        from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
 
-        state = get_cluster_resource_state(worker.global_worker.gcs_client)
-        nodes = [dict(node.total_resources) for node in state.node_states]  # empty for dead ones
+        answer = worker.global_worker.gcs_client.get_cluster_resource_state(timeout_s=PATIENCE)
+        state = GetClusterResourceStateReply.FromString(answer).cluster_resource_state
+        # empty for dead ones
+        nodes = [(dict(node.total_resources), dict(node.available_resources)) for node in state.node_states]
         asked = [[one.request] for one in state.pending_resource_requests]
         for gang in state.pending_gang_resource_requests:
             asked.append(gang.requests or [one for some in gang.bundle_selectors for one in some.resource_requests])
@@ -230,7 +235,10 @@ def somebody_waits(kinds: Set[str]) -> bool:
         return False
 
     def could_be_had(bundle: dict[str, float]) -> bool:
-        return any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
+        return any(
+            all((total if name in kinds else free).get(name, 0.0) >= amount for name, amount in bundle.items())
+            for total, free in nodes
+        )
 
     return any(
         any(kinds & bundle.keys() for bundle in bundles) and all(could_be_had(bundle) for bundle in bundles)

@@ -116,10 +116,9 @@ def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
     if remote and not all(ray_data.is_materialized(d) for datasets in found.values() for d in datasets):
         ray_data.require_free_cpu(workers)
     taken = 0
-    with pool.kept():
-        for stage, datasets in found.items():
-            task.datasets[stage] = []
-            for dataset in datasets:
-                blocks, size = ray_data.prepare(dataset, stage, remote, taken)
-                taken += size
-                task.datasets[stage].append(blocks)
+    for stage, datasets in found.items():
+        task.datasets[stage] = []
+        for dataset in datasets:
+            blocks, size = ray_data.prepare(dataset, stage, remote, taken)
+            taken += size
+            task.datasets[stage].append(blocks)

@@ -80,6 +80,7 @@ class LocalGroup:
     def setup(self, task: Task) -> list[Any]:
         if self.worker.device.type == "cuda":
             torch.cuda.set_device(self.worker.device)
+            _used.append(self.worker.device.index)
         self._module = task.module
         self.worker.prepare_data(task)
         return [self.worker.obey("setup", task)]
@@ -127,7 +128,6 @@ def local_group(settings: Settings) -> LocalGroup:
     else:
         use_pci_order()
     ordinal = local_ordinal(settings.gpus, settings.auto_select_gpus, open_nvml(), own)
-    _used.append(ordinal)
     return LocalGroup(Worker(device=torch.device("cuda", ordinal)))
 
 

@@ -26,6 +26,9 @@ LOOK = 1.0
 #: Seconds that somebody has to have waited before they give way: a task that will soon be served waits a little too.
 GIVE_WAY = 5.0
 
+#: The same while a run that will take one of them reads its datasets, with tasks that wait for each other.
+GIVE_WAY_TO_OWN = 30.0
+
 _changed = threading.Condition(threading.RLock())
 _idle: list[tuple[RayGroup, float]] = []  # with the time until which it is kept, newest last
 _watcher: threading.Thread | None = None
@@ -93,13 +96,14 @@ def put_back(group: RayGroup) -> None:
         _idle.append((group, time.monotonic() + _timeout))
         _changed.notify_all()
         if _watcher is None:
-            _watcher = threading.Thread(target=_watch, name="raytrainer-idle", daemon=True)
-            _watcher.start()
+            watcher = threading.Thread(target=_watch, name="raytrainer-idle", daemon=True)
+            watcher.start()
+            _watcher = watcher
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Meanwhile idle groups give way to nobody: a run that will take one of them reads its datasets first."""
+    """Meanwhile idle groups give way later: a run that will take one of them reads its datasets first."""
     global _keeping
     with _changed:
         _keeping += 1
@@ -124,23 +128,30 @@ def _watch() -> None:
             now = time.monotonic()
             over = [group for group, until in _idle if until <= now]
             _remove(over)
-            held = set() if _keeping else {kind for group, _ in _idle for kind in group.holds}
+            seen = [group for group, _ in _idle]
+            patience = GIVE_WAY_TO_OWN if _keeping else GIVE_WAY
+        held = {kind for group in seen for kind in group.holds}
         _end(over)
         since = (since or now) if held and somebody_waits(held) else None
-        if since is not None and now - since >= GIVE_WAY:
-            log.info(
-                "Workers that were kept for the next run give way: others wait for their %s.",
-                " and ".join(sorted(held)),
-            )
-            close_idle()
+        if since is not None and now - since >= patience:
+            kinds = " and ".join(sorted(held))
+            log.info("Workers that were kept for the next run give way: others wait for their %s.", kinds)
+            _release(seen)
+
+
+def _release(groups: Sequence[RayGroup]) -> None:
+    """End those of these groups that are idle still."""
+    with _changed:
+        idle = [group for group, _ in _idle if group in groups]
+        _remove(idle)
+    _end(idle)
 
 
 def close_idle() -> None:
     """Release every idle group now."""
     with _changed:
         groups = [group for group, _ in _idle]
-        _remove(groups)
-    _end(groups)
+    _release(groups)
 
 
 def _end(groups: Sequence[RayGroup]) -> None:

@@ -352,8 +352,8 @@ class RayGroup:
         if self.broken:
             return  # Ray never answers when a placement group is removed for a second time
         self.broken = True
-        if not ray.is_initialized():
-            return
+        if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self.session:
+            return  # it went with its Ray
         try:
             if self._handing:  # workers that live still hand over the newest state, whatever else they wait for
                 with contextlib.suppress(RayError):

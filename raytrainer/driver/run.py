@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.checkpoint import write_checkpoint
+from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import explain_lost
 from raytrainer.driver.coordinator import Coordinator
@@ -64,7 +65,8 @@ class Run:
     def started(self) -> Iterator[Coordinator]:
         """Workers, the interrupt handler, and the orderly end."""
         task, state, status = self.task, self.state, "failed"
-        prepare_datasets(task, task.settings, self.groups.cluster)
+        with pool.kept():
+            prepare_datasets(task, task.settings, self.groups.cluster)
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         try:

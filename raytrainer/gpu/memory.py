@@ -76,13 +76,13 @@ class Nvml:
         return None
 
     def _card(self, index: int, handle: Any) -> Card:
-        memory, processes = self._memory(handle), 0
+        memory, processes = self._memory(handle), set[int]()  # one may compute and draw
         for name in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
             # containers and old drivers may refuse
             with contextlib.suppress(Exception):
-                processes += len(getattr(self.library, name)(handle))
+                processes |= {process.pid for process in getattr(self.library, name)(handle)}
         uuid, name = (_text(get(handle)) for get in (self.library.nvmlDeviceGetUUID, self.library.nvmlDeviceGetName))
-        return Card(index, uuid, name, memory.used / _MIB, memory.total / _MIB, processes)
+        return Card(index, uuid, name, memory.used / _MIB, memory.total / _MIB, len(processes))
 
     def _memory(self, handle: Any) -> Any:
         version = getattr(self.library, "nvmlMemory_v2", None)

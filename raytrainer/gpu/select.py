@@ -131,7 +131,7 @@ def local_ordinal(gpus: int | tuple[int, ...], auto_select: bool, nvml: Nvml | N
         return shown.index(gpus[0])
     if not auto_select:
         return 0
-    mine = next((ordinal for ordinal in own if cards[shown[ordinal]].processes <= 1), None)
+    mine = next((i for i in own if i < len(shown) and cards[shown[i]].processes <= 1), None)
     if mine is not None:
         return mine
     seen = [cards[i] for i in shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from typing import Any
@@ -507,6 +508,7 @@ class Collector:
         (loader(), 9, []),
         ([1, 2], 0, ["freeze", "unfreeze"]),  # who knows what an iterable of the user's starts
         (loader(num_workers=1), 0, ["freeze", "unfreeze"]),
+        (DataLoader(Stream(3)), 0, ["freeze", "unfreeze"]),  # nor what such a dataset starts
         (loader(num_workers=1), 9, ["collect"]),  # what the user has frozen stays so
     ],
 )
@@ -516,3 +518,12 @@ def test_loader_processes_get_no_garbage(monkeypatch, source, frozen, asked):
     (feed,) = feeds(source)
     monkeypatch.setattr(DataLoader, "__iter__", lambda self: iter([1]))  # what is started does not matter here
     assert read(feed) and collector.asked == asked
+
+
+def test_loader_processes_start_without_a_frozen_heap():
+    """This suite's heap is frozen, a user's is not."""
+    gc.unfreeze()
+    try:
+        assert read(*feeds(loader(num_workers=1))) and gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()

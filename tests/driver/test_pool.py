@@ -35,8 +35,8 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     monkeypatch.setattr(pool, "_timeout", 300.0)
     yield kinds
     pool.close_idle()
-    eventually(lambda: pool._watcher is None)
-    assert "raytrainer-idle" not in {thread.name for thread in threading.enumerate()}
+    eventually(lambda: "raytrainer-idle" not in {thread.name for thread in threading.enumerate()})
+    assert pool._watcher is None
 
 
 def put_back(*groups: Group) -> None:
@@ -117,7 +117,7 @@ def test_but_not_at_once_nor_for_what_they_do_not_hold(waiting: set[str], monkey
     assert not looks and not reserved.broken
 
 
-def test_a_run_that_reads_its_datasets_keeps_them(waiting: set[str]) -> None:
+def test_a_run_that_reads_its_datasets_keeps_them(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     waiting.add("CPU")
     with pool.kept():
         put_back(group := Group("a"))
@@ -125,7 +125,27 @@ def test_a_run_that_reads_its_datasets_keeps_them(waiting: set[str]) -> None:
         put_back(brief := Group("c"))
         eventually(lambda: brief.broken)  # four times as long as they would wait otherwise
         assert not group.broken
+        monkeypatch.setattr(pool, "GIVE_WAY_TO_OWN", 0.3)  # not for ever: it may wait for what they hold
+        eventually(lambda: group.broken)
+    pool.set_idle_timeout(300)
+    put_back(group := Group("a"))
     eventually(lambda: group.broken)
+
+
+def test_one_that_comes_while_somebody_looks_stays(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    young = Group("b")
+
+    def look(held: set[str]) -> bool:
+        if not pool._idle[1:]:
+            put_back(young)
+        return True
+
+    monkeypatch.setattr(pool, "GIVE_WAY", 0.0)
+    monkeypatch.setattr(pool, "somebody_waits", look)
+    put_back(old := Group("a"))
+    eventually(lambda: old.broken)
+    monkeypatch.setattr(pool, "somebody_waits", lambda held: False)
+    assert old.broken
 
 
 def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: list[list[dict[str, float]]]) -> Any:
@@ -133,7 +153,9 @@ def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: l
 
     found = messages.ClusterResourceState()
     for node in nodes:
-        found.node_states.add().total_resources.update(node)
+        added = found.node_states.add()
+        added.total_resources.update(node)
+        added.available_resources.update({name: free for name, free in node.items() if name == "memory"})
     for task in tasks:
         found.pending_resource_requests.add().request.resources_bundle.update(task)
     for gang in gangs:
@@ -149,7 +171,9 @@ def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: l
         ({"CPU"}, [], [], False),
         ({"CPU"}, [{"CPU": 1}], [], True),
         ({"CPU"}, [{"memory": 1e9}], [], False),
-        ({"CPU"}, [{"CPU": 1, "GPU": 1}], [], True),
+        ({"CPU"}, [{"CPU": 1, "memory": 1e9}], [], True),
+        ({"CPU"}, [{"CPU": 1, "GPU": 1}], [], False),  # for others' GPUs
+        ({"CPU", "GPU"}, [{"CPU": 1, "GPU": 1}], [], True),
         ({"CPU"}, [{"CPU": 9}], [], False),  # no node has it
         ({"GPU"}, [{"CPU": 1}], [], False),
         ({"GPU"}, [{"CPU": 9}, {"GPU": 1}], [], True),
@@ -159,13 +183,16 @@ def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: l
     ],
 )
 def test_who_waits(monkeypatch: pytest.MonkeyPatch, kinds: set[str], tasks: Any, gangs: Any, waits: bool) -> None:
-    from ray.autoscaler.v2 import sdk
+    from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
 
     found = state([{"CPU": 4, "memory": 2e9}, {"CPU": 2, "GPU": 2}, {}], tasks, gangs)
-    monkeypatch.setattr(sdk, "get_cluster_resource_state", lambda client: found)
-    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=None))
+    answer = GetClusterResourceStateReply(cluster_resource_state=found).SerializeToString()
+    client = SimpleNamespace(get_cluster_resource_state=lambda timeout_s: answer)
+    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=client))
     assert cluster.somebody_waits(kinds) is waits
 
 
-def test_where_ray_does_not_tell() -> None:
-    assert cluster.somebody_waits({"CPU"}) is False  # Ray has not been started
+@pytest.mark.parametrize("client", [None, SimpleNamespace(get_cluster_resource_state=lambda timeout_s: b"\xff")])
+def test_where_ray_does_not_tell(monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=client))
+    assert cluster.somebody_waits({"CPU"}) is False

@@ -43,7 +43,7 @@ class FakePynvml:
         return SimpleNamespace(used=handle[1] * MIB, total=80000 * MIB)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[int]:
-        return [0] * handle[2]
+        return [SimpleNamespace(pid=pid) for pid in range(handle[2])]
 
     def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Any) -> list[int]:
         raise RuntimeError("not permitted")

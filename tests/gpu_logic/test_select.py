@@ -100,7 +100,7 @@ def test_local_ordinal(monkeypatch, gpus, auto, shown, ordinal):
 
 @pytest.mark.parametrize(
     ("processes", "own", "ordinal"),
-    [((1, 0), [0], 0), ((1, 0), [], 1), ((2, 0), [0], 1), ((1, 1), [1, 0], 1), ((2, 1), [0, 1], 1)],
+    [((1, 0), [0], 0), ((1, 0), [], 1), ((2, 0), [0], 1), ((1, 1), [1, 0], 1), ((2, 1), [0, 1], 1), ((1, 0), [5], 1)],
 )
 def test_own_gpus_only_look_taken(monkeypatch, processes, own, ordinal):
     """Also those that were given by their indices before."""
@@ -132,6 +132,7 @@ def test_local_group_counts_in_pci_order(monkeypatch):
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     free = group_module.local_group(build_settings(gpus=1, strategy="local", auto_select_gpus=True))
     assert free.worker.device.index == 1
+    group_module._used.append(1)  # as its run does
     # later, this process's own memory does not make the card look taken
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(group_module, "open_nvml", lambda: Nvml(FakePynvml(("1", 0, 0), ("2", 9000, 1))))

@@ -106,8 +106,10 @@ def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog
         eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
 
     let_wait(lambda: ray.remote(num_cpus=3)(lambda: 1).remote())
-    let_wait(lambda: reserved.append(placement_group([{"CPU": 2}] * 2)) or reserved[0].ready())
-    remove_placement_group(reserved[0])
+    try:
+        let_wait(lambda: reserved.append(placement_group([{"CPU": 2}] * 2)) or reserved[0].ready())
+    finally:
+        remove_placement_group(reserved[0])
 
 
 # the rest with one worker, which starts sooner
