@@ -200,17 +200,19 @@ class Feed:
 
         Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
         """
-        forks = getattr(self.loader, "num_workers", 1) != 0 or self.iterable_dataset  # which may start some itself
+        processes = getattr(self.loader, "num_workers", None)
+        # who knows what a dataset that is an iterator, or an iterable of the user's, starts
+        may_fork = bool(processes) or self.iterable_dataset or (processes is None and not isinstance(self.loader, list))
         # by the user: cannot be told apart afterwards, and leaves little to collect
-        frozen = forks and gc.get_freeze_count() > 0
-        if forks and frozen:
+        frozen = may_fork and gc.get_freeze_count() > 0
+        if frozen and processes:
             gc.collect()
-        elif forks:
+        elif may_fork and not frozen:
             gc.freeze()
         try:
             iterator = iter(self.loader)
         finally:
-            if forks and not frozen:
+            if may_fork and not frozen:
                 gc.unfreeze()
         with contextlib.suppress(TypeError):
             self._reading = weakref.ref(iterator)

@@ -506,10 +506,12 @@ class Collector:
     [
         (loader(), 0, []),
         (loader(), 9, []),
-        ([1, 2], 0, ["freeze", "unfreeze"]),  # who knows what an iterable of the user's starts
+        ([1, 2], 0, []),
+        ((1, 2), 0, ["freeze", "unfreeze"]),
+        ((1, 2), 9, []),  # what the user has frozen stays so
         (loader(num_workers=1), 0, ["freeze", "unfreeze"]),
-        (DataLoader(Stream(3)), 0, ["freeze", "unfreeze"]),  # nor what such a dataset starts
-        (loader(num_workers=1), 9, ["collect"]),  # what the user has frozen stays so
+        (loader(num_workers=1), 9, ["collect"]),
+        (DataLoader(Stream(3)), 0, ["freeze", "unfreeze"]),
     ],
 )
 def test_loader_processes_get_no_garbage(monkeypatch, source, frozen, asked):
