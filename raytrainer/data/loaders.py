@@ -196,24 +196,12 @@ class Feed:
         return LookAhead(iterator, agree) if self.ends_unannounced else iterator
 
     def _iterate(self) -> Iterator[Any]:
-        """`iter(loader)`, whose forked processes leave this process's garbage alone.
-
-        Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not.
-        """
+        """`iter(loader)`, whose forked processes leave this process's garbage alone."""
         processes = getattr(self.loader, "num_workers", None)
         # who knows what a dataset that is an iterator, or an iterable of the user's, starts
         may_fork = bool(processes) or self.iterable_dataset or (processes is None and not isinstance(self.loader, list))
-        # by the user: cannot be told apart afterwards, and leaves little to collect
-        frozen = may_fork and gc.get_freeze_count() > 0
-        if frozen and processes:
-            gc.collect()
-        elif may_fork and not frozen:
-            gc.freeze()
-        try:
+        with _without_garbage(certain=bool(processes)) if may_fork else contextlib.nullcontext():
             iterator = iter(self.loader)
-        finally:
-            if may_fork and not frozen:
-                gc.unfreeze()
         with contextlib.suppress(TypeError):
             self._reading = weakref.ref(iterator)
         return iterator
@@ -244,6 +232,28 @@ class Feed:
             if batch is _END:
                 return
             yield batch
+
+
+@contextlib.contextmanager
+def _without_garbage(certain: bool) -> Iterator[None]:
+    """Processes that are forked meanwhile do not collect this one's garbage.
+
+    Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not. What
+    the user has frozen stays so: it could not be told apart afterwards, and what it leaves is little to collect.
+
+    Args:
+        certain: Processes will be forked, rather than may be.
+    """
+    if gc.get_freeze_count():
+        if certain:
+            gc.collect()
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 _END = object()

@@ -46,8 +46,9 @@ class CopyStream:
         self._last = 0  # bytes of the batch in use
 
     def __call__(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        size = _copied_bytes(batch)
-        if size is None or size < LEAST or (size < LEAST_PINNED and _is_pinned(batch)):
+        tensors = _to_copy(batch)
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size < LEAST or (size < LEAST_PINNED and all(tensor.is_pinned() for tensor in tensors)):
             return move(batch, device)
         current = self.cuda.current_stream(device)
         self._limit(current)
@@ -92,36 +93,21 @@ def _tensors(leaf: Any) -> list[Tensor] | None:
     return None if callable(getattr(leaf, "to", None)) else []
 
 
-def _is_pinned(batch: Any) -> bool:
-    """Whether all tensors of a batch, which are known and on the CPU, are in pinned memory."""
+def _to_copy(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, if all are known and on the CPU; none of any other."""
     found: list[Tensor] = []
+    hidden = False
 
     def add(leaf: Any) -> Any:
-        found.extend(_tensors(leaf) or [])
+        nonlocal hidden
+        tensors = _tensors(leaf)
+        hidden = hidden or tensors is None
+        found.extend(tensors or [])
         return leaf  # containers are rebuilt, and may check what they hold
 
-    map_leaves(batch, add)
-    return all(tensor.is_pinned() for tensor in found)
-
-
-def _copied_bytes(batch: Any) -> int | None:
-    """Bytes of a batch whose tensors are all known, and on the CPU; None for any other."""
-    total: int | None = 0
-
-    def add(leaf: Any) -> Any:
-        nonlocal total
-        tensors = _tensors(leaf)
-        if tensors is None or any(tensor.device.type != "cpu" for tensor in tensors):
-            total = None
-        elif total is not None:
-            total += sum(tensor.nbytes for tensor in tensors)
-        return leaf
-
-    if type(batch) is Tensor:
-        return batch.nbytes if batch.device.type == "cpu" and batch.layout is torch.strided else None
     if type(batch) in (list, tuple) and all(type(item) is Tensor for item in batch):
-        # what most loaders give, without rebuilding it
-        on_cpu = all(item.device.type == "cpu" and item.layout is torch.strided for item in batch)
-        return sum(item.nbytes for item in batch) if on_cpu else None
-    map_leaves(batch, add)
-    return total
+        for item in batch:  # what most loaders give, without rebuilding it
+            add(item)
+    else:
+        map_leaves(batch, add)
+    return [] if hidden or any(tensor.device.type != "cpu" for tensor in found) else found

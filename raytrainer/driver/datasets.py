@@ -92,6 +92,7 @@ def release_datasets(task: Task) -> None:
         blocks.close()
 
 
+@pool.kept()
 def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
     """Put the run's Ray Datasets into the task; the loaders handed over that are none stay there.
 

@@ -29,7 +29,7 @@ GIVE_WAY = 5.0
 #: The same while a run that will take one of them reads its datasets, with tasks that wait for each other.
 GIVE_WAY_TO_OWN = 30.0
 
-_changed = threading.Condition(threading.RLock())
+_changed = threading.Condition()
 _idle: list[tuple[RayGroup, float]] = []  # with the time until which it is kept, newest last
 _watcher: threading.Thread | None = None
 _timeout = 300.0

@@ -334,7 +334,7 @@ class RayGroup:
     @property
     def usable(self) -> bool:
         """Whether a new run may use it: the same Ray is still there, and every actor answers."""
-        if self.broken or not ray.is_initialized() or ray.get_runtime_context().gcs_address != self.session:
+        if self.broken or not self._ray_is_there():
             return False
         try:
             ray.get([actor.obey.remote("abandon") for actor in self._actors], timeout=5.0)
@@ -342,6 +342,10 @@ class RayGroup:
             self.abort()
             return False
         return True
+
+    def _ray_is_there(self) -> bool:
+        """Whether the Ray in use is the one that this group is of."""
+        return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address == self.session)
 
     def call_off(self) -> None:
         """After an error of the driver's side: workers are between verbs, and the next run starts afresh."""
@@ -352,7 +356,7 @@ class RayGroup:
         if self.broken:
             return  # Ray never answers when a placement group is removed for a second time
         self.broken = True
-        if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self.session:
+        if not self._ray_is_there():
             return  # it went with its Ray
         try:
             if self._handing:  # workers that live still hand over the newest state, whatever else they wait for

@@ -11,7 +11,6 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.checkpoint import write_checkpoint
-from raytrainer.driver import pool
 from raytrainer.driver.checkpoints import CheckpointWriter
 from raytrainer.driver.cluster import explain_lost
 from raytrainer.driver.coordinator import Coordinator
@@ -65,8 +64,7 @@ class Run:
     def started(self) -> Iterator[Coordinator]:
         """Workers, the interrupt handler, and the orderly end."""
         task, state, status = self.task, self.state, "failed"
-        with pool.kept():
-            prepare_datasets(task, task.settings, self.groups.cluster)
+        prepare_datasets(task, task.settings, self.groups.cluster)
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         try:

@@ -135,17 +135,20 @@ def test_a_run_that_reads_its_datasets_keeps_them(waiting: set[str], monkeypatch
 def test_one_that_comes_while_somebody_looks_stays(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     young = Group("b")
 
+    looks: list[set[str]] = []
+
     def look(held: set[str]) -> bool:
-        if not pool._idle[1:]:
+        looks.append(held)
+        if len(looks) == 1:
             put_back(young)
-        return True
+        return len(looks) == 1
 
     monkeypatch.setattr(pool, "GIVE_WAY", 0.0)
     monkeypatch.setattr(pool, "somebody_waits", look)
     put_back(old := Group("a"))
     eventually(lambda: old.broken)
-    monkeypatch.setattr(pool, "somebody_waits", lambda held: False)
-    assert old.broken
+    eventually(lambda: len(looks) > 2)
+    assert old.broken and not young.broken
 
 
 def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: list[list[dict[str, float]]]) -> Any:

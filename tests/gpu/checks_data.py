@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import check, fit, in_a_process, uuids
+from harness import check, fit, in_a_process, is_mapped, uuids
 from torch import Tensor, nn
 
 import raytrainer
@@ -147,12 +146,6 @@ def compare() -> None:
 def copies_of_states_are_whole() -> str:
     """Copies into memory that a thread has taken beforehand: equal, pinned, and CUDA forgets it in time."""
     return in_a_process("import checks_data; checks_data.stage()").strip()
-
-
-def is_mapped(address: int) -> bool:
-    """Whether this process has memory there."""
-    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
-    return any(int(begin, 16) <= address < int(end, 16) for begin, end in spans)
 
 
 def stage() -> None:

@@ -144,16 +144,21 @@ def module_of(base: type[Any], workload: Workload) -> Any:
     return Model
 
 
-def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -> Times:
+def fit(module: Any, workload: Workload, gpus: int, compiled: bool, **options: Any) -> None:
+    """Train raytrainer's module, an epoch unless told otherwise, without a word."""
     import raytrainer
 
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
-    trainer = raytrainer.Trainer(
-        gpus=gpus, strategy=strategy, max_epochs=1, precision=workload.precision, logger=False, compile=compiled,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    given = {"gpus": gpus, "precision": workload.precision, "compile": compiled, "max_epochs": 1, **quiet, **options}
+    raytrainer.Trainer(**given).fit(module, workload.loader(gpus))
+
+
+def ours(workload: Workload, gpus: int, compiled: bool, strategy: Any = "ddp") -> Times:
+    import raytrainer
+
     module = module_of(raytrainer.Module, workload)()
-    trainer.fit(module, workload.loader(gpus))
+    fit(module, workload, gpus, compiled, strategy=strategy)
     median, mean, of_thread, of_all = module.result
     return median, mean, of_thread, of_all
 
@@ -181,13 +186,8 @@ def alternating(workload: Workload, gpus: int, rounds: int, compiled: bool) -> s
         def on_train_end(self) -> None:
             del self.__dict__["hand"]
 
-    logging.getLogger("raytrainer").setLevel(logging.ERROR)
-    trainer = raytrainer.Trainer(
-        gpus=gpus, max_epochs=rounds, precision=workload.precision, logger=False, compile=compiled,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
     module = Alternating()
-    trainer.fit(module, workload.loader(gpus))
+    fit(module, workload, gpus, compiled, max_epochs=rounds)
     hand, own = ([pair[side] for pair in module.results] for side in (0, 1))
     rows = {"by hand": (hand, hand), "raytrainer": (own, hand)}
     for name, (values, _) in rows.items():

@@ -28,6 +28,7 @@ __all__ = [
     "distance",
     "fit",
     "in_a_process",
+    "is_mapped",
     "used_mib",
     "uuids",
 ]
@@ -168,6 +169,12 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     """The largest difference of weights and buffers."""
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+def is_mapped(address: int) -> bool:
+    """Whether this process has memory there."""
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in spans)
 
 
 # there Python and Ray's workers find these modules

@@ -11,15 +11,15 @@ import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from figures import Clock
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from workloads import CONTEXT, VOCABULARY, WORKLOADS
+from workloads import CONTEXT, VOCABULARY, WORKLOADS, Workload
 
 WARM, STEPS, TRACED = 5, 40, 5
 
@@ -65,15 +65,13 @@ class Side:
 
     def milliseconds(self) -> float:
         """The median step."""
-        begins = []
+        clock = Clock(Workload("gpt", WARM + STEPS, WARM))
         for step in range(WARM + STEPS):
-            if step >= WARM:
-                begins.append(torch.cuda.Event(enable_timing=True))
-                begins[-1].record()
+            clock.before(step)
             self.step()
-        torch.cuda.synchronize()
+        median = clock.milliseconds()[0]
         dist.barrier()
-        return statistics.median(a.elapsed_time(b) for a, b in pairwise(begins))
+        return median
 
     def trace(self) -> str:
         """What a step's kernels do, in milliseconds."""

@@ -42,10 +42,10 @@ class FakePynvml:
             raise RuntimeError("not supported")
         return SimpleNamespace(used=handle[1] * MIB, total=80000 * MIB)
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[int]:
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:
         return [SimpleNamespace(pid=pid) for pid in range(handle[2])]
 
-    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Any) -> list[int]:
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Any) -> list[Any]:
         raise RuntimeError("not permitted")
 
     def nvmlDeviceGetUtilizationRates(self, handle: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gpu.harness import is_mapped
 
 from raytrainer.gpu import pinned
 from raytrainer.gpu.pinned import pinned_tensors
@@ -38,8 +38,7 @@ class Cuda:
 
     def unregister(self, address: int, device: Any) -> bool:
         del self.known[address]
-        spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
-        self.there.append(any(int(begin, 16) <= address < int(end, 16) for begin, end in spans))
+        self.there.append(is_mapped(address))
         return True
 
     def knows(self, tensor: torch.Tensor) -> bool:
