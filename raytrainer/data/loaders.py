@@ -239,7 +239,7 @@ def _without_garbage(certain: bool) -> Iterator[None]:
     """Processes that are forked meanwhile do not collect this one's garbage.
 
     Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not. What
-    the user has frozen stays so: it could not be told apart afterwards, and what it leaves is little to collect.
+    has been frozen before stays so: it could not be told apart afterwards, and what it leaves is little to collect.
 
     Args:
         certain: Processes will be forked, rather than may be.

@@ -110,7 +110,8 @@ class LocalGroup:
         self._module = None
 
     def release(self) -> None:
-        pass
+        if self.worker.device.type == "cuda":
+            self.worker.rest()
 
 
 def local_group(settings: Settings) -> LocalGroup:

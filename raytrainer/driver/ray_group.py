@@ -173,7 +173,8 @@ class RayGroup:
             blocks.renew()
         pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
-        self.outputs = self._ask([actor.load.remote(pickled, datasets, show) for actor in self._actors])
+        trains = task.stage == "fit"
+        self.outputs = self._ask([actor.load.remote(pickled, datasets, show, trains) for actor in self._actors])
         first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
         self._ask([self._actors[rank].obey.remote("prepare_data") for rank in first], ranks=first)
         return self.call("setup")
@@ -374,6 +375,9 @@ class RayGroup:
         """Hand the group back to the pool, for the next run that asks for the same."""
         from raytrainer.driver import pool
 
+        if not self.broken and self._ray_is_there():
+            for actor in self._actors:
+                actor.obey.remote("rest")  # which nobody waits for, but the next run
         pool.put_back(self)
 
 

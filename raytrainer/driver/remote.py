@@ -108,6 +108,7 @@ class RemoteWorker:
             self.worker.abandon()
             self.worker.group.close()
             self.worker = None
+            gc.unfreeze()
             gc.collect()  # DDP's cycles, which hold the old group
         if on_gpu:
             # Ray shows each worker its own GPU only
@@ -118,7 +119,7 @@ class RemoteWorker:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool, trains: bool) -> Failure | str | None:
         """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
 
         Returns:
@@ -126,6 +127,7 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
+            _set_imports_aside(trains)
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
@@ -204,10 +206,10 @@ class StagingWorker(RemoteWorker):
         super().__init__()
         self.staged: Any = None
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool, trains: bool) -> Failure | str | None:
         """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
         self.staged = None
-        return super().load(pickled, datasets, show)
+        return super().load(pickled, datasets, show, trains)
 
     def stage(self, weights_only: bool) -> Any:
         """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
@@ -231,6 +233,15 @@ class StagingWorker(RemoteWorker):
         """
         staged, self.staged = self.staged, None
         return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
+
+
+def _set_imports_aside(trains: bool) -> None:
+    """Before the first run: what is there by now is no garbage, so that what the run leaves is found at once."""
+    if gc.get_freeze_count():
+        return
+    if trains:
+        torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports half as much again
+    gc.freeze()
 
 
 def _refuse_unpicklable(state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from raytrainer.worker.state import capture_state, most_of_state, restore_state
 from raytrainer.worker.training import TrainingLoop
 
 __all__ = ["Worker"]
+
+#: Bytes that torch's allocator may keep of a GPU between runs: taking them again would make the next one start later.
+CACHE_KEPT = 256 << 20
 
 
 class Worker:
@@ -233,6 +237,16 @@ class Worker:
         if self._run is not None:
             self._run.release()
         self._forget()
+
+    def rest(self) -> None:
+        """No run for now: give back what the latest one, finished or not, still holds."""
+        self.abandon()
+        self._finished = None
+        # a run's objects know each other, so that gradients, optimizers' states and DDP's buckets would wait for Python
+        # to look for cycles, which it does when there are many new objects, however large they are
+        gc.collect()
+        if self.device.type == "cuda" and torch.cuda.memory_reserved(self.device) > CACHE_KEPT:
+            torch.cuda.empty_cache()
 
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def auto_select_avoids_a_busy_card() -> str:
 @check(1)
 def in_the_drivers_process() -> str:
     """In a process of its own: CUDA starts there."""
+    raytrainer.Trainer(logger=False).close()  # auto select wants a card without others
     last = len(uuids()) - 1
     in_a_process(f"""
 import harness, torch
@@ -108,6 +110,41 @@ harness.fit(m, gpus=1, strategy='local', auto_select_gpus=True)
 assert m.uuid == first
 harness.fit(m, gpus=0, strategy='local')""")
     return 'strategy="local": the chosen card, auto select twice, and the CPU afterwards'
+
+
+class Large(Net):
+    """With its gradients and its optimizer's state it takes 4 GiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(2**28))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.table.mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+@check(1, workers="one")
+def idle_workers_hold_no_memory() -> str:
+    fit(Net())
+    before, peaks = sum(used_mib()), []
+    for _ in range(2):
+        peaks.append(fit(Large(), max_epochs=1).peak_memory_bytes[0])
+        deadline = time.monotonic() + 10
+        while (left := sum(used_mib()) - before) > 500:
+            assert time.monotonic() < deadline, f"{left} MiB are still in use"
+            time.sleep(0.1)
+    assert max(peaks) < 1.01 * min(peaks), peaks
+    in_a_process("""
+import harness, torch
+from checks_devices import Large
+peak = harness.fit(Large(), max_epochs=1, strategy='local').peak_memory_bytes[0]
+assert peak > 2**32 and torch.cuda.memory_reserved() < 2**28, (peak, torch.cuda.memory_reserved())""")
+    again = peaks[1] / peaks[0]
+    return f"of {peaks[1] >> 20} MiB, {left} are in use afterwards; a second run's peak is {again:.3f} of the first's"
 
 
 class Placed(Net):

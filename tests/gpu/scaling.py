@@ -32,7 +32,55 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     "high priority, 100 MB": ({"high": True}, {"bucket_cap_mb": 100}),
     "high priority, static graph": ({"high": True}, {"static_graph": True}),
     "high priority, bf16": ({"high": True}, {"hook": bf16_compress_hook}),
+    "optimizer beside the last bucket": ({}, {"overlap": True}),
+    "high priority, optimizer beside the last bucket": ({"high": True}, {"overlap": True}),
 }
+
+
+class Overlapping:
+    """Steps all parameters but those of the last bucket while that is still reduced.
+
+    Args:
+        whole: The optimizer until DDP has put its buckets into the order in which gradients come.
+        workload: Makes the optimizers.
+    """
+
+    def __init__(self, whole: torch.optim.Optimizer, workload: Workload) -> None:
+        self.whole, self.workload = whole, workload
+        self.steps = 0
+        self.early: torch.optim.Optimizer | None = None
+        self.late: torch.optim.Optimizer | None = None
+        self.reducing: list[torch.futures.Future[Any]] = []
+
+    def reduce(self, group, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        """DDP's hook for communication."""
+        work = dist.all_reduce(bucket.buffer(), dist.ReduceOp.AVG, group, async_op=True)
+        assert work is not None
+        future = work.get_future()
+        if not bucket.is_last():
+            self.reducing.append(future)
+        else:
+            for earlier in self.reducing:
+                earlier.wait()  # the GPU does, not this thread
+            self.reducing.clear()
+            if self.steps >= 2:
+                if self.early is None:
+                    self._split({id(parameter) for parameter in bucket.parameters()})
+                assert self.early is not None
+                self.early.step()
+        return future.then(lambda done: done.value()[0])
+
+    def _split(self, last: set[int]) -> None:
+        parameters = self.whole.param_groups[0]["params"]
+        self.early = self.workload.optimizer([p for p in parameters if id(p) not in last])
+        self.late = self.workload.optimizer([p for p in parameters if id(p) in last])
+
+    def zero_grad(self) -> None:
+        self.whole.zero_grad()
+
+    def step(self) -> None:
+        self.steps += 1
+        (self.late or self.whole).step()
 
 
 class Side:
@@ -42,7 +90,7 @@ class Side:
         workload = WORKLOADS["gpt"]
         self.rows = torch.randint(VOCABULARY, (16, CONTEXT), device=device)
         self.model: Any = workload.model().to(device)
-        self.optimizer = workload.optimizer(self.model)
+        self.optimizer: Any = workload.optimizer(self.model)
         options = SIDES[name]
         if options is None:
             return
@@ -51,8 +99,11 @@ class Side:
         wanted.is_high_priority_stream = nccl.pop("high", False)
         for key, value in nccl.items():
             setattr(wanted.config, key, value)
-        group, hook = dist.new_group(pg_options=wanted), ddp.pop("hook", None)
+        group, hook, overlap = dist.new_group(pg_options=wanted), ddp.pop("hook", None), ddp.pop("overlap", False)
         self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True, process_group=group, **ddp)
+        if overlap:
+            self.optimizer = Overlapping(self.optimizer, workload)
+            hook = self.optimizer.reduce
         if hook is not None:
             self.model.register_comm_hook(group, hook)
 
@@ -120,7 +171,7 @@ def main() -> None:
     for name, values in times.items():
         share = statistics.median(alone / value for alone, value in zip(times["each alone"], values, strict=True))
         lines.append(f"| {name} | {statistics.median(values):.2f} | {100 * share:.1f} % |")
-    for name in ("each alone", "default", "max_ctas=4", "high priority"):
+    for name in ("each alone", "default", "max_ctas=4", "high priority", "optimizer beside the last bucket"):
         lines.append(f"{name}: {sides[name].trace()}")
     if dist.get_rank() == 0:
         print(*lines, sep="\n", flush=True)

@@ -85,10 +85,12 @@ class Workload:
         rows = torch.randn(8 * self.steps * workers, 32, generator=generator)
         return DataLoader(TensorDataset(rows), batch_size=8, pin_memory=True)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module | list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Of a module's parameters, or of these."""
+        parameters = list(model.parameters()) if isinstance(model, nn.Module) else model
         if self.name == "gpt":
-            return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-        return torch.optim.SGD(model.parameters(), lr=1e-3)
+            return torch.optim.AdamW(parameters, lr=3e-4, fused=True)
+        return torch.optim.SGD(parameters, lr=1e-3)
 
     @property
     def precision(self) -> str:
