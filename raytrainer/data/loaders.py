@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import itertools
 import logging
 import weakref
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from raytrainer.data.forks import garbage_left_alone
 from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import Past, batches_before, resolve_limit
@@ -196,11 +196,7 @@ class Feed:
         return LookAhead(iterator, agree) if self.ends_unannounced else iterator
 
     def _iterate(self) -> Iterator[Any]:
-        """`iter(loader)`, whose forked processes leave this process's garbage alone."""
-        processes = getattr(self.loader, "num_workers", None)
-        # who knows what a dataset that is an iterator, or an iterable of the user's, starts
-        may_fork = bool(processes) or self.iterable_dataset or (processes is None and not isinstance(self.loader, list))
-        with _without_garbage(certain=bool(processes)) if may_fork else contextlib.nullcontext():
+        with garbage_left_alone():
             iterator = iter(self.loader)
         with contextlib.suppress(TypeError):
             self._reading = weakref.ref(iterator)
@@ -232,28 +228,6 @@ class Feed:
             if batch is _END:
                 return
             yield batch
-
-
-@contextlib.contextmanager
-def _without_garbage(certain: bool) -> Iterator[None]:
-    """Processes that are forked meanwhile do not collect this one's garbage.
-
-    Collected there, it may hang or crash: an old process group's destructor waits for threads that a fork has not. What
-    has been frozen before stays so: it could not be told apart afterwards, and what it leaves is little to collect.
-
-    Args:
-        certain: Processes will be forked, rather than may be.
-    """
-    if gc.get_freeze_count():
-        if certain:
-            gc.collect()
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 _END = object()

@@ -41,7 +41,7 @@ log = logging.getLogger("raytrainer")
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
 
-#: Seconds that workers get to hand over a state before they are killed.
+#: Seconds that workers get to hand over a state before they are killed, and to give memory back before the next run.
 PATIENCE = 10.0
 
 #: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
@@ -65,6 +65,7 @@ class RayGroup:
         self.request = request
         self.size = request.nodes * request.per_node
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
+        self._resting: list[Any] = []  # answered when nothing is left of the latest run
         self.session = ray.get_runtime_context().gcs_address
         self.broken = False
         self.hang_timeout: float | None = None  # seconds; of the run in progress
@@ -173,8 +174,7 @@ class RayGroup:
             blocks.renew()
         pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
-        trains = task.stage == "fit"
-        self.outputs = self._ask([actor.load.remote(pickled, datasets, show, trains) for actor in self._actors])
+        self.outputs = self._ask([actor.load.remote(pickled, datasets, show) for actor in self._actors])
         first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
         self._ask([self._actors[rank].obey.remote("prepare_data") for rank in first], ranks=first)
         return self.call("setup")
@@ -338,6 +338,8 @@ class RayGroup:
         if self.broken or not self._ray_is_there():
             return False
         try:
+            if self._resting:
+                ray.wait(self._resting, num_returns=len(self._resting), timeout=PATIENCE)
             ray.get([actor.obey.remote("abandon") for actor in self._actors], timeout=5.0)
         except RayError:
             self.abort()
@@ -375,9 +377,11 @@ class RayGroup:
         """Hand the group back to the pool, for the next run that asks for the same."""
         from raytrainer.driver import pool
 
-        if not self.broken and self._ray_is_there():
-            for actor in self._actors:
-                actor.obey.remote("rest")  # which nobody waits for, but the next run
+        try:
+            if not self.broken and self._ray_is_there():
+                self._resting = [actor.obey.remote("rest") for actor in self._actors]
+        except Exception as error:  # of a Ray Client that has lost its cluster; the run is over all the same
+            log.debug("Workers could not be told that the run is over", exc_info=error)
         pool.put_back(self)
 
 

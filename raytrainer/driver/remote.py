@@ -119,7 +119,7 @@ class RemoteWorker:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool, trains: bool) -> Failure | str | None:
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
 
         Returns:
@@ -127,7 +127,6 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
-            _set_imports_aside(trains)
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
@@ -145,7 +144,7 @@ class RemoteWorker:
         return answer
 
     def obey(self, verb: str, *args: Any) -> Any:
-        """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task."""
+        """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task, "rest" drops it."""
         return self._guard(lambda: self._obey(verb, args))
 
     def _obey(self, verb: str, args: tuple[Any, ...]) -> Any:
@@ -157,6 +156,12 @@ class RemoteWorker:
             return worker.obey("setup", task)
         if verb == "restore":
             return worker.obey("restore", unpack(args[0]))
+        if verb == "rest":
+            self.task = None
+            worker.rest()
+            if not gc.get_freeze_count():
+                gc.freeze()  # imports, mostly; what later runs leave is found sooner
+            return None
         return worker.obey(verb, *args)
 
     @ray.method(num_returns=2)
@@ -206,10 +211,10 @@ class StagingWorker(RemoteWorker):
         super().__init__()
         self.staged: Any = None
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool, trains: bool) -> Failure | str | None:
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
         self.staged = None
-        return super().load(pickled, datasets, show, trains)
+        return super().load(pickled, datasets, show)
 
     def stage(self, weights_only: bool) -> Any:
         """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
@@ -233,15 +238,6 @@ class StagingWorker(RemoteWorker):
         """
         staged, self.staged = self.staged, None
         return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
-
-
-def _set_imports_aside(trains: bool) -> None:
-    """Before the first run: what is there by now is no garbage, so that what the run leaves is found at once."""
-    if gc.get_freeze_count():
-        return
-    if trains:
-        torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports half as much again
-    gc.freeze()
 
 
 def _refuse_unpicklable(state: dict[str, Any]) -> None:

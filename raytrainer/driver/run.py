@@ -124,8 +124,10 @@ class Run:
             with self.state.clock.phase("saving"):
                 self.writer.flush()  # from workers that may not stay
         finally:
-            self.groups.give_back(group)
-            release_datasets(self.task)
+            try:
+                self.groups.give_back(group)
+            finally:
+                release_datasets(self.task)
         if self.task.stage == "fit":
             self.state.time_report = self.state.clock.report()
 

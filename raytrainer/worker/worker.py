@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -245,8 +246,11 @@ class Worker:
         # a run's objects know each other, so that gradients, optimizers' states and DDP's buckets would wait for Python
         # to look for cycles, which it does when there are many new objects, however large they are
         gc.collect()
-        if self.device.type == "cuda" and torch.cuda.memory_reserved(self.device) > CACHE_KEPT:
-            torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            if unused > CACHE_KEPT:
+                with contextlib.suppress(RuntimeError):  # CUDA refuses everything after some errors, which are told
+                    torch.cuda.empty_cache()
 
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None

@@ -22,7 +22,6 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data import loaders
 from raytrainer.data.loaders import Feed, LookAhead, as_list
 from raytrainer.data.sharding import Share
 from raytrainer.errors import ConfigurationError, DataError
@@ -488,44 +487,29 @@ def test_batch_sampler_subclass_keeps_its_own_rule():
     assert read(feeds(source)[0]) == [[0, 1, 2, 99], [3, 4, 5, 99]]
 
 
-class Collector:
-    """Stands for `gc`, and notes what is asked of it."""
+class Heap(Dataset[tuple[bool, bool]]):
+    """Samples say whether the process that makes them has a frozen heap, and collects its garbage."""
 
-    def __init__(self, frozen: int) -> None:
-        self.frozen, self.asked = frozen, list[str]()
+    def __len__(self) -> int:
+        return 1
 
-    def get_freeze_count(self) -> int:
-        return self.frozen
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda: self.asked.append(name)
+    def __getitem__(self, index: int) -> tuple[bool, bool]:
+        return gc.get_freeze_count() > 0, gc.isenabled()
 
 
-@pytest.mark.parametrize(
-    ("source", "frozen", "asked"),
-    [
-        (loader(), 0, []),
-        (loader(), 9, []),
-        ([1, 2], 0, []),
-        ((1, 2), 0, ["freeze", "unfreeze"]),
-        ((1, 2), 9, []),  # what the user has frozen stays so
-        (loader(num_workers=1), 0, ["freeze", "unfreeze"]),
-        (loader(num_workers=1), 9, ["collect"]),
-        (DataLoader(Stream(3)), 0, ["freeze", "unfreeze"]),
-    ],
-)
-def test_loader_processes_get_no_garbage(monkeypatch, source, frozen, asked):
-    collector = Collector(frozen)
-    monkeypatch.setattr(loaders, "gc", collector)
-    (feed,) = feeds(source)
-    monkeypatch.setattr(DataLoader, "__iter__", lambda self: iter([1]))  # what is started does not matter here
-    assert read(feed) and collector.asked == asked
-
-
-def test_loader_processes_start_without_a_frozen_heap():
-    """This suite's heap is frozen, a user's is not."""
-    gc.unfreeze()
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_loader_processes_get_no_garbage(frozen, enabled):
+    """What they inherit is frozen there; here all is as before. (This suite's heap is frozen, a user's is not.)"""
+    options = {"num_workers": 1, "multiprocessing_context": "fork"}
+    source = DataLoader(Heap(), 1, collate_fn=lambda samples: samples[0], **options)
+    if not frozen:
+        gc.unfreeze()
+    if not enabled:
+        gc.disable()
     try:
-        assert read(*feeds(loader(num_workers=1))) and gc.get_freeze_count() == 0
+        assert read(*feeds(source)) == [(True, enabled)]
+        assert source.dataset[0] == (frozen, enabled)
     finally:
+        gc.enable()
         gc.freeze()
