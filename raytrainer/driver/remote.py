@@ -74,7 +74,9 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
+        self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()
+        gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
 
     def where(self, on_gpu: bool) -> Place:
         """This worker's place."""
@@ -108,6 +110,7 @@ class RemoteWorker:
             self.worker.abandon()
             self.worker.group.close()
             self.worker = None
+            self.settled = False
             gc.unfreeze()
             gc.collect()  # DDP's cycles, which hold the old group
         if on_gpu:
@@ -159,8 +162,9 @@ class RemoteWorker:
         if verb == "rest":
             self.task = None
             worker.rest()
-            if not gc.get_freeze_count():
-                gc.freeze()  # imports, mostly; what later runs leave is found sooner
+            if not self.settled:
+                self.settled = True
+                gc.freeze()  # what the first run has imported, mostly
             return None
         return worker.obey(verb, *args)
 
