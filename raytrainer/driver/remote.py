@@ -110,8 +110,6 @@ class RemoteWorker:
             self.worker.abandon()
             self.worker.group.close()
             self.worker = None
-            self.settled = False
-            gc.unfreeze()
             gc.collect()  # DDP's cycles, which hold the old group
         if on_gpu:
             # Ray shows each worker its own GPU only
