@@ -34,7 +34,7 @@ def _before() -> None:
         gc.disable()  # until the child has set aside what it inherits
 
 
-def _in_parent() -> None:
+def _resume() -> None:
     global _paused
     if _paused:
         _paused = False
@@ -44,8 +44,8 @@ def _in_parent() -> None:
 def _in_child() -> None:
     if _asked:
         gc.freeze()
-    _in_parent()
+    _resume()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_resume, after_in_child=_in_child)

@@ -204,7 +204,7 @@ class Gpt(raytrainer.Module):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return WORKLOADS["gpt"].optimizer(self.model)
+        return WORKLOADS["gpt"].optimizer(self.model.parameters())
 
 
 @check(1, workers="one")

@@ -74,7 +74,7 @@ class ByHand:
 
         self.workload, self.device = workload, device
         self.model: Any = workload.model().to(device)
-        self.optimizer = workload.optimizer(self.model)
+        self.optimizer = workload.optimizer(self.model.parameters())
         if compiled:
             self.model = torch.compile(self.model)
         source = workload.loader(world)
@@ -139,7 +139,7 @@ def module_of(base: type[Any], workload: Workload) -> Any:
             return loss
 
         def configure_optimizers(self) -> Any:
-            return workload.optimizer(self.model)
+            return workload.optimizer(self.model.parameters())
 
     return Model
 

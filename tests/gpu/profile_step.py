@@ -24,7 +24,7 @@ WORKLOAD = WORKLOADS["linear"]
 def by_hand() -> float:
     device = torch.device("cuda", 0)
     model = WORKLOAD.model().to(device)
-    optimizer = WORKLOAD.optimizer(model)
+    optimizer = WORKLOAD.optimizer(model.parameters())
     for step, (batch,) in enumerate(WORKLOAD.loader(1)):
         if step == WORKLOAD.warm:
             torch.cuda.synchronize()
@@ -58,7 +58,7 @@ class Model(raytrainer.Module):
         self.result = (time.perf_counter() - self.result) / (WORKLOAD.steps - WORKLOAD.warm)
 
     def configure_optimizers(self) -> Any:
-        return WORKLOAD.optimizer(self.model)
+        return WORKLOAD.optimizer(self.model.parameters())
 
 
 def ours(strategy: str, logs: bool) -> float:

@@ -90,7 +90,7 @@ class Side:
         workload = WORKLOADS["gpt"]
         self.rows = torch.randint(VOCABULARY, (16, CONTEXT), device=device)
         self.model: Any = workload.model().to(device)
-        self.optimizer: Any = workload.optimizer(self.model)
+        self.optimizer: Any = workload.optimizer(self.model.parameters())
         options = SIDES[name]
         if options is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,9 +86,7 @@ class Workload:
         rows = torch.randn(8 * self.steps * workers, 32, generator=generator)
         return DataLoader(TensorDataset(rows), batch_size=8, pin_memory=True)
 
-    def optimizer(self, model: nn.Module | list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Of a module's parameters, or of these."""
-        parameters = list(model.parameters()) if isinstance(model, nn.Module) else model
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if self.name == "gpt":
             return torch.optim.AdamW(parameters, lr=3e-4, fused=True)
         return torch.optim.SGD(parameters, lr=1e-3)
