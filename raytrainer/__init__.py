@@ -46,7 +46,7 @@ from raytrainer.errors import (
 )
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
-from raytrainer.plan.strategies import DDP, DDP2, DP
+from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from raytrainer.data.hooks import DataHooks
+from raytrainer.data.data_hooks import DataHooks
 from raytrainer.hparams import HyperparametersMixin, construct
 
 if TYPE_CHECKING:
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["DataModule"]
 

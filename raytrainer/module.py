@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrainer.data.hooks import DataHooks
+from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
-from raytrainer.hooks import ModuleHooks
 from raytrainer.hparams import HyperparametersMixin, construct
+from raytrainer.module_hooks import ModuleHooks
 
 if TYPE_CHECKING:
     from raytrainer.checkpoint import CheckpointPath

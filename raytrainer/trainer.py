@@ -6,9 +6,9 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
+from dataclasses import FrozenInstanceError, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
@@ -19,31 +19,34 @@ from raytrainer.checkpoint import CheckpointPath, write_checkpoint
 from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
-from raytrainer.driver import pool
-from raytrainer.driver.attributes import rate_attribute
-from raytrainer.driver.checkpoints import CheckpointWriter, idle_checkpoint
-from raytrainer.driver.cluster import Cluster, attached, own_reservation
-from raytrainer.driver.datasets import has_dataset, lazy_predictions
-from raytrainer.driver.groups import Groups
-from raytrainer.driver.home import bring_home
-from raytrainer.driver.logs import Logs, make_loggers
-from raytrainer.driver.look import TrainerProperties
-from raytrainer.driver.results import by_loader, outputs_by_loader, print_results, say_end
-from raytrainer.driver.resuming import read_to_resume
+from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
+from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
+from raytrainer.driver.prepare.sources import require_data, require_methods, sources
+from raytrainer.driver.prepare.tuning_runs import short_settings
+from raytrainer.driver.reporting.results import by_loader, outputs_by_loader, print_results, say_end
+from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
-from raytrainer.driver.sources import require_data, require_methods, sources
-from raytrainer.driver.state import RunState, TrainerState
-from raytrainer.driver.tuning import LearningRates, find_learning_rate, scale_batch_size, short_settings
+from raytrainer.driver.saving.bring_home import bring_home
+from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter, idle_checkpoint
+from raytrainer.driver.saving.resume import read_to_resume
+from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers.supply import Groups
 from raytrainer.errors import CheckpointError, ConfigurationError
-from raytrainer.gpu.memory import open_nvml
-from raytrainer.gpu.select import count_all
+from raytrainer.gpu.choice import count_all
+from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import CSVLogger, Logger
-from raytrainer.messages import Task
 from raytrainer.module import Module
-from raytrainer.plan.settings import build_settings
-from raytrainer.plan.strategies import DDP
+from raytrainer.plan.arguments import Arguments
+from raytrainer.plan.declaring import checked, documented
+from raytrainer.plan.settings import Settings, settle
 from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
+from raytrainer.stateful_callback import StatefulCallback
+from raytrainer.task import Task
+from raytrainer.trainer_arguments import TrainerArguments
+from raytrainer.trainer_tuning import TuningVerbs
+from raytrainer.view.run_state import RunState, TrainerState
+from raytrainer.view.trainer_properties import TrainerProperties
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,176 +56,48 @@ __all__ = ["Trainer"]
 log = logging.getLogger("raytrainer")
 
 
-class Trainer(TrainerProperties):
+@documented
+class Trainer(TuningVerbs, TrainerProperties, TrainerArguments):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
     maximum beats a minimum.
 
     Args:
-        strategy: "auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process),
-            "ddp" (one batch per worker), "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp"), "ddp2" (one batch
-            per node, split over its workers), "dp" (one batch for the job, split over the workers of one node); or a
-            `DDP`, `DDP2` or `DP` object, which has settings.
-        num_nodes: Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be
-            had again within `placement_timeout`, it goes on with fewer, and grows again at the next epoch when it can.
-        num_processes: CPU workers on each node [1]; or a pair, as for `num_nodes`.
-        gpus: GPUs on each node: a number, -1 for all, None or 0 for CPU; or which ones: [0, 2] or "0,2", in PCI bus
-            order (as `nvidia-smi` counts), the same on every node; "2-4" is elastic. One GPU without a cluster is used
-            by the driver's own process.
-        auto_select_gpus: Of each node's GPUs, use those that NVML shows free (no process, next to no memory), least
-            loaded first; `gpus` is then a number.
-        log_gpu_memory: On logging steps, log the memory in use (MiB, by NVML) of every GPU of the job: "all": each, as
-            "gpu_memory/node0-gpu1"; "min_max": "gpu_memory/min" and "gpu_memory/max"; None: do not.
-        placement_timeout: Seconds to wait until the cluster has what is asked for.
-        address: The Ray cluster to train on: "HOST:PORT" of one that this machine belongs to, "ray://HOST:PORT" of one
-            that it does not, "auto": the one that `ray start` has made on this machine, "local": a new one. None: the
-            Ray that is initialised, else RAY_ADDRESS, else as "auto", else one is started.
-        runtime_env: What workers need beside what is installed where they run, as for `ray.init`; used when this
-            trainer attaches to a cluster. None: a copy of the script's directory; {}: nothing.
-        worker_output: Whose prints are shown: "rank_zero", while the other workers' go to files that errors name; or
-            "all", each line with its rank.
-        max_epochs: Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit.
-        min_epochs: Epochs before a requested stop is honoured.
-        max_steps: The run ends exactly at this step, whatever `max_epochs` says; -1 or None: no limit.
-        min_steps: A requested stop is honoured from this step on, whatever `min_epochs` says.
-        max_time: Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict.
-        check_val_every_n_epoch: Validate in every n-th epoch; None: count `val_check_interval` across epochs.
-        val_check_interval: A float f validates every max(1, int(n * f)) of an epoch's n batches, an int k every k.
-        num_sanity_val_steps: Validation batches per loader before training; 0: none, -1: all.
-        limit_train_batches: An int is a number of batches, a float in [0, 1] a fraction; 0 switches training off.
-        limit_val_batches: Likewise, for each validation loader.
-        limit_test_batches: Likewise, for each test loader.
-        limit_predict_batches: Likewise, for each prediction loader.
-        overfit_batches: Train on the same, unshuffled batches in every epoch, and validate on as many.
-        fast_dev_run: True or n: run one or n batches of everything, once, and write nothing.
-        gradient_clip_val: Clip gradients to this norm or value; None or 0: do not.
-        gradient_clip_algorithm: "norm" or "value".
-        accumulate_grad_batches: Batches per step; an epoch's last batch always steps.
-        precision: 32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed", "16-true", "bf16-true".
-        deterministic: True: only deterministic algorithms; "warn": where they exist.
-        benchmark: Let cuDNN pick the fastest kernels, which pays off when input sizes stay the same.
-        float32_matmul_precision: "highest", "high" or "medium": how exactly float32 matrices are multiplied on GPUs;
-            "high" uses TF32. None: as torch is set.
-        compile: True, or a dict of options of `torch.compile`: compile the module's `forward` and its direct children,
-            in place, for the run. Names in state dicts stay as they are.
-        sync_batchnorm: Normalise by the samples of all workers (`torch.nn.SyncBatchNorm`); on GPUs only.
-        seed: Seeds generators, shuffling and loader processes in all workers [that of `seed_everything`, if called].
-        detect_anomaly: Find the operation that produced a NaN in the backward pass; slow.
-        inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
-        use_distributed_sampler: Shard loaders over workers, and draw their shuffling from (seed, epoch).
-        reload_dataloaders_every_n_epochs: Build loaders anew every n epochs; 0: never.
-        log_every_n_steps: Give step values to loggers every n steps.
-        logger: A logger, a list of them, False for none, True for a `CSVLogger` in `default_root_dir`.
-        profiler: "simple" (a table of hooks and their times), "advanced" (cProfile), "pytorch" (torch.profiler, a
-            Chrome trace for each worker), or a `Profiler`. Reports go to `profile/` in the log directory.
-        callbacks: `Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module.
-        enable_progress_bar: Show progress.
-        enable_model_summary: Print a summary of the module before training.
-        max_failures: Lost workers to recover from in one `fit`: the group is rebuilt and goes on from the newest
-            snapshot or checkpoint. Errors of user code are never retried. "local" recovers nothing.
-        snapshot_every: In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at
-            most every 10 s, costing under 1 % of the time, but for the first one; None: none.
-        hang_timeout: Seconds without an answer from training workers after which they count as lost.
-        enable_checkpointing: Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given.
-        default_root_dir: Where logs and checkpoints go [the working directory].
-        idle_timeout: Seconds that unused workers are kept for the next run, unless others in the cluster wait for what
-            they hold; 0: not at all.
 
     Raises:
         ConfigurationError: A value, or a pair of values, cannot work.
     """
 
-    def __init__(
+    def __post_init__(
         self,
-        *,
-        strategy: str | DDP = "auto",
-        num_nodes: int | tuple[int, int] = 1,
-        num_processes: int | tuple[int, int] | None = None,
-        gpus: int | str | Sequence[int] | None = None,
-        auto_select_gpus: bool = False,
-        log_gpu_memory: str | None = None,
-        placement_timeout: float = 60.0,
-        address: str | None = None,
-        runtime_env: Mapping[str, Any] | None = None,
-        worker_output: str = "rank_zero",
-        max_epochs: int | None = None,
-        min_epochs: int | None = None,
-        max_steps: int | None = None,
-        min_steps: int | None = None,
-        max_time: str | timedelta | Mapping[str, int] | None = None,
-        check_val_every_n_epoch: int | None = 1,
-        val_check_interval: int | float | None = None,
-        num_sanity_val_steps: int = 2,
-        limit_train_batches: int | float | None = None,
-        limit_val_batches: int | float | None = None,
-        limit_test_batches: int | float | None = None,
-        limit_predict_batches: int | float | None = None,
-        overfit_batches: int | float = 0.0,
-        fast_dev_run: int | bool = False,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-        accumulate_grad_batches: int = 1,
-        precision: int | str = 32,
-        deterministic: bool | str = False,
-        benchmark: bool | None = None,
-        float32_matmul_precision: str | None = None,
-        compile: bool | Mapping[str, Any] = False,
-        sync_batchnorm: bool = False,
-        seed: int | None = None,
-        detect_anomaly: bool = False,
-        inference_mode: bool = True,
-        use_distributed_sampler: bool = True,
-        reload_dataloaders_every_n_epochs: int = 0,
-        log_every_n_steps: int | None = 50,
-        max_failures: int = 3,
-        snapshot_every: int | str | timedelta | None = "auto",
-        hang_timeout: float = 600.0,
-        logger: Logger | Iterable[Logger] | bool | None = True,
-        profiler: str | Profiler | None = None,
-        callbacks: Callback | WorkerCallback | Iterable[Callback | WorkerCallback] | None = None,
-        enable_progress_bar: bool = True,
-        enable_model_summary: bool = True,
-        enable_checkpointing: bool = True,
-        default_root_dir: str | os.PathLike[str] | None = None,
-        idle_timeout: float = 300.0,
+        logger: Logger | Iterable[Logger] | bool | None,
+        profiler: str | Profiler | None,
+        callbacks: StatefulCallback | Iterable[StatefulCallback] | None,
+        default_root_dir: str | os.PathLike[str] | None,
     ) -> None:
-        cluster = Cluster(address, runtime_env)
+        cluster = Cluster(self.address, self.runtime_env)
         # a Ray Tune trial has its share of the cluster already, and is like a machine of its own
         on_cluster = attached(cluster) and own_reservation() is None
-        if gpus in (-1, "-1") and (strategy == "local" or not on_cluster):
+        gpus, seed = self.gpus, last_seed() if self.seed is None else self.seed
+        if gpus in (-1, "-1") and (self.strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
-        self._settings = build_settings(
-            strategy=strategy, num_nodes=num_nodes, num_processes=num_processes, gpus=gpus,
-            max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, max_time=max_time,
-            check_val_every_n_epoch=check_val_every_n_epoch, val_check_interval=val_check_interval,
-            num_sanity_val_steps=num_sanity_val_steps, limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches, limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches, overfit_batches=overfit_batches, fast_dev_run=fast_dev_run,
-            gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm,
-            accumulate_grad_batches=accumulate_grad_batches, precision=precision, deterministic=deterministic,
-            benchmark=benchmark, float32_matmul_precision=float32_matmul_precision, compile=compile,
-            sync_batchnorm=sync_batchnorm, seed=last_seed() if seed is None else seed, detect_anomaly=detect_anomaly,
-            inference_mode=inference_mode, use_distributed_sampler=use_distributed_sampler,
-            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs, log_every_n_steps=log_every_n_steps,
-            max_failures=max_failures, snapshot_every=snapshot_every, hang_timeout=hang_timeout,
-            cluster_attached=on_cluster, auto_select_gpus=auto_select_gpus, log_gpu_memory=log_gpu_memory,
-            worker_output=worker_output,
-        )  # fmt: skip
-        self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
+        self.__dict__.update(checked(vars(self), TrainerArguments))
+        self._take_settings(settle(self, on_cluster, gpus=gpus, seed=seed))
+        self._default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
-        self._groups = Groups(cluster, placement_timeout, idle_timeout)
+        self._groups = Groups(cluster, self.placement_timeout, self.idle_timeout)
         self._profiler = make_profiler(profiler)
-        self._loggers = [] if self.fast_dev_run else make_loggers(logger, self.default_root_dir)
+        self._loggers = [] if self.fast_dev_run else make_loggers(logger, self._default_root_dir)
         self._logs = Logs(self._loggers)
         # module code may call self.logger in a dry run too, to no effect
         self._worker_logs = True if self._loggers else False if self.fast_dev_run and logger else None
         extras: list[Callback] = []
-        if enable_progress_bar:
+        if self.enable_progress_bar:
             extras.append(ProgressBar())
-        if enable_model_summary:
+        if self.enable_model_summary:
             extras.append(ModelSummary())
-        if enable_checkpointing and not self.fast_dev_run:
+        if self.enable_checkpointing and not self.fast_dev_run:
             extras.append(ModelCheckpoint())
         self._own_callbacks = arrange_callbacks(callbacks, extras)
         self._callbacks = self._own_callbacks
@@ -232,6 +107,20 @@ class Trainer(TrainerProperties):
         self._datamodule: DataModule | None = None
         self._run: Run | None = None  # the latest
         self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
+
+    def _take_settings(self, settings: Settings) -> None:
+        """Go on with these settings, and show them as this Trainer's arguments."""
+        self._settings = settings
+        shown = {declared.name: getattr(settings, declared.name) for declared in fields(Arguments)}
+        for name in ("max_epochs", "max_steps"):
+            shown[name] = -1 if shown[name] is None else shown[name]
+        self.__dict__.update(shown)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except FrozenInstanceError:
+            raise AttributeError(f"trainer.{name} stays as it is: make a new Trainer({name}={value!r}, ...).") from None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -245,6 +134,16 @@ class Trainer(TrainerProperties):
         arguments = instantiate(config)
         check_names(cls, arguments)
         return cls(**arguments)
+
+    @property
+    def callbacks(self) -> list[Callback | WorkerCallback]:
+        """Those of the last run, in the order in which they are called."""
+        return self._callbacks
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first `ModelCheckpoint`."""
+        return next((c for c in self._callbacks if isinstance(c, ModelCheckpoint)), None)
 
     # ---------------------------------------------------------------- the four verbs
 
@@ -280,7 +179,7 @@ class Trainer(TrainerProperties):
         if checkpoint is None and not self.fast_dev_run:
             for callback in self._callbacks:
                 if isinstance(callback, Tuner):
-                    callback.tune(self, module, loaders.get("train"), datamodule)
+                    callback.tune(cast(Any, self), module, loaders.get("train"), datamodule)
         with run.started() as coordinator:
             if checkpoint is not None:
                 run.resume(checkpoint, coordinator)
@@ -393,96 +292,7 @@ class Trainer(TrainerProperties):
             print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])
 
-    # ---------------------------------------------------------------- tuning
-
-    def lr_find(
-        self,
-        model: Module,
-        train_dataloaders: Any = None,
-        datamodule: DataModule | None = None,
-        min_lr: float = 1e-8,
-        max_lr: float = 1.0,
-        num_training: int = 100,
-        mode: str = "exponential",
-        early_stop_threshold: float | None = 4.0,
-        update_attr: bool = False,
-        attr_name: str | None = None,
-    ) -> LearningRates:
-        """Train a copy of the module for a few steps, with a learning rate that rises, and look at the loss.
-
-        The module, its weights and this process's generators are as before. All parameter groups have the same rate;
-        schedulers, callbacks and loggers are left out. The workers are those of this Trainer.
-
-        Args:
-            model: The module.
-            train_dataloaders: A training loader, or a DataModule.
-            datamodule: Where the loader comes from if it is not given.
-            min_lr: The first learning rate.
-            max_lr: The last one.
-            num_training: Steps.
-            mode: "exponential" or "linear".
-            early_stop_threshold: Stop where the smoothed loss is so many times its best; None: do not.
-            update_attr: Set `attr_name` of the module to the suggestion, if there is one.
-            attr_name: An attribute or hyperparameter; None: `lr` or `learning_rate`.
-
-        Returns:
-            The rates and losses, with `suggestion()` and `plot()`.
-
-        Raises:
-            ConfigurationError: An argument cannot work, or the module has no such attribute.
-        """
-        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
-        attribute = (attr_name or rate_attribute(module)) if update_attr else None
-        return find_learning_rate(
-            self._probe, module, loaders.get("train"), datamodule,
-            min_lr=min_lr, max_lr=max_lr, num_training=num_training, mode=mode,
-            early_stop_threshold=early_stop_threshold, attribute=attribute,
-        )  # fmt: skip
-
-    def scale_batch_size(
-        self,
-        model: Module,
-        train_dataloaders: Any = None,
-        datamodule: DataModule | None = None,
-        mode: str = "power",
-        steps_per_trial: int = 3,
-        init_val: int = 2,
-        max_trials: int = 25,
-        batch_arg_name: str = "batch_size",
-    ) -> int:
-        """Find the largest batch size that fits into memory, and set it.
-
-        Copies of the module train for a few steps each; the module's weights and this process's generators are as
-        before. The search also ends where one batch holds all the data.
-
-        Args:
-            model: The module.
-            train_dataloaders: A DataModule; loaders that are made already have a batch size that stays.
-            datamodule: Likewise.
-            mode: "power": double the size until it no longer fits; "binsearch": then halve the gap until it is known.
-            steps_per_trial: Steps to try each size for.
-            init_val: The first size.
-            max_trials: Sizes to try at most.
-            batch_arg_name: Attribute or hyperparameter of the DataModule or Module, which `train_dataloader` reads.
-
-        Returns:
-            The size.
-
-        Raises:
-            ConfigurationError: An argument cannot work, or nothing has such an attribute.
-            ResourceError: No size fits.
-        """
-        module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders)
-        if loaders:
-            raise ConfigurationError(
-                "scale_batch_size was given a loader, whose batch size stays as it is: write train_dataloader() in "
-                "the DataModule or Module, and have it read self.batch_size."
-            )
-        return scale_batch_size(
-            self._probe, module, datamodule,
-            mode=mode, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
-            attribute=batch_arg_name,
-        )  # fmt: skip
+    # ---------------------------------------------------------------- a run
 
     def _probe(self, callbacks: list[Callback | WorkerCallback], loggers: list[Logger], **settings: Any) -> Trainer:
         """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""
@@ -491,15 +301,13 @@ class Trainer(TrainerProperties):
         probe._own_callbacks = probe._callbacks = callbacks
         probe._loggers, probe._logs, probe._worker_logs = loggers, Logs(loggers), False
         probe._state, probe._writer, probe._run = RunState(), CheckpointWriter(), None
-        probe._settings = short_settings(self._settings, **settings)
+        probe._take_settings(short_settings(self._settings, **settings))
         return probe
-
-    # ---------------------------------------------------------------- a run
 
     def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Run:
         """A run with a fresh state, not started yet."""
         if self._every_gpu:
-            self._settings = self._groups.with_every_gpu(self._settings)
+            self._take_settings(self._groups.with_every_gpu(self._settings))
         self._module, self._datamodule = module, datamodule
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
@@ -508,7 +316,7 @@ class Trainer(TrainerProperties):
             self._state.progress = previous
         given = None if self._probing else module.configure_callbacks()
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
-        self._settings = with_accumulation(self._settings, self._callbacks)
+        self._take_settings(with_accumulation(self._settings, self._callbacks))
         task = self._task(stage, module, datamodule, loaders)
         self._run = run = Run(
             task, self._state, self._callbacks, self._emit, self._logs, self._groups, self._writer, self._probing

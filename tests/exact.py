@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
-from raytrainer.driver.group import LocalGroup
+from raytrainer.driver.workers.group import LocalGroup
 from raytrainer.errors import WorkerLostError
 
 

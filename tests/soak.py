@@ -83,7 +83,7 @@ def main() -> int:
 
     import ray
 
-    from raytrainer.driver import pool
+    from raytrainer.driver.workers import idle_pool as pool
 
     rng = random.Random(args.seed)
     ray.init("local", num_cpus=args.workers + 1, include_dashboard=False, log_to_driver=False)

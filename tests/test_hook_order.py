@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raytrainer import ModelCheckpoint, Module
-from raytrainer.data.hooks import DataHooks
+from raytrainer.data.data_hooks import DataHooks
 
 
 @pytest.mark.parametrize("name", hook_order.SCENARIOS)

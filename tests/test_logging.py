@@ -10,7 +10,7 @@ import torch
 from tiny import Tiny, data
 
 from raytrainer import Callback, Logger, MetricError, OnExceptionCheckpoint, ProgressBar
-from raytrainer.worker.run import Run
+from raytrainer.worker.worker_run import Run
 
 
 class Rows(Logger):

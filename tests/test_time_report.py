@@ -10,13 +10,13 @@ import pytest
 from tiny import Tiny, data
 
 from raytrainer import ModelCheckpoint
-from raytrainer.driver.coordinator import Coordinator
-from raytrainer.driver.group import LocalGroup
-from raytrainer.driver.interrupt import Interrupt
-from raytrainer.driver.state import RunState
-from raytrainer.messages import Task
+from raytrainer.driver.loop.coordinator import Coordinator
+from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.workers.group import LocalGroup
 from raytrainer.plan import timing
 from raytrainer.plan.settings import build_settings
+from raytrainer.task import Task
+from raytrainer.view.run_state import RunState
 
 
 class Slow(Tiny):

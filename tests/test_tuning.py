@@ -21,7 +21,7 @@ from raytrainer import (
     LearningRateFinder,
     ResourceError,
 )
-from raytrainer.plan.tuning import rates
+from raytrainer.plan.searches import rates
 
 
 class Learner(Tiny):

@@ -11,7 +11,7 @@ from exact import Exact, Mortal, run, same
 from tiny import Tiny, data
 
 from raytrainer import Logger, SerializationError, WorkerCallback
-from raytrainer.driver.groups import Groups
+from raytrainer.driver.workers.supply import Groups
 from raytrainer.loggers.media import as_images, draw
 
 
@@ -187,7 +187,7 @@ def test_a_failing_logger_is_named_once(local_trainer, said):
 
 
 def test_a_logger_that_is_slow_to_fail_is_left_alone_for_a_while(monkeypatch):
-    from raytrainer.driver import logs
+    from raytrainer.driver.reporting import run_loggers as logs
 
     now = [100.0]
     monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,10 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-__all__ = ["Display", "PlainDisplay", "RichDisplay", "format_metrics", "format_value", "is_live", "make_display"]
+from raytrainer.callbacks._notebook import NotebookDisplay
+from raytrainer.callbacks._numbers import format_metrics
+
+__all__ = ["Display", "PlainDisplay", "RichDisplay", "is_live", "make_display"]
 
 HEARTBEAT_SECONDS = 30.0
 
@@ -57,24 +59,8 @@ def make_display(refresh_rate: float, leave: bool) -> Display:
     """One output that is redrawn in a notebook, live bars where stdout allows them, otherwise plain lines."""
     console = Console()
     if console.is_jupyter:
-        from raytrainer.callbacks._notebook import NotebookDisplay
-
         return NotebookDisplay(refresh_rate, leave)
     return RichDisplay(console, refresh_rate, leave) if is_live(console) else PlainDisplay()
-
-
-def format_value(value: float) -> str:
-    """Three decimals; very small and very large numbers with an exponent."""
-    if isinstance(value, int):
-        return str(value)
-    if value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e6:
-        return f"{value:.3f}"
-    return f"{value:.2e}"
-
-
-def format_metrics(metrics: Mapping[str, float], equals: str = " ", gap: str = "  ") -> str:
-    """ "loss 0.123  val_acc 0.980"."""
-    return gap.join(f"{name}{equals}{format_value(value)}" for name, value in metrics.items())
 
 
 class _Count(ProgressColumn):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrainer.callbacks._display import format_metrics
+from raytrainer.callbacks._numbers import format_metrics
 
 __all__ = ["NotebookDisplay"]
 

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raytrainer.callbacks.callback import WorkerCallback
-from raytrainer.worker.optimization import cover_groups
+from raytrainer.worker.optimizers import cover_groups
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["BaseFinetuning"]
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from raytrainer.messages import EvaluationReport, TrainReport
-    from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
-    from raytrainer.worker.view import TrainerView
+from raytrainer.callbacks.running_trainer import RunningTrainer
+from raytrainer.messages import EvaluationReport, TrainReport
+from raytrainer.module import Module
+from raytrainer.stateful_callback import StatefulCallback
+from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["Callback", "WorkerCallback"]
 
 
-class _Stateful:
-    """What both kinds share: a key and a state that travel in checkpoints."""
-
-    @property
-    def state_key(self) -> str:
-        """The name under which this callback's state is stored in a checkpoint; unique within a run."""
-        return type(self).__qualname__
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to put into a checkpoint: plain values and tensors only."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
-
-class Callback(_Stateful):
+class Callback(StatefulCallback):
     """Runs on the driver, at the boundaries of epochs, validations and chunks of work.
 
     It sees metrics that are already reduced over all workers, and may ask the trainer to stop
@@ -50,93 +34,93 @@ class Callback(_Stateful):
     #: so that what others changed is saved).
     runs_last: ClassVar[bool] = False
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Before anything else; `stage` is "fit", "validate", "test" or "predict"."""
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """After everything else, also when the run failed."""
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before the sanity check; loaders' lengths are not known yet."""
 
-    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_end(self, trainer: RunningTrainer, module: Module) -> None:
         """At the end of `fit`, when the module holds the trained weights."""
 
-    def on_sanity_check_start(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before the sanity check's validation batches."""
 
-    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After the sanity check's validation batches."""
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before the first epoch; `trainer.num_training_batches` is known."""
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After the last epoch."""
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before an epoch's first batch."""
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After an epoch, its validation and the module's own hook; `trainer.callback_metrics` has its metrics."""
 
-    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+    def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
         """After each chunk of training batches (at most about a second of work).
 
         On GPUs, what its last batch logged may reach the loggers with the next chunk only, so that the GPUs need not
         wait; whoever looks at `trainer.callback_metrics` waits for it.
         """
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before a validation (also the sanity check: see `trainer.sanity_checking`)."""
 
-    def on_validation_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Right after `on_validation_start`."""
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After the last validation batch; metrics are in `trainer.callback_metrics`."""
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After a validation, when its metrics have been logged."""
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before the test batches."""
 
-    def on_test_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Right after `on_test_start`."""
 
-    def on_test_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After the last test batch."""
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After testing, when its metrics have been logged."""
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Before the prediction batches."""
 
-    def on_predict_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Right after `on_predict_start`."""
 
-    def on_predict_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After the last prediction batch."""
 
-    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_end(self, trainer: RunningTrainer, module: Module) -> None:
         """After prediction."""
 
-    def on_evaluation_chunk_end(self, trainer: Trainer, module: Module, report: EvaluationReport) -> None:
+    def on_evaluation_chunk_end(self, trainer: RunningTrainer, module: Module, report: EvaluationReport) -> None:
         """After each chunk of validation, test or prediction batches; on GPUs, rows of the last may come later."""
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunningTrainer, module: Module, exception: BaseException) -> None:
         """When the run fails or is aborted, before `teardown`."""
 
-    def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: RunningTrainer, module: Module, checkpoint: dict[str, Any]) -> None:
         """Before a checkpoint is written; may add plain values and tensors to it."""
 
-    def on_load_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: RunningTrainer, module: Module, checkpoint: dict[str, Any]) -> None:
         """After a checkpoint was read, before its state is restored."""
 
 
-class WorkerCallback(_Stateful):
+class WorkerCallback(StatefulCallback):
     """Pickled to every worker, where it runs beside the module, before the module's hook of the same name.
 
     `trainer` is the worker's `TrainerView` (ranks, counters, metrics; `should_stop` may be set), `module` the live

@@ -11,11 +11,12 @@ import torch
 
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
-from raytrainer.gpu.memory import open_nvml, own_index
+from raytrainer.gpu.memory import own_index
+from raytrainer.gpu.nvml import open_nvml
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["DeviceStatsMonitor"]
 

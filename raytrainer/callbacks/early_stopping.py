@@ -13,8 +13,8 @@ from raytrainer.plan.monitoring import Moment, MonitorMoment
 from raytrainer.plan.stopping import StoppingRules, StoppingState, StopReason, judge, worst_score
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["EarlyStopping"]
 
@@ -88,22 +88,22 @@ class EarlyStopping(Callback):
         """Names the metric too, so that several of these can be used side by side."""
         return f"EarlyStopping(monitor={self.monitor!r}, mode={self.mode!r})"
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Find out afresh when to check."""
         if stage == "fit":
             self._moment.begin()
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the metric."""
         if self._active(trainer):
             self._moment.before_validation(self.monitor in trainer.callback_metrics)
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Check, if this is the moment to."""
         if self._active(trainer) and self._moment.after_validation(self.monitor in trainer.callback_metrics):
             self._check(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Check, if this is the moment to."""
         if not self._active(trainer):
             return
@@ -126,10 +126,10 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
 
-    def _active(self, trainer: Trainer) -> bool:
+    def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
 
-    def _check(self, trainer: Trainer) -> None:
+    def _check(self, trainer: RunningTrainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             self._complain(sorted(trainer.callback_metrics))
             return

@@ -13,7 +13,7 @@ from raytrainer.plan import checks
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["EMAWeightAveraging"]
 

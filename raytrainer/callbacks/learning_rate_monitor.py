@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["LearningRateMonitor", "group_names"]
 

@@ -27,9 +27,9 @@ from raytrainer.plan.retention import (
 )
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.messages import TrainReport
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["ModelCheckpoint"]
 
@@ -124,31 +124,31 @@ class ModelCheckpoint(Callback):
 
     # When
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Settle the folder, and find out afresh when to save."""
         if stage != "fit":
             return
         self._moment.begin()
         self._folder(trainer)
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: RunningTrainer, module: Module) -> None:
         """What a resumed run starts from has been saved already."""
         self._saved_step = self._last_saved_step = trainer.global_step
         self._timed = time.monotonic()
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the monitored metric."""
         if self._active(trainer):
             self._moment.before_validation(self.monitor is not None and self._has_metric(trainer))
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Save, if this is the moment to."""
         if self._active(trainer):
             now = self._moment.after_validation(self._has_metric(trainer))
             if now and self._epoch_due(trainer):
                 self._save(trainer)
 
-    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+    def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
         """Save at the steps asked for, or when the time has come."""
         interval, now = self.train_time_interval, time.monotonic()
         if interval and now - self._timed >= interval.total_seconds() and self._active(trainer):
@@ -158,7 +158,7 @@ class ModelCheckpoint(Callback):
         if every and step > 0 and step % every == 0 and self._active(trainer):
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Save, if this is the moment to; say so if the monitored metric will never come."""
         if not self._active(trainer):
             return
@@ -170,21 +170,21 @@ class ModelCheckpoint(Callback):
         if now and self._epoch_due(trainer):
             self._save(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Bring "last.ckpt" up to date with the end of training."""
         if self.save_last and self._active(trainer) and trainer.global_step != self._last_saved_step:
             self._save_as_last(trainer)
 
-    def _active(self, trainer: Trainer) -> bool:
+    def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
 
-    def _epoch_due(self, trainer: Trainer) -> bool:
+    def _epoch_due(self, trainer: RunningTrainer) -> bool:
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _has_metric(self, trainer: Trainer) -> bool:
+    def _has_metric(self, trainer: RunningTrainer) -> bool:
         return self.monitor is None or self.monitor in trainer.callback_metrics
 
-    def _missing(self, trainer: Trainer) -> str:
+    def _missing(self, trainer: RunningTrainer) -> str:
         known = ", ".join(sorted(trainer.callback_metrics)) or "none"
         return (
             f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged; there are: {known}. "
@@ -193,13 +193,13 @@ class ModelCheckpoint(Callback):
 
     # What
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: RunningTrainer) -> None:
         if self._saved_step != trainer.global_step:
             self._save_best(trainer)
         if self.save_last and self._last_saved_step != trainer.global_step:
             self._save_as_last(trainer)
 
-    def _save_best(self, trainer: Trainer) -> None:
+    def _save_best(self, trainer: RunningTrainer) -> None:
         if self.save_top_k == 0:
             return
         if not self._has_metric(trainer):
@@ -217,7 +217,7 @@ class ModelCheckpoint(Callback):
         elif self.verbose:
             _log.info("step %d: %s = %.6g is not among the best", trainer.global_step, self.monitor, score)
 
-    def _write(self, trainer: Trainer, drop: str | None, score: float | None) -> None:
+    def _write(self, trainer: RunningTrainer, drop: str | None, score: float | None) -> None:
         path = self._new_path(trainer, drop)
         before = self._record()
         # Recorded first, because the checkpoint itself contains this record.
@@ -233,7 +233,7 @@ class ModelCheckpoint(Callback):
         if drop is not None and drop != path and self._may_remove(trainer, drop):
             trainer.remove_checkpoint(drop)
 
-    def _save_as_last(self, trainer: Trainer) -> None:
+    def _save_as_last(self, trainer: RunningTrainer) -> None:
         folder = self._folder(trainer)
 
         def taken(name: str) -> bool:
@@ -257,7 +257,7 @@ class ModelCheckpoint(Callback):
 
     # Where
 
-    def _folder(self, trainer: Trainer) -> str:
+    def _folder(self, trainer: RunningTrainer) -> str:
         if self.dirpath is None:
             self.dirpath = _absolute(join_path(str(trainer.log_dir or trainer.default_root_dir), "checkpoints"))
         if self._pending is not None:
@@ -265,7 +265,7 @@ class ModelCheckpoint(Callback):
             self.load_state_dict(pending)
         return self.dirpath
 
-    def _new_path(self, trainer: Trainer, drop: str | None) -> str:
+    def _new_path(self, trainer: RunningTrainer, drop: str | None) -> str:
         values: dict[str, float] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         values.update(epoch=trainer.current_epoch, step=trainer.global_step)
         unknown = sorted(set(template_fields(self.filename)) - set(values))
@@ -281,7 +281,7 @@ class ModelCheckpoint(Callback):
 
         return join_path(folder, free_name(stem, ".ckpt", taken))
 
-    def _may_remove(self, trainer: Trainer, path: str) -> bool:
+    def _may_remove(self, trainer: RunningTrainer, path: str) -> bool:
         resumed_from = trainer.ckpt_path
         if resumed_from is not None and _absolute(str(resumed_from)) == path:
             return False
@@ -299,7 +299,7 @@ class ModelCheckpoint(Callback):
         steps = ("_saved_step", "_last_saved_step")
         return {"best_k_models": dict(self.best_k_models), **{name: getattr(self, name) for name in names + steps}}
 
-    def _save_or_restore(self, trainer: Trainer, path: str, record: dict[str, Any]) -> None:
+    def _save_or_restore(self, trainer: RunningTrainer, path: str, record: dict[str, Any]) -> None:
         try:
             trainer.save_checkpoint(path, weights_only=self.save_weights_only)
         except BaseException:

@@ -16,8 +16,8 @@ from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["ModelSummary", "ModuleRow", "ModuleTotals", "plain_text", "show_rich", "summarize", "total"]
 
@@ -69,7 +69,7 @@ class ModelSummary(Callback):
         _check_depth(max_depth)
         self.max_depth = max_depth
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Print it."""
         self.show(Console(), summarize(module, self.max_depth), total(module))
 

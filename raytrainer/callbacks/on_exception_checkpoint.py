@@ -11,8 +11,8 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.plan.retention import join_path
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["OnExceptionCheckpoint"]
 
@@ -46,7 +46,7 @@ class OnExceptionCheckpoint(Callback):
         """Where the checkpoint goes."""
         return join_path(self.dirpath, f"{self.filename}.ckpt")
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunningTrainer, module: Module, exception: BaseException) -> None:
         """Save it. If that fails too, say so, and leave the first exception to be raised."""
         if trainer.state.fn != "fit":
             return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["PredictionWriter"]
 

@@ -11,9 +11,9 @@ from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.messages import EvaluationReport, TrainReport
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["ProgressBar"]
 
@@ -49,76 +49,76 @@ class ProgressBar(Callback):
         self._display: Display | None = None
         self._batch = self._evaluated = 0
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Choose how to show things, according to what stdout is now."""
         self._close()
         if self.refresh_rate > 0:
             self._display = make_display(self.refresh_rate, self.leave)
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Give the terminal back."""
         self._close()
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunningTrainer, module: Module, exception: BaseException) -> None:
         """Give the terminal back, so that the error can be read."""
         self._close()
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Leave the last bar as it is."""
         self._close()
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A new bar."""
         self._batch = 0
         if self._display is not None:
             label = epoch_label(trainer.current_epoch, trainer.max_epochs)
             self._display.start("train", label, self._batches_to_come(trainer))
 
-    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+    def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
         """Move the bar."""
         self._batch = report.batch
         if self._display is not None:
             self._display.update("train", report.batch, self._shown(trainer))
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Show the epoch's metrics."""
         if self._display is not None:
             self._display.end("train", self._batch, self._shown(trainer), say=True)
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar below the epoch's."""
         if trainer.sanity_checking:
             self._start_evaluation("Sanity check", trainer.num_sanity_val_batches)
         else:
             self._start_evaluation("Validation", trainer.num_val_batches)
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away; within a fit, the epoch's line shows the metrics."""
         self._end_evaluation(trainer, say=trainer.state.fn != "fit")
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar."""
         self._start_evaluation("Test", trainer.num_test_batches)
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away."""
         self._end_evaluation(trainer, say=True)
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar."""
         self._start_evaluation("Predict", trainer.num_predict_batches)
 
-    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away."""
         self._end_evaluation(trainer, say=True)
 
-    def on_evaluation_chunk_end(self, trainer: Trainer, module: Module, report: EvaluationReport) -> None:
+    def on_evaluation_chunk_end(self, trainer: RunningTrainer, module: Module, report: EvaluationReport) -> None:
         """Move the evaluation's bar."""
         self._evaluated = report.batches
         if self._display is not None:
             self._display.update("evaluation", report.batches, {})
 
-    def _shown(self, trainer: Trainer) -> dict[str, float]:
+    def _shown(self, trainer: RunningTrainer) -> dict[str, float]:
         """Metrics that were logged for the bar, and those asked for here."""
         if not self.metrics:
             return trainer.progress_bar_metrics
@@ -129,7 +129,7 @@ class ProgressBar(Callback):
         return any(fnmatchcase(name, pattern) for pattern in self.metrics)
 
     @staticmethod
-    def _batches_to_come(trainer: Trainer) -> int | None:
+    def _batches_to_come(trainer: RunningTrainer) -> int | None:
         """The epoch's batches, or fewer if `max_steps` ends it before; an epoch that is resumed shows them all."""
         batches, max_steps = trainer.num_training_batches, trainer.max_steps
         if max_steps is None or trainer.ckpt_path is not None:
@@ -142,7 +142,7 @@ class ProgressBar(Callback):
         if self._display is not None:
             self._display.start("evaluation", label, add_up(batches))
 
-    def _end_evaluation(self, trainer: Trainer, say: bool) -> None:
+    def _end_evaluation(self, trainer: RunningTrainer, say: bool) -> None:
         if self._display is not None:
             metrics = trainer.progress_bar_metrics if say else {}
             self._display.end("evaluation", self._evaluated, metrics, say=say)

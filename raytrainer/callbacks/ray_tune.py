@@ -14,8 +14,8 @@ from raytrainer.errors import ConfigurationError
 if TYPE_CHECKING:
     from ray.tune import PlacementGroupFactory
 
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["TuneReportCallback", "tune_resources"]
 
@@ -58,13 +58,13 @@ class TuneReportCallback(Callback):
         self.on, self.checkpoint = on, checkpoint
         self._in_trial = self._validated = False
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """See whether this is a trial."""
         self._in_trial, self._validated = stage == "fit" and _in_trial(), False
         if stage == "fit" and not self._in_trial:
             _log.warning("TuneReportCallback: this is no trial of Ray Tune; nothing is reported.")
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Report, if this is the moment to."""
         if trainer.sanity_checking:
             return
@@ -72,14 +72,14 @@ class TuneReportCallback(Callback):
         if self.on == "validation_end":
             self._report(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Report, if this is the moment to."""
         validates = any(count != 0 for count in trainer.num_val_batches)
         if self.on == "train_epoch_end" or (self.on is None and (self._validated or not validates)):
             self._report(trainer)
         self._validated = False
 
-    def _report(self, trainer: Trainer) -> None:
+    def _report(self, trainer: RunningTrainer) -> None:
         if not self._in_trial:
             return
         from ray import tune
@@ -93,7 +93,7 @@ class TuneReportCallback(Callback):
             trainer.save_checkpoint(folder, wait=True)
             tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
 
-    def _values(self, trainer: Trainer) -> dict[str, Any]:
+    def _values(self, trainer: RunningTrainer) -> dict[str, Any]:
         there = {name: float(value) for name, value in trainer.callback_metrics.items()}
         wanted = {name: name for name in there} if self.metrics is None else self.metrics
         missing = sorted(set(wanted.values()) - set(there))

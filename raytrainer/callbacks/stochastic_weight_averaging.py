@@ -14,11 +14,11 @@ from raytrainer.callbacks._averaging import AveragedWeights
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import checks
-from raytrainer.worker.optimization import SchedulerConfig
+from raytrainer.view.scheduler_config import SchedulerConfig
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
-    from raytrainer.worker.view import TrainerView
+    from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["StochasticWeightAveraging"]
 

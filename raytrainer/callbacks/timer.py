@@ -12,9 +12,9 @@ from raytrainer.callbacks.callback import Callback
 from raytrainer.plan import checks
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.messages import TrainReport
     from raytrainer.module import Module
-    from raytrainer.trainer import Trainer
 
 __all__ = ["Timer"]
 
@@ -73,52 +73,52 @@ class Timer(Callback):
         """Seconds of `duration` that are left, not below 0; None without a duration."""
         return None if self.duration is None else max(0.0, self.duration - self.time_elapsed(stage))
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Start the clock; nothing is left where a resumed run has had its time."""
         self._before, self._loaded, self._training = self._loaded, 0.0, True
         self._start("train")
         self._check(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Stop the clock."""
         self._ended["train"] = time.monotonic()
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """The next run has all of its time, whether or not this one has come to its end."""
         if self._training and "train" not in self._ended:
             self._ended["train"] = time.monotonic()
         self._loaded, self._training = 0.0, False
 
-    def on_train_chunk_end(self, trainer: Trainer, module: Module, report: TrainReport) -> None:
+    def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
         """Look."""
         if self.interval == "step":
             self._check(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Look."""
         self._check(trainer)
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Start a clock."""
         self._start("sanity" if trainer.sanity_checking else "validate")
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Stop it."""
         self._ended["sanity" if trainer.sanity_checking else "validate"] = time.monotonic()
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Start a clock."""
         self._start("test")
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Stop it."""
         self._ended["test"] = time.monotonic()
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Start a clock."""
         self._start("predict")
 
-    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Stop it."""
         self._ended["predict"] = time.monotonic()
 
@@ -138,7 +138,7 @@ class Timer(Callback):
         self._began[stage] = time.monotonic()
         self._ended.pop(stage, None)
 
-    def _check(self, trainer: Trainer) -> None:
+    def _check(self, trainer: RunningTrainer) -> None:
         if self.duration is None or self.time_elapsed() < self.duration or trainer.should_stop:
             return
         trainer.should_stop = True

@@ -11,19 +11,21 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.checkpoint import write_checkpoint
-from raytrainer.driver.checkpoints import CheckpointWriter
-from raytrainer.driver.cluster import explain_lost
-from raytrainer.driver.coordinator import Coordinator
-from raytrainer.driver.datasets import prepare_datasets, release_datasets
-from raytrainer.driver.group import WorkerGroup
-from raytrainer.driver.groups import Groups
-from raytrainer.driver.host import Rows
-from raytrainer.driver.interrupt import Interrupt
-from raytrainer.driver.logs import Logs, log_folder
-from raytrainer.driver.results import write_profiles
-from raytrainer.driver.state import RunState, nothing
+from raytrainer.driver.cluster.session import explain_lost
+from raytrainer.driver.loop.coordinator import Coordinator
+from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.loop.run_services import Rows
+from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_datasets
+from raytrainer.driver.reporting.results import write_profiles
+from raytrainer.driver.reporting.run_loggers import Logs
+from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.supply import Groups
 from raytrainer.errors import CheckpointError
-from raytrainer.messages import LogCall, Task
+from raytrainer.loggers.logger import first_log_dir
+from raytrainer.messages import LogCall
+from raytrainer.task import Task
+from raytrainer.view.run_state import RunState, nothing
 
 __all__ = ["Run"]
 
@@ -77,7 +79,7 @@ class Run:
                 state.interrupted |= interrupt.requested
             status = "interrupted" if state.interrupted else "success"
             if task.profiler is not None:
-                folder = Path(log_folder(self.logs.loggers) or task.default_root_dir)
+                folder = Path(first_log_dir(self.logs.loggers) or task.default_root_dir)
                 name = "profile" if task.stage == "fit" else f"profile_{task.stage}"
                 write_profiles(task.profiler, state.profiles, folder / name)
         except BaseException as error:

@@ -13,7 +13,7 @@ from typing import Any
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.media import draw
 
-__all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "flatten"]
+__all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "first_log_dir", "flatten"]
 
 
 class Logger(ABC):
@@ -179,3 +179,8 @@ def displayable(value: Any) -> bool | int | float | str:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return displayable(value.item())
     return str(value)
+
+
+def first_log_dir(loggers: Iterable[Logger]) -> str | None:
+    """Folder of the first logger that has one."""
+    return next((found.log_dir for found in loggers if found.log_dir), None)

@@ -20,7 +20,11 @@ __all__ = [
     "gpus",
     "number",
     "precision",
+    "seconds",
+    "seed",
     "span",
+    "steps_or_duration",
+    "switch_or_count",
 ]
 
 _PRECISIONS = {
@@ -41,12 +45,14 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def count(name: str, value: Any, *, least: int, none: bool = False, minus_one: str | None = None) -> Any:
-    """An integer of at least `least`; None if `none`; -1 if `minus_one` says what it means."""
+def count(
+    name: str, value: Any, *, least: int, none: bool = False, minus_one: str | None = None, unlimited: bool = False
+) -> Any:
+    """An integer of at least `least`; None if `none`; -1 if `minus_one` says what it means (None, if `unlimited`)."""
     if value is None and none:
         return None
     if _is_int(value) and (value >= least or (value == -1 and minus_one is not None)):
-        return value
+        return None if unlimited and value == -1 else value
     allowed = f"an integer of at least {least}"
     if minus_one is not None:
         allowed += f", or -1 for {minus_one}"
@@ -55,13 +61,26 @@ def count(name: str, value: Any, *, least: int, none: bool = False, minus_one: s
     raise ConfigurationError(f"{name}={value!r}: give {allowed}.")
 
 
-def number(name: str, value: Any, *, above: float, none: bool = True) -> float | None:
-    """A finite number greater than `above`, or None."""
-    if value is None and none:
+def switch_or_count(name: str, value: Any) -> int:
+    """A count of at least 0; True is 1, False 0."""
+    switched: int = count(name, int(value) if isinstance(value, bool) else value, least=0)
+    return switched
+
+
+def number(name: str, value: Any, *, above: float, none: bool = True, zero: bool = False) -> float | None:
+    """A finite number greater than `above`, or None; if `zero`, 0 is None."""
+    if (value is None and none) or (zero and value == 0):
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above:
         return float(value)
     raise ConfigurationError(f"{name}={value!r}: give a number greater than {above:g}{', or None' if none else ''}.")
+
+
+def seconds(name: str, value: Any) -> float:
+    """A number of seconds, of at least 0; infinity is one."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    raise ConfigurationError(f"{name}={value!r}: give seconds, of at least 0.")
 
 
 def boolean(name: str, value: Any, *, none: bool = False) -> bool | None:
@@ -70,8 +89,10 @@ def boolean(name: str, value: Any, *, none: bool = False) -> bool | None:
     raise ConfigurationError(f"{name}={value!r}: give True or False{', or None' if none else ''}.")
 
 
-def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "") -> Any:
-    """One of `allowed`, compared with its type, so that 1 is not True."""
+def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "", none: Any = None) -> Any:
+    """One of `allowed`, compared with its type, so that 1 is not True; what None stands for, if `none` says so."""
+    if value is None and none is not None:
+        return none
     for candidate in allowed:
         if type(candidate) is type(value) and candidate == value:
             return value
@@ -79,8 +100,16 @@ def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "") -> Any
     raise ConfigurationError(f"{name}={value!r}: give one of {options}.{' ' + hint if hint else ''}")
 
 
-def fraction_or_count(name: str, value: Any, *, least: int = 0) -> int | float:
-    """An int is a number of batches; a float in [0, 1] a fraction; a larger whole float a number of batches."""
+_REFUSED: Any = object()
+
+
+def fraction_or_count(name: str, value: Any, *, least: int = 0, none: Any = _REFUSED) -> Any:
+    """An int is a number of batches; a float in [0, 1] a fraction; a larger whole float a number of batches.
+
+    None is refused, unless `none` says what it stands for.
+    """
+    if value is None and none is not _REFUSED:
+        return none
     if _is_int(value) and value >= least:
         return int(value)
     if isinstance(value, float):
@@ -119,26 +148,45 @@ def duration(name: str, value: Any) -> float | None:
     return seconds
 
 
-def precision(value: Any) -> str:
+def steps_or_duration(name: str, value: Any) -> int | float | str | None:
+    """Steps as an int, seconds as a float, "auto", or None for never."""
+    if value in (None, 0) or value == "auto":
+        return value or None
+    if isinstance(value, int):
+        steps: int = count(name, value, least=1)
+        return steps
+    return duration(name, value)
+
+
+def seed(name: str, value: Any) -> int | None:
+    """An integer that every generator takes, or None."""
+    if value is None:
+        return None
+    if _is_int(value) and 0 <= value < 2**63:
+        return int(value)
+    raise ConfigurationError(f"{name}={value!r}: give an integer from 0 to 2**63 - 1, or None.")
+
+
+def precision(name: str, value: Any) -> str:
     """The one spelling of a precision, e.g. 16 -> "16-mixed"."""
     key = str(value).lower() if not isinstance(value, bool) else ""
     if key in _PRECISIONS:
         return _PRECISIONS[key]
     raise ConfigurationError(
-        f'precision={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".'
+        f'{name}={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".'
     )
 
 
-def compile_options(value: Any) -> dict[str, Any] | None:
+def compile_options(name: str, value: Any) -> dict[str, Any] | None:
     """Options for torch.compile; None: do not compile."""
     known = ("backend", "disable", "dynamic", "fullgraph", "mode", "options")
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value is None:
         return {} if value else None
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"compile={value!r}: give True, False, or a dict of torch.compile's options.")
+        raise ConfigurationError(f"{name}={value!r}: give True, False, or a dict of torch.compile's options.")
     if unknown := set(value) - set(known):
         raise ConfigurationError(
-            f"compile={dict(value)!r}: {sorted(unknown)} are no options of torch.compile; there are {list(known)}."
+            f"{name}={dict(value)!r}: {sorted(unknown)} are no options of torch.compile; there are {list(known)}."
         )
     return dict(value)
 

@@ -156,7 +156,7 @@ def is_done(settings: Settings, progress: Progress, stop_requested: bool) -> boo
             return True
     elif settings.max_epochs is not None and progress.completed >= settings.max_epochs:
         return True
-    if settings.max_seconds is not None and progress.seconds >= settings.max_seconds:
+    if settings.max_time is not None and progress.seconds >= settings.max_time:
         return True
     return stop_requested and may_stop(settings, progress)
 

@@ -6,12 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from raytrainer.errors import ConfigurationError
-
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Profiler", "make_profiler"]
+__all__ = ["Profiler"]
 
 
 class Profiler(ABC):
@@ -48,24 +46,3 @@ class Profiler(ABC):
     @abstractmethod
     def stop(self) -> bytes | None:
         """The run ends: the content of this worker's file; None: nothing was recorded. May be called twice."""
-
-
-def make_profiler(profiler: Any) -> Profiler | None:
-    """The profiler that `Trainer(profiler=...)` means.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    if profiler is None or isinstance(profiler, Profiler):
-        return profiler
-    from raytrainer.profilers.advanced import AdvancedProfiler
-    from raytrainer.profilers.pytorch import PyTorchProfiler
-    from raytrainer.profilers.simple import SimpleProfiler
-
-    kinds: dict[str, type[Profiler]] = {
-        "simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler,
-    }  # fmt: skip
-    kind = kinds.get(profiler) if isinstance(profiler, str) else None
-    if kind is None:
-        raise ConfigurationError(f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.")
-    return kind()

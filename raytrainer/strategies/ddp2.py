@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from raytrainer.data.sharding import Share
-from raytrainer.strategies.node import NodeStrategy
+from raytrainer.strategies.node_strategy import NodeStrategy
 
 __all__ = ["DDP2Strategy"]
 

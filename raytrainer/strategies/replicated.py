@@ -12,10 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrainer.module import Module
 from raytrainer.plan.ranks import Ranks
-from raytrainer.plan.strategies import DDP
-from raytrainer.strategies.base import Strategy
+from raytrainer.plan.strategy_settings import DDP
+from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["ReplicatedStrategy"]
 
@@ -25,7 +24,7 @@ _COMPRESSION = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.
 class _Step(nn.Module):
     """What DDP wraps: its forward is the training step, so that DDP sees the pass from its beginning."""
 
-    def __init__(self, module: Module, step: Callable[[Any, int, int], Any], backwards: bool) -> None:
+    def __init__(self, module: nn.Module, step: Callable[[Any, int, int], Any], backwards: bool) -> None:
         super().__init__()
         if backwards:  # DDP numbers parameters as it finds them, and finds these first
             self.backwards = nn.ParameterList(reversed(list(module.parameters())))
@@ -81,7 +80,7 @@ class ReplicatedStrategy(Strategy):
         self.settings = settings or DDP()
         self._ddp: DistributedDataParallel | None = None
 
-    def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+    def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
         trainable = any(p.requires_grad for p in module.parameters())
         if not trainable:
             return step
@@ -104,7 +103,7 @@ class ReplicatedStrategy(Strategy):
             self._ddp.require_backward_grad_sync = sync
 
     @torch.no_grad()
-    def sync_manual(self, module: Module) -> None:
+    def sync_manual(self, module: nn.Module) -> None:
         """Average gradients over workers, in one collective per dtype.
 
         Averaging what earlier passes had already averaged leaves it as it is, so several backward passes before a step
@@ -128,7 +127,7 @@ class ReplicatedStrategy(Strategy):
                 gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
-    def sync_buffers(self, module: Module) -> None:
+    def sync_buffers(self, module: nn.Module) -> None:
         if not self.settings.broadcast_buffers:
             return
         for buffer in module.buffers():

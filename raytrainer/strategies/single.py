@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrainer.data.sharding import Share
-from raytrainer.module import Module
-from raytrainer.strategies.base import Strategy
+from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["SingleStrategy"]
 
@@ -22,16 +21,16 @@ class SingleStrategy(Strategy):
     def share(self) -> Share:
         return Share(0, 1)
 
-    def prepare(self, module: Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+    def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
         return step
 
     def sync_next(self, sync: bool) -> None:
         pass
 
-    def sync_manual(self, module: Module) -> None:
+    def sync_manual(self, module: nn.Module) -> None:
         pass
 
-    def sync_buffers(self, module: Module) -> None:
+    def sync_buffers(self, module: nn.Module) -> None:
         pass
 
     def all_agree(self, flag: bool) -> bool:

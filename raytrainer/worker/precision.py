@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
-from raytrainer.worker.metric_objects import is_metric, metrics_in
+from raytrainer.metrics.metric_objects import is_metric, metrics_in
 
 __all__ = ["Precision", "ScaledOptimizer"]
 

@@ -17,7 +17,6 @@ from raytrainer.messages import (
     MetricReport,
     MetricSpec,
     SetupReport,
-    Task,
     TrainReport,
     TrainStart,
 )
@@ -25,12 +24,13 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.schedule import Past
 from raytrainer.plan.settings import Settings
 from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
-from raytrainer.worker.evaluation import EvaluationLoop, to_cpu
+from raytrainer.task import Task
+from raytrainer.worker.evaluation_loop import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
-from raytrainer.worker.run import Run, plain
 from raytrainer.worker.staging import Staging
-from raytrainer.worker.state import capture_state, most_of_state, restore_state
-from raytrainer.worker.training import TrainingLoop
+from raytrainer.worker.training_loop import TrainingLoop
+from raytrainer.worker.worker_run import Run, plain
+from raytrainer.worker.worker_state import capture_state, most_of_state, restore_state
 
 __all__ = ["Worker"]
 

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from raytrainer.callbacks import _display
-from raytrainer.callbacks._display import PlainDisplay, RichDisplay, format_metrics, format_value, is_live
+from raytrainer.callbacks._display import PlainDisplay, RichDisplay, is_live
+from raytrainer.callbacks._numbers import format_metrics, format_value
 from raytrainer.callbacks.progress import ProgressBar, add_up, epoch_label
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module

@@ -8,9 +8,9 @@ from tiny import Clock, Tiny, data
 
 from raytrainer import ConfigurationError, Logger, ThroughputMonitor
 from raytrainer.callbacks import throughput_monitor
-from raytrainer.driver.metrics import MetricBoard
 from raytrainer.gpu.peak import peak_flops
 from raytrainer.messages import MetricReport, StepRow
+from raytrainer.metrics.metric_board import MetricBoard
 
 
 class Rows(Logger):

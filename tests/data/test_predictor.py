@@ -9,10 +9,10 @@ import torch
 from tiny import Tiny
 
 from raytrainer import RayDataset
-from raytrainer.data.ray_predict import Predictor
-from raytrainer.messages import Task
 from raytrainer.plan.settings import build_settings
 from raytrainer.profilers import SimpleProfiler
+from raytrainer.task import Task
+from raytrainer.worker.actor.predictor import Predictor
 
 pa = pytest.importorskip("pyarrow")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytrainer.driver.checkpoints import CheckpointWriter
+from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.errors import CheckpointError, StateLostError
 
 STATE = {"epoch": 0, "global_step": 1, "state_dict": {}, "hyper_parameters": {}}

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from raytrainer.driver import cluster, pool
+from raytrainer.driver.cluster import session as cluster
+from raytrainer.driver.workers import idle_pool as pool
 
 
 class Group:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tiny import Clock
 
-from raytrainer.driver import snapshots
-from raytrainer.driver.checkpoints import Captured
+from raytrainer.driver.saving import snapshots
+from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.plan.settings import build_settings
 
 

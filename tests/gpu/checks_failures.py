@@ -13,7 +13,7 @@ from harness import Net, Rows, check, data, distance, fit, uuids
 from torch import Tensor
 
 import raytrainer
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 
 class Victim(Net):

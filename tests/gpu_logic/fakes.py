@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from raytrainer.driver.placement import ClusterNode
-from raytrainer.gpu.memory import Card
+from raytrainer.driver.cluster.placement import ClusterNode
+from raytrainer.gpu.nvml import Card
 
 MIB = 2**20
 

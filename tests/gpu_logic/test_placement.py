@@ -4,7 +4,7 @@ import pytest
 from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
-from raytrainer.driver.placement import (
+from raytrainer.driver.cluster.placement import (
     ClusterNode,
     Request,
     claim,

@@ -12,9 +12,9 @@ from tiny import Tiny, data
 import raytrainer
 from raytrainer import DeviceStatsMonitor, Logger
 from raytrainer.callbacks import device_stats_monitor
-from raytrainer.driver.metrics import MetricBoard
-from raytrainer.gpu.memory import Nvml
+from raytrainer.gpu.nvml import Nvml
 from raytrainer.messages import MetricReport, StepRow
+from raytrainer.metrics.metric_board import MetricBoard
 
 
 class Rows(Logger):

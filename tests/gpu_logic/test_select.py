@@ -10,9 +10,10 @@ from fakes import FakePynvml, cards
 
 from raytrainer import ConfigurationError, ResourceError, Trainer
 from raytrainer import trainer as trainer_module
-from raytrainer.driver import group as group_module
-from raytrainer.gpu import select
-from raytrainer.gpu.memory import MemorySampler, Nvml, own_index
+from raytrainer.driver.workers import group as group_module
+from raytrainer.gpu import choice as select
+from raytrainer.gpu.memory import MemorySampler, own_index
+from raytrainer.gpu.nvml import Nvml
 from raytrainer.plan.settings import build_settings
 
 UUIDS = ["GPU-aa1", "GPU-aa2", "GPU-bb", "GPU-cc"]
@@ -178,7 +179,7 @@ def test_log_gpu_memory_is_checked():
 
 def test_import_starts_neither_nvml_nor_cuda():
     code = "import raytrainer, sys, torch; raytrainer.Trainer(gpus=2, logger=False); "
-    code += "from raytrainer.gpu.memory import open_nvml; "  # torch may import pynvml by itself
+    code += "from raytrainer.gpu.nvml import open_nvml; "  # torch may import pynvml by itself
     code += "print(open_nvml.cache_info().currsize > 0, torch.cuda.is_initialized(), 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]

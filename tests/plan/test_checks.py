@@ -23,13 +23,13 @@ from raytrainer.plan import checks
     ],
 )
 def test_precision(value, normal):
-    assert checks.precision(value) == normal
+    assert checks.precision("precision", value) == normal
 
 
 @pytest.mark.parametrize("value", [8, "fp16", True, None, 16.0])
 def test_precision_refused(value):
     with pytest.raises(ConfigurationError, match=r"precision=.*bf16-true"):
-        checks.precision(value)
+        checks.precision("precision", value)
 
 
 @pytest.mark.parametrize(

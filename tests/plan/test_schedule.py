@@ -9,7 +9,7 @@ import pytest
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import schedule
 from raytrainer.plan.schedule import Progress
-from raytrainer.plan.settings import Settings, build_settings
+from raytrainer.plan.settings import build_settings
 
 
 def walk(settings: Settings, batches: int | None, chunk: int = 7, stop_at_batch: int | None = None):
@@ -171,20 +171,20 @@ def test_fraction_of_an_unknown_length():
     with pytest.raises(ConfigurationError, match=r"limit_train_batches=0\.5: .*no length.*number of batches"):
         schedule.resolve_limit("limit_train_batches", 0.5, None)
     with pytest.raises(ConfigurationError, match=r"val_check_interval=0\.5: .*no length.*number of batches or 1\.0"):
-        schedule.resolve_val_every(Settings(val_check_interval=0.5), None)
+        schedule.resolve_val_every(build_settings(val_check_interval=0.5), None)
 
 
 def test_interval_longer_than_an_epoch_names_both_numbers():
     with pytest.raises(
         ConfigurationError, match=r"val_check_interval=12 .*10 training batches.*check_val_every_n_epoch=None"
     ):
-        schedule.resolve_val_every(Settings(val_check_interval=12), 10)
-    assert schedule.resolve_val_every(Settings(val_check_interval=12, check_val_every_n_epoch=None), 10) == 12
+        schedule.resolve_val_every(build_settings(val_check_interval=12), 10)
+    assert schedule.resolve_val_every(build_settings(val_check_interval=12, check_val_every_n_epoch=None), 10) == 12
 
 
 @pytest.mark.parametrize(("seconds", "done"), [(9.9, False), (10.0, True), (11.0, True)])
 def test_max_time(seconds, done):
-    settings = Settings(max_seconds=10.0, max_epochs=None)
+    settings = build_settings(max_time={"seconds": 10})
     assert schedule.is_done(settings, Progress(seconds=seconds), False) is done
     # a maximum beats a minimum
     assert schedule.is_done(replace(settings, min_steps=5, min_epochs=7), Progress(seconds=seconds), False) is done
@@ -211,7 +211,7 @@ def test_next_epoch_moves_the_cursor_only():
     ],
 )
 def test_next_step_stop(step, max_steps, min_steps, every, expected):
-    settings = Settings(max_steps=max_steps, min_steps=min_steps)
+    settings = build_settings(max_steps=max_steps, min_steps=min_steps)
     assert schedule.next_step_stop(settings, Progress(step=step), every) == expected
 
 
@@ -253,23 +253,23 @@ def test_an_epoch_that_has_ended_is_not_dealt_out_anew() -> None:
     progress = schedule.Progress(batch=6, total_batches=6, epoch_ended=True)
     schedule.rescale(progress, 2, 3)
     assert (progress.batch, progress.before) == (6, ())
-    assert schedule.validation_due(Settings(), progress, None, at_epoch_end=True)
+    assert schedule.validation_due(build_settings(), progress, None, at_epoch_end=True)
 
 
 def test_what_is_left_of_an_epoch_is_no_epoch() -> None:
     """An interval that fits the epoch is no error when less is left of it; a fraction is of the whole."""
-    assert schedule.resolve_val_every(Settings(val_check_interval=5), 3, shift=7) == 5
-    assert schedule.resolve_val_every(Settings(val_check_interval=0.5), 4, shift=6) == 5
+    assert schedule.resolve_val_every(build_settings(val_check_interval=5), 3, shift=7) == 5
+    assert schedule.resolve_val_every(build_settings(val_check_interval=0.5), 4, shift=6) == 5
     with pytest.raises(ConfigurationError):
-        schedule.resolve_val_every(Settings(val_check_interval=5), 3)
+        schedule.resolve_val_every(build_settings(val_check_interval=5), 3)
 
 
 def test_validation_of_an_epoch_that_others_have_done() -> None:
     ended = schedule.Progress(before=((2, 5),), total_batches=5, epoch_ended=True)
-    assert schedule.validation_due(Settings(), ended, None, at_epoch_end=True)
+    assert schedule.validation_due(build_settings(), ended, None, at_epoch_end=True)
     taken_up = schedule.Progress(before=((2, 5),), total_batches=5)
-    assert not schedule.validation_due(Settings(), taken_up, None, at_epoch_end=False)
-    interval = Settings(val_check_interval=4)
+    assert not schedule.validation_due(build_settings(), taken_up, None, at_epoch_end=False)
+    interval = build_settings(val_check_interval=4)
     assert not schedule.validation_due(interval, taken_up, 4, at_epoch_end=False)
     # 6 batches of this group's would have done what others have: the next validation is after 8
     taken_up.shift = 6

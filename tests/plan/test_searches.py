@@ -6,7 +6,7 @@ import random
 import pytest
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.tuning import SizeSearch, diverged_at, rates, smoothed, steepest
+from raytrainer.plan.searches import SizeSearch, diverged_at, rates, smoothed, steepest
 
 
 def test_rates():

@@ -10,7 +10,7 @@ import pytest
 import raytrainer as rt
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import build_settings
-from raytrainer.plan.strategies import effective_batch
+from raytrainer.plan.strategy_settings import effective_batch
 
 
 @pytest.mark.parametrize(

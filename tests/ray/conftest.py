@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raytrainer
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 HERE = Path(__file__).parent
 

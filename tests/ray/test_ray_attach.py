@@ -13,8 +13,8 @@ import pytest
 from ray_models import alive, eventually
 from scripts import INTERRUPTED, check_interruptions, script
 
-from raytrainer.driver.attach import attach
-from raytrainer.driver.cluster import Cluster, ensure_ray
+from raytrainer.driver.cluster.attaching import attach
+from raytrainer.driver.cluster.session import Cluster, ensure_ray
 from raytrainer.errors import ConfigurationError
 
 PATIENCE = 120  # seconds for what a busy machine takes a while to do
@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 import raytrainer
 import beside
-from raytrainer.driver.ray_group import RayGroup
+from raytrainer.driver.workers.ray_group import RayGroup
 
 RayGroup.stages = True  # as workers with GPUs do
 logging.basicConfig(level=logging.INFO, format="%(message)s")

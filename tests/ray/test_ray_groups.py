@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray_models import Net, Where, alive, assert_same, eventually, loader, moved, numbers
 
 from raytrainer import ResourceError
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 
 @pytest.fixture

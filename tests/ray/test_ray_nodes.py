@@ -12,7 +12,7 @@ import pytest
 from exact import Exact, run, same
 
 import raytrainer
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 HERE = Path(__file__).parent
 HEALTH = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 3000, "failure_threshold": 3}

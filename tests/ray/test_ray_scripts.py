@@ -6,7 +6,7 @@ import pytest
 from ray_models import alive, eventually
 from scripts import INTERRUPTED, MODULE, check_interruptions, script
 
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 MAIN = (
     MODULE

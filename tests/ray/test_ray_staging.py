@@ -13,8 +13,8 @@ from conftest import quiet
 from exact import Exact, loaders, run, same
 
 import raytrainer
-from raytrainer.driver import pool
-from raytrainer.driver.ray_group import RayGroup
+from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers.ray_group import RayGroup
 
 OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 1}
 

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_models import Net, alive, assert_same, eventually, loader
 
 import raytrainer
-from raytrainer.driver import pool
+from raytrainer.driver.workers import idle_pool as pool
 
 QUIET: dict[str, Any] = {
     "logger": False,

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from raytrainer import Module
 from raytrainer.data.slicing import join_parts
-from raytrainer.messages import Task
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings
-from raytrainer.worker.evaluation import to_cpu
+from raytrainer.task import Task
+from raytrainer.worker.evaluation_loop import to_cpu
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
 
@@ -234,7 +234,7 @@ def gather_all_kinds(ranks: Ranks, group: ProcessGroup, device: torch.device) ->
     """The gather itself: every dtype, uneven rows, nesting, nothing; and what happens to unequal structures."""
     from raytrainer.errors import DataError
     from raytrainer.strategies import DPStrategy
-    from raytrainer.strategies.base import NOTHING
+    from raytrainer.strategies.strategy import NOTHING
 
     strategy = DPStrategy(ranks, device, group.control, None, *group.of_node(ranks))
     rank = ranks.rank

@@ -14,8 +14,8 @@ from node_cases import CASES, SEED, WORKERS, Case, Found, Looks, Plain, contrast
 
 from raytrainer.data.loaders import Feed
 from raytrainer.data.sharding import Share
-from raytrainer.driver.metrics import MetricBoard
-from raytrainer.driver.reports import in_order
+from raytrainer.driver.reporting.merged_reports import in_order
+from raytrainer.metrics.metric_board import MetricBoard
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from raytrainer import Module
-from raytrainer.driver.metrics import reduce_partials
-from raytrainer.messages import Task
+from raytrainer.metrics.metric_board import reduce_partials
 from raytrainer.plan.settings import build_settings
+from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from raytrainer.worker import heap
+from raytrainer.worker import process_memory as heap
 
 COUNT = """
 import ctypes, resource, runpy, sys

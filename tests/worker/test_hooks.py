@@ -6,8 +6,8 @@ import pytest
 
 from raytrainer import DataModule, Module, WorkerCallback
 from raytrainer.errors import ConfigurationError
-from raytrainer.worker.hooks import Hooks, bind_step, overridden
-from raytrainer.worker.metrics import MetricStore
+from raytrainer.metrics.metric_store import MetricStore
+from raytrainer.worker.hook_calls import Hooks, bind_step, overridden
 
 
 class Own(Module):

@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryF1Score, BinaryPrecision, BinaryRecall
 
 from raytrainer import Callback, MetricError
-from raytrainer.worker import metric_objects
+from raytrainer.metrics import metric_objects
 
 
 def answers(batch):

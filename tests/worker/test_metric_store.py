@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from raytrainer.driver.metrics import reduce_partials
 from raytrainer.errors import MetricError
-from raytrainer.worker.metrics import MetricStore
+from raytrainer.metrics.metric_board import reduce_partials
+from raytrainer.metrics.metric_store import MetricStore
 
 
 def log(store: MetricStore, name: str, value: Any, **options: Any) -> None:
@@ -89,7 +89,7 @@ def test_hooks_without_logging(hook):
 
 
 def test_every_hook_of_a_run_is_decided():
-    from raytrainer.hooks import ModuleHooks
+    from raytrainer.module_hooks import ModuleHooks
 
     hooks = {name for name in vars(ModuleHooks) if name.startswith("on_")}
     undecided = hooks - set(STEP) - set(EPOCH) - {name for name in NEVER if name}

@@ -10,7 +10,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.worker.optimization import SchedulerConfig, parse_optimizers
+from raytrainer.view.scheduler_config import SchedulerConfig
+from raytrainer.worker.optimizers import parse_optimizers
 
 
 def _things() -> SimpleNamespace:

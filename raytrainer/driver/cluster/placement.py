@@ -1,0 +1,286 @@
+"""Where workers go: what is asked of Ray, and what Ray reserves for it.
+
+Ray chooses the GPUs that it hands out. Chosen ones are got by reserving every GPU of a node that is free, one by one,
+asking each reservation which GPU it holds, keeping those wanted and giving the others back before anything starts. So
+Ray's own accounting always tells who has which GPU, and two jobs never share one by accident.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.gpu.choice import check_present, describe_loads, free_first, index_text
+from raytrainer.gpu.nvml import Card
+
+__all__ = [
+    "ClusterNode",
+    "Request",
+    "Reserver",
+    "Slot",
+    "claim",
+    "fits",
+    "gpus_of_every_node",
+    "refuse_impossible",
+    "share_out",
+]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds in which Ray reserves what is free; what has not come by then is held by others.
+SETTLE = 3.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The resources of a group; groups with equal requests are interchangeable.
+
+    Attributes:
+        nodes: Nodes to use.
+        per_node: Workers on each.
+        gpu: Whether each worker has a GPU.
+        cpus: CPUs per worker, as Ray counts them.
+        indices: The GPUs to use on every node, in PCI bus order; empty: any.
+        free: Use GPUs that NVML shows free, least loaded first.
+    """
+
+    nodes: int
+    per_node: int
+    gpu: bool = False
+    cpus: float = 1.0
+    indices: tuple[int, ...] = ()
+    free: bool = False
+
+    def __str__(self) -> str:
+        kind = "CPU and a GPU" if self.gpu else "CPU"
+        which = f" ({index_text(self.indices)} in PCI order)" if self.indices else " that is free" if self.free else ""
+        return f"{self.per_node} worker(s) on each of {self.nodes} node(s), each worker with a {kind}{which}"
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """A living node: its id, its address, and what it has in all."""
+
+    id: str
+    address: str
+    cpus: float
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One worker's reservation: a placement group, the bundle in it, and the CPUs it has for the worker.
+
+    A `borrowed` group is somebody else's (a Ray Tune trial's), and not ours to remove.
+    """
+
+    group: Any
+    bundle: int = 0
+    cpus: float = 1.0
+    borrowed: bool = False
+
+
+class Reserver(Protocol):
+    """What `claim` needs of Ray."""
+
+    def nodes(self) -> list[ClusterNode]:
+        """Living nodes."""
+
+    def reserve(self, node: ClusterNode, cpus: float) -> Any:
+        """Begin to reserve one GPU, and CPUs, on a node."""
+
+    def ready(self, groups: Sequence[Any], seconds: float) -> list[Any]:
+        """Those that hold their GPU, once all do or after `seconds`."""
+
+    def held(self, groups: Sequence[Any]) -> list[int]:
+        """PCI index of the GPU that each holds."""
+
+    def give_back(self, groups: Sequence[Any]) -> None:
+        """End reservations."""
+
+    def cards(self, node: ClusterNode) -> list[Card]:
+        """What NVML says on a node; empty where it cannot be asked."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether nodes may yet join."""
+
+    def describe(self) -> str:
+        """What the cluster has."""
+
+
+def fits(nodes: int, per_node: int, free: Mapping[str, float], held: Mapping[str, int]) -> bool:
+    """Whether so many workers would fit on so many nodes, once the present ones are gone.
+
+    Args:
+        nodes: Nodes to use.
+        per_node: Workers on each.
+        free: What nobody holds of what a worker takes one of, by node.
+        held: Present workers, by node.
+    """
+    return sum(free[node] + held.get(node, 0) >= per_node for node in free) >= nodes
+
+
+def refuse_impossible(request: Request, reserver: Reserver) -> None:
+    """Refuse what the nodes, all of them idle, could not give, where no node may yet join.
+
+    Raises:
+        ResourceError: Says what the cluster has.
+    """
+    nodes = reserver.nodes()
+    cpus, gpus = request.cpus * request.per_node, request.per_node if request.gpu else 0
+    able = [node for node in nodes if node.cpus >= cpus and node.gpus >= gpus]
+    if len(able) >= request.nodes or reserver.grows:
+        return
+    each = "; ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus} GPU" for node in nodes)
+    raise ResourceError(
+        f"{request}: not to be had; the cluster has {reserver.describe()} in all ({each}), and nobody would add to "
+        f"it. Ask for fewer workers or nodes."
+    )
+
+
+def share_out(request: Request, bundles: Sequence[tuple[str, float, float]]) -> list[int] | None:
+    """Places for a group's workers in a reservation that is there already.
+
+    Args:
+        request: Without chosen GPUs.
+        bundles: Of each bundle: its node, and the CPUs and GPUs in it that nobody uses.
+
+    Returns:
+        The bundle of each worker, node by node; None if there is no room for all.
+    """
+    by_node: dict[str, list[int]] = {}
+    for index, (node, cpus, gpus) in enumerate(bundles):
+        fit = int(cpus // request.cpus)
+        by_node.setdefault(node, []).extend([index] * (min(fit, int(gpus)) if request.gpu else fit))
+    chosen = [places[: request.per_node] for places in by_node.values() if len(places) >= request.per_node]
+    if len(chosen) < request.nodes:
+        return None
+    return [index for places in chosen[: request.nodes] for index in places]
+
+
+def gpus_of_every_node(nodes: Sequence[ClusterNode], wanted: int) -> int:
+    """What `gpus=-1` means on a cluster: the number of GPUs of each node that has any.
+
+    Args:
+        nodes: All nodes.
+        wanted: Nodes to train on.
+
+    Raises:
+        ResourceError: There are too few nodes with GPUs.
+        ConfigurationError: Nodes have different numbers of them.
+    """
+    having = [node for node in nodes if node.gpus]
+    if len(having) < wanted:
+        raise ResourceError(
+            f"gpus=-1 on {wanted} node(s): {len(having)} of the cluster's {len(nodes)} node(s) have GPUs. gpus=0 "
+            f"trains on CPUs."
+        )
+    if len({node.gpus for node in having}) > 1:
+        each = ", ".join(f"{node.address} has {node.gpus}" for node in having)
+        raise ConfigurationError(f"gpus=-1: nodes have different numbers of GPUs ({each}); give a number per node.")
+    return having[0].gpus
+
+
+class _Absent(Exception):
+    """A node lacks a chosen GPU; `present` are those that it has."""
+
+    def __init__(self, present: list[int]) -> None:
+        super().__init__()
+        self.present = present
+
+
+def claim(
+    request: Request,
+    reserver: Reserver,
+    timeout: float,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Slot]:
+    """Reserve chosen or free GPUs; one slot a worker, node by node, in PCI order on each.
+
+    Whoever does not get all it wants gives everything back before it tries again, so two jobs that want the same
+    GPUs do not wait for each other.
+
+    Args:
+        request: With `indices` or `free`.
+        reserver: Ray.
+        timeout: Seconds to go on trying.
+        sleep: Waits between tries.
+        clock: Seconds.
+
+    Raises:
+        ConfigurationError: No node has the chosen GPUs, and none may yet join; says what is there.
+        ResourceError: They were not free within `timeout`; says what was.
+    """
+    deadline, told = clock() + timeout, False
+    while True:
+        slots: list[Slot] = []
+        found, absent, seen = 0, {}, []
+        for node in [n for n in reserver.nodes() if n.gpus >= (1 if request.indices else request.per_node)]:
+            try:
+                claimed, state = _claim_node(request, reserver, node)
+            except _Absent as error:
+                absent[node] = error.present
+                continue
+            except BaseException:
+                reserver.give_back([slot.group for slot in slots])
+                raise
+            seen.append(f"{node.address}: {state}")
+            if claimed:
+                slots, found = [*slots, *claimed], found + 1
+                if found == request.nodes:
+                    log.info("%s: %s", "auto_select_gpus" if request.free else "gpus", "; ".join(seen))
+                    return slots
+        reserver.give_back([slot.group for slot in slots])
+        if absent and not reserver.grows and len(seen) < request.nodes:
+            node, present = next(iter(absent.items()))
+            check_present(request.indices, present, "this node" if len(absent) == 1 else f"node {node.address}")
+        if clock() >= deadline:
+            raise ResourceError(
+                f"{request}: not to be had within {timeout:.0f} s. {'; '.join(seen) or reserver.describe()}. The "
+                f"cluster has {reserver.describe()}."
+            )
+        if not told:
+            log.warning("Waiting up to %.0f s for %s. %s.", timeout, request, "; ".join(seen) or reserver.describe())
+            told = True
+        sleep(random.uniform(0.2, 1.0))
+
+
+def _claim_node(request: Request, reserver: Reserver, node: ClusterNode) -> tuple[list[Slot], str]:
+    """The wanted GPUs of one node, or none; and what was seen there.
+
+    Raises:
+        _Absent: The node lacks a chosen GPU.
+    """
+    cards = reserver.cards(node)
+    if request.indices and cards and not set(request.indices) <= {card.index for card in cards}:
+        raise _Absent([card.index for card in cards])
+    if request.free and len(free_first(cards)) < request.per_node:
+        return [], describe_loads(cards) if cards else "NVML cannot be asked there"
+    # all of the node's GPUs must fit at once
+    cpus = request.cpus if node.cpus >= node.gpus * request.cpus else 0.0
+    groups = [reserver.reserve(node, cpus) for _ in range(node.gpus)]
+    kept: list[Any] = []
+    try:
+        ready = reserver.ready(groups, SETTLE)
+        by_index = dict(zip(reserver.held(ready), ready, strict=True)) if ready else {}
+        if request.indices:
+            wanted = [i for i in request.indices if i in by_index]
+            if len(wanted) < len(request.indices) and len(ready) == node.gpus:
+                raise _Absent(sorted(by_index))
+        else:
+            wanted = [i for i in free_first(cards) if i in by_index][: request.per_node]
+        if len(wanted) < request.per_node:
+            return [], f"{index_text(by_index)} not held by others, of {node.gpus}"
+        kept = [by_index[index] for index in sorted(wanted)]
+        return [Slot(group, cpus=cpus) for group in kept], f"{index_text(wanted)} taken" + (
+            f" ({describe_loads(cards)})" if request.free else ""
+        )
+    finally:
+        reserver.give_back([group for group in groups if group not in kept])

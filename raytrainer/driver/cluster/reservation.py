@@ -1,0 +1,192 @@
+"""Reserving through Ray what `placement` decides on."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from raytrainer.driver.cluster.placement import (
+    ClusterNode,
+    Request,
+    Slot,
+    claim,
+    gpus_of_every_node,
+    refuse_impossible,
+    share_out,
+)
+from raytrainer.driver.cluster.session import may_grow, own_reservation, resources_text
+from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.gpu.nvml import Card, open_nvml
+
+__all__ = ["RayReserver", "all_gpus", "own_gpu_indices", "place"]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds for a small task to start and answer.
+PATIENCE = 60.0
+
+
+class RayReserver:
+    """Reservations are placement groups of one bundle, which hold their GPU until they are removed."""
+
+    def nodes(self) -> list[ClusterNode]:
+        return [
+            ClusterNode(
+                node["NodeID"],
+                node["NodeManagerAddress"],
+                float(node["Resources"].get("CPU", 0)),
+                int(node["Resources"].get("GPU", 0)),
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+
+    def reserve(self, node: ClusterNode, cpus: float) -> Any:
+        bundle: dict[str, float] = {"GPU": 1.0}
+        if cpus:
+            bundle["CPU"] = cpus
+        if "bundle_label_selector" in inspect.signature(placement_group).parameters:
+            return placement_group([bundle], bundle_label_selector=[{"ray.io/node-id": node.id}])
+        return placement_group([{**bundle, f"node:{node.address}": 0.001}])
+
+    def ready(self, groups: Sequence[Any], seconds: float) -> list[Any]:
+        deadline = time.monotonic() + seconds
+        # waiting for one is waiting for all; when time is up, each is only asked
+        return [group for group in groups if group.wait(max(0.01, deadline - time.monotonic()))]
+
+    def held(self, groups: Sequence[Any]) -> list[int]:
+        def given() -> list[str]:
+            import ray
+
+            return [str(value) for value in ray.get_gpu_ids()]
+
+        # an inner function, so that the task need not import this package, and torch with it
+        found = self._ask(given, groups)
+        if not all(ids[0].isdigit() for ids in found):
+            found = self._ask(own_gpu_indices, groups)
+        return [int(ids[0]) for ids in found]
+
+    @staticmethod
+    def _ask(function: Callable[[], list[Any]], groups: Sequence[Any]) -> list[list[Any]]:
+        """The answer of a task in each reservation. Its process may serve again: it does not touch the GPU."""
+        task = ray.remote(num_cpus=0, num_gpus=1, max_calls=0)(function)
+        places = [PlacementGroupSchedulingStrategy(group, 0) for group in groups]
+        answers: list[list[Any]] = ray.get(
+            [task.options(scheduling_strategy=place).remote() for place in places], timeout=PATIENCE
+        )
+        return answers
+
+    def give_back(self, groups: Sequence[Any]) -> None:
+        for group in groups:
+            remove_placement_group(group)
+
+    def cards(self, node: ClusterNode) -> list[Card]:
+        ask = ray.remote(num_cpus=0)(_cards)
+        answer = ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote()
+        try:
+            found: list[Card] = ray.get(answer, timeout=PATIENCE)
+        except RayError as error:
+            log.warning("NVML of %s: %s", node.address, error)
+            return []
+        return found
+
+    @property
+    def grows(self) -> bool:
+        return may_grow()
+
+    def describe(self) -> str:
+        return resources_text()
+
+
+def _cards() -> list[Card]:
+    nvml = open_nvml()
+    return [] if nvml is None else nvml.cards()
+
+
+def own_gpu_indices() -> list[int]:
+    """PCI indices of the GPUs that Ray has given to this worker process."""
+    given = [str(value) for value in ray.get_gpu_ids()]
+    if all(value.isdigit() for value in given):
+        return [int(value) for value in given]
+    nvml = open_nvml()
+    uuids = [] if nvml is None else nvml.uuids()
+    named = [[i for i, uuid in enumerate(uuids) if uuid.startswith(value)] for value in given]
+    if not all(named):
+        raise ResourceError(f"Ray gave the GPUs {given}, which NVML does not know (it has {uuids}).")
+    return [indices[0] for indices in named]
+
+
+def all_gpus(nodes: int) -> int:
+    """GPUs of each node of the attached cluster; see `gpus_of_every_node` for its errors."""
+    return gpus_of_every_node(RayReserver().nodes(), nodes)
+
+
+def place(request: Request, timeout: float) -> list[Slot]:
+    """One slot a worker, node by node.
+
+    Raises:
+        ResourceError: Not to be had, ever or within `timeout` seconds.
+        ConfigurationError: Chosen GPUs that no node has.
+    """
+    own = own_reservation()
+    if own is not None:
+        return _place_within(own, request)
+    reserver = RayReserver()
+    if request.indices or request.free:
+        return claim(request, reserver, timeout)
+    refuse_impossible(request, reserver)
+    # one bundle a node, so that ranks of a node stay together
+    bundle: dict[str, float] = {"CPU": request.cpus * request.per_node}
+    if request.gpu:
+        bundle["GPU"] = request.per_node
+    group = placement_group([bundle] * request.nodes, strategy="STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK")
+    began = time.monotonic()
+    if not group.wait(min(timeout, 5.0)):
+        log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
+        if not group.wait(max(0.0, timeout - (time.monotonic() - began))):
+            have = resources_text()
+            remove_placement_group(group)
+            raise ResourceError(
+                f"{request}: not to be had within {timeout:.0f} s; the cluster has {have}. Ask for fewer workers, "
+                f"free what other jobs hold, or add nodes."
+            )
+    return [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
+
+
+def _place_within(group: Any, request: Request) -> list[Slot]:
+    """Slots in the reservation that this process runs in. Asking the cluster for more could wait for ever: for others
+    like this one, which hold what they have and ask for more as well.
+
+    Raises:
+        ResourceError: It has no room for all workers.
+        ConfigurationError: GPUs are chosen, which Ray has done already.
+    """
+    if request.indices or request.free:
+        raise ConfigurationError(
+            f"{request}: this process runs in a reservation of its own (a Ray Tune trial?), for which Ray has chosen "
+            f"the GPUs already: give gpus as a number, and leave auto_select_gpus out."
+        )
+    specs = [dict(spec) for spec in group.bundle_specs]
+    for name, used in ray.get_runtime_context().get_assigned_resources().items():
+        # what this process itself uses came out of the first bundle that has it
+        first = next((spec for spec in specs if spec.get(name, 0) >= used), {})
+        first[name] = first.get(name, 0) - used
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    bundles = [(nodes[i], spec.get("CPU", 0.0), spec.get("GPU", 0.0)) for i, spec in enumerate(specs)]
+    places = share_out(request, bundles)
+    if places is None:
+        raise ResourceError(
+            f"{request}: this process runs in a reservation of its own (a Ray Tune trial?), {group.bundle_specs}, "
+            f"which has no room for that. Reserve it together: tune.with_resources(function, raytrainer.tune_resources("
+            f"{'gpus' if request.gpu else 'num_processes'}={request.per_node}"
+            f"{f', num_nodes={request.nodes}' if request.nodes > 1 else ''}))."
+        )
+    return [Slot(group, index, request.cpus, borrowed=True) for index in places]

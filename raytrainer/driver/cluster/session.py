@@ -1,0 +1,257 @@
+"""Finding or starting Ray. Never starts a second one by accident, never ends one that it did not start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from raytrainer.driver.cluster.attaching import answers, attach, host_and_port
+from raytrainer.errors import ConfigurationError, ResourceError
+
+__all__ = [
+    "Cluster",
+    "attached",
+    "ensure_ray",
+    "explain_lost",
+    "free_by_node",
+    "free_resources",
+    "may_grow",
+    "own_reservation",
+    "place_name",
+    "resources_text",
+    "somebody_waits",
+    "started_here",
+]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds that a cluster has to say what is waiting in it.
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which Ray a trainer uses, and what workers need there beside what is installed. `Trainer` documents both."""
+
+    address: str | None = None
+    runtime_env: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.address is not None and not (isinstance(self.address, str) and self.address):
+            raise ConfigurationError(
+                f"address={self.address!r}: give 'auto', 'local', 'HOST:PORT' of a cluster that this machine belongs "
+                f"to, 'ray://HOST:PORT' of one that it does not, or None."
+            )
+        if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
+            raise ConfigurationError(f"runtime_env={self.runtime_env!r}: give a dict, as for ray.init, or None.")
+
+    @property
+    def named(self) -> str | None:
+        """The address that was given, here or by RAY_ADDRESS."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def attached(cluster: Cluster) -> bool:
+    """Whether a cluster is in use already, or named, without importing ray to find out."""
+    ray = sys.modules.get("ray")
+    named = cluster.named
+    return (named is not None and named != "local") or bool(ray is not None and ray.is_initialized())
+
+
+def own_reservation() -> Any | None:
+    """The placement group that this very process runs in: that of a Ray Tune trial, say. None in an ordinary driver."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return ray.util.get_current_placement_group()
+
+
+def ensure_ray(cluster: Cluster, workers: int) -> None:
+    """Use the Ray that is initialised, or attach to the one that is named or runs on this machine, or start one here.
+
+    A Ray started here has at least one CPU more than there are workers, so that data tasks can run beside them.
+
+    Raises:
+        ConfigurationError: The named cluster is not there, lets us not in, or runs other versions; or this process is
+            attached to another one.
+    """
+    import ray
+
+    if ray.is_initialized():
+        _refuse_other(cluster.address)
+        return
+    named = cluster.named
+    if named == "local":
+        _start(workers)
+        return
+    if named in (None, "auto"):
+        running = _running_here()
+        if running is None and named is None:
+            _start(workers)
+            return
+        if running is None:
+            raise ConfigurationError(
+                "address='auto': no Ray runs on this machine. `ray start --head` starts one; 'ray://HOST:10001' "
+                "names one elsewhere; None starts one when there is none."
+            )
+        named = running
+    attach(named, cluster.runtime_env)
+
+
+def _start(workers: int) -> None:
+    import ray
+
+    cpus = max(os.cpu_count() or 1, workers + 1)
+    log.info("Starting Ray on this machine, with %d CPUs.", cpus)
+    # without FutureWarning about accelerator variables, which concerns tasks without GPUs
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray gives its workers a low priority by default; here training is what the machine is for
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+
+
+def _running_here() -> str | None:
+    """The address of the cluster that `ray start` has started or joined on this machine, if it still answers."""
+    from ray._private.utils import read_ray_address
+
+    address = str(read_ray_address() or "")
+    place = host_and_port(address)
+    # what has ended may have left its address behind
+    return address if place is not None and answers(*place, 1.0) else None
+
+
+def _refuse_other(address: str | None) -> None:
+    """An explicit address must be that of the Ray this process uses."""
+    own = address == "local" and (started_here() or own_reservation() is not None)
+    if own or address in (None, "auto") or (address != "local" and _same_place(address, place_name())):
+        return
+    raise ConfigurationError(
+        f"address={address!r}: this process uses the Ray at {place_name()} already. Leave address out to train there, "
+        f"or call ray.shutdown() first."
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two addresses mean the same port of the same machine."""
+    if one == other:
+        return True
+    places = host_and_port(one), host_and_port(other)
+    if places[0] is None or places[1] is None or places[0][1] != places[1][1]:
+        return False
+    if one.startswith("ray://") != other.startswith("ray://"):
+        return False
+    try:
+        addresses = {socket.gethostbyname(places[0][0]), socket.gethostbyname(places[1][0])}
+    except OSError:
+        return False
+    import ray
+
+    # a name for this machine is as good as its address
+    return len(addresses - {"127.0.0.1", "127.0.1.1", ray.util.get_node_ip_address()}) == 0 or len(addresses) == 1
+
+
+def place_name() -> str:
+    """The address of the Ray in use: "ray://HOST:PORT" or "HOST:PORT"."""
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return f"ray://{client.get_context().client_worker._conn_str}"
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def explain_lost(error: BaseException) -> ResourceError | None:
+    """What to tell when Ray's connection broke rather than user code: the cluster's head is gone, or the way to it."""
+    import ray
+
+    if not isinstance(error, ConnectionError) or error.__cause__ is not None or ray.is_initialized():
+        return None
+    return ResourceError(
+        f"The Ray cluster can no longer be reached ({error}), and training has ended with it. When it is up again, "
+        f"fit(..., ckpt_path='last') goes on from the latest checkpoint that this driver has written."
+    )
+
+
+def free_resources(name: str) -> float:
+    """How much of "CPU" or "GPU" nobody in the cluster holds."""
+    import ray
+
+    return float(ray.available_resources().get(name, 0.0))
+
+
+def free_by_node(name: str) -> dict[str, float]:
+    """How much of "CPU" or "GPU" nobody holds on each living node, by its id."""
+    import ray
+    from ray.util.client import ray as client
+
+    def ask() -> dict[str, dict[str, float]]:
+        from ray._private.state import available_resources_per_node
+
+        return dict(available_resources_per_node())
+
+    # a client knows but the sums; the cluster's own processes know more
+    nodes = ray.get(ray.remote(num_cpus=0)(ask).remote()) if client.is_connected() else ask()
+    return {node: float(resources.get(name, 0.0)) for node, resources in nodes.items()}
+
+
+def may_grow() -> bool:
+    """Whether nodes could join, through an autoscaler or a person: not where this very process has started Ray."""
+    return not started_here()
+
+
+def started_here() -> bool:
+    """Whether the Ray in use was started by this very process."""
+    from ray._private import worker
+
+    return bool(getattr(getattr(worker, "_global_node", None), "head", False))
+
+
+def somebody_waits(kinds: Set[str]) -> bool:
+    """Whether a task, an actor or a placement group waits for nothing but resources of these kinds, such as "CPU".
+
+    What no node has, or has but for others, does not count. False where Ray does not tell: to a Ray Client, say.
+    """
+    from ray._private import worker
+
+    try:
+        from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
+
+        answer = worker.global_worker.gcs_client.get_cluster_resource_state(timeout_s=PATIENCE)
+        state = GetClusterResourceStateReply.FromString(answer).cluster_resource_state
+        # empty for dead ones
+        nodes = [(dict(node.total_resources), dict(node.available_resources)) for node in state.node_states]
+        asked = [[one.request] for one in state.pending_resource_requests]
+        for gang in state.pending_gang_resource_requests:
+            asked.append(gang.requests or [one for some in gang.bundle_selectors for one in some.resource_requests])
+        wanted = [[dict(one.resources_bundle) for one in requests] for requests in asked]
+    except Exception as error:
+        log.debug("Ray does not tell what waits for resources", exc_info=error)
+        return False
+
+    def could_be_had(bundle: dict[str, float]) -> bool:
+        return any(
+            all((total if name in kinds else free).get(name, 0.0) >= amount for name, amount in bundle.items())
+            for total, free in nodes
+        )
+
+    return any(
+        any(kinds & bundle.keys() for bundle in bundles) and all(could_be_had(bundle) for bundle in bundles)
+        for bundles in wanted
+    )
+
+
+def resources_text() -> str:
+    """What the cluster has and what of it is free, for error messages."""
+    import ray
+
+    total: dict[str, Any] = ray.cluster_resources()
+    free: dict[str, Any] = ray.available_resources()
+    parts = [f"{name} {free.get(name, 0):g} of {total[name]:g} free" for name in ("CPU", "GPU") if name in total]
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    return f"{', '.join(parts) or 'no CPU'} on {nodes} node(s)"

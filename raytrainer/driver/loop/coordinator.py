@@ -1,0 +1,331 @@
+"""The coordinator: decides on the driver, from pure functions, when workers train, validate, save and stop.
+
+    until done, or again after a worker was lost:
+        setup; sanity check; take up where a checkpoint or snapshot left off
+        until done:
+            start epoch
+            until the epoch ends: train a chunk up to the next decision; validate if due; stop if asked
+            end epoch
+        finish
+
+A chunk is at most about a second of work, so that Ctrl-C, time limits, early stopping and progress act at its end and
+cost the workers no collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
+from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.loop.recovery import Replacement
+from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.reporting.journal import Journal
+from raytrainer.driver.reporting.merged_reports import longest, merged, shortest
+from raytrainer.driver.saving.capture import RunCapture
+from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.driver.saving.snapshots import Snapshots
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.errors import WorkerLostError
+from raytrainer.messages import FinishReport, TrainReport
+from raytrainer.plan import schedule
+from raytrainer.plan.strategy_settings import effective_batch
+from raytrainer.task import Task
+from raytrainer.view.run_state import RunState
+
+__all__ = ["Coordinator"]
+
+log = logging.getLogger("raytrainer")
+
+
+class _MoreWorkers(Exception):
+    """An elastic run can have more workers now."""
+
+
+class Coordinator:
+    """Drives one run.
+
+    Args:
+        task: What the workers are given.
+        group: The workers to begin with.
+        state: Where to keep counters and metrics.
+        host: Callbacks, loggers and new workers.
+        interrupt: Whether the user asked for the end.
+        step_marks: Optimizer steps (multiples of each) at which a callback wants to be called.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        group: WorkerGroup,
+        state: RunState,
+        host: Host,
+        interrupt: Interrupt,
+        step_marks: Sequence[int] = (),
+    ) -> None:
+        self.task, self.settings, self.group = task, task.settings, group
+        self.state, self.host, self.interrupt = state, host, interrupt
+        state.clock.ray_data = "train" in task.datasets
+        self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
+        self.marks = (*step_marks, *self.snapshots.step_marks)
+        self.validates = False
+        self.plateau_steps: tuple[int, ...] = ()
+        self.plateau_epochs = False
+        self._journal = Journal(state, host)
+        self._evaluation = Evaluation(state, host, interrupt, self._journal)
+        self._capture = RunCapture(task, state, host, self.snapshots)
+        self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
+        state.catch_up = self.catch_up
+        self._chunk = 1
+        self._behind = False  # workers have something to report of the batches done
+        self._clock = 0.0
+        self._emitted: set[str] = set()
+
+    # ---------------------------------------------------------------- fit
+
+    def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
+        """Train, over as many failures as are allowed; return what rank 0 hands over."""
+        resumed, lost, growing = checkpoint, None, False
+        while True:
+            try:
+                self.state.clock.switch("starting")
+                # in here, since workers may be lost while others are being replaced or added
+                if lost is not None:
+                    self.group = self._replacement.regroup(lost)
+                    resumed, lost = self._replacement.go_back(checkpoint), None
+                elif growing:
+                    self.group, resumed = self._replacement.grow(self.group)
+                growing = False
+                return self._attempt(resumed)
+            except WorkerLostError as error:
+                self.group.abort()
+                if not self._replacement.allowed():
+                    raise
+                lost = error
+            except _MoreWorkers:
+                growing = True
+
+    def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
+        self._setup(checkpoint)
+        self._emit_once("on_fit_start")
+        self.group.call("start_fit")
+        unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
+        if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
+            if checkpoint is None:
+                self._sanity_check()
+            self._start_training()
+            if unfinished:
+                self._epoch()
+            while not self._done():
+                if self._replacement.may_grow(self.group):
+                    raise _MoreWorkers
+                self._epoch()
+            self._emit_once("on_train_end")
+            self.group.call("end_training", self.state.interrupted)
+        self.group.call("end_fit")
+        return self._finish(trained=True)
+
+    def _setup(self, checkpoint: dict[str, Any] | None) -> None:
+        self._emit_once("setup", self.task.stage)
+        self._behind = False
+        self.task.resuming = checkpoint is not None
+        reports = self.group.setup(self.task)
+        if checkpoint is not None:
+            reports = self.group.call("restore", checkpoint)
+        self.state.trainer.status = "running"
+        self.state.world_size = self.group.size
+        self.state.parts = reports[0].parts
+        self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
+        self.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
+        if checkpoint is not None and self.task.stage == "fit":
+            before = checkpoint.get("parts") or checkpoint.get("world_size", self.state.parts)
+            schedule.rescale(self.state.progress, before, self.state.parts)
+
+    def _emit_once(self, hook: str, *args: Any) -> None:
+        """For hooks of a whole run, which a recovery must not repeat."""
+        if hook not in self._emitted:
+            self._emitted.add(hook)
+            self.host.emit(hook, *args)
+
+    def _sanity_check(self) -> None:
+        if not self.validates or self.settings.num_sanity_val_steps == 0:
+            return
+        state = self.state
+        state.sanity_checking = True
+        state.trainer.stage = "sanity"
+        try:
+            with state.clock.phase("validating"):
+                self.host.emit("on_sanity_check_start")
+                self._evaluation.run(self.group, "validate", self.settings.num_sanity_val_steps)
+                self.host.emit("on_sanity_check_end")
+        finally:
+            state.sanity_checking = False
+
+    def _start_training(self) -> None:
+        state = self.state
+        state.trainer.stage = "train"
+        starts = self.group.call("start_training")
+        state.num_training_batches = shortest([start.batches for start in starts])
+        state.batch_size = starts[0].batch_size
+        unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
+        accumulate = self.settings.accumulated(state.progress.epoch)
+        size = effective_batch(state.batch_size, state.parts, accumulate, unit)
+        if size is not None and self.group.size > 1:
+            log.info("%s", size)
+        state.num_batches["validate"] = longest([start.val_batches for start in starts])
+        self._emit_once("on_train_start")
+        self._clock = time.perf_counter() - state.progress.seconds
+        self.snapshots.restart(state.progress.step)
+        self._replacement.note(self.group.size)
+        state.clock.switch("other")
+
+    def _epoch(self) -> None:
+        progress = self.state.progress
+        self.host.emit("on_train_epoch_start")
+        starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.before)
+        self.state.num_training_batches = length = shortest([start.batches for start in starts])
+        val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
+        if progress.before and length == 0:  # others have left no batch for each worker
+            self._end_batches()
+        if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
+            self._validate()
+        while not progress.epoch_ended and not self._done():
+            report = self._train_chunk(length, val_every)
+            if schedule.epoch_done(progress, length, report.exhausted):
+                self._end_batches()
+            self.host.emit("on_train_chunk_end", report)
+            if self._validation_due(val_every):
+                self._validate()
+            self._capture.snapshot_if_due(self.group)
+        self.catch_up()
+        if not self.state.interrupted:
+            self._end_epoch()
+        if progress.epoch_ended:
+            progress.next_epoch()
+
+    def _end_batches(self) -> None:
+        """The epoch has no batch left."""
+        self.group.call("step_epoch_schedulers")
+        self.state.progress.epoch_ended = True
+
+    def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
+        """Train up to the next decision; take up what the workers report."""
+        state, progress = self.state, self.state.progress
+        ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._chunk + 1)
+        batches = min(ahead, self._chunk)
+        stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
+        metrics = self._journal.take_news()
+        waited_for = self._behind  # one batch more than the chunk has, or less
+        self._behind = False
+        with state.clock.phase("training"):
+            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics, ahead > batches)
+        report = merged(reports)
+        self._behind = report.behind
+        state.clock.chunk(report.seconds, report.data_seconds)
+        steps_before = progress.step
+        progress.batch, progress.step = report.batch, report.step
+        state.skipped_steps = report.skipped_steps
+        progress.total_batches += report.batches
+        progress.seconds = time.perf_counter() - self._clock
+        self._chunk = schedule.chunk_batches(report.batches + waited_for - report.behind, report.seconds)
+        self.snapshots.trained()
+        state.should_stop |= report.stop
+        state.interrupted |= self.interrupt.requested
+        self._journal.steps("train", [r.metrics for r in reports])
+        for every in self.plateau_steps:
+            if progress.step != steps_before and progress.step % every == 0:
+                self.group.call("step_plateau", "step", progress.step, state.board.plain())
+                break
+        return report
+
+    def catch_up(self, failed: bool = False) -> None:
+        """Take up what the latest chunk has left for the next one, where something else comes first.
+
+        If the run has `failed`, take up all that has been logged before the batch that failed.
+        """
+        if self._behind or failed:
+            self._behind = False
+            with self.state.clock.phase("training"):
+                reports = self.group.call("report_steps", failed)
+            self._journal.steps("train", reports)
+
+    def _validation_due(self, val_every: int | None) -> bool:
+        progress = self.state.progress
+        if not self.validates or self.state.interrupted:
+            return False
+        if schedule.validation_due(self.settings, progress, val_every, progress.epoch_ended):
+            return True
+        # a requested stop that is honoured now is preceded by one last validation
+        stops = self.state.should_stop and schedule.may_stop(self.settings, progress)
+        return stops and progress.validated_at != progress.total_batches
+
+    def _validate(self) -> None:
+        self.catch_up()
+        self.state.trainer.stage = "validate"
+        self.state.progress.validated_at = self.state.progress.total_batches
+        with self.state.clock.phase("validating"):
+            self._evaluation.run(self.group, "validate")
+        self.state.trainer.stage = "train"
+
+    def _end_epoch(self) -> None:
+        state, progress = self.state, self.state.progress
+        reports = self.group.call("end_epoch")
+        self._journal.replay(reports[0].calls)
+        compute = partial(compute_metrics, self.group)
+        values = state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=compute)
+        self._journal.epoch("epoch", values)
+        if self.plateau_epochs and progress.epoch_ended:
+            self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
+        state.closing = True
+        try:
+            self.host.emit("on_train_epoch_end")
+        finally:
+            state.closing = False
+
+    def _done(self) -> bool:
+        """Whether to stop training here, by the limits, by request, or by Ctrl-C."""
+        state = self.state
+        state.interrupted |= self.interrupt.requested
+        return state.interrupted or schedule.is_done(self.settings, state.progress, state.should_stop)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[dict[str, float], list[Any]]:
+        """Validate, test or predict.
+
+        Returns:
+            Epoch metrics, and for "predict" the outputs: (loader, batch, output), in order.
+        """
+        self._setup(checkpoint)
+        self.state.trainer.stage = stage
+        values, predictions = self._evaluation.run(self.group, stage)
+        self._finish(trained=False)
+        return values, predictions
+
+    # ---------------------------------------------------------------- state
+
+    def capture(self, weights_only: bool = False) -> Captured:
+        """Have the state of the run copied aside; training may go on at once."""
+        return self._capture.capture(self.group, weights_only)
+
+    def rescue(self) -> dict[str, Any] | None:
+        """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none."""
+        return self._capture.rescue(self.group)
+
+    def take_up(self, checkpoint: dict[str, Any]) -> None:
+        """Put the driver's counters where a checkpoint has them; `_setup` does so for the workers."""
+        self._capture.take_up(checkpoint)
+
+    # ---------------------------------------------------------------- end
+
+    def _finish(self, trained: bool) -> FinishReport:
+        reports: list[FinishReport] = self.group.call("finish", trained)
+        self._journal.replay(reports[0].calls)
+        self.state.profiles = [r.profile for r in reports]
+        self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
+        self.state.trainer.status = "interrupted" if self.state.interrupted else "finished"
+        return reports[0]

@@ -1,0 +1,93 @@
+"""`Evaluation`: validate, test or predict once, in chunks, with what callbacks and loggers are told of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.reporting.journal import Journal
+from raytrainer.driver.reporting.merged_reports import in_order, longest
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
+from raytrainer.plan import schedule
+from raytrainer.view.run_state import RunState
+
+__all__ = ["Evaluation", "compute_metrics"]
+
+_HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+class Evaluation:
+    """The evaluations of one run.
+
+    Args:
+        state: Where to keep lengths and metrics.
+        host: Whose callbacks are told.
+        interrupt: Whether the user asked for the end.
+        journal: Where values are logged.
+    """
+
+    def __init__(self, state: RunState, host: Host, interrupt: Interrupt, journal: Journal) -> None:
+        self._state, self._host, self._interrupt, self._journal = state, host, interrupt, journal
+
+    def run(self, group: WorkerGroup, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:
+        """Evaluate everything, or as a sanity check `sanity` batches of each loader.
+
+        Returns:
+            Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
+        """
+        state, name = self._state, _HOOK[stage]
+        starts = group.call("start_evaluation", stage, sanity)
+        state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
+        self._host.emit(f"on_{name}_start")
+        self._host.emit(f"on_{name}_epoch_start")
+        finished, predictions = self._chunks(group, stage, sanity)
+        state.interrupted |= self._interrupt.requested
+        ends = group.call("end_evaluation")
+        self._take(stage, sanity, [end.metrics for end in ends])
+        if not finished:
+            return {}, []  # interrupted: nobody must take half an evaluation for a whole one
+        values = {}
+        if sanity is None:
+            batches = [end.by_loader for end in ends]
+            reported = [end.metrics for end in ends]
+            compute = partial(compute_metrics, group)
+            values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, compute)
+            self._journal.epoch(stage, values)
+        self._host.emit(f"on_{name}_epoch_end")
+        self._host.emit(f"on_{name}_end")
+        return values, in_order(predictions)
+
+    def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
+        """Evaluate chunk by chunk; return whether that came to the end, and what the workers sent."""
+        predictions: list[Any] = []
+        chunk, waited_for, finished = 1, 0, False
+        while not finished and not self._interrupt.requested:
+            reports: list[EvaluationReport] = group.call("evaluate", chunk)
+            finished = all(report.done for report in reports)
+            for report in reports:
+                predictions += report.predictions
+            self._take(stage, sanity, [report.metrics for report in reports])
+            done = max(report.batches for report in reports)
+            # the workers have waited for all batches, or for all but the last one
+            waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
+            chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
+            shown = replace(reports[0], batches=done, done=finished, predictions=[])
+            self._host.emit("on_evaluation_chunk_end", shown)
+        return finished, predictions
+
+    def _take(self, stage: str, sanity: int | None, reports: list[MetricReport]) -> None:
+        """Take up what has been logged by step."""
+        if sanity is None:
+            self._journal.steps(stage, reports)
+        else:
+            self._journal.replay(reports[0].calls)
+
+
+def compute_metrics(group: WorkerGroup, specs: list[MetricSpec]) -> dict[str, float]:
+    """Values of metric objects over all workers."""
+    values: dict[str, float] = group.call("compute_metrics", specs)[0]
+    return values

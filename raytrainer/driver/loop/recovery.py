@@ -1,0 +1,98 @@
+"""`Replacement`: other workers for a `fit` that goes on, after some were lost, or because there can be more."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.saving.capture import RunCapture
+from raytrainer.driver.saving.snapshots import Snapshots
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.errors import WorkerLostError
+from raytrainer.plan.failures import Recovery
+from raytrainer.plan.schedule import Progress
+from raytrainer.view.run_state import RunState
+
+__all__ = ["Replacement"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Replacement:
+    """Replaces the workers of one `fit`.
+
+    Args:
+        state: Counters, which go back to where training goes on.
+        host: Has new workers, and the callbacks to put back.
+        capture: Takes states up.
+        snapshots: Has the newest states.
+        max_failures: How often workers may be lost.
+    """
+
+    def __init__(
+        self, state: RunState, host: Host, capture: RunCapture, snapshots: Snapshots, max_failures: int
+    ) -> None:
+        self._state, self._host, self._capture, self._snapshots = state, host, capture, snapshots
+        self._allowed = max_failures if snapshots.enabled else 0
+        self._callbacks_before = host.callback_states()
+        self._grown_in = -1  # the epoch that began with an attempt to get more workers
+        self._failed: tuple[WorkerLostError, float, Progress] | None = None  # until training goes on
+
+    def allowed(self) -> bool:
+        """Whether to recover from one more failure."""
+        self._allowed -= 1
+        return self._allowed >= 0
+
+    def regroup(self, error: WorkerLostError) -> WorkerGroup:
+        """New workers in place of those lost."""
+        if self._failed is None:  # else an earlier one has not been recovered from yet
+            self._failed = error, time.perf_counter(), self._state.progress
+        log.warning("%s Recovering.", error)
+        return self._host.regroup()
+
+    def go_back(self, original: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Put the driver where training goes on; return the state to restore, None for the beginning.
+
+        Args:
+            original: The checkpoint that the `fit` began with.
+        """
+        state = self._state
+        checkpoint = self._snapshots.latest() or original
+        if checkpoint is not None:
+            self._capture.take_up(checkpoint)
+            state.should_stop = checkpoint.get("should_stop", False)
+            self._host.restore_callbacks(checkpoint.get("callbacks") or {})
+        else:
+            state.progress = Progress()
+            state.should_stop = False
+            self._host.restore_callbacks(self._callbacks_before)
+        return checkpoint
+
+    def note(self, workers: int) -> None:
+        """Training goes on: say what was lost, if anything was, and how long it took until here."""
+        if self._failed is None:
+            return
+        error, began, lost_at = self._failed
+        self._failed = None
+        now = self._state.progress
+        replayed = max(0, lost_at.total_batches - now.total_batches)
+        recovery = Recovery(str(error), lost_at.step, now.step, replayed, time.perf_counter() - began, workers)
+        self._state.recoveries.append(recovery)
+        log.warning("Recovered. %s", recovery)
+
+    def may_grow(self, group: WorkerGroup) -> bool:
+        """Whether to try for more workers: once an epoch, as somebody else may have taken what looks free."""
+        progress = self._state.progress
+        return bool(progress.total_batches and progress.epoch != self._grown_in and self._host.can_grow(group))
+
+    def grow(self, group: WorkerGroup) -> tuple[WorkerGroup, dict[str, Any]]:
+        """A larger group, and the state to restore in it, so that training goes on from right here."""
+        epoch = self._state.progress.epoch
+        checkpoint = self._capture.capture(group).resolve()
+        self._grown_in = epoch
+        group.abort()
+        larger = self._host.regroup()
+        log.info("Epoch %d begins with %d workers instead of %d.", epoch, larger.size, group.size)
+        return larger, checkpoint

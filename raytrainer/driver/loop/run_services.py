@@ -1,0 +1,38 @@
+"""`Host`: what the coordinator asks of whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.messages import LogCall
+
+__all__ = ["Host", "Rows"]
+
+Rows = list[tuple[int, dict[str, float]]]
+
+
+class Host(Protocol):
+    """Callbacks, loggers and workers of a run."""
+
+    def emit(self, hook: str, *args: Any) -> None:
+        """Call a hook of the driver's callbacks."""
+
+    def log_rows(self, rows: Rows) -> None:
+        """Give rows (step, values) to the loggers."""
+
+    def replay(self, calls: Sequence[LogCall], step: int) -> None:
+        """Make the calls of `self.logger` that rank 0 has kept; `step` is that of those without one."""
+
+    def callback_states(self) -> dict[str, Any]:
+        """States of the driver's callbacks."""
+
+    def restore_callbacks(self, states: dict[str, Any]) -> None:
+        """Put them back."""
+
+    def regroup(self) -> WorkerGroup:
+        """New workers, in place of the group's."""
+
+    def can_grow(self, group: WorkerGroup) -> bool:
+        """Whether an elastic run could have more workers than `group` has."""

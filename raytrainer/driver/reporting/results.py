@@ -1,0 +1,84 @@
+"""What a run gives back, and prints: metrics of evaluations, and profiles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raytrainer.profilers import Profiler
+from raytrainer.view.run_state import RunState
+
+__all__ = ["by_loader", "outputs_by_loader", "print_results", "say_end", "write_profiles"]
+
+log = logging.getLogger("raytrainer")
+
+
+def by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
+    """Metrics of each loader: those that name it, and those that name none."""
+    results: list[dict[str, float]] = [{} for _ in range(loaders)]
+    for name, value in values.items():
+        _, mark, index = name.rpartition("/dataloader_idx_")
+        for loader in [int(index)] if mark else range(loaders):
+            results[loader][name] = value
+    return results
+
+
+def outputs_by_loader(outputs: Sequence[tuple[int, int, Any]], loaders: int) -> list[Any]:
+    """Outputs of (loader, batch, output), in order: a list of them; with several loaders one list each."""
+    batches: list[list[Any]] = [[] for _ in range(loaders)]
+    for loader, _, output in outputs:
+        batches[loader].append(output)
+    return batches[0] if loaders == 1 else batches
+
+
+def say_end(state: RunState) -> None:
+    """Log what a `fit` took."""
+    if state.time_report is not None:
+        log.info("fit took %s", state.time_report)
+        if state.time_report.hint is not None:
+            log.info("%s", state.time_report.hint)
+    peaks, skipped = state.peak_memory_bytes, state.skipped_steps
+    if peaks:
+        log.info("fit used at most %.2f GiB of GPU memory (rank %d).", max(peaks) / 2**30, peaks.index(max(peaks)))
+    if skipped:
+        log.info("%d of %d steps were left out for infinite gradients.", skipped, state.progress.step)
+
+
+def print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for result in results for name in result))
+    if not names:
+        return
+    table = Table(title=None)
+    table.add_column(f"{stage} metric")
+    for index in range(len(results)):
+        table.add_column("value" if len(results) == 1 else f"loader {index}", justify="right")
+    for name in names:
+        table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
+    Console().print(table)
+
+
+def write_profiles(profiler: Profiler, profiles: Sequence[bytes | None], folder: Path) -> None:
+    """Write every worker's profile to `rank<n>.<suffix>` in `folder`; log rank 0's if it is for people to read."""
+    profiler.files, name = [], type(profiler).__name__
+    for rank, content in enumerate(profiles):
+        path = folder / f"rank{rank}.{profiler.suffix}"
+        if content is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:  # a full disk must not fail a run that has trained
+            log.warning("%s: %s cannot be written: %s", name, path, error)
+            return
+        profiler.files.append(str(path))
+    if not profiler.files:
+        log.warning("%s has recorded nothing: the run was over too soon.", name)
+        return
+    if profiler.summary and profiles[0] is not None:
+        log.info("%s, rank 0:\n%s", name, profiles[0].decode())
+    log.info("%s wrote %s", name, profiler.files[0] if len(profiler.files) == 1 else folder)

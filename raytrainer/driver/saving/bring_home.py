@@ -1,0 +1,54 @@
+"""Bringing results home: the driver's own objects take up what workers have trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from raytrainer.datamodule import DataModule
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.messages import FinishReport
+from raytrainer.module import Module
+
+__all__ = ["bring_home"]
+
+
+def bring_home(module: Module, datamodule: DataModule | None, report: FinishReport, group: WorkerGroup) -> None:
+    """Put weights, buffers, hyperparameters and plain attributes into the driver's module.
+
+    Layers that were built in the workers (in `setup` or `configure_model`) are built here too.
+    """
+    if group.in_process or report.state_dict is None:
+        return
+    if set(report.state_dict) != set(module.state_dict()):
+        module.configure_model()
+    if set(report.state_dict) != set(module.state_dict()):
+        _graft(group.call("fetch_module")[0], module)
+    # as in process, a precision such as 64 or "bf16-true" stays with the module
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in report.state_dict:
+            tensor.data = tensor.data.to(report.state_dict[name].dtype)
+    module.load_state_dict(report.state_dict)
+    module.hparams.update(report.hparams or {})
+    for name, value in report.attributes.items():
+        module.__dict__[name] = value
+    if datamodule is not None and report.datamodule_state:
+        datamodule.load_state_dict(report.datamodule_state)
+
+
+def _graft(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the submodules, parameters and buffers that only `source` has."""
+    for kind in ("_parameters", "_buffers"):
+        ours: dict[str, Any] = getattr(target, kind)
+        for name, value in getattr(source, kind).items():
+            if ours.get(name) is None:
+                ours[name] = value
+    for name, child in source._modules.items():
+        own = target._modules.get(name)
+        if child is None:
+            continue
+        if own is None:
+            target._modules[name] = child
+        else:
+            _graft(child, own)

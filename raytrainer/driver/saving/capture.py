@@ -1,0 +1,99 @@
+"""`RunCapture`: the whole state of a run, copied aside while training goes on, and taken up again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.driver.saving.snapshots import Snapshots
+from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.plan.schedule import Progress
+from raytrainer.task import Task
+from raytrainer.view.run_state import RunState
+
+__all__ = ["RunCapture"]
+
+log = logging.getLogger("raytrainer")
+
+
+class RunCapture:
+    """What checkpoints and snapshots of one run hold.
+
+    Args:
+        task: What the workers were given.
+        state: The driver's counters and metrics.
+        host: Has the driver's callbacks, whose states belong to it.
+        snapshots: Where the newest states are kept.
+    """
+
+    def __init__(self, task: Task, state: RunState, host: Host, snapshots: Snapshots) -> None:
+        self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
+
+    def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
+        """Have the state of the run copied aside; training may go on at once."""
+        self._state.catch_up()  # a state goes on after what has been reported
+        began = time.perf_counter()
+        with self._state.clock.phase("saving"):
+            fetch = group.capture(weights_only)
+        captured = Captured(fetch, {} if weights_only else self._driver_state(group))
+        if not weights_only:
+            self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
+        return captured
+
+    def snapshot_if_due(self, group: WorkerGroup) -> None:
+        """Capture, where the settings ask for it here."""
+        progress = self._state.progress
+        accumulate = self._task.settings.accumulated(progress.epoch)
+        between_steps = progress.epoch_ended or progress.batch % accumulate == 0
+        if between_steps and self._snapshots.due(progress.step):
+            self.capture(group)
+        elif self._snapshots.approaching(progress.step):
+            group.call("prepare_capture")
+
+    def rescue(self, group: WorkerGroup) -> dict[str, Any] | None:
+        """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none.
+
+        Workers in this process still hold the state before the batch that failed. Others may be gone, or wait for each
+        other for ever: of them it is the newest snapshot.
+        """
+        if not group.in_process:
+            return self._snapshots.latest()
+        if not self._state.trainer.has_begun:
+            return None  # before training began, the workers have not taken up what it begins with
+        cursor, progress = group.call("cursor")[0], self._state.progress
+        if self._state.trainer.stage == "validate":
+            progress.validated_at = -1  # is to be repeated
+        if cursor is not None and not progress.epoch_ended:
+            progress.total_batches += cursor[0] - progress.batch
+            progress.batch, progress.step = cursor
+        return self.capture(group).resolve()
+
+    def take_up(self, checkpoint: dict[str, Any]) -> None:
+        """Put the driver's counters where a checkpoint has them; the workers' verb `restore` does so for them."""
+        state, task = self._state, self._task
+        state.progress = Progress(**checkpoint["progress"])
+        if checkpoint["seed"] != task.seed:
+            if task.settings.seed is not None:
+                log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], task.settings.seed)
+            task.seed = checkpoint["seed"]
+        if state.progress.epoch_ended:
+            state.board.take(checkpoint["metrics"])
+
+    def _driver_state(self, group: WorkerGroup) -> dict[str, Any]:
+        state = self._state
+        cursor = replace(state.progress)
+        if state.closing and cursor.epoch_ended:
+            cursor.next_epoch()
+        return {
+            "progress": vars(cursor),
+            "metrics": state.board.plain(),
+            "should_stop": state.should_stop,
+            "callbacks": self._host.callback_states(),
+            "world_size": group.size,
+            "parts": state.parts,
+            "seed": self._task.seed,
+        }

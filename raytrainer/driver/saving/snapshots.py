@@ -1,0 +1,79 @@
+"""In-memory snapshots: the state to go on from when a worker is lost, kept off the disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.plan.failures import snapshot_due
+from raytrainer.plan.settings import Settings
+
+__all__ = ["Snapshots"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Snapshots:
+    """The newest states of a run. Every full checkpoint counts as one too.
+
+    Args:
+        settings: How often.
+        enabled: Whether there is anything to recover from: workers in the driver's process die with it.
+    """
+
+    def __init__(self, settings: Settings, enabled: bool) -> None:
+        self.enabled = enabled and settings.max_failures > 0
+        self.every = settings.snapshot_every if self.enabled else None
+        self.step_marks = (self.every,) if isinstance(self.every, int) else ()
+        self._kept: list[Captured] = []
+        self._taken = time.perf_counter()
+        self._step = 0
+        self._cost: float | None = None
+        self._warm = False
+        self._announced = False
+
+    def restart(self, step: int) -> None:
+        """Training begins, or goes on after a loss, here."""
+        self._taken, self._step, self._cost, self._warm = time.perf_counter(), step, None, False
+        self._announced = False
+
+    def trained(self) -> None:
+        """A chunk has been. The first one's time is that of compiling and the like, which no snapshot would save."""
+        if not self._warm and self.every == "auto":
+            self._taken = time.perf_counter()
+        self._warm = True
+
+    def due(self, step: int) -> bool:
+        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
+
+    def approaching(self, step: int) -> bool:
+        """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow."""
+        if self._announced or self._cost is not None or step <= self._step:
+            return False
+        self._announced = snapshot_due(
+            self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), 0.0
+        )
+        return self._announced
+
+    def take(self, captured: Captured, step: int, cost: float) -> None:
+        """Keep a state whose copying blocked training for `cost` seconds."""
+        if not self.enabled:
+            return
+        # the one before stays until the next: a worker may die before it has handed over the newest
+        self._kept = [*self._kept[-1:], captured]
+        # new workers allocate the memory for copies with their first one, which so says nothing of the others
+        self._cost = 0.0 if self._cost is None else cost
+        self._taken, self._step = time.perf_counter(), step
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest state that can still be fetched."""
+        while self._kept:
+            captured = self._kept[-1]
+            try:
+                return captured.resolve()
+            except Exception as error:
+                log.warning("A snapshot cannot be fetched any more (%s); using an older one.", error)
+                self._kept.pop()
+        return None

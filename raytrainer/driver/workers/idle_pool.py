@@ -1,0 +1,165 @@
+"""Idle worker groups, kept for the next run that asks for the same resources."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from raytrainer.driver.cluster.session import somebody_waits
+from raytrainer.errors import ResourceError
+
+if TYPE_CHECKING:
+    from raytrainer.driver.workers.ray_group import RayGroup, Request
+
+__all__ = ["close_idle", "kept", "put_back", "set_idle_timeout", "take"]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds between looks at whether somebody waits for what idle groups hold.
+LOOK = 1.0
+
+#: Seconds that somebody has to have waited before they give way: a task that will soon be served waits a little too.
+GIVE_WAY = 5.0
+
+#: The same while a run that will take one of them reads its datasets, with tasks that wait for each other.
+GIVE_WAY_TO_OWN = 30.0
+
+_changed = threading.Condition()
+_idle: list[tuple[RayGroup, float]] = []  # with the time until which it is kept, newest last
+_watcher: threading.Thread | None = None
+_timeout = 300.0
+_keeping = 0
+
+
+def set_idle_timeout(seconds: float) -> None:
+    """Seconds that an unused group lives; 0 releases it at the end of each run, infinity never."""
+    global _timeout
+    _timeout = seconds
+
+
+def take(requests: Sequence[Request], timeout: float = 60.0) -> RayGroup:
+    """An idle group with the first of these resources, or a new one with the first that can be had.
+
+    Args:
+        requests: What would do, best first.
+        timeout: Seconds to wait for the best; later ones get a few seconds each.
+
+    Raises:
+        ResourceError: None can be had.
+    """
+    from raytrainer.driver.workers.ray_group import RayGroup
+
+    group = _take_idle(requests[0])
+    if group is not None:
+        return group
+    # what idles may hold the very resources that are asked for
+    close_idle()
+    for request in requests[:-1]:
+        try:
+            return RayGroup(request, timeout)
+        except ResourceError as error:
+            log.warning("%s Trying with less.", error)
+            timeout = min(timeout, 3.0)
+    return RayGroup(requests[-1], timeout)
+
+
+def _take_idle(request: Request) -> RayGroup | None:
+    while True:
+        with _changed:
+            group = next((group for group, _ in reversed(_idle) if group.request == request), None)
+            if group is None:
+                return None
+            _remove([group])
+        if group.usable:
+            return group
+
+
+def _remove(groups: Sequence[RayGroup]) -> None:
+    _idle[:] = [entry for entry in _idle if entry[0] not in groups]
+    _changed.notify_all()
+
+
+def put_back(group: RayGroup) -> None:
+    """Keep a group whose run is over, until the idle time is over or others wait for what it holds."""
+    global _watcher
+    if group.broken:
+        return
+    if _timeout <= 0:
+        group.abort()
+        return
+    with _changed:
+        _idle.append((group, time.monotonic() + _timeout))
+        _changed.notify_all()
+        if _watcher is None:
+            watcher = threading.Thread(target=_watch, name="raytrainer-idle", daemon=True)
+            watcher.start()
+            _watcher = watcher
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Meanwhile idle groups give way later: a run that will take one of them reads its datasets first."""
+    global _keeping
+    with _changed:
+        _keeping += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _keeping -= 1
+
+
+def _watch() -> None:
+    """As long as there are idle groups: release each when its time is over, and all when others wait for them."""
+    global _watcher
+    since: float | None = None  # others wait
+    while True:
+        with _changed:
+            if _idle:
+                _changed.wait(min(LOOK, max(0.0, min(until for _, until in _idle) - time.monotonic())))
+            if not _idle:
+                _watcher = None
+                return
+            now = time.monotonic()
+            over = [group for group, until in _idle if until <= now]
+            _remove(over)
+            seen = [group for group, _ in _idle]
+            patience = GIVE_WAY_TO_OWN if _keeping else GIVE_WAY
+        held = {kind for group in seen for kind in group.holds}
+        _end(over)
+        since = (since or now) if held and somebody_waits(held) else None
+        if since is not None and now - since >= patience:
+            kinds = " and ".join(sorted(held))
+            log.info("Workers that were kept for the next run give way: others wait for their %s.", kinds)
+            _release(seen)
+
+
+def _release(groups: Sequence[RayGroup]) -> None:
+    """End those of these groups that are idle still."""
+    with _changed:
+        idle = [group for group, _ in _idle if group in groups]
+        _remove(idle)
+    _end(idle)
+
+
+def close_idle() -> None:
+    """Release every idle group now."""
+    with _changed:
+        groups = [group for group, _ in _idle]
+    _release(groups)
+
+
+def _end(groups: Sequence[RayGroup]) -> None:
+    for group in groups:
+        try:
+            group.abort()
+        except Exception as error:  # e.g. Ray ends just now; the others are to end all the same
+            log.debug("Idle workers could not be ended", exc_info=error)
+
+
+atexit.register(close_idle)

@@ -1,0 +1,71 @@
+"""`Groups`: where the workers of a Trainer come from, and go to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_by_node, own_reservation
+from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers.group import WorkerGroup, local_group
+from raytrainer.plan.settings import Settings
+
+if TYPE_CHECKING:
+    from raytrainer.driver.cluster.placement import Request
+
+__all__ = ["Groups"]
+
+
+class Groups:
+    """Worker groups: in this process, or of a Ray cluster.
+
+    Args:
+        cluster: The cluster, if one is used.
+        placement_timeout: Seconds to wait until it has what is asked for.
+        idle_timeout: Seconds that groups given back are kept for the next run.
+    """
+
+    def __init__(self, cluster: Cluster, placement_timeout: float, idle_timeout: float) -> None:
+        self.cluster = cluster
+        self._placement_timeout, self._idle_timeout = placement_timeout, idle_timeout
+
+    def take(self, settings: Settings) -> WorkerGroup:
+        """The workers that the settings ask for; of an elastic run as many of them as there are."""
+        if settings.strategy == "local":
+            return local_group(settings)
+        ensure_ray(self.cluster, settings.world_size)
+        return pool.take(_requests(settings), self._placement_timeout)
+
+    def give_back(self, group: WorkerGroup) -> None:
+        """The run is over."""
+        pool.set_idle_timeout(self._idle_timeout)
+        group.release()
+
+    def can_grow(self, settings: Settings, group: WorkerGroup) -> bool:
+        """Whether an elastic run could have more workers than `group` has."""
+        larger = [(nodes, workers) for nodes, workers in settings.sizes if nodes * workers > group.size]
+        if not larger or own_reservation() is not None:
+            return False
+        from raytrainer.driver.cluster.placement import fits
+
+        free = free_by_node("GPU" if settings.on_gpu else "CPU")
+        return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
+
+    def with_every_gpu(self, settings: Settings) -> Settings:
+        """The settings with what gpus=-1 means on the cluster as it is now."""
+        ensure_ray(self.cluster, 1)
+        from raytrainer.driver.cluster.reservation import all_gpus
+
+        count = all_gpus(settings.num_nodes)
+        return replace(settings, gpus=count, fewest_per_node=count)
+
+
+def _requests(settings: Settings) -> list[Request]:
+    """The resources that would do, best first."""
+    from raytrainer.driver.cluster.placement import Request
+
+    indices = settings.gpus if isinstance(settings.gpus, tuple) else ()
+    return [
+        Request(nodes, workers, settings.on_gpu, indices=indices, free=settings.auto_select_gpus)
+        for nodes, workers in settings.sizes
+    ]

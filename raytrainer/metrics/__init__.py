@@ -1,0 +1,1 @@
+"""What is logged: values kept in each worker, reduced over all of them on the driver."""

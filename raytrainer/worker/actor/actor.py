@@ -1,0 +1,259 @@
+"""What runs inside a worker's Ray actor: the same `Worker`, its errors made fit to travel."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray import cloudpickle
+
+from raytrainer.driver.cluster.reservation import own_gpu_indices
+from raytrainer.errors import SerializationError
+from raytrainer.gpu.choice import use_pci_order
+from raytrainer.packing import pack, unpack, without_tensors
+from raytrainer.plan.ranks import Ranks
+from raytrainer.version import __version__
+from raytrainer.worker.actor.output import Output
+from raytrainer.worker.process_group import ProcessGroup, make_store
+from raytrainer.worker.process_memory import keep_heap
+from raytrainer.worker.worker import Worker
+
+__all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "StagingWorker", "own_versions"]
+
+#: Ray's name for the thread in which a worker's actor hands over what it has staged.
+ASIDE = "aside"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a worker. `pickled` holds the exception itself, where it can be pickled."""
+
+    rank: int
+    node: str
+    type_name: str
+    message: str
+    traceback: str
+    pickled: bytes | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is: its node's id, address and host name; PCI indices of its GPUs; versions of what runs there."""
+
+    node_id: str
+    address: str
+    host: str
+    gpus: list[int]
+    versions: dict[str, str]
+
+
+def own_versions() -> dict[str, str]:
+    """Versions of what driver and workers must share."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"Python": python, "Ray": ray.__version__, "raytrainer": __version__, "torch": torch.__version__}
+
+
+class RemoteWorker:
+    """An actor's body. Every method returns a `Failure` instead of raising."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.node = "?"
+        self.ranks = Ranks()
+        self.task: Any = None
+        self.store: Any = None
+        self.device = torch.device("cpu")
+        self.output = Output()
+        self.settled = False  # whether what a first run has imported is set aside too
+        keep_heap()
+        gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
+
+    def where(self, on_gpu: bool) -> Place:
+        """This worker's place."""
+        self.node = ray.util.get_node_ip_address()
+        if on_gpu:
+            use_pci_order()
+        gpus = own_gpu_indices() if on_gpu else []
+        node_id = ray.get_runtime_context().get_node_id()
+        return Place(node_id, self.node, socket.gethostname(), gpus, own_versions())
+
+    def serve(self, host: str, world_size: int) -> Failure | int:
+        """Serve the rendezvous store; return its port."""
+
+        def serve() -> int:
+            self.store, port = make_store(host, world_size)
+            return port
+
+        answer: Failure | int = self._guard(serve)
+        return answer
+
+    def join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> Failure | None:
+        """Take a rank and join the process group, leaving one joined before."""
+        failure: Failure | None = self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))
+        return failure
+
+    def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
+        self.ranks = ranks
+        with contextlib.suppress(OSError, AttributeError):  # only root may; on clusters that somebody else started
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        if self.worker is not None and self.worker.group is not None:
+            self.worker.abandon()
+            self.worker.group.close()
+            self.worker = None
+            gc.collect()  # DDP's cycles, which hold the old group
+        if on_gpu:
+            # Ray shows each worker its own GPU only
+            self.device = torch.device("cuda", 0)
+            torch.cuda.set_device(self.device)
+        self.worker = Worker(ranks, self.device)
+        if ranks.world_size > 1:
+            backend = "nccl" if on_gpu else "gloo"
+            self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
+
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+        """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
+
+        Returns:
+            The file that this worker's prints go to unless they are to be shown.
+        """
+
+        def load() -> str | None:
+            self.output.announce(self.ranks.rank)
+            path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
+            try:
+                self.task = pickle.loads(pickled)
+            except ModuleNotFoundError as error:
+                error.add_note(
+                    f"A worker on {self.node} could not import it. Put it beside the script, install it on the nodes "
+                    f"or name it: Trainer(runtime_env={{'py_modules': [...]}})."
+                )
+                raise
+            self.task.datasets = datasets
+            return path
+
+        answer: Failure | str | None = self._guard(load)
+        return answer
+
+    def obey(self, verb: str, *args: Any) -> Any:
+        """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task, "rest" drops it."""
+        return self._guard(lambda: self._obey(verb, args))
+
+    def _obey(self, verb: str, args: tuple[Any, ...]) -> Any:
+        worker = self._worker()
+        if verb == "prepare_data":
+            return worker.prepare_data(self.task)
+        if verb == "setup":
+            task, self.task = self.task, None
+            return worker.obey("setup", task)
+        if verb == "restore":
+            return worker.obey("restore", unpack(args[0]))
+        if verb == "rest":
+            self.task = None
+            worker.rest()
+            if not self.settled:
+                self.settled = True
+                gc.freeze()  # what the first run has imported, mostly
+            return None
+        return worker.obey(verb, *args)
+
+    @ray.method(num_returns=2)
+    def capture(self, weights_only: bool) -> tuple[Any, Any]:
+        """This worker's share of a checkpoint, which Ray copies into shared memory as this returns.
+
+        In two parts: what this worker alone has, which is small and so travels to the driver at once, and what others
+        have too.
+        """
+
+        def capture() -> tuple[Any, Any]:
+            state = self._worker().capture(weights_only, replica=True, live=True)
+            _refuse_unpicklable(state)
+            return pack(state.get("own")), pack({name: value for name, value in state.items() if name != "own"})
+
+        answer = self._guard(capture)
+        return (answer, answer) if isinstance(answer, Failure) else answer
+
+    def _worker(self) -> Worker:
+        assert self.worker is not None
+        return self.worker
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (SystemExit, KeyboardInterrupt):
+            raise  # the process is asked to end
+        except BaseException as error:
+            pickled = None
+            with contextlib.suppress(Exception):
+                pickled = cloudpickle.dumps(error)
+                pickle.loads(pickled)
+            text = "".join(traceback.format_exception(error))
+            kept = f"; its output: {self.output.path}" if self.output.path else ""
+            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
+            sys.stdout.flush()
+            return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)
+
+
+class StagingWorker(RemoteWorker):
+    """One that copies its state twice: out of a GPU, which training waits for, then by a thread beside training.
+
+    With such a thread, Ray runs all other methods outside of the process's main one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.staged: Any = None
+
+    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+        """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
+        self.staged = None
+        return super().load(pickled, datasets, show)
+
+    def stage(self, weights_only: bool) -> Any:
+        """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
+
+        def stage() -> Any:
+            self.staged = None  # of a capture that another rank has failed
+            staged = self._worker().capture(weights_only, replica=True)
+            _refuse_unpicklable(staged)
+            self.staged = staged
+            return pack(staged.get("own"))
+
+        return self._guard(stage)
+
+    # said here, since a call over ray:// cannot
+    @ray.method(concurrency_group=ASIDE, num_returns=2)
+    def hand_over(self) -> tuple[Any, None]:
+        """What has been staged and others have too; Ray copies it into shared memory as this returns.
+
+        Runs in the thread `ASIDE`, beside training. Its buffers must not be staged into before the second answer,
+        which is nothing, is there.
+        """
+        staged, self.staged = self.staged, None
+        return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
+
+
+def _refuse_unpicklable(state: dict[str, Any]) -> None:
+    """Say now what Ray would say when the state is already on its way.
+
+    Raises:
+        SerializationError: Names the entry.
+    """
+    for name, value in state.items():
+        try:
+            # the callback keeps the bytes of arrays out of it, which would only be copied
+            cloudpickle.dumps(without_tensors(value), protocol=5, buffer_callback=lambda buffer: None)
+        except Exception as error:
+            raise SerializationError(
+                f"checkpoint[{name!r}] cannot be pickled: {type(error).__name__}: {error}. Leave it out in "
+                f"on_save_checkpoint, or in the state_dict() that it comes from."
+            ) from None

@@ -1,0 +1,171 @@
+"""Validation, test and prediction on one worker, in chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.transfer import map_leaves
+from raytrainer.messages import EvaluationReport, EvaluationStart
+from raytrainer.seeding import capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from raytrainer.worker.worker_run import Run
+
+__all__ = ["EvaluationLoop"]
+
+_LOADER = {"validate": "val", "test": "test", "predict": "predict"}
+_STEP = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+_HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+class EvaluationLoop:
+    """Evaluates all loaders of one stage, once.
+
+    Args:
+        run: The run.
+        stage: "validate", "test" or "predict".
+        sanity: Batches per loader for the sanity check (-1: all), which leaves no metric and no random trace;
+            None: a real evaluation.
+    """
+
+    def __init__(self, run: Run, stage: str, sanity: int | None = None) -> None:
+        self.run, self.stage, self.sanity = run, stage, sanity
+        self.view = run.view
+        self.feeds = run.feeds(_LOADER[stage])
+        self.lengths = [feed.length for feed in self.feeds]
+        if sanity is not None and sanity >= 0:
+            self.lengths = [sanity if n is None else min(n, sanity) for n in self.lengths]
+        self.name = _HOOK[stage]
+        self.several = len(self.feeds) > 1
+        step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
+        self.step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
+        self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
+        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
+        self.loader = 0
+        self.batch = 0
+        self.done = 0
+        self.by_loader = [0] * len(self.feeds)
+        self._iterator: Iterator[Any] | None = None
+        self._rng = capture_rng() if sanity is not None else None
+        self._outer_running = self.view.running
+        self.metrics = run.view.metrics
+        run.recorder.evaluation = self
+
+    def _no_grad(self) -> AbstractContextManager[None]:
+        return torch.inference_mode() if self.view.settings.inference_mode else torch.no_grad()
+
+    def start(self, within_fit: bool) -> EvaluationStart:
+        view, hooks, name = self.view, self.run.hooks, self.name
+        self.metrics.switch("evaluate")
+        view.running = "sanity" if self.sanity is not None else self.stage
+        if within_fit and self.sanity is None and not self.run.accumulating:
+            self.run.module.on_validation_model_zero_grad()
+        if within_fit:
+            self.run.strategy.sync_buffers(self.run.module)
+        view.modes = {module: module.training for module in self.run.module.modules()}
+        with self._no_grad():
+            getattr(self.run.module, f"on_{name}_model_eval")()
+            hooks.call(f"on_{name}_start")
+            hooks.call(f"on_{name}_epoch_start")
+        return EvaluationStart(self.lengths)
+
+    def evaluate(self, batches: int) -> EvaluationReport:
+        """Evaluate at most `batches` batches, going on from loader to loader.
+
+        As in training, what the last one logs on a GPU is left for the next report; there is one more, since only the
+        chunk after the last batch finds that all is done.
+        """
+        start = time.perf_counter()
+        predictions: list[tuple[int, int, Any]] = []
+        left, behind = batches, False
+        with self._no_grad():
+            while left > 0 and self.loader < len(self.feeds):
+                batch = self._next()
+                if batch is None:
+                    continue
+                if left == 1 and self.run.ahead:
+                    self.metrics.begin_report()
+                    behind = True
+                output = self._evaluate_batch(batch[0])
+                if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
+                    share = self.run.strategy.share
+                    predictions.append((self.loader, self.batch * share.count + share.index, to_cpu(output)))
+                self.batch += 1
+                self.done += 1
+                self.by_loader[self.loader] += self.run.slices.rows > 0
+                left -= 1
+        finished = self.loader >= len(self.feeds)
+        self.metrics.begin_batch(None)
+        report = self.metrics.finish_report() if behind else self.metrics.report()
+        seconds = time.perf_counter() - start
+        return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)
+
+    def _next(self) -> tuple[Any] | None:
+        """The next batch in a tuple; None when a loader is through (and the next one is up)."""
+        length = self.lengths[self.loader]
+        if length is None or self.batch < length:
+            if self._iterator is None:
+                self._iterator = self.feeds[self.loader].start(self.view.current_epoch)
+            try:
+                return (next(self._iterator),)
+            except StopIteration:
+                pass
+        self._iterator = None
+        self.loader += 1
+        self.batch = 0
+        return None
+
+    def _evaluate_batch(self, batch: Any) -> Any:
+        transfer, idx = self.run.transfer, self.loader
+        batch = self.run.slices.take(batch)
+        if transfer is not None:
+            batch = transfer(batch, idx)
+        self.metrics.loader_idx = idx if self.several else None
+        self.metrics.begin_batch(batch)
+        position = (self.batch, idx) if self.several else (self.batch,)
+        if self.on_batch_start is not None:
+            self.on_batch_start(batch, *position)
+        output = self.step(batch, self.batch, idx)
+        if self.on_batch_end is not None:
+            self.on_batch_end(output, batch, *position)
+        if self.metrics.is_log_step(self.run.evaluated[self.stage]):
+            self.metrics.note_row(self.run.evaluated[self.stage], self.view.current_epoch)
+        if self.sanity is None:
+            self.run.evaluated[self.stage] += 1
+        return output
+
+    def end(self) -> EvaluationReport:
+        """The hooks after the last batch; report the epoch values."""
+        name, module, hooks = self.name, self.run.module, self.run.hooks
+        self.metrics.loader_idx = None
+        with self._no_grad():
+            if self.sanity is None:
+                self.run.take_metrics(self.metrics.local_values())
+            hooks.call(f"on_{name}_epoch_end")
+            report = self.metrics.report(end_of_epoch=True)
+            hooks.call(f"on_{name}_end")
+            if name == "predict":
+                self.view.restore_modes()
+            else:
+                getattr(module, f"on_{name}_model_train")()
+        self.view.modes = {}
+        self.run.recorder.evaluation = None
+        if self.sanity is not None:
+            self.metrics.clear()
+        self.metrics.switch("train")
+        self.view.running = self._outer_running
+        if self._rng is not None:
+            restore_rng(self._rng)
+        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
+
+
+def to_cpu(value: Any) -> Any:
+    """Tensors of any nesting, detached and in main memory, each with storage of its own size."""
+    return map_leaves(value, lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v)

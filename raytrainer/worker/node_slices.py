@@ -1,0 +1,102 @@
+"""`Slices`: where the workers of a node split its batches (ddp2, dp), what that means for steps and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.slicing import cut_batch, join_parts, rows_of, span_of
+from raytrainer.metrics.metric_store import MetricStore
+from raytrainer.strategies.strategy import NOTHING, Strategy
+
+__all__ = ["Slices"]
+
+Step = Callable[[Any, int, int], Any]
+
+
+class Slices:
+    """Takes this worker's slice of each batch, and makes one output of those of the node's workers.
+
+    With a strategy that splits no batch, everything stays as it is.
+
+    A batch with fewer samples than workers leaves some without: they skip the step, and take part in what follows with
+    nothing. Slices differ by at most one sample, so then no slice has more than one.
+
+    Attributes:
+        rows: Samples in this worker's slice of the latest batch; at least 1 where batches are not split.
+    """
+
+    def __init__(self, strategy: Strategy, metrics: MetricStore) -> None:
+        self.strategy, self.metrics = strategy, metrics
+        self.active = strategy.split.count > 1
+        self.rows = 1
+        self._total = 1
+        metrics.first_of_node = not self.active or strategy.split.index == 0
+
+    def take(self, batch: Any) -> Any:
+        """This worker's slice of a batch as it comes from the loader.
+
+        Raises:
+            DataError: It cannot be split.
+        """
+        if not self.active:
+            return batch
+        split = self.strategy.split
+        self._total = rows_of(batch)
+        begin, end = span_of(self._total, split.index, split.count)
+        self.rows = end - begin
+        return cut_batch(batch, begin, end, self._total)
+
+    def bind(self, step: Step, step_end: Callable[[Any], Any] | None) -> Step:
+        """`step` on slices, then `step_end`, if any, on what the node's workers made of its whole batch."""
+        if not self.active:
+            if step_end is None:
+                return step
+            end = step_end
+            return lambda batch, batch_idx, loader_idx: end(step(batch, batch_idx, loader_idx))
+        if step_end is None:
+            return lambda batch, batch_idx, loader_idx: (
+                self._weighted(step(batch, batch_idx, loader_idx)) if self.rows else None
+            )
+        end = step_end
+
+        def whole(batch: Any, batch_idx: int, loader_idx: int) -> Any:
+            output = step(batch, batch_idx, loader_idx) if self.rows else NOTHING
+            parts = self.strategy.gather(output)
+            if all(part is None for part in parts):
+                return None
+            with self.metrics.whole_node(self._total):
+                return end(join_parts(parts))
+
+        return whole
+
+    def _weighted(self, output: Any) -> Any:
+        """The output, its loss's gradient weighted so that DDP's mean over workers is the mean over nodes.
+
+        See `strategies/node_strategy.py`: the weight is workers x samples in the slice / samples in the batch. The
+        value stays.
+        """
+        weight = self.strategy.split.count * self.rows / self._total
+        if weight == 1.0 or not torch.is_grad_enabled():
+            return output
+        if isinstance(output, Tensor):
+            return _WeightedGradient.apply(output, weight)
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+            return {**output, "loss": _WeightedGradient.apply(output["loss"], weight)}
+        return output
+
+
+class _WeightedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.weight, None

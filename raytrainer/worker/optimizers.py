@@ -1,0 +1,132 @@
+"""Optimizers and schedulers: what `configure_optimizers` may return, and how a batch becomes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.view.scheduler_config import SchedulerConfig
+
+__all__ = ["cover_groups", "parse_optimizers"]
+
+_SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau"}
+#: What schedulers keep for each parameter group: in the group itself, and in lists of their own.
+_GROUP_RATES, _GROUP_VALUES = ("initial_lr", "max_lr", "min_lr"), ("base_momentum", "max_momentum", "swa_lr")
+_RATE_LISTS, _VALUE_LISTS = ("base_lrs", "max_lrs"), ("lr_lambdas", "base_momentums", "max_momentums", "min_lrs")
+_FORMS = (
+    "an optimizer, a list of optimizers, (optimizers, schedulers), a dict with 'optimizer' and 'lr_scheduler', "
+    "a list of such dicts, or None"
+)
+
+
+def parse_optimizers(answer: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """Every form of `configure_optimizers`' answer, as one.
+
+    Raises:
+        ConfigurationError: Some other form, or a scheduler's options that cannot work.
+    """
+    if answer is None:
+        return [], []
+    if isinstance(answer, Optimizer):
+        return [answer], []
+    if isinstance(answer, Mapping):
+        return _from_dicts([answer])
+    if isinstance(answer, Sequence):
+        items = list(answer)
+        if len(items) == 2 and isinstance(items[0], (list, tuple)):
+            schedulers = items[1] if isinstance(items[1], (list, tuple)) else [items[1]]
+            return _only_optimizers(items[0]), [_scheduler(s) for s in schedulers]
+        if items and all(isinstance(item, Mapping) for item in items):
+            return _from_dicts(items)
+        return _only_optimizers(items), []
+    raise ConfigurationError(f"configure_optimizers returned {answer!r}: return {_FORMS}.")
+
+
+def _only_optimizers(items: Sequence[Any]) -> list[Optimizer]:
+    for item in items:
+        if not isinstance(item, Optimizer):
+            raise ConfigurationError(f"configure_optimizers returned {item!r} as an optimizer: return {_FORMS}.")
+    return list(items)
+
+
+def _from_dicts(items: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    optimizers, schedulers = [], []
+    for item in items:
+        unknown = set(item) - {"optimizer", "lr_scheduler"}
+        if unknown or not isinstance(item.get("optimizer"), Optimizer):
+            raise ConfigurationError(
+                f"configure_optimizers returned a dict with keys {sorted(item)}: it needs 'optimizer', may have "
+                f"'lr_scheduler', and nothing else."
+            )
+        optimizers.append(item["optimizer"])
+        if item.get("lr_scheduler") is not None:
+            schedulers.append(_scheduler(item["lr_scheduler"]))
+    return optimizers, schedulers
+
+
+def _scheduler(item: Any) -> SchedulerConfig:
+    if isinstance(item, SchedulerConfig):
+        return item
+    options = dict(item) if isinstance(item, Mapping) else {"scheduler": item}
+    unknown = set(options) - _SCHEDULER_KEYS
+    if unknown:
+        raise ConfigurationError(
+            f"lr_scheduler options {sorted(unknown)} are unknown; there are {sorted(_SCHEDULER_KEYS)}."
+        )
+    scheduler = options.get("scheduler")
+    if not (isinstance(scheduler, LRScheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
+        raise ConfigurationError(f"lr_scheduler {scheduler!r}: give an object with step() and state_dict().")
+    plateau = isinstance(scheduler, ReduceLROnPlateau)
+    config = SchedulerConfig(
+        scheduler=scheduler,
+        interval=options.get("interval", "epoch"),
+        frequency=options.get("frequency", 1),
+        monitor=options.get("monitor"),
+        strict=options.get("strict", True),
+        name=options.get("name"),
+        on_metric=options.get("reduce_on_plateau", plateau),
+    )
+    if config.interval not in ("epoch", "step"):
+        raise ConfigurationError(f'lr_scheduler interval={config.interval!r}: give "epoch" or "step".')
+    if not isinstance(config.frequency, int) or config.frequency < 1:
+        raise ConfigurationError(f"lr_scheduler frequency={config.frequency!r}: give an integer of at least 1.")
+    if config.on_metric and config.monitor is None:
+        raise ConfigurationError(
+            f"{type(scheduler).__name__} steps with a metric: return a dict with "
+            f'{{"scheduler": ..., "monitor": "<metric name>"}}.'
+        )
+    return config
+
+
+def cover_groups(configs: Sequence[SchedulerConfig]) -> None:
+    """Have schedulers also drive parameter groups that were added after these were made.
+
+    An added group goes along with the first one: as far above or below it as now, in the same rhythm.
+    """
+    for config in configs:
+        _cover(config.scheduler)
+
+
+def _cover(scheduler: Any) -> None:
+    for part in getattr(scheduler, "_schedulers", ()):
+        _cover(part)
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    if not groups or not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+        return
+    first = groups[0]
+    for index, group in enumerate(groups[1:], start=1):
+        share = float(group["lr"]) / float(first["lr"]) if first["lr"] else 1.0
+        for key in _GROUP_RATES:
+            if key in first:
+                group.setdefault(key, first[key] * share)
+        for key in _GROUP_VALUES:
+            if key in first:
+                group.setdefault(key, first[key])
+        for name in (*_RATE_LISTS, *_VALUE_LISTS):
+            values = scheduler.__dict__.get(name)
+            if isinstance(values, list) and len(values) == index:
+                values.append(values[0] * share if name in _RATE_LISTS else values[0])

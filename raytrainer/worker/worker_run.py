@@ -1,0 +1,372 @@
+"""`Run`: one worker's part of one fit, validate, test or predict, set up and ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.data_hooks import DataHooks
+from raytrainer.data.loaders import Feed, as_list
+from raytrainer.data.prefetch import CopyStream
+from raytrainer.errors import ConfigurationError
+from raytrainer.gpu.memory import MemorySampler, own_index
+from raytrainer.gpu.nvml import open_nvml
+from raytrainer.messages import MetricSpec, SetupReport
+from raytrainer.metrics.metric_objects import compute, reset, states_of
+from raytrainer.metrics.metric_store import MetricStore
+from raytrainer.module import Module
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.seeding import restore_rng, seed_generators
+from raytrainer.strategies.strategy import Strategy
+from raytrainer.task import Task
+from raytrainer.view.trainer_view import TrainerView
+from raytrainer.worker.compiling import compile_module
+from raytrainer.worker.hook_calls import Hooks, bind_step, overridden
+from raytrainer.worker.logger_recorder import TRANSFER_HOOKS, Recorder, WorkerLogger
+from raytrainer.worker.node_slices import Slices
+from raytrainer.worker.optimizers import parse_optimizers
+from raytrainer.worker.precision import Precision
+from raytrainer.worker.torch_flags import apply_flags
+
+if TYPE_CHECKING:
+    from raytrainer.data.ray_feed import RayFeed
+
+__all__ = ["AnyFeed", "Run"]
+
+AnyFeed: TypeAlias = "Feed | RayFeed"
+
+log = logging.getLogger("raytrainer")
+
+
+class Run:
+    """Holds what the loops of one run share: module, view, hooks, feeds, precision, strategy.
+
+    Args:
+        task: What the driver sent.
+        strategy: This worker's side of the strategy.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy) -> None:
+        self.task, self.strategy = task, strategy
+        self.profiler = task.profiler
+        if self.profiler is not None:
+            self.profiler.start(strategy.ranks.rank, strategy.device)
+        self.module, self.datamodule = task.module, task.datamodule
+        settings = task.settings
+        self.view = TrainerView(
+            settings=settings,
+            ranks=strategy.ranks,
+            strategy=strategy,
+            stage=task.stage,
+            default_root_dir=task.default_root_dir,
+            callbacks=task.callbacks,
+            datamodule=task.datamodule,
+        )
+        self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps, self.module)
+        rank_zero = strategy.ranks.rank == 0
+        self.recorder = Recorder(self.view, lambda: self.stepped, keeps=bool(task.logs) and rank_zero)
+        self.view.logger = None if task.logs is None else WorkerLogger(self.recorder)
+        self.view.metrics.calls, self.view.metrics.mark = self.recorder.take, self.mark
+        self.slices = Slices(strategy, self.view.metrics)
+        self.view.loader_source = self._loader
+        self.view.length_source = self._lengths
+        self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
+        self.precision = Precision(settings.precision, strategy.device)
+        # whether the device has work while a chunk is reported, whose last batch is then left for the next report;
+        # counting the steps that a scaler has left out waits for the device
+        self.ahead = strategy.device.type == "cuda" and self.precision.scaler is None
+        self.view.unscale = self.precision.unscale
+        self.view.skipped_source = lambda: self.precision.skipped_steps
+        self.transfer: Callable[[Any, int], Any] | None = None
+        self.evaluated = {"validate": 0, "test": 0, "predict": 0}  # batches so far, the step axis of on_step values
+        self.stepped = 0  # batches that ended in a step: the loggers' step axis
+        self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
+        self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
+        self._feeds: dict[str, list[AnyFeed]] = {}
+        self._sources: dict[str, Any] = dict(task.loaders)
+        self._undo_flags = apply_flags(settings)
+        self._undo_compile: Callable[[], None] = lambda: None
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self) -> SetupReport:
+        """Everything up to, and without, `on_fit_start`."""
+        task, module, view, device = self.task, self.module, self.view, self.strategy.device
+        self._attach(view)
+        if self.datamodule is not None:
+            self.datamodule.trainer = view
+        if task.reseed:
+            seed_generators(derive_seed(task.seed, "rank", self.strategy.ranks.rank))
+        module.to(device)
+        if self.datamodule is not None:
+            self.datamodule.setup(task.stage)
+        self.hooks.call("setup", task.stage)
+        module.configure_model()
+        self._attach(view)
+        if task.settings.sync_batchnorm and device.type == "cuda" and self.strategy.ranks.world_size > 1:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        self.precision.convert_module(module)
+        module.to(device)
+        if task.stage == "fit" and not module.training:
+            module.train()
+        transfer = self._bind_transfer()
+        self.transfer = None if transfer is None else self.profiled("transfer_batch_to_device", transfer)
+        self._sample_memory()
+        if not task.resuming:
+            self.configure()
+        return self.describe()
+
+    def configure(self) -> None:
+        """Make the optimizers; those of a resumed run once the checkpoint's weights are in the module."""
+        module, view = self.module, self.view
+        if self.task.stage == "fit":
+            if overridden(module, "configure_optimizers"):
+                view.optimizers, view.lr_scheduler_configs = parse_optimizers(module.configure_optimizers())
+            else:
+                module.configure_optimizers()
+            if not view.optimizers:
+                log.warning("configure_optimizers returned None: nothing will be optimised.")
+        if self.task.settings.compile is not None:
+            self._undo_compile = compile_module(module, self.task.settings.compile)
+
+    def describe(self) -> SetupReport:
+        """What the driver needs to know of this worker's run."""
+        view = self.view
+        frequencies = [c.frequency for c in view.lr_scheduler_configs if c.on_metric and c.interval == "step"]
+        return SetupReport(
+            rank=self.strategy.ranks.rank,
+            plateau_steps=tuple(sorted(set(frequencies))),
+            plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
+            has_validation=self.has_validation,
+            parts=self.strategy.share.count,
+        )
+
+    def _attach(self, view: TrainerView | None) -> None:
+        """Give the module, and Modules inside it, their `trainer`."""
+        for part in self.module.modules():
+            if isinstance(part, Module):
+                part.__dict__["_view"] = view
+
+    def _sample_memory(self) -> None:
+        """Have `log_gpu_memory` measured on logging steps."""
+        mode, device = self.task.settings.log_gpu_memory, self.strategy.device
+        if mode is None or self.task.stage != "fit":
+            return
+        nvml = open_nvml() if device.type == "cuda" else None
+        index = None if nvml is None else own_index(device, nvml)
+        if nvml is None or index is None:
+            log.warning("log_gpu_memory=%r: NVML knows no GPU of this worker (%s).", mode, device)
+            return
+        self.view.samplers.append(MemorySampler(mode, nvml, index, self.strategy.ranks.node_rank))
+
+    def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
+        """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
+        device = self.strategy.device
+        found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
+        before, to_device, after = (hook and self.hooks.named(name, hook) for name, hook in found.items())
+        cast = self.precision.convert_input
+        if device.type != "cpu" and to_device is None:
+            to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
+        if before is None and to_device is None and after is None:
+            return None if cast is None else lambda batch, idx: cast(batch)
+
+        def transfer(batch: Any, idx: int) -> Any:
+            if before is not None:
+                batch = before(batch, idx)
+            if cast is not None:
+                batch = cast(batch)
+            if to_device is not None:
+                batch = to_device(batch, device, idx)
+            return after(batch, idx) if after is not None else batch
+
+        return transfer
+
+    def _data_hook(self, name: str) -> Callable[..., Any] | None:
+        """The hook of whoever overrode it: the DataModule wins."""
+        for owner in (self.datamodule, self.module):
+            if owner is not None and overridden(owner, name):
+                hook: Callable[..., Any] = getattr(owner, name)
+                return hook
+        return None
+
+    def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
+        """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
+        return self._in_context(self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders)))
+
+    def step_end(self, name: str) -> Callable[[Any], Any] | None:
+        """`<name>_end` of the module, bound likewise; None if nobody wrote it."""
+        end = f"{name}_end"
+        if not overridden(self.module, end):
+            return None
+        return self._in_context(self.hooks.guarded(end, getattr(self.module, end)))
+
+    def _in_context(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.precision.plain:
+            return function
+        precision = self.precision
+
+        def in_context(*args: Any) -> Any:
+            with precision.context():
+                return function(*args)
+
+        return in_context
+
+    def mark(self) -> Callable[[], None]:
+        """A point in the device's work: call what this returns to wait for it."""
+        if self.strategy.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def profiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, watched by the profiler if there is one."""
+        return function if self.profiler is None else self.profiler.wrap(name, function)
+
+    def after_batch(self, hook: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """What to call after each batch of what the run is about: `hook`, then the profiler's step."""
+        profiler = self.profiler
+        if profiler is None:
+            return hook
+
+        def after(*args: Any) -> None:
+            if hook is not None:
+                hook(*args)
+            profiler.step()
+
+        return after
+
+    # ---------------------------------------------------------------- data
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation loader or dataset, and a step for it."""
+        given = "val" in self._sources or "val" in self.task.datasets
+        loader = given or self._data_hook("val_dataloader") is not None
+        return loader and overridden(self.module, "validation_step")
+
+    def _loader(self, stage: str) -> Any:
+        if stage in self.task.datasets:
+            return [blocks.source for blocks in self.task.datasets[stage]]
+        if stage not in self._sources:
+            hook = self._data_hook(f"{stage}_dataloader")
+            if hook is None:
+                raise ConfigurationError(
+                    f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
+                )
+            self._sources[stage] = hook()
+        return self._sources[stage]
+
+    def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
+        """The loaders of "train", "val", "test" or "predict", sharded; built once."""
+        if reload and stage not in self.task.loaders and stage not in self.task.datasets:
+            self._sources.pop(stage, None)
+            self._close_feeds(stage)
+        if stage not in self._feeds and stage in self.task.datasets:
+            self._feeds[stage] = self._dataset_feeds(stage)
+        if stage not in self._feeds:
+            loaders = as_list(self._loader(stage))
+            if not loaders:
+                raise ConfigurationError(f"{stage}_dataloader() returned {self._loader(stage)!r}: return a loader.")
+            seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+            self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
+        return self._feeds[stage]
+
+    def _close_feeds(self, stage: str) -> None:
+        for feed in self._feeds.pop(stage, []):
+            if isinstance(feed, Feed):
+                feed.close()
+
+    def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
+        from raytrainer.data.ray_feed import RayFeed
+
+        seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+        return [RayFeed(blocks, stage, share, seed, settings) for blocks in self.task.datasets[stage]]
+
+    def _lengths(self, stage: str) -> Any:
+        lengths = [feed.length for feed in self.feeds(stage)]
+        return lengths[0] if stage == "train" else lengths
+
+    # ---------------------------------------------------------------- metrics and end
+
+    def take_metrics(self, metrics: dict[str, float]) -> None:
+        """Metrics reduced over all workers, from the driver."""
+        self.view.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    def compute_metrics(self, specs: Sequence[MetricSpec]) -> dict[str, float]:
+        """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
+        values: dict[str, float] = {}
+        metrics = [self.module.get_submodule(str(spec.metric)) for spec in specs]
+        shares = self.strategy.ranks.world_size > 1  # else nobody needs a copy of the states
+        own = [
+            states_of(m) if shares and self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)
+        ]
+        by_worker = self.strategy.gather_objects(own)
+        if by_worker is not None:
+            for index, (metric, spec) in enumerate(zip(metrics, specs, strict=True)):
+                values[spec.name] = compute(metric, [states[index] for states in by_worker], spec.name)
+        for metric in metrics:
+            reset(metric)
+        return values
+
+    def step_plateau(self, interval: str, epoch_or_step: int) -> None:
+        """Step the schedulers that wait for a metric."""
+        for config in self.view.lr_scheduler_configs:
+            if not config.on_metric or config.interval != interval or epoch_or_step % config.frequency:
+                continue
+            metrics = self.view.callback_metrics
+            if config.monitor in metrics:
+                step = self.hooks.guarded("lr_scheduler_step", self.module.lr_scheduler_step)
+                step(config.scheduler, metrics[config.monitor])
+                continue
+            message = (
+                f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which has not been logged; there are "
+                f"{sorted(metrics)}."
+            )
+            if config.strict:
+                raise ConfigurationError(f"{message} Log it, or set strict=False to skip the step.")
+            log.warning(message)
+
+    def resume_generators(self) -> None:
+        """Put the generators where a checkpoint left them, once, right before training goes on."""
+        if self.rng is not None:
+            restore_rng(self.rng)
+            self.rng = None
+
+    def teardown(self) -> None:
+        """Run the last hooks and leave the process as it was found."""
+        try:
+            if self.datamodule is not None:
+                self.datamodule.teardown(self.task.stage)
+            self.hooks.call("teardown", self.task.stage)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Undo what the run changed in this process; also after a failure."""
+        if self.profiler is not None:
+            self.profiler.stop()
+        for stage in list(self._feeds):
+            self._close_feeds(stage)
+        self.view.metrics.close()
+        self._undo_flags()
+        self._undo_compile()
+        self._attach(None)
+        if self.datamodule is not None:
+            self.datamodule.__dict__.pop("trainer", None)
+
+
+def plain(value: Any, depth: int = 4) -> bool:
+    """Whether `value` is data rather than machinery: numbers, strings, tensors, and containers of them."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor)):
+        return True
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return all(plain(item, depth - 1) for item in value)
+    if depth and isinstance(value, dict):
+        return all(plain(item, depth - 1) for pair in value.items() for item in pair)
+    return False

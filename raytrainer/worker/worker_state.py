@@ -1,0 +1,139 @@
+"""A worker's share of a checkpoint, taken and put back."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from raytrainer.checkpoint import load_into
+from raytrainer.errors import CheckpointError
+from raytrainer.metrics.metric_objects import load_states, states_of
+from raytrainer.seeding import capture_rng
+
+if TYPE_CHECKING:
+    from raytrainer.worker.worker_run import Run
+
+__all__ = ["capture_state", "most_of_state", "restore_state"]
+
+
+def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]:
+    """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its own streams and sums.
+
+    Keys are those that Lightning's users know: "state_dict", "optimizer_states", "lr_schedulers", "epoch",
+    "global_step", "hyper_parameters". Tensors are the live ones. What differs from rank to rank is under "own".
+
+    Args:
+        run: The run.
+        weights_only: Leave out what only resuming needs.
+        replica: One more worker, on another node, gives what rank 0 gives.
+    """
+    view, module = run.view, run.module
+    state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
+    if not _has_common(run, replica):
+        return state
+    state |= {
+        "epoch": view.current_epoch,
+        "global_step": view.global_step,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+    }
+    if not weights_only:
+        state["optimizer_states"] = [o.state_dict() for o in view.optimizers]
+        state["lr_schedulers"] = [_scheduler_state(c.scheduler) for c in view.lr_scheduler_configs]
+        state["precision"] = run.precision.state_dict()
+        state["stepped"] = run.stepped
+        state["worker_callbacks"] = {c.state_key: c.state_dict() for c in run.task.callbacks}
+    if run.datamodule is not None:
+        state["datamodule"] = run.datamodule.state_dict()
+        state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
+    for callback in run.task.callbacks:
+        callback.on_save_checkpoint(view, module, state)
+    module.on_save_checkpoint(state)
+    return state
+
+
+def most_of_state(run: Run, replica: bool) -> dict[str, Any]:
+    """The large tensors of what `capture_state` would return, without calling any hook."""
+    if not _has_common(run, replica):
+        return {}
+    return {"state_dict": run.module.state_dict(), "optimizer_states": [o.state_dict() for o in run.view.optimizers]}
+
+
+def _has_common(run: Run, replica: bool) -> bool:
+    """Whether this worker gives what all have in common: rank 0, and with `replica` one on another node."""
+    ranks = run.view.ranks
+    return ranks.rank == 0 or (replica and ranks.node_rank == 1 and ranks.local_rank == 0)
+
+
+def _own_state(run: Run) -> dict[str, Any]:
+    """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
+    own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
+    own["evaluated"] = dict(run.evaluated)
+    own["metric_objects"] = states_of(run.module)
+    if run.accumulating:
+        own["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
+    return own
+
+
+def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
+    """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
+
+    With another number of workers than the checkpoint was made with, each worker's own streams begin anew.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the module or its optimizers.
+    """
+    view, module = run.view, run.module
+    module.on_load_checkpoint(checkpoint)
+    load_into(module, checkpoint["state_dict"], module.strict_loading)
+    if run.datamodule is not None:
+        run.datamodule.load_state_dict(checkpoint.get("datamodule") or {})
+    run.configure()
+    if run.task.stage != "fit" or "optimizer_states" not in checkpoint:
+        return
+    for callback in run.task.callbacks:
+        callback.on_load_checkpoint(view, module, checkpoint)
+    states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    for what, saved, own in (
+        ("optimizers", states, view.optimizers),
+        ("schedulers", schedulers, view.lr_scheduler_configs),
+    ):
+        if len(saved) != len(own):
+            raise CheckpointError(
+                f"the checkpoint has {len(saved)} {what}, configure_optimizers() gives {len(own)}; resume with the "
+                f"same optimizers, or load the weights alone with Module.load_from_checkpoint."
+            )
+    for optimizer, state in zip(view.optimizers, states, strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for config, state in zip(view.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(state))
+    run.precision.load_state_dict(checkpoint.get("precision") or {})
+    saved_callbacks = checkpoint.get("worker_callbacks") or {}
+    for callback in run.task.callbacks:
+        if callback.state_key in saved_callbacks:
+            callback.load_state_dict(saved_callbacks[callback.state_key])
+    view.global_step, view.current_epoch = checkpoint["global_step"], checkpoint["epoch"]
+    run.stepped = checkpoint.get("stepped", checkpoint["global_step"])
+    by_rank = checkpoint.get("own") or []
+    if len(by_rank) == view.ranks.world_size:
+        _restore_own(run, by_rank[view.ranks.rank])
+    elif by_rank:
+        load_states(module, {})  # the state dict may have those of one worker
+
+
+def _restore_own(run: Run, own: dict[str, Any]) -> None:
+    run.rng = own["rng"]
+    run.evaluated.update(own["evaluated"])
+    load_states(run.module, own.get("metric_objects") or {})
+    run.view.metrics.take_sums(own["metrics"])
+    gradients = own.get("gradients") or {}
+    for name, parameter in run.module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, copy=True)
+    run.accumulating = bool(gradients)
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any]:
+    state: dict[str, Any] = scheduler.state_dict()
+    # some torch schedulers put callables there, which a checkpoint must not hold
+    return {name: value for name, value in state.items() if not callable(value)}
