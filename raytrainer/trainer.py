@@ -21,15 +21,15 @@ from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
 from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
+from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.prepare.sources import require_data, require_methods, sources
-from raytrainer.driver.prepare.tuning_runs import short_settings
 from raytrainer.driver.reporting.results import by_loader, outputs_by_loader, print_results, say_end
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
 from raytrainer.driver.saving.bring_home import bring_home
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter, idle_checkpoint
 from raytrainer.driver.saving.resume import read_to_resume
-from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers import idle_pool
 from raytrainer.driver.workers.supply import Groups
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.gpu.choice import count_all
@@ -407,7 +407,7 @@ class Trainer(TuningVerbs, TrainerProperties, TrainerArguments):
 
     def close(self) -> None:
         """Release the workers now, rather than after the idle time."""
-        pool.close_idle()
+        idle_pool.close_idle()
 
     def __enter__(self) -> Self:
         return self

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from raytrainer.datamodule import DataModule
+from raytrainer.driver.prepare.batch_size_search import scale_batch_size
+from raytrainer.driver.prepare.lr_find import find_learning_rate
 from raytrainer.driver.prepare.sources import sources
 from raytrainer.driver.prepare.tuned_attribute import rate_attribute
-from raytrainer.driver.prepare.tuning_runs import LearningRates, find_learning_rate, scale_batch_size
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.view.learning_rates import LearningRates
 
 __all__ = ["TuningVerbs"]
 

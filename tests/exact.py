@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
-from raytrainer.driver.workers.group import LocalGroup
+from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.errors import WorkerLostError
+from raytrainer.worker.worker import Worker
 
 
 class Augmented(Dataset[Any]):
@@ -44,9 +45,12 @@ class Mortal(LocalGroup):
     def setup(self, task):
         return super().setup(pickle.loads(pickle.dumps(task)))
 
-    def call(self, verb, *args):
+    def __init__(self):
+        super().__init__(Worker())
+
+    def call(self, method, *args):
         try:
-            return [getattr(self.worker, verb)(*args)]
+            return [method(self.worker, *args)]
         except Died:
             raise WorkerLostError(0, "is lost") from None
 

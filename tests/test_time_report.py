@@ -12,7 +12,7 @@ from tiny import Tiny, data
 from raytrainer import ModelCheckpoint
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
-from raytrainer.driver.workers.group import LocalGroup
+from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.plan import timing
 from raytrainer.plan.settings import build_settings
 from raytrainer.task import Task

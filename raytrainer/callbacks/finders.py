@@ -9,8 +9,8 @@ from raytrainer.callbacks.callback import Callback
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.datamodule import DataModule
-    from raytrainer.driver.prepare.tuning_runs import LearningRates
     from raytrainer.module import Module
+    from raytrainer.view.learning_rates import LearningRates
 
 __all__ = ["BatchSizeFinder", "LearningRateFinder", "Tuner"]
 

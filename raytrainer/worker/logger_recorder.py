@@ -6,7 +6,7 @@ import logging
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,13 +15,9 @@ from raytrainer.errors import SerializationError
 from raytrainer.loggers.logger import Logger
 from raytrainer.loggers.media import draw
 from raytrainer.messages import LogCall
+from raytrainer.view.trainer_view import TrainerView
 
-if TYPE_CHECKING:
-    from raytrainer.view.trainer_view import TrainerView
-    from raytrainer.worker.evaluation_loop import EvaluationLoop
-    from raytrainer.worker.training_loop import TrainingLoop
-
-__all__ = ["TRANSFER_HOOKS", "Recorder", "WorkerLogger"]
+__all__ = ["TRANSFER_HOOKS", "Evaluates", "Recorder", "Trains", "WorkerLogger"]
 
 log = logging.getLogger("raytrainer")
 
@@ -31,6 +27,18 @@ _ONCE = (None, "setup", "on_fit_start", "on_train_start")
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 #: Methods whose `step` is filled in.
 _STEPPED = frozenset(["log_figure", "log_histogram", "log_image", "log_metrics", "log_text"])
+
+
+class Trains(Protocol):
+    """A loop that trains; `batch` counts what it has done of the epoch."""
+
+    batch: int
+
+
+class Evaluates(Protocol):
+    """An evaluation; `done` counts its batches."""
+
+    done: int
 
 
 class Recorder:
@@ -48,8 +56,8 @@ class Recorder:
 
     def __init__(self, view: TrainerView, stepped: Callable[[], int], keeps: bool) -> None:
         self.view, self._stepped, self.keeps = view, stepped, keeps
-        self.training: TrainingLoop | None = None
-        self.evaluation: EvaluationLoop | None = None
+        self.training: Trains | None = None
+        self.evaluation: Evaluates | None = None
         self._calls: list[LogCall] = []
         self._once: Counter[str | None] = Counter()  # calls of hooks that have no place among the batches
 

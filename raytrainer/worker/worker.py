@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -29,19 +30,32 @@ from raytrainer.worker.evaluation_loop import EvaluationLoop, to_cpu
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
+from raytrainer.worker.verbs import Wait, verb, verb_of
 from raytrainer.worker.worker_run import Run, plain
 from raytrainer.worker.worker_state import capture_state, most_of_state, restore_state
 
 __all__ = ["Worker"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Bytes that torch's allocator may keep of a GPU between runs: taking them again would make the next one start later.
 CACHE_KEPT = 256 << 20
 
 
 class Worker:
-    """Obeys verbs, one at a time. Holds at most one run."""
+    """Obeys verbs, one at a time. Holds at most one run.
 
-    def __init__(self, ranks: Ranks | None = None, device: torch.device | None = None) -> None:
+    Args:
+        ranks: Its place in the group.
+        device: What it trains on.
+        in_place: Whether it trains the driver's own module, so that nothing needs to travel at the end.
+    """
+
+    def __init__(
+        self, ranks: Ranks | None = None, device: torch.device | None = None, *, in_place: bool = False
+    ) -> None:
+        self.in_place = in_place
         self.ranks = ranks or Ranks()
         self.device = device or torch.device("cpu")
         self.group: ProcessGroup | None = None
@@ -57,10 +71,11 @@ class Worker:
             raise RaytrainerError("this worker has no run; this is a bug in raytrainer")
         return self._run
 
-    def obey(self, verb: str, *args: Any) -> Any:
+    def obey(self, method: Callable[Concatenate[Worker, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Obey a verb; if that fails, tell the run's worker callbacks."""
+        verb_of(method)
         try:
-            return getattr(self, verb)(*args)
+            return method(self, *args, **kwargs)
         except BaseException as error:
             if self._run is not None:
                 self._run.hooks.tell(error)
@@ -68,12 +83,14 @@ class Worker:
 
     # ---------------------------------------------------------------- set-up
 
+    @verb(Wait.USER_CODE, takes_task=True)
     def prepare_data(self, task: Task) -> None:
         """Run `prepare_data` of DataModule and Module, in one worker of each node."""
         for owner in (task.datamodule, task.module):
             if owner is not None:
                 owner.prepare_data()
 
+    @verb(Wait.USER_CODE, takes_task=True)
     def setup(self, task: Task) -> SetupReport:
         """Take up a run, dropping what an earlier one may have left."""
         self.abandon()
@@ -94,9 +111,11 @@ class Worker:
         kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
         return kind(*common, *group.of_node(self.ranks))
 
+    @verb(Wait.USER_CODE)
     def start_fit(self) -> None:
         self.run.hooks.call("on_fit_start")
 
+    @verb(Wait.USER_CODE)
     def start_training(self) -> TrainStart:
         self._training = TrainingLoop(self.run)
         start = self._training.describe()
@@ -111,9 +130,11 @@ class Worker:
 
     # ---------------------------------------------------------------- training
 
+    @verb(Wait.USER_CODE)
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
         return self.training.start_epoch(epoch, skip, before)
 
+    @verb(Wait.TRAINING)
     def train(
         self,
         batches: int,
@@ -129,6 +150,7 @@ class Worker:
         self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
 
+    @verb(Wait.TRAINING)
     def report_steps(self, failed: bool) -> MetricReport:
         """What a chunk's report has left for the next one; if the run has failed, all up to the batch in progress."""
         metrics = self.run.view.metrics
@@ -137,37 +159,46 @@ class Worker:
             metrics.forget_batch()
         return metrics.report()
 
+    @verb(Wait.USER_CODE)
     def step_epoch_schedulers(self) -> None:
         self.run.accumulating = False
         self.training.step_epoch_schedulers()
 
+    @verb(Wait.USER_CODE)
     def step_plateau(self, interval: str, count: int, metrics: dict[str, float]) -> None:
         self.run.take_metrics(metrics)
         self.run.step_plateau(interval, count)
 
+    @verb(Wait.USER_CODE)
     def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
         return self.run.compute_metrics(specs)
 
+    @verb(Wait.USER_CODE)
     def end_epoch(self) -> MetricReport:
         return self.training.end_epoch()
 
+    @verb(Wait.USER_CODE)
     def end_training(self, interrupted: bool = False) -> None:
         self.run.view.interrupted = interrupted
         self.run.hooks.call("on_train_end")
 
+    @verb(Wait.USER_CODE)
     def end_fit(self) -> None:
         self.run.hooks.call("on_fit_end")
 
     # ---------------------------------------------------------------- evaluation
 
+    @verb(Wait.USER_CODE)
     def start_evaluation(self, stage: str, sanity: int | None = None) -> EvaluationStart:
         self._evaluation = EvaluationLoop(self.run, stage, sanity)
         return self._evaluation.start(within_fit=self.run.task.stage == "fit")
 
+    @verb(Wait.TRAINING)
     def evaluate(self, batches: int) -> EvaluationReport:
         assert self._evaluation is not None
         return self._evaluation.evaluate(batches)
 
+    @verb(Wait.USER_CODE)
     def end_evaluation(self) -> EvaluationReport:
         assert self._evaluation is not None
         report = self._evaluation.end()
@@ -176,6 +207,7 @@ class Worker:
 
     # ---------------------------------------------------------------- state
 
+    @verb(Wait.AT_ONCE)
     def cursor(self) -> tuple[int, int] | None:
         """After a failure: batches done in the epoch and steps in the run; None before the first epoch."""
         if self._training is None:
@@ -192,22 +224,25 @@ class Worker:
         state = capture_state(self.run, weights_only, replica)
         return state if live and self.device.type == "cpu" else self._staging.copy(state)
 
+    @verb(Wait.TRAINING)
     def prepare_capture(self) -> None:
         """Captures will follow: have a thread take the memory for the first one, which a GPU's copies need pinned."""
         if self.device.type == "cuda":
             self._staging.reserve(most_of_state(self.run, replica=True))
 
+    @verb(Wait.USER_CODE, shares=True)
     def restore(self, checkpoint: dict[str, Any]) -> SetupReport:
         """Put module, optimizers, schedulers and generators into a checkpoint's state; this completes `setup`."""
         restore_state(self.run, checkpoint)
         return self.run.describe()
 
+    @verb(Wait.USER_CODE)
     def finish(self, trained: bool) -> FinishReport:
-        """Tear the run down; where it has trained, rank 0 hands over the results."""
+        """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
         run, module = self.run, self.run.module
         report = FinishReport(profile=None if run.profiler is None else run.profiler.stop())
         run.teardown()
-        if trained and self.ranks.rank == 0:
+        if trained and self.ranks.rank == 0 and not self.in_place:
             report.state_dict = {name: to_cpu(tensor) for name, tensor in module.state_dict().items()}
             report.hparams = dict(module.hparams)
             report.attributes = _attributes(module)
@@ -221,24 +256,19 @@ class Worker:
     def _peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    def finish_in_place(self, trained: bool) -> FinishReport:
-        """As `finish`, where the module is the driver's own and nothing needs to travel."""
-        run = self.run
-        profile = None if run.profiler is None else run.profiler.stop()
-        run.teardown()
-        self._forget()
-        return FinishReport(peak_memory_bytes=self._peak(), calls=run.recorder.take(), profile=profile)
-
+    @verb(Wait.USER_CODE)
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""
         return self._finished.cpu() if self._finished is not None and self.ranks.rank == 0 else None
 
+    @verb(Wait.AT_ONCE)
     def abandon(self) -> None:
         """Drop the run without any further hook."""
         if self._run is not None:
             self._run.release()
         self._forget()
 
+    @verb(Wait.AT_ONCE)
     def rest(self) -> None:
         """No run for now: give back what the latest one, finished or not, still holds."""
         self.abandon()

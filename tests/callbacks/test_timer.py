@@ -7,7 +7,7 @@ from tiny import Clock, Tiny, data
 
 from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
 from raytrainer.callbacks import timer
-from raytrainer.driver.workers.group import LocalGroup
+from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.driver.workers.supply import Groups
 from raytrainer.errors import WorkerLostError
 
@@ -98,9 +98,9 @@ class Dying(LocalGroup):
 
     in_process = False
 
-    def call(self, verb, *args):
+    def call(self, method, *args):
         try:
-            return super().call(verb, *args)
+            return super().call(method, *args)
         except LookupError:
             raise WorkerLostError(0, "is lost") from None
 

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from raytrainer.driver.cluster.session import Cluster, attached, shipping
+from raytrainer.driver.cluster import shipping
+from raytrainer.driver.cluster.session import Cluster, attached
 from raytrainer.driver.cluster.shipping import runtime_environment, script_directory
 from raytrainer.errors import ConfigurationError
 

@@ -9,7 +9,7 @@ import pytest
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import schedule
 from raytrainer.plan.schedule import Progress
-from raytrainer.plan.settings import build_settings
+from raytrainer.plan.settings import Settings, build_settings
 
 
 def walk(settings: Settings, batches: int | None, chunk: int = 7, stop_at_batch: int | None = None):

@@ -195,7 +195,7 @@ def play(
     case: Case, ranks: Ranks, group: ProcessGroup | None, epochs: int = 2, device: torch.device | None = None
 ) -> Found:
     """Fit, validate and predict as the coordinator would have it."""
-    worker = Worker(ranks, device)
+    worker = Worker(ranks, device, in_place=True)
     worker.group = group
     module = case.module()
     strategy = case.strategy if ranks.world_size > 1 else "local"
@@ -216,7 +216,7 @@ def play(
         train.append(worker.end_epoch())
     worker.end_training()
     worker.end_fit()
-    worker.finish_in_place(True)
+    worker.finish(True)
     start("validate", {"val": case.make_loader(shuffle=False)})
     worker.start_evaluation("validate")
     worker.evaluate(1000)
@@ -225,7 +225,7 @@ def play(
     worker.start_evaluation("predict")
     predictions = worker.evaluate(1000).predictions
     worker.end_evaluation()
-    worker.finish_in_place(False)
+    worker.finish(False)
     weights = {name: value.cpu() for name, value in module.state_dict().items()}
     return Found(weights, train, steps, validation, predictions, module.seen)
 

@@ -25,8 +25,9 @@ from raytrainer.driver.cluster.placement import (
 from raytrainer.driver.cluster.session import may_grow, own_reservation, resources_text
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.nvml import Card, open_nvml
+from raytrainer.worker.actor.own_gpus import own_gpu_indices
 
-__all__ = ["RayReserver", "all_gpus", "own_gpu_indices", "place"]
+__all__ = ["RayReserver", "all_gpus", "place"]
 
 log = logging.getLogger("raytrainer")
 
@@ -109,19 +110,6 @@ class RayReserver:
 def _cards() -> list[Card]:
     nvml = open_nvml()
     return [] if nvml is None else nvml.cards()
-
-
-def own_gpu_indices() -> list[int]:
-    """PCI indices of the GPUs that Ray has given to this worker process."""
-    given = [str(value) for value in ray.get_gpu_ids()]
-    if all(value.isdigit() for value in given):
-        return [int(value) for value in given]
-    nvml = open_nvml()
-    uuids = [] if nvml is None else nvml.uuids()
-    named = [[i for i, uuid in enumerate(uuids) if uuid.startswith(value)] for value in given]
-    if not all(named):
-        raise ResourceError(f"Ray gave the GPUs {given}, which NVML does not know (it has {uuids}).")
-    return [indices[0] for indices in named]
 
 
 def all_gpus(nodes: int) -> int:

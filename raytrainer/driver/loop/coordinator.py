@@ -29,13 +29,14 @@ from raytrainer.driver.reporting.merged_reports import longest, merged, shortest
 from raytrainer.driver.saving.capture import RunCapture
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import FinishReport, TrainReport
 from raytrainer.plan import schedule
 from raytrainer.plan.strategy_settings import effective_batch
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
+from raytrainer.worker.worker import Worker
 
 __all__ = ["Coordinator"]
 
@@ -112,7 +113,7 @@ class Coordinator:
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)
         self._emit_once("on_fit_start")
-        self.group.call("start_fit")
+        self.group.call(Worker.start_fit)
         unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
         if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
             if checkpoint is None:
@@ -125,8 +126,8 @@ class Coordinator:
                     raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
-            self.group.call("end_training", self.state.interrupted)
-        self.group.call("end_fit")
+            self.group.call(Worker.end_training, self.state.interrupted)
+        self.group.call(Worker.end_fit)
         return self._finish(trained=True)
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
@@ -135,7 +136,7 @@ class Coordinator:
         self.task.resuming = checkpoint is not None
         reports = self.group.setup(self.task)
         if checkpoint is not None:
-            reports = self.group.call("restore", checkpoint)
+            reports = self.group.call(Worker.restore, checkpoint)
         self.state.trainer.status = "running"
         self.state.world_size = self.group.size
         self.state.parts = reports[0].parts
@@ -168,7 +169,7 @@ class Coordinator:
     def _start_training(self) -> None:
         state = self.state
         state.trainer.stage = "train"
-        starts = self.group.call("start_training")
+        starts = self.group.call(Worker.start_training)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
@@ -186,7 +187,7 @@ class Coordinator:
     def _epoch(self) -> None:
         progress = self.state.progress
         self.host.emit("on_train_epoch_start")
-        starts = self.group.call("start_epoch", progress.epoch, progress.batch, progress.before)
+        starts = self.group.call(Worker.start_epoch, progress.epoch, progress.batch, progress.before)
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
@@ -209,7 +210,7 @@ class Coordinator:
 
     def _end_batches(self) -> None:
         """The epoch has no batch left."""
-        self.group.call("step_epoch_schedulers")
+        self.group.call(Worker.step_epoch_schedulers)
         self.state.progress.epoch_ended = True
 
     def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
@@ -222,7 +223,7 @@ class Coordinator:
         waited_for = self._behind  # one batch more than the chunk has, or less
         self._behind = False
         with state.clock.phase("training"):
-            reports: list[TrainReport] = self.group.call("train", batches, stop_at, metrics, ahead > batches)
+            reports: list[TrainReport] = self.group.call(Worker.train, batches, stop_at, metrics, ahead > batches)
         report = merged(reports)
         self._behind = report.behind
         state.clock.chunk(report.seconds, report.data_seconds)
@@ -238,7 +239,7 @@ class Coordinator:
         self._journal.steps("train", [r.metrics for r in reports])
         for every in self.plateau_steps:
             if progress.step != steps_before and progress.step % every == 0:
-                self.group.call("step_plateau", "step", progress.step, state.board.plain())
+                self.group.call(Worker.step_plateau, "step", progress.step, state.board.plain())
                 break
         return report
 
@@ -250,7 +251,7 @@ class Coordinator:
         if self._behind or failed:
             self._behind = False
             with self.state.clock.phase("training"):
-                reports = self.group.call("report_steps", failed)
+                reports = self.group.call(Worker.report_steps, failed)
             self._journal.steps("train", reports)
 
     def _validation_due(self, val_every: int | None) -> bool:
@@ -273,13 +274,13 @@ class Coordinator:
 
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
-        reports = self.group.call("end_epoch")
+        reports = self.group.call(Worker.end_epoch)
         self._journal.replay(reports[0].calls)
         compute = partial(compute_metrics, self.group)
         values = state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=compute)
         self._journal.epoch("epoch", values)
         if self.plateau_epochs and progress.epoch_ended:
-            self.group.call("step_plateau", "epoch", progress.epoch + 1, state.board.plain())
+            self.group.call(Worker.step_plateau, "epoch", progress.epoch + 1, state.board.plain())
         state.closing = True
         try:
             self.host.emit("on_train_epoch_end")
@@ -323,7 +324,7 @@ class Coordinator:
     # ---------------------------------------------------------------- end
 
     def _finish(self, trained: bool) -> FinishReport:
-        reports: list[FinishReport] = self.group.call("finish", trained)
+        reports: list[FinishReport] = self.group.call(Worker.finish, trained)
         self._journal.replay(reports[0].calls)
         self.state.profiles = [r.profile for r in reports]
         self.state.peak_memory_bytes = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]

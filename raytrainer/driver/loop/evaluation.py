@@ -10,10 +10,11 @@ from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.run_services import Host
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_reports import in_order, longest
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
 from raytrainer.plan import schedule
 from raytrainer.view.run_state import RunState
+from raytrainer.worker.worker import Worker
 
 __all__ = ["Evaluation", "compute_metrics"]
 
@@ -40,13 +41,13 @@ class Evaluation:
             Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
         """
         state, name = self._state, _HOOK[stage]
-        starts = group.call("start_evaluation", stage, sanity)
+        starts = group.call(Worker.start_evaluation, stage, sanity)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
         self._host.emit(f"on_{name}_start")
         self._host.emit(f"on_{name}_epoch_start")
         finished, predictions = self._chunks(group, stage, sanity)
         state.interrupted |= self._interrupt.requested
-        ends = group.call("end_evaluation")
+        ends = group.call(Worker.end_evaluation)
         self._take(stage, sanity, [end.metrics for end in ends])
         if not finished:
             return {}, []  # interrupted: nobody must take half an evaluation for a whole one
@@ -66,7 +67,7 @@ class Evaluation:
         predictions: list[Any] = []
         chunk, waited_for, finished = 1, 0, False
         while not finished and not self._interrupt.requested:
-            reports: list[EvaluationReport] = group.call("evaluate", chunk)
+            reports: list[EvaluationReport] = group.call(Worker.evaluate, chunk)
             finished = all(report.done for report in reports)
             for report in reports:
                 predictions += report.predictions
@@ -89,5 +90,5 @@ class Evaluation:
 
 def compute_metrics(group: WorkerGroup, specs: list[MetricSpec]) -> dict[str, float]:
     """Values of metric objects over all workers."""
-    values: dict[str, float] = group.call("compute_metrics", specs)[0]
+    values: dict[str, float] = group.call(Worker.compute_metrics, specs)[0]
     return values

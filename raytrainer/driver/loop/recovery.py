@@ -9,7 +9,7 @@ from typing import Any
 from raytrainer.driver.loop.run_services import Host
 from raytrainer.driver.saving.capture import RunCapture
 from raytrainer.driver.saving.snapshots import Snapshots
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import WorkerLostError
 from raytrainer.plan.failures import Recovery
 from raytrainer.plan.schedule import Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import LogCall
 
 __all__ = ["Host", "Rows"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from raytrainer.data.dataset import RayDataset, as_ray_datasets
 from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_resources
-from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers import idle_pool
 from raytrainer.errors import ConfigurationError
 from raytrainer.packing import pack
 from raytrainer.plan.settings import Settings
@@ -21,7 +21,7 @@ _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pr
 def _leave_a_cpu() -> None:
     """Release the workers kept for the next run where they hold every CPU: reading would wait for one of them."""
     if free_resources("CPU") < 1:
-        pool.close_idle()
+        idle_pool.close_idle()
 
 
 def has_dataset(stage: str, *owners: Any) -> bool:
@@ -76,14 +76,14 @@ def lazy_predictions(task: Task, settings: Settings, cluster: Cluster, checkpoin
     if datasets is None:
         return None
     from raytrainer.data import ray_data
-    from raytrainer.worker.actor import predictor as ray_predict
+    from raytrainer.driver.prepare import ray_predictions
 
     ensure_ray(cluster, settings.world_size)
-    pool.close_idle()  # workers kept for the next run hold the CPUs and GPUs that these actors need
+    idle_pool.close_idle()  # workers kept for the next run hold the CPUs and GPUs that these actors need
     ray_data.require_free_cpu(1)
     task.loaders = {}
     packed = pack(checkpoint) if checkpoint is not None else None
-    predicted = ray_predict.lazy_predictions(datasets, task, packed, settings)
+    predicted = ray_predictions.lazy_predictions(datasets, task, packed, settings)
     return predicted[0] if len(predicted) == 1 else predicted
 
 
@@ -93,7 +93,7 @@ def release_datasets(task: Task) -> None:
         blocks.close()
 
 
-@pool.kept()
+@idle_pool.kept()
 def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
     """Put the run's Ray Datasets into the task; the loaders handed over that are none stay there.
 

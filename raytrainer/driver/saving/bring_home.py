@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from raytrainer.datamodule import DataModule
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import FinishReport
 from raytrainer.module import Module
+from raytrainer.worker.worker import Worker
 
 __all__ = ["bring_home"]
 
@@ -24,7 +25,7 @@ def bring_home(module: Module, datamodule: DataModule | None, report: FinishRepo
     if set(report.state_dict) != set(module.state_dict()):
         module.configure_model()
     if set(report.state_dict) != set(module.state_dict()):
-        _graft(group.call("fetch_module")[0], module)
+        _graft(group.call(Worker.fetch_module)[0], module)
     # as in process, a precision such as 64 or "bf16-true" stays with the module
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in report.state_dict:

@@ -10,10 +10,11 @@ from typing import Any
 from raytrainer.driver.loop.run_services import Host
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
-from raytrainer.driver.workers.group import WorkerGroup
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.plan.schedule import Progress
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
+from raytrainer.worker.worker import Worker
 
 __all__ = ["RunCapture"]
 
@@ -52,7 +53,7 @@ class RunCapture:
         if between_steps and self._snapshots.due(progress.step):
             self.capture(group)
         elif self._snapshots.approaching(progress.step):
-            group.call("prepare_capture")
+            group.call(Worker.prepare_capture)
 
     def rescue(self, group: WorkerGroup) -> dict[str, Any] | None:
         """The newest state that can be had of a `fit` that has failed, as a checkpoint; None: there is none.
@@ -64,7 +65,7 @@ class RunCapture:
             return self._snapshots.latest()
         if not self._state.trainer.has_begun:
             return None  # before training began, the workers have not taken up what it begins with
-        cursor, progress = group.call("cursor")[0], self._state.progress
+        cursor, progress = group.call(Worker.cursor)[0], self._state.progress
         if self._state.trainer.stage == "validate":
             progress.validated_at = -1  # is to be repeated
         if cursor is not None and not progress.epoch_ended:

@@ -7,18 +7,44 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
+from raytrainer.driver.cluster.placement import Request
 from raytrainer.driver.cluster.session import somebody_waits
 from raytrainer.errors import ResourceError
 
-if TYPE_CHECKING:
-    from raytrainer.driver.workers.ray_group import RayGroup, Request
-
-__all__ = ["close_idle", "kept", "put_back", "set_idle_timeout", "take"]
+__all__ = ["IdleGroup", "close_idle", "kept", "put_back", "set_idle_timeout", "take"]
 
 log = logging.getLogger("raytrainer")
+
+
+class IdleGroup(Protocol):
+    """A group between runs.
+
+    Attributes:
+        broken: Whether it has been aborted.
+    """
+
+    broken: bool
+
+    @property
+    def request(self) -> Any:
+        """The resources that it was made for."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new run may use it."""
+
+    @property
+    def holds(self) -> set[str]:
+        """Kinds of resource that others could have if it ended."""
+
+    def abort(self) -> None:
+        """End it."""
+
+
+G = TypeVar("G", bound=IdleGroup)
 
 #: Seconds between looks at whether somebody waits for what idle groups hold.
 LOOK = 1.0
@@ -30,7 +56,7 @@ GIVE_WAY = 5.0
 GIVE_WAY_TO_OWN = 30.0
 
 _changed = threading.Condition()
-_idle: list[tuple[RayGroup, float]] = []  # with the time until which it is kept, newest last
+_idle: list[tuple[IdleGroup, float]] = []  # with the time until which it is kept, newest last
 _watcher: threading.Thread | None = None
 _timeout = 300.0
 _keeping = 0
@@ -42,33 +68,32 @@ def set_idle_timeout(seconds: float) -> None:
     _timeout = seconds
 
 
-def take(requests: Sequence[Request], timeout: float = 60.0) -> RayGroup:
+def take(requests: Sequence[Request], timeout: float, make: Callable[[Request, float], G]) -> G:
     """An idle group with the first of these resources, or a new one with the first that can be had.
 
     Args:
         requests: What would do, best first.
         timeout: Seconds to wait for the best; later ones get a few seconds each.
+        make: Makes a new group, of resources that are to be had within so many seconds.
 
     Raises:
         ResourceError: None can be had.
     """
-    from raytrainer.driver.workers.ray_group import RayGroup
-
-    group = _take_idle(requests[0])
+    group: G | None = _take_idle(requests[0])
     if group is not None:
         return group
     # what idles may hold the very resources that are asked for
     close_idle()
     for request in requests[:-1]:
         try:
-            return RayGroup(request, timeout)
+            return make(request, timeout)
         except ResourceError as error:
             log.warning("%s Trying with less.", error)
             timeout = min(timeout, 3.0)
-    return RayGroup(requests[-1], timeout)
+    return make(requests[-1], timeout)
 
 
-def _take_idle(request: Request) -> RayGroup | None:
+def _take_idle(request: Request) -> Any:
     while True:
         with _changed:
             group = next((group for group, _ in reversed(_idle) if group.request == request), None)
@@ -79,12 +104,12 @@ def _take_idle(request: Request) -> RayGroup | None:
             return group
 
 
-def _remove(groups: Sequence[RayGroup]) -> None:
+def _remove(groups: Sequence[IdleGroup]) -> None:
     _idle[:] = [entry for entry in _idle if entry[0] not in groups]
     _changed.notify_all()
 
 
-def put_back(group: RayGroup) -> None:
+def put_back(group: IdleGroup) -> None:
     """Keep a group whose run is over, until the idle time is over or others wait for what it holds."""
     global _watcher
     if group.broken:
@@ -139,7 +164,7 @@ def _watch() -> None:
             _release(seen)
 
 
-def _release(groups: Sequence[RayGroup]) -> None:
+def _release(groups: Sequence[IdleGroup]) -> None:
     """End those of these groups that are idle still."""
     with _changed:
         idle = [group for group, _ in _idle if group in groups]
@@ -154,7 +179,7 @@ def close_idle() -> None:
     _release(groups)
 
 
-def _end(groups: Sequence[RayGroup]) -> None:
+def _end(groups: Sequence[IdleGroup]) -> None:
     for group in groups:
         try:
             group.abort()

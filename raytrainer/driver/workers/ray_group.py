@@ -4,48 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray import cloudpickle
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster.placement import Request
 from raytrainer.driver.cluster.reservation import place
 from raytrainer.driver.cluster.session import place_name, started_here
+from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.driver.workers.task_pickling import pickle_task
 from raytrainer.errors import (
     CheckpointError,
     ConfigurationError,
-    SerializationError,
     StateLostError,
-    WorkerError,
-    WorkerLostError,
 )
+from raytrainer.messages import SetupReport
 from raytrainer.packing import pack, unpack
-from raytrainer.plan.failures import Failed, choose_culprit, is_consequence
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences
 from raytrainer.task import Task
 from raytrainer.worker.actor.actor import ASIDE, Failure, Place, RemoteWorker, StagingWorker, own_versions
+from raytrainer.worker.verbs import Verb, Wait, verb_of
+from raytrainer.worker.worker import Worker
 
-__all__ = ["RayGroup", "Request"]
+__all__ = ["RayGroup"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger("raytrainer")
-
-#: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
-GRACE = 2.0
 
 #: Seconds that workers get to hand over a state before they are killed, and to give memory back before the next run.
 PATIENCE = 10.0
 
-#: Verbs whose length the driver chooses, so that silence means a hang. Set-up may take as long as it takes.
-_WATCHED = frozenset({"train", "report_steps", "evaluate", "prepare_capture"})
+#: Seconds for a worker's process to start, its runtime environment included, and for all to join the group.
+START = 1800.0
 
 
 class RayGroup:
@@ -70,6 +68,9 @@ class RayGroup:
         self.broken = False
         self.hang_timeout: float | None = None  # seconds; of the run in progress
         self.stale = False  # the process group may hold half a collective: join anew before the next run
+        self.outputs: list[str | None] = [None] * self.size
+        self.places: list[Place] = []
+        self._answers = Answers(self)
         self._slots = place(request, timeout)
         try:
             self._start()
@@ -96,9 +97,9 @@ class RayGroup:
             for slot in self._slots
         ]
         self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
-        self.outputs: list[str | None] = [None] * self.size
-        self.places: list[Place] = []
-        places: list[Place] = self._ask([actor.where.remote(request.gpu) for actor in self._actors])
+        places: list[Place] = self._answers.all(
+            [actor.where.remote(request.gpu) for actor in self._actors], START, "starting"
+        )
         # node by node in the order of addresses, and by GPU on each
         order = sorted(range(self.size), key=lambda i: (_numbers(places[i].address), places[i].node_id, places[i].gpus))
         self._actors = [self._actors[i] for i in order]
@@ -126,13 +127,14 @@ class RayGroup:
         one_node = self.ranks[0].num_nodes == 1
         # on one machine the loopback interface is fast and always there
         host = "127.0.0.1" if one_node else self.places[0].address
-        port = self._ask([self._actors[0].serve.remote(host, self.size)])[0] if self.size > 1 else 0
-        self._ask(
-            [
-                actor.join.remote(ranks, host, port, host if one_node else place.address, self.request.gpu)
-                for actor, ranks, place in zip(self._actors, self.ranks, self.places, strict=True)
-            ]
-        )
+        port = 0
+        if self.size > 1:
+            port = self._answers.all([self._actors[0].serve.remote(host, self.size)], START, "serving a rendezvous")[0]
+        joining = [
+            actor.join.remote(ranks, host, port, host if one_node else place.address, self.request.gpu)
+            for actor, ranks, place in zip(self._actors, self.ranks, self.places, strict=True)
+        ]
+        self._answers.all(joining, START, "joining the process group")
         self.stale = False
 
     @property
@@ -165,26 +167,40 @@ class RayGroup:
 
     # ---------------------------------------------------------------- verbs
 
-    def setup(self, task: Task) -> list[Any]:
+    def setup(self, task: Task) -> list[SetupReport]:
         """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
         if self.stale:
             self._join()
         self.hang_timeout = task.settings.hang_timeout
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
-        pickled, datasets = ray.put(_pickle(task)), ray.put(task.datasets)
+        pickled, datasets = ray.put(pickle_task(task)), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
-        self.outputs = self._ask([actor.load.remote(pickled, datasets, show) for actor in self._actors])
+        loading = [actor.load.remote(pickled, datasets, show) for actor in self._actors]
+        self.outputs = self._answers.all(loading, Wait.USER_CODE.seconds(None), "importing the module")
         first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
-        self._ask([self._actors[rank].obey.remote("prepare_data") for rank in first], ranks=first)
-        return self.call("setup")
+        self._tell(verb_of(Worker.prepare_data), (), ranks=first)
+        reports: list[SetupReport] = self._tell(verb_of(Worker.setup), ())
+        return reports
 
-    def call(self, verb: str, *args: Any) -> list[Any]:
-        """Every worker obeys `verb`."""
-        if verb == "restore":
-            args = (ray.put(pack(args[0])),)  # once, however many workers there are
-        patience = self.hang_timeout if verb in _WATCHED else None
-        return self._ask([actor.obey.remote(verb, *args) for actor in self._actors], patience)
+    def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        """Every worker obeys a verb."""
+        return self._tell(verb_of(method), args, kwargs)
+
+    def _tell(
+        self,
+        verb: Verb,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        ranks: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Have these workers (None: all) obey; their answers."""
+        if verb.shares:
+            args = [ray.put(pack(value)) for value in args]  # once, however many workers there are
+        told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
+        refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
+        what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
+        return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
         """Have the state copied into Ray's shared memory; return what fetches it from there.
@@ -194,16 +210,19 @@ class RayGroup:
         """
         if not self.stages:
             refs = [actor.capture.remote(weights_only) for actor in self._actors]
-            self._ask([own for own, _ in refs], self.hang_timeout)
+            self._wait_for_copies([own for own, _ in refs])
             return lambda: self._fetch(refs)
         # one state at a time, so that memory stays bounded
-        self._ask(self._handing, self.hang_timeout)
+        self._wait_for_copies(self._handing)
         own = [actor.stage.remote(weights_only) for actor in self._actors]
-        self._ask(own, self.hang_timeout)
+        self._wait_for_copies(own)
         handed = [actor.hand_over.remote() for actor in self._actors]
         self._handing = [done for _, done in handed]
         refs = [(mine, common) for mine, (common, _) in zip(own, handed, strict=True)]
         return lambda: self._fetch(refs)
+
+    def _wait_for_copies(self, refs: Sequence[Any]) -> None:
+        self._answers.all(refs, Wait.TRAINING.seconds(self.hang_timeout), "hang_timeout")
 
     def _fetch(self, refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
         """Every worker's part of a state: (its own, the common one).
@@ -238,98 +257,6 @@ class RayGroup:
     def _lost(self, reason: str) -> StateLostError:
         return StateLostError(reason, lambda: self.broken)
 
-    def _ask(self, refs: Sequence[Any], patience: float | None = None, ranks: Sequence[int] | None = None) -> list[Any]:
-        """All answers, in order; or the one failure to tell about, as soon as it can be told.
-
-        Args:
-            refs: One reference a worker.
-            patience: Seconds to wait for the answers; without one after that, the workers count as lost.
-            ranks: The workers' ranks; None: they are the first ones, in order.
-        """
-        of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
-        answers: dict[Any, Any] = {}
-        pending = list(refs)
-        deadline = None if patience is None else time.monotonic() + patience
-        failed = False
-        while pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, pending = ray.wait(pending, num_returns=1, timeout=left)
-            if not ready:
-                break
-            answer = self._answer(ready[0], of[ready[0]])
-            answers[ready[0]] = answer
-            if isinstance(answer, WorkerLostError):
-                break  # the others may hang for ever
-            if isinstance(answer, Failure) and not failed:
-                failed, deadline = True, time.monotonic() + GRACE
-        failures: list[Failure | WorkerLostError]
-        failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
-        if pending and not failures:
-            silent = [of[ref] for ref in refs if ref in pending]
-            failures = [
-                WorkerLostError(silent[0], f"no answer from rank(s) {silent} for {patience:.0f} s (hang_timeout)")
-            ]
-        if failures:
-            self._raise(failures, hanging=len(pending))
-        return [answers[ref] for ref in refs]
-
-    def _answer(self, ref: Any, rank: int) -> Any:
-        try:
-            return ray.get(ref)
-        except OutOfMemoryError as error:
-            remedy = "Use smaller batches, fewer workers or loader processes on a node, or nodes with more memory."
-            return WorkerLostError(
-                rank, f"killed for its memory: {_lines(error)[0]}{self._whereabouts(rank)}. {remedy}"
-            )
-        except RayActorError as error:
-            lines = _lines(error)
-            # an actor that could not start says why in its last line: a package that its node lacks, say
-            if "creation task" in lines[0] and len(lines) > 1:
-                missing = "No module named" in lines[-1]
-                remedy = ". Install it there, in the Python that `ray start` ran in" if missing else ""
-                return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}")
-            return WorkerLostError(rank, lines[0] + self._whereabouts(rank))
-        except RayError as error:
-            return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
-
-    def _whereabouts(self, rank: int) -> str:
-        """Where a lost worker was, and where its last words are."""
-        if not self.places:
-            return ""
-        place, output = self.places[rank], self.outputs[rank]
-        return f" (on {place.host}, {place.address}{f'; its output: {output}' if output else ''})"
-
-    def _raise(self, failures: Sequence[Failure | WorkerLostError], hanging: int) -> None:
-        """Raise the failure that caused the others. Workers that all still answer are kept for the next run."""
-        by_rank = {failure.rank: failure for failure in failures}
-        culprit = by_rank[
-            choose_culprit(
-                [
-                    Failed(f.rank, "lost")
-                    if isinstance(f, WorkerLostError)
-                    else Failed(f.rank, "raised", f.type_name, f.message)
-                    for f in failures
-                ]
-            ).rank
-        ]
-        if hanging or any(isinstance(failure, WorkerLostError) for failure in failures):
-            self.abort()
-        else:
-            self.stale = True
-        if isinstance(culprit, WorkerLostError):
-            raise culprit
-        if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
-            self.abort()
-            raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
-        where = WorkerError(culprit.rank, culprit.node, culprit.traceback)
-        try:
-            original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None
-        except Exception:
-            original = None
-        if isinstance(original, BaseException):
-            raise original from where
-        raise where
-
     # ---------------------------------------------------------------- end
 
     @property
@@ -340,7 +267,7 @@ class RayGroup:
         try:
             if self._resting:
                 ray.wait(self._resting, num_returns=len(self._resting), timeout=PATIENCE)
-            ray.get([actor.obey.remote("abandon") for actor in self._actors], timeout=5.0)
+            ray.get([actor.obey.remote(Worker.abandon.__name__) for actor in self._actors], timeout=5.0)
         except RayError:
             self.abort()
             return False
@@ -374,80 +301,14 @@ class RayGroup:
                     remove_placement_group(group)
 
     def release(self) -> None:
-        """Hand the group back to the pool, for the next run that asks for the same."""
-        from raytrainer.driver.workers import idle_pool as pool
-
+        """Have the workers drop the run, without waiting for that."""
         try:
             if not self.broken and self._ray_is_there():
-                self._resting = [actor.obey.remote("rest") for actor in self._actors]
+                self._resting = [actor.rest.remote() for actor in self._actors]
         except Exception as error:  # of a Ray Client that has lost its cluster; the run is over all the same
             log.debug("Workers could not be told that the run is over", exc_info=error)
-        pool.put_back(self)
-
-
-def _lines(error: RayError) -> list[str]:
-    """What Ray says, without empty lines; at least one."""
-    return [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
 
 
 def _numbers(address: str) -> list[tuple[int, str]]:
     """A key that sorts 10.0.0.9 before 10.0.0.10."""
     return [(int(part) if part.isdigit() else -1, part) for part in address.split(".")]
-
-
-def _pickle(task: Task) -> bytes:
-    """The task, pickled by value where workers could not import it.
-
-    Raises:
-        SerializationError: Names the attribute that cannot be pickled.
-    """
-    try:
-        pickled: bytes = cloudpickle.dumps(task)
-        return pickled
-    except Exception as error:
-        culprit = _unpicklable(task)
-        if ".hparams." in culprit:
-            remedy = "Leave it out of the hyperparameters: save_hyperparameters(ignore=[...])."
-        else:
-            remedy = (
-                "Create it in setup(stage), which runs in each worker, or leave it out of pickling with __getstate__."
-            )
-        raise SerializationError(
-            f"{culprit} cannot be sent to the workers: {type(error).__name__}: {error}. {remedy}"
-        ) from None
-
-
-def _unpicklable(task: Task) -> str:
-    """The innermost attribute that cannot be pickled, as a path such as "MyModule.reader.handle"."""
-    roots = {"module": task.module, "datamodule": task.datamodule, "loader": task.loaders, "callback": task.callbacks}
-    for name, root in roots.items():
-        if _fails(root):
-            path, value = type(root).__name__ if name in ("module", "datamodule") else name, root
-            for _ in range(8):
-                inner = next(((n, v) for n, v in _children(value) if _fails(v)), None)
-                if inner is None:
-                    break
-                path, value = f"{path}.{inner[0]}", inner[1]
-            return f"{path} (a {type(value).__name__})"
-    return "the task"
-
-
-def _children(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [(str(k), v) for k, v in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [(str(i), v) for i, v in enumerate(value)]
-    state = value.__getstate__()
-    attributes = dict(state) if isinstance(state, dict) else {}
-    modules = attributes.pop("_modules", None) or {}
-    # last, so that what is an attribute too is named as that
-    saved = [("hparams", attributes.pop(name)) for name in ("_hparams", "_hparams_initial") if name in attributes]
-    return [*attributes.items(), *modules.items(), *saved]
-
-
-def _fails(value: Any) -> bool:
-    try:
-        cloudpickle.dumps(value)
-    except Exception:
-        return True
-    return False

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import cast
 
+from raytrainer.driver.cluster.placement import Request, fits
 from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_by_node, own_reservation
-from raytrainer.driver.workers import idle_pool as pool
-from raytrainer.driver.workers.group import WorkerGroup, local_group
+from raytrainer.driver.workers import idle_pool
+from raytrainer.driver.workers.local_group import LocalGroup, local_group
+from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.plan.settings import Settings
-
-if TYPE_CHECKING:
-    from raytrainer.driver.cluster.placement import Request
 
 __all__ = ["Groups"]
 
@@ -34,20 +33,22 @@ class Groups:
         if settings.strategy == "local":
             return local_group(settings)
         ensure_ray(self.cluster, settings.world_size)
-        return pool.take(_requests(settings), self._placement_timeout)
+        from raytrainer.driver.workers.ray_group import RayGroup
+
+        return idle_pool.take(_requests(settings), self._placement_timeout, RayGroup)
 
     def give_back(self, group: WorkerGroup) -> None:
-        """The run is over."""
-        pool.set_idle_timeout(self._idle_timeout)
+        """The run is over: workers of a cluster are kept for the next one that asks for the same."""
+        idle_pool.set_idle_timeout(self._idle_timeout)
         group.release()
+        if not isinstance(group, LocalGroup):
+            idle_pool.put_back(cast(idle_pool.IdleGroup, group))
 
     def can_grow(self, settings: Settings, group: WorkerGroup) -> bool:
         """Whether an elastic run could have more workers than `group` has."""
         larger = [(nodes, workers) for nodes, workers in settings.sizes if nodes * workers > group.size]
         if not larger or own_reservation() is not None:
             return False
-        from raytrainer.driver.cluster.placement import fits
-
         free = free_by_node("GPU" if settings.on_gpu else "CPU")
         return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
 
@@ -62,8 +63,6 @@ class Groups:
 
 def _requests(settings: Settings) -> list[Request]:
     """The resources that would do, best first."""
-    from raytrainer.driver.cluster.placement import Request
-
     indices = settings.gpus if isinstance(settings.gpus, tuple) else ()
     return [
         Request(nodes, workers, settings.on_gpu, indices=indices, free=settings.auto_select_gpus)

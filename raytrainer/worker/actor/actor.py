@@ -17,15 +17,16 @@ import ray
 import torch
 from ray import cloudpickle
 
-from raytrainer.driver.cluster.reservation import own_gpu_indices
 from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
 from raytrainer.packing import pack, unpack, without_tensors
 from raytrainer.plan.ranks import Ranks
 from raytrainer.version import __version__
 from raytrainer.worker.actor.output import Output
+from raytrainer.worker.actor.own_gpus import own_gpu_indices
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.process_memory import keep_heap
+from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
 __all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "StagingWorker", "own_versions"]
@@ -144,27 +145,29 @@ class RemoteWorker:
         answer: Failure | str | None = self._guard(load)
         return answer
 
-    def obey(self, verb: str, *args: Any) -> Any:
-        """Obey one of `Worker`'s verbs; "prepare_data" and "setup" take the loaded task, "rest" drops it."""
-        return self._guard(lambda: self._obey(verb, args))
+    def obey(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Obey the verb of this name."""
 
-    def _obey(self, verb: str, args: tuple[Any, ...]) -> Any:
-        worker = self._worker()
-        if verb == "prepare_data":
-            return worker.prepare_data(self.task)
-        if verb == "setup":
-            task, self.task = self.task, None
-            return worker.obey("setup", task)
-        if verb == "restore":
-            return worker.obey("restore", unpack(args[0]))
-        if verb == "rest":
-            self.task = None
-            worker.rest()
-            if not self.settled:
-                self.settled = True
-                gc.freeze()  # what the first run has imported, mostly
-            return None
-        return worker.obey(verb, *args)
+        def obey() -> Any:
+            method: Callable[..., Any] = getattr(Worker, name)
+            declared = verb_of(method)
+            given: tuple[Any, ...] = tuple(unpack(value) for value in args) if declared.shares else args
+            if declared.takes_task:
+                given = (self.task,)
+            return self._worker().obey(method, *given, **kwargs)
+
+        return self._guard(obey)
+
+    def rest(self) -> Any:
+        """The run is over, and there is none for now."""
+        return self._guard(self._rest)
+
+    def _rest(self) -> None:
+        self.task = None
+        self._worker().rest()
+        if not self.settled:
+            self.settled = True
+            gc.freeze()  # what the first run has imported, mostly
 
     @ray.method(num_returns=2)
     def capture(self, weights_only: bool) -> tuple[Any, Any]:

@@ -1,65 +1,24 @@
-"""The one seam between driver and workers: a group obeys verbs."""
+"""`LocalGroup`: one worker, in the driver's own process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from raytrainer.gpu.choice import local_ordinal, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
+from raytrainer.messages import SetupReport
 from raytrainer.plan.settings import Settings
 from raytrainer.task import Task
+from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
-__all__ = ["LocalGroup", "WorkerGroup", "local_group"]
+__all__ = ["LocalGroup", "local_group"]
 
-
-class WorkerGroup(Protocol):
-    """Workers that obey the verbs of `Worker`, all at once."""
-
-    @property
-    def size(self) -> int:
-        """Number of workers."""
-
-    @property
-    def in_process(self) -> bool:
-        """Whether the worker uses the driver's own objects, and lives and dies with it."""
-
-    @property
-    def broken(self) -> bool:
-        """Whether it has been aborted."""
-
-    @property
-    def by_node(self) -> Mapping[str, int]:
-        """Workers on each node of a cluster, by its id."""
-
-    def describe(self) -> str:
-        """Where the workers are, in a few words."""
-
-    def setup(self, task: Task) -> list[Any]:
-        """`prepare_data` once a node, then `setup` on every worker; its reports, by rank."""
-
-    def call(self, verb: str, *args: Any) -> list[Any]:
-        """Every worker obeys `verb`; the answers, by rank.
-
-        Raises:
-            Exception: What user code raised in a worker; its `__cause__` is a `WorkerError` saying where.
-            WorkerLostError: A worker is gone.
-        """
-
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time."""
-
-    def call_off(self) -> None:
-        """The run has failed with an error that is being told: end it, keeping workers that are well."""
-
-    def abort(self) -> None:
-        """End whatever runs, at once; the group cannot be used any more."""
-
-    def release(self) -> None:
-        """The run is over; keep the group for the next one, or not."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LocalGroup:
@@ -71,26 +30,25 @@ class LocalGroup:
     by_node: Mapping[str, int] = {}
 
     def __init__(self, worker: Worker | None = None) -> None:
-        self.worker = worker or Worker()
+        self.worker = worker or Worker(in_place=True)
         self._module: torch.nn.Module | None = None
 
     def describe(self) -> str:
         return f"this process ({self.worker.device})"
 
-    def setup(self, task: Task) -> list[Any]:
+    def setup(self, task: Task) -> list[SetupReport]:
         if self.worker.device.type == "cuda":
             torch.cuda.set_device(self.worker.device)
             _used.append(self.worker.device.index)
         self._module = task.module
         self.worker.prepare_data(task)
-        return [self.worker.obey("setup", task)]
+        return [self.worker.obey(Worker.setup, task)]
 
-    def call(self, verb: str, *args: Any) -> list[Any]:
-        if verb == "finish":
-            report = self.worker.obey("finish_in_place", *args)
+    def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        answer = self.worker.obey(method, *args, **kwargs)
+        if verb_of(method).name == "finish":
             self._bring_back()
-            return [report]
-        return [self.worker.obey(verb, *args)]
+        return [answer]
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
         staged = self.worker.capture(weights_only)
@@ -129,7 +87,7 @@ def local_group(settings: Settings) -> LocalGroup:
     else:
         use_pci_order()
     ordinal = local_ordinal(settings.gpus, settings.auto_select_gpus, open_nvml(), own)
-    return LocalGroup(Worker(device=torch.device("cuda", ordinal)))
+    return LocalGroup(Worker(device=torch.device("cuda", ordinal), in_place=True))
 
 
 _used: list[int] = []  # the GPUs of runs in this process

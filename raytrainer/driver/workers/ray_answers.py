@@ -1,0 +1,143 @@
+"""Waiting for actors' answers; and of several failures, which one is told."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+
+from raytrainer.errors import WorkerError, WorkerLostError
+from raytrainer.plan.failures import Failed, choose_culprit, is_consequence
+from raytrainer.worker.actor.actor import Failure, Place
+
+__all__ = ["Answers"]
+
+#: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
+GRACE = 2.0
+
+
+class Asked(Protocol):
+    """The group whose workers are asked.
+
+    Attributes:
+        places: Where they are, by rank; empty before that is known.
+        outputs: Files that their prints go to, by rank.
+        stale: Whether the process group may hold half a collective: join anew before the next run.
+    """
+
+    places: list[Place]
+    outputs: list[str | None]
+    stale: bool
+
+    def abort(self) -> None:
+        """Kill the actors."""
+
+
+class Answers:
+    """What a group's actors answer.
+
+    Args:
+        group: Is aborted, or marked as stale, where a failure asks for that.
+    """
+
+    def __init__(self, group: Asked) -> None:
+        self._group = group
+
+    def all(self, refs: Sequence[Any], patience: float, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """All answers, in order; or the one failure to tell about, as soon as it can be told.
+
+        Args:
+            refs: One reference a worker.
+            patience: Seconds to wait for the answers; without one after that, the workers count as lost.
+            what: What they are to do, for the error that says so.
+            ranks: The workers' ranks; None: they are the first ones, in order.
+        """
+        of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
+        answers: dict[Any, Any] = {}
+        pending = list(refs)
+        deadline = time.monotonic() + patience
+        failed = False
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            answer = self._answer(ready[0], of[ready[0]])
+            answers[ready[0]] = answer
+            if isinstance(answer, WorkerLostError):
+                break  # the others may hang for ever
+            if isinstance(answer, Failure) and not failed:
+                failed, deadline = True, time.monotonic() + GRACE
+        failures: list[Failure | WorkerLostError]
+        failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
+        if pending and not failures:
+            silent = [of[ref] for ref in refs if ref in pending]
+            failures = [WorkerLostError(silent[0], f"no answer from rank(s) {silent} for {patience:.0f} s ({what})")]
+        if failures:
+            self._raise(failures, hanging=len(pending))
+        return [answers[ref] for ref in refs]
+
+    def _answer(self, ref: Any, rank: int) -> Any:
+        try:
+            return ray.get(ref)
+        except OutOfMemoryError as error:
+            remedy = "Use smaller batches, fewer workers or loader processes on a node, or nodes with more memory."
+            return WorkerLostError(
+                rank, f"killed for its memory: {_lines(error)[0]}{self._whereabouts(rank)}. {remedy}"
+            )
+        except RayActorError as error:
+            lines = _lines(error)
+            # an actor that could not start says why in its last line: a package that its node lacks, say
+            if "creation task" in lines[0] and len(lines) > 1:
+                missing = "No module named" in lines[-1]
+                remedy = ". Install it there, in the Python that `ray start` ran in" if missing else ""
+                return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}")
+            return WorkerLostError(rank, lines[0] + self._whereabouts(rank))
+        except RayError as error:
+            return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
+
+    def _whereabouts(self, rank: int) -> str:
+        """Where a lost worker was, and where its last words are."""
+        if not self._group.places:
+            return ""
+        place, output = self._group.places[rank], self._group.outputs[rank]
+        return f" (on {place.host}, {place.address}{f'; its output: {output}' if output else ''})"
+
+    def _raise(self, failures: Sequence[Failure | WorkerLostError], hanging: int) -> None:
+        """Raise the failure that caused the others. Workers that all still answer are kept for the next run."""
+        by_rank = {failure.rank: failure for failure in failures}
+        culprit = by_rank[
+            choose_culprit(
+                [
+                    Failed(f.rank, "lost")
+                    if isinstance(f, WorkerLostError)
+                    else Failed(f.rank, "raised", f.type_name, f.message)
+                    for f in failures
+                ]
+            ).rank
+        ]
+        if hanging or any(isinstance(failure, WorkerLostError) for failure in failures):
+            self._group.abort()
+        else:
+            self._group.stale = True
+        if isinstance(culprit, WorkerLostError):
+            raise culprit
+        if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
+            self._group.abort()
+            raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
+        where = WorkerError(culprit.rank, culprit.node, culprit.traceback)
+        try:
+            original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None
+        except Exception:
+            original = None
+        if isinstance(original, BaseException):
+            raise original from where
+        raise where
+
+
+def _lines(error: RayError) -> list[str]:
+    """What Ray says, without empty lines; at least one."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]

@@ -1,0 +1,70 @@
+"""A task on its way to other processes, and what is said where something in it cannot be sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import cloudpickle
+
+from raytrainer.errors import SerializationError
+from raytrainer.task import Task
+
+__all__ = ["pickle_task"]
+
+
+def pickle_task(task: Task) -> bytes:
+    """The task, pickled by value where workers could not import it.
+
+    Raises:
+        SerializationError: Names the attribute that cannot be pickled.
+    """
+    try:
+        pickled: bytes = cloudpickle.dumps(task)
+        return pickled
+    except Exception as error:
+        culprit = _unpicklable(task)
+        if ".hparams." in culprit:
+            remedy = "Leave it out of the hyperparameters: save_hyperparameters(ignore=[...])."
+        else:
+            remedy = (
+                "Create it in setup(stage), which runs in each worker, or leave it out of pickling with __getstate__."
+            )
+        raise SerializationError(
+            f"{culprit} cannot be sent to the workers: {type(error).__name__}: {error}. {remedy}"
+        ) from None
+
+
+def _unpicklable(task: Task) -> str:
+    """The innermost attribute that cannot be pickled, as a path such as "MyModule.reader.handle"."""
+    roots = {"module": task.module, "datamodule": task.datamodule, "loader": task.loaders, "callback": task.callbacks}
+    for name, root in roots.items():
+        if _fails(root):
+            path, value = type(root).__name__ if name in ("module", "datamodule") else name, root
+            for _ in range(8):
+                inner = next(((n, v) for n, v in _children(value) if _fails(v)), None)
+                if inner is None:
+                    break
+                path, value = f"{path}.{inner[0]}", inner[1]
+            return f"{path} (a {type(value).__name__})"
+    return "the task"
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(value)]
+    state = value.__getstate__()
+    attributes = dict(state) if isinstance(state, dict) else {}
+    modules = attributes.pop("_modules", None) or {}
+    # last, so that what is an attribute too is named as that
+    saved = [("hparams", attributes.pop(name)) for name in ("_hparams", "_hparams_initial") if name in attributes]
+    return [*attributes.items(), *modules.items(), *saved]
+
+
+def _fails(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except Exception:
+        return True
+    return False

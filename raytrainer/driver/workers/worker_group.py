@@ -1,0 +1,61 @@
+"""`WorkerGroup`: the one seam between driver and workers. A group obeys the verbs that `Worker` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from raytrainer.messages import SetupReport
+from raytrainer.task import Task
+from raytrainer.worker.worker import Worker
+
+__all__ = ["WorkerGroup"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class WorkerGroup(Protocol):
+    """Workers that obey the verbs of `Worker`, all at once."""
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the worker uses the driver's own objects, and lives and dies with it."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether it has been aborted."""
+
+    @property
+    def by_node(self) -> Mapping[str, int]:
+        """Workers on each node of a cluster, by its id."""
+
+    def describe(self) -> str:
+        """Where the workers are, in a few words."""
+
+    def setup(self, task: Task) -> list[SetupReport]:
+        """`prepare_data` once a node, then `setup` on every worker; its reports, by rank."""
+
+    def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        """Every worker obeys a verb, such as `Worker.train`; the answers, by rank.
+
+        Raises:
+            Exception: What user code raised in a worker; its `__cause__` is a `WorkerError` saying where.
+            WorkerLostError: A worker is gone, or has not answered within the verb's limit.
+        """
+
+    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time."""
+
+    def call_off(self) -> None:
+        """The run has failed with an error that is being told: end it, keeping workers that are well."""
+
+    def abort(self) -> None:
+        """End whatever runs, at once; the group cannot be used any more."""
+
+    def release(self) -> None:
+        """The run is over: give back what it held."""

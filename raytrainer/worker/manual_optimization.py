@@ -1,0 +1,59 @@
+"""A batch with manual optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.worker.precision import ScaledOptimizer
+from raytrainer.worker.worker_run import Run
+
+__all__ = ["ManualOptimization"]
+
+
+class ManualOptimization:
+    """The user's step does it all; steps are counted at the optimizers."""
+
+    def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
+        self.step = step
+        self.accumulate = 1
+        settings = run.view.settings
+        if settings.accumulates or settings.gradient_clip_val is not None:
+            raise ConfigurationError(
+                "accumulate_grad_batches and gradient_clip_val do not work with manual optimization: accumulate in "
+                "training_step, and call self.clip_gradients(optimizer, gradient_clip_val=...) before its step."
+            )
+        view, module, strategy, precision = run.view, run.module, run.strategy, run.precision
+        before_step = run.hooks.bind("on_before_optimizer_step")
+        before_backward, after_backward = run.hooks.bind("on_before_backward"), run.hooks.bind("on_after_backward")
+
+        def count(optimizer: Optimizer | None, args: Any, kwargs: Any) -> None:
+            view.global_step += 1
+
+        if precision.scaler is not None:
+            view.given_optimizers = [
+                ScaledOptimizer(optimizer, precision, before_step, lambda: count(None, (), {}))
+                for optimizer in view.optimizers
+            ]
+        for optimizer in view.optimizers if precision.scaler is None else []:
+            if before_step is not None:
+                optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
+            optimizer.register_step_post_hook(count)
+
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            loss = precision.scale(loss)
+            if before_backward is not None:
+                before_backward(loss)
+            module.backward(loss, *args, **kwargs)
+            strategy.sync_manual(module)
+            if after_backward is not None:
+                after_backward()
+
+        view.manual_backward = manual_backward
+
+    def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
+        return self.step(batch, index, 0)
