@@ -16,7 +16,7 @@ from raytrainer.hparams import HyperparametersMixin, construct
 from raytrainer.module_hooks import ModuleHooks
 
 if TYPE_CHECKING:
-    from raytrainer.checkpoint import CheckpointPath
+    from raytrainer.checkpoints.places import CheckpointPath
 
 __all__ = ["Module"]
 
@@ -160,7 +160,8 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
             CheckpointError: No checkpoint, or not a readable one.
             ConfigurationError: An argument of `__init__` is in neither place.
         """
-        from raytrainer.checkpoint import load_into, read_checkpoint
+        from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+        from raytrainer.checkpoints.weights import load_into
 
         checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
         module: Self = construct(cls, checkpoint.get("hyper_parameters") or {}, overrides)
@@ -176,6 +177,6 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         Args:
             path: A file; ".safetensors" gives that format, anything else a state dict for `torch.load`.
         """
-        from raytrainer.checkpoint import export_weights
+        from raytrainer.checkpoints.weights import export_weights
 
         export_weights(self, path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer.loggers.logger import Logger
+from raytrainer.private.torch_private import without_compiled
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["AttachedModule"]
@@ -27,7 +28,7 @@ class AttachedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # the view and compiled code belong to one process
-        return {k: v for k, v in self.__dict__.items() if k != "_compiled_call_impl"} | {"_view": None}
+        return without_compiled(self.__dict__) | {"_view": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result: Self = super()._apply(fn, recurse)
@@ -118,6 +119,7 @@ class AttachedModule(nn.Module):
         on_epoch: bool | None = None,
         reduce_fx: str | Callable[[Tensor], Any] = "mean",
         enable_graph: bool = False,
+        *,
         sync_dist: bool = False,
         sync_dist_group: Any = None,
         add_dataloader_idx: bool = True,
@@ -157,10 +159,8 @@ class AttachedModule(nn.Module):
         if view is None:
             log.warning("self.log(%r, ...) outside of a run has no effect.", name)
             return
-        view.metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, sync_dist_group,
-            add_dataloader_idx, batch_size, rank_zero_only,
-        )  # fmt: skip
+        options = prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
+        view.metrics.log(name, value, options, batch_size, sync_dist_group)
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
         """`log` each item, with the same options; also those of a `torchmetrics.MetricCollection`."""

@@ -15,7 +15,8 @@ import torch
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, Tuner, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
-from raytrainer.checkpoint import CheckpointPath, write_checkpoint
+from raytrainer.checkpoints.checkpoint_format import write_checkpoint
+from raytrainer.checkpoints.places import CheckpointPath
 from raytrainer.config import check_names, instantiate
 from raytrainer.data.dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
@@ -82,7 +83,7 @@ class Trainer(TuningVerbs, TrainerProperties, TrainerArguments):
         gpus, seed = self.gpus, last_seed() if self.seed is None else self.seed
         if gpus in (-1, "-1") and (self.strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
-        self.__dict__.update(checked(vars(self), TrainerArguments))
+        self.__dict__.update(checked(vars(self), TrainerArguments, beyond=Arguments))
         self._take_settings(settle(self, on_cluster, gpus=gpus, seed=seed))
         self._default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1

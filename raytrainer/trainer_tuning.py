@@ -32,6 +32,7 @@ class TuningVerbs:
         max_lr: float = 1.0,
         num_training: int = 100,
         mode: str = "exponential",
+        *,
         early_stop_threshold: float | None = 4.0,
         update_attr: bool = False,
         attr_name: str | None = None,

@@ -12,7 +12,8 @@ import torch
 from tiny import Tiny, data, weights
 
 from raytrainer import Callback, CheckpointError, ConfigurationError, DataModule, ModelCheckpoint, WorkerCallback
-from raytrainer.checkpoint import checkpoint_exists, read_checkpoint, remove_checkpoint, write_checkpoint
+from raytrainer.checkpoints.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.checkpoints.places import checkpoint_exists, remove_checkpoint
 
 # ---------------------------------------------------------------- going on
 

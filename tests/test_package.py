@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-import pytest
 
 import raytrainer
 
 ROOT = Path(raytrainer.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-RAY_IMPORTERS = {
-    f"driver/{n}.py" for n in ("attach", "cluster", "output", "ray_group", "remote", "reserve", "shipping")
+
+#: Rooms and files of the top level, from the ground up: each imports from its own row and from those above it here.
+FLOORS = [
+    ["errors", "version", "messages"],
+    ["plan", "gpu", "loggers", "profilers", "config", "packing", "hparams", "stateful_callback"],
+    ["private", "seeding"],
+    ["checkpoints", "data", "metrics"],
+    ["strategies"],
+    ["view/trainer_view", "view/scheduler_config", "view/learning_rates", "view/run_state", "module_in_run"],
+    ["module_hooks"],
+    ["module", "datamodule"],
+    ["view/trainer_properties", "trainer_arguments"],
+    ["callbacks", "task"],
+    ["worker"],
+    ["driver"],
+    ["trainer_tuning", "trainer_runs"],
+    ["trainer"],
+    ["cli", "__init__", "__main__"],
+]
+
+#: Where ray is imported: the driver's side of it, what runs in its actors, data and callbacks of its own.
+RAY = ("driver/cluster/", "driver/workers/ray_", "driver/workers/task_pickling", "worker/actor/", "private/ray_private",
+       "driver/prepare/ray_", "data/ray_", "callbacks/ray_")  # fmt: skip
+
+#: Longer than 300 lines, since their parts are read together.
+LONG = {
+    "callbacks/model_checkpoint.py",  # one callback; which checkpoints it keeps is in plan/retention.py
+    "private/ray_private.py",  # one file for all of Ray's private interfaces
 }
-
-
-def may_import_ray(path: Path) -> bool:
-    """The driver's side of Ray, `data/ray_*.py`, and `callbacks/ray_*.py`, whose users have Ray."""
-    return name(path) in RAY_IMPORTERS or (path.parent.name in ("data", "callbacks") and path.name.startswith("ray_"))
 
 
 def in_order(names: list[str]) -> list[str]:
@@ -33,14 +54,12 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path, lazy: bool = True) -> Iterator[str]:
-    """Modules that a file imports, in full; not under TYPE_CHECKING, which costs nothing at run time."""
+def imports(path: Path, typing: bool = False) -> Iterator[str]:
+    """Modules that a file imports, in full: in functions too, and with `typing` those for type checkers alone."""
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            if not lazy and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not typing and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
             yield child
             yield from walk(child)
@@ -54,6 +73,47 @@ def imports(path: Path, lazy: bool = True) -> Iterator[str]:
             if node.module != "raytrainer":  # "from raytrainer import checkpoint" imports that module
                 yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def dotted(path: Path) -> str:
+    """The module of a file."""
+    parts = ("raytrainer", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in FILES}
+
+
+def arrows(path: Path) -> set[str]:
+    """The package's modules that a file imports, for whatever reason."""
+    found = set(imports(path, typing=True))
+    # a name out of a module is that module, unless it is a module itself
+    return {module for module in found if module in MODULES} - {dotted(path)}
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other: the strongly connected components of more than one."""
+
+    def reached(start: str, along: Mapping[str, set[str]]) -> set[str]:
+        seen, waiting = set[str](), [start]
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += along.get(module, ())
+        return seen
+
+    back: dict[str, set[str]] = {module: set() for module in graph}
+    for module, targets in graph.items():
+        for target in targets:
+            back[target].add(module)
+    found = {frozenset(reached(module, graph) & reached(module, back)) for module in graph}
+    return sorted(sorted(group) for group in found if len(group) > 1)
+
+
+def offenders(judge: Callable[[Path], str | None]) -> list[str]:
+    """What `judge` says of each file where it says anything, so that one run names all."""
+    return [f"{name(path)}: {verdict}" for path in FILES if (verdict := judge(path)) is not None]
 
 
 def inside(module: str, package: str) -> bool:
@@ -82,21 +142,22 @@ def test_public_names():
     assert all(hasattr(raytrainer, n) for n in raytrainer.__all__)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_modules_declare_what_they_offer(path):
-    tree = ast.parse(path.read_text())
-    declared = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    ]
-    public = [
-        n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("_")
-    ]
-    if declared:
-        assert declared[0] == in_order(declared[0])
-    else:
-        assert not public, f"{name(path)} has no __all__"
+def test_modules_declare_what_they_offer():
+    def judge(path: Path) -> str | None:
+        tree = ast.parse(path.read_text())
+        declared = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        public = [
+            n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("_")
+        ]
+        if declared:
+            return None if declared[0] == in_order(declared[0]) else f"__all__ is not {in_order(declared[0])}"
+        return "has no __all__" if public else None
+
+    assert offenders(judge) == []
 
 
 def test_importing_does_not_import_ray():
@@ -122,23 +183,95 @@ print("ray" in sys.modules)
     assert found.stdout.strip().splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_layers(path):
-    mine = name(path)
-    found = set(imports(path))
-    if not may_import_ray(path):
-        assert not {m for m in found if inside(m, "ray")}, "imports ray"
-    if mine.startswith("plan/"):
-        allowed = {*sys.stdlib_module_names, "raytrainer"}
-        assert {m.split(".")[0] for m in found} <= allowed
-        ours = {m for m in found if inside(m, "raytrainer")}
-        assert all(inside(m, "raytrainer.plan") or inside(m, "raytrainer.errors") for m in ours), ours
-    if mine.startswith("worker/"):
-        assert not {m for m in found if inside(m, "raytrainer.driver")}
-    if mine not in ("__init__.py", "cli.py"):
-        assert not {m for m in found if inside(m, "raytrainer.trainer") or m == "raytrainer.Trainer"}
-        assert "raytrainer" not in found, "imports the package rather than a module of it"
-    if mine in ("errors.py", "version.py", "messages.py"):
-        assert all(m.split(".")[0] in sys.stdlib_module_names or inside(m, "raytrainer.errors") for m in found), found
-    if mine.startswith("data/"):
-        assert not {m for m in found if inside(m, "raytrainer.driver")}
+def test_no_import_circle():
+    graph = {module: arrows(path) for module, path in MODULES.items()}
+    found = circles(graph)
+    ties = [f"{a} -> {b}" for group in found for a in group for b in sorted(graph[a] & set(group))]
+    assert found == [], f"imports, typing-only ones included, form circles: {ties}"
+
+
+def test_a_circle_would_be_named():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == [["b", "c"]]
+
+
+def floor(module: str) -> int:
+    """The row of `FLOORS` that a module is in."""
+    inner = module.removeprefix("raytrainer").removeprefix(".").replace(".", "/") or "__init__"
+    rows = [row for row, rooms in enumerate(FLOORS) for room in rooms if inner == room or inner.startswith(room + "/")]
+    assert len(rows) == 1, f"{module}: say in FLOORS where it belongs"
+    return rows[0]
+
+
+def test_imports_point_down():
+    def judge(path: Path) -> str | None:
+        up = sorted(target for target in arrows(path) if floor(target) > floor(dotted(path)))
+        return f"imports {up} from above" if up else None
+
+    assert offenders(judge) == []
+
+
+def test_layers():
+    def judge(path: Path) -> str | None:
+        mine, found = name(path), set(imports(path, typing=True))
+        top = {module.split(".")[0] for module in found}
+        if "ray" in top and not mine.startswith(RAY) and "ray" in {m.split(".")[0] for m in imports(path)}:
+            return "imports ray"
+        if mine.startswith(("plan/", "errors", "version", "messages")) and not top <= {
+            *sys.stdlib_module_names,
+            "raytrainer",
+        }:
+            return f"imports {sorted(top)} rather than the standard library alone"
+        if mine not in ("__init__.py", "cli.py", "__main__.py") and "raytrainer" in found:
+            return "imports the package rather than a module of it"
+        return None
+
+    assert offenders(judge) == []
+
+
+def test_names_tell_files_apart():
+    stems = Counter(path.stem for path in FILES if path.stem != "__init__")
+    assert [stem for stem, count in stems.items() if count > 1] == [], "two modules have one name"
+
+
+def test_files_are_short():
+    lengths = {name(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {path for path, lines in lengths.items() if lines > 300} == LONG
+
+
+def test_functions_take_few_positional_arguments():
+    def judge(path: Path) -> str | None:
+        found = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                own = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                if len([argument for argument in own if argument not in ("self", "cls")]) > 8:
+                    found.append(node.name)
+        return f"{found} take more than eight positional arguments" if found else None
+
+    assert offenders(judge) == []
+
+
+PRIVATE = re.compile(
+    r"(?<![\w.])(?:ray|torch)(?:\.\w+)*\._\w+|^\s*(?:from|import) (?:ray|torch)\b[\w.]*(?:\._| import _)|\b_raylet\b|\bray\.core\b",
+    re.M,
+)
+
+
+def test_private_interfaces_are_in_one_file_each():
+    def judge(path: Path) -> str | None:
+        if path.parent.name == "private":
+            return None
+        found = sorted(set(PRIVATE.findall(path.read_text())))
+        return f"uses {found}: put it into private/" if found else None
+
+    assert offenders(judge) == []
+
+
+def test_what_runs_in_workers_lives_there():
+    def judge(path: Path) -> str | None:
+        below = ("worker/", "data/", "strategies/", "metrics/", "view/")
+        driver = sorted(module for module in arrows(path) if inside(module, "raytrainer.driver"))
+        return f"imports {driver}" if name(path).startswith(below) and driver else None
+
+    assert offenders(judge) == []

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raytrainer.callbacks.callback import WorkerCallback
+from raytrainer.private.torch_private import BATCH_NORMS
 from raytrainer.worker.optimizers import cover_groups
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class BaseFinetuning(WorkerCallback):
             train_bn: Leave batch normalisation as it is; otherwise its running statistics stay as they are, too.
         """
         for module in _flatten(modules):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 if train_bn:
                     continue
                 module.track_running_stats = False
@@ -65,7 +65,7 @@ class BaseFinetuning(WorkerCallback):
     def unfreeze(modules: Modules, train_bn: bool = True) -> None:
         """Undo `freeze`; without `train_bn`, batch normalisation stays as it is."""
         for module in _flatten(modules):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 if not train_bn:
                     continue
                 module.track_running_stats = True
@@ -160,5 +160,5 @@ def _flatten(modules: Modules) -> Iterator[nn.Module]:
     yield from dict.fromkeys(inner for module in given for inner in module.modules())
 
 
-def _norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    return [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
+def _norms(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, BATCH_NORMS)]

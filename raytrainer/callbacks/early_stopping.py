@@ -56,6 +56,7 @@ class EarlyStopping(Callback):
         mode: str = "min",
         strict: bool = True,
         check_finite: bool = True,
+        *,
         stopping_threshold: float | None = None,
         divergence_threshold: float | None = None,
         check_on_train_epoch_end: bool | None = None,

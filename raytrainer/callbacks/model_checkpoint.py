@@ -81,6 +81,7 @@ class ModelCheckpoint(Callback):
         save_top_k: int = 1,
         save_last: bool | None = None,
         every_n_epochs: int | None = None,
+        *,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_on_train_epoch_end: bool | None = None,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR, get_swa_multi_avg_fn
 
 from raytrainer.callbacks._averaging import AveragedWeights
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import checks
+from raytrainer.private.torch_private import BATCH_NORMS
 from raytrainer.view.scheduler_config import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class StochasticWeightAveraging(WorkerCallback):
 
     def on_fit_start(self, trainer: TrainerView, module: Module) -> None:
         """Refuse what would only fail at the end of training."""
-        norms = [name for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = [name for name, m in module.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         if norms and not module.automatic_optimization:
             raise ConfigurationError(
                 f"StochasticWeightAveraging with manual optimization and batch normalisation ({', '.join(norms[:3])}): "
@@ -101,7 +101,7 @@ class StochasticWeightAveraging(WorkerCallback):
             log.warning("StochasticWeightAveraging: training ended before epoch %d; nothing is averaged.", self._first)
             return
         averaged.swap(True)
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training and m.track_running_stats]
         if norms and trainer.interrupted:
             log.warning(
                 "StochasticWeightAveraging: the run was interrupted, so the statistics of batch normalisation are "
@@ -143,7 +143,7 @@ class StochasticWeightAveraging(WorkerCallback):
         return self._averaged
 
 
-def _update_batch_norm(trainer: TrainerView, norms: Sequence[_BatchNorm]) -> None:
+def _update_batch_norm(trainer: TrainerView, norms: Sequence[Any]) -> None:
     """Statistics over all workers' batches of one epoch, as `torch.optim.swa_utils.update_bn` has them for one."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

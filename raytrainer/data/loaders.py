@@ -20,6 +20,7 @@ from raytrainer.errors import DataError
 from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
+from raytrainer.private.torch_private import forget_iterator, take_iterator
 from raytrainer.seeding import host_generators
 
 __all__ = ["Feed", "as_list"]
@@ -112,7 +113,7 @@ class Feed:
         """A copy of the loader with samplers of ours."""
         # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
         copied = copy.copy(loader)
-        copied.__dict__["_iterator"] = None
+        forget_iterator(copied)
         if settings.on_gpu and loader.num_workers > 0:
             # done by a thread of the loader's, it costs the training loop nothing
             copied.__dict__["pin_memory"] = True
@@ -204,13 +205,13 @@ class Feed:
 
     def close(self) -> None:
         """End the loader's processes. Left to garbage collection, each may take 5 s, at any time."""
-        kept = self.loader.__dict__.pop("_iterator", None) if isinstance(self.loader, DataLoader) else None
+        kept = take_iterator(self.loader) if isinstance(self.loader, DataLoader) else None
         for iterator in (self._reading(), kept):
             shutdown = getattr(iterator, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
         if isinstance(self.loader, DataLoader):
-            self.loader.__dict__["_iterator"] = None
+            forget_iterator(self.loader)
 
     def _read_alike(self, epoch: int) -> Iterator[Any]:
         """Batches that are random in the same way on all readers of the share.

@@ -11,7 +11,6 @@ epoch) alone. With Ray 2.60 and 200 MB of Parquet an epoch's first block came af
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.data.columns import Columns, advice, cut, views
 from raytrainer.data.row_order import RowOrder
-from raytrainer.data.splitter import Reading, Splitter, blocks_of
+from raytrainer.data.splitter import Reading, Splitter
 from raytrainer.errors import ResourceError
+from raytrainer.private import ray_private
 
 if TYPE_CHECKING:
     from raytrainer.data.dataset import RayDataset
@@ -224,18 +224,14 @@ def _in_order(dataset: Any) -> Iterator[None]:
 def _prepare(
     source: RayDataset, dataset: Any, stage: str, remote: bool, taken: int
 ) -> tuple[KeptBlocks | StreamedBlocks, int]:
-    rows, size = None, dataset._logical_plan.dag.infer_metadata().size_bytes
+    kinds, rows, size = ray_private.plan_size(dataset)
     keep = source.keep_in_memory
-    if keep is None and not _operators(dataset._logical_plan.dag) <= _ONLY_READ:
+    if keep is None and (kinds is None or not kinds <= _ONLY_READ):
         keep = False
     # begun now, its actor's process starts while files are listed
     streamed = StreamedBlocks(source, stage, remote) if keep is False else None
-    try:
-        dataset, listed_rows, listed_size = _listed(_with_lasting_blocks(dataset))
-        rows = listed_rows if listed_rows is not None else dataset._meta_count()
-        size = listed_size if listed_size is not None else size
-    except (AttributeError, ImportError, TypeError, KeyError) as error:
-        log.debug("Ray Data's plans have changed; reading as they are", exc_info=error)
+    dataset, listed_rows, listed_size = ray_private.listed_once(ray_private.lasting_blocks(dataset))
+    rows, size = listed_rows if listed_rows is not None else rows, listed_size if listed_size is not None else size
     if source.columns is not None:
         dataset = dataset.select_columns(list(source.columns))
     if keep is None:
@@ -263,90 +259,8 @@ def _advise(stage: str, schema: Any) -> None:
 
 
 def _kept(source: RayDataset, dataset: Any) -> KeptBlocks:
-    found = list(blocks_of(dataset.iter_internal_ref_bundles()))
+    found = list(ray_private.internal_blocks(dataset))
     return KeptBlocks(source, [ref for ref, _ in found], [rows for _, rows in found])
-
-
-def _operators(plan: Any) -> set[str]:
-    """The kinds of all operators of a logical plan."""
-    return {type(plan).__name__}.union(*(_operators(other) for other in plan.input_dependencies))
-
-
-def _listed(dataset: Any) -> tuple[Any, int | None, int | None]:
-    """The dataset with its Parquet files listed once, instead of in every epoch; its rows and bytes, where known.
-
-    The default reader (`DataContext.use_datasource_v2`) lists files and reads footers at the start of each execution,
-    which takes seconds.
-    """
-    import ray
-    import ray.data
-    from ray.data._internal.logical.interfaces import LogicalPlan
-    from ray.data._internal.logical.operators import InputData
-
-    plan, rows, size = dataset._logical_plan.dag, 0, 0
-    kinds = _operators(plan)
-    if "ListFiles" not in kinds or "Limit" in kinds or "Filter" in kinds:  # these are told to the listing
-        return dataset, None, None
-
-    def once(operator: Any) -> Any:
-        nonlocal rows, size
-        if type(operator).__name__ != "ListFiles" or operator.shuffle_config_factory() is not None:
-            return operator
-        listing = ray.data.Dataset._from_parent(dataset, LogicalPlan(_with_few_actors(operator), dataset.context))
-        bundles = list(listing.iter_internal_ref_bundles())
-        for bundle in bundles:
-            for ref, _ in blocks_of(iter([bundle])):
-                for chunk in ray.get(ref)["__file_chunk_metadata"].to_pylist():
-                    rows, size = rows + chunk["num_rows"], size + chunk["uncompressed_size"]
-        return InputData(input_data=bundles)
-
-    plan = plan._apply_transform(once)
-    dataset = ray.data.Dataset._from_parent(dataset, LogicalPlan(plan, dataset.context))
-    exact = kinds <= {"ListFiles", "ReadFiles", "Project"} and getattr(plan, "block_udf", None) is None
-    return dataset, rows if exact and rows else None, size or None
-
-
-def _with_few_actors(operator: Any) -> Any:
-    """The operator that lists files, reading footers by an actor for every eight CPUs.
-
-    Ray Data starts 32 (and ends them), which takes a machine of two cores 2 s. Each reads the files of one batch at
-    once, so larger batches make up for fewer actors.
-    """
-    import ray
-
-    most = max(1, int(ray.cluster_resources().get("CPU", 1)) // 8)
-    indexer = copy.copy(operator.file_indexer)
-    usual = getattr(indexer, "_num_actors", 0)
-    if usual <= most:
-        return operator
-    indexer._num_actors = most
-    indexer._footer_batch_size = min(indexer._io_concurrency, indexer._footer_batch_size * usual // most)
-    return dataclasses.replace(operator, file_indexer=indexer)
-
-
-def _with_lasting_blocks(dataset: Any) -> Any:
-    """The dataset with as many blocks as its size asks for, not as the cluster's CPUs do.
-
-    A run that goes on in the middle of an epoch must meet the same blocks, also where there are fewer CPUs than before.
-    """
-    import ray.data
-    from ray.data._internal.logical.interfaces import LogicalPlan
-    from ray.data._internal.util import _autodetect_parallelism
-
-    context = dataset.context
-
-    def fixed(operator: Any) -> Any:
-        if type(operator).__name__ != "Read" or operator.parallelism != -1:
-            return operator
-        blocks, _, _ = _autodetect_parallelism(
-            -1, context.target_max_block_size, context, operator.datasource_or_legacy_reader, avail_cpus=1
-        )
-        return dataclasses.replace(operator, parallelism=blocks)
-
-    plan = dataset._logical_plan.dag
-    if "Read" not in _operators(plan):
-        return dataset
-    return ray.data.Dataset._from_parent(dataset, LogicalPlan(plan._apply_transform(fixed), context))
 
 
 def _smallest_store() -> float:

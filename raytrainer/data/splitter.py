@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +13,9 @@ from raytrainer.data.dealing import Dealer, Piece, mixed
 from raytrainer.data.remainder import Windows, left_over
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.private import ray_private
 
-__all__ = ["Reading", "Splitter", "blocks_of"]
+__all__ = ["Reading", "Splitter"]
 
 #: Blocks that a shuffle in windows holds, to draw the next one from.
 BLOCK_WINDOW = 4
@@ -71,8 +71,7 @@ class Splitter:
 
     def take(self, dataset: Any) -> None:
         """Say what is to be executed: a `ray.data.Dataset`."""
-        for name in ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # a note for every epoch
+        ray_private.quiet_data_logs()
         self.dataset = type(dataset).copy(dataset, _deep_copy=True)
         self.dataset.context.enable_progress_bars = False
         self.dataset.context.execution_options.preserve_order = True  # the same order for the same seed
@@ -155,7 +154,7 @@ class Splitter:
         dataset, drawn = self.dataset, derive_seed(wanted.seed, "shuffle", wanted.epoch)
         if wanted.shuffle is True:
             dataset = dataset.random_shuffle(seed=drawn % 2**32)
-        blocks = blocks_of(dataset.iter_internal_ref_bundles())
+        blocks = ray_private.internal_blocks(dataset)
         if not isinstance(wanted.shuffle, bool):
             blocks = mixed(blocks, BLOCK_WINDOW, drawn)
         pieces: Iterator[Piece[Any]] = (Piece(ref, 0, rows) for ref, rows in blocks)
@@ -163,12 +162,3 @@ class Splitter:
             orders = [Windows(wanted.shuffle, self.batch_size, wanted.seed, wanted.epoch, i) for i in range(count)]
             pieces = left_over(pieces, batches, self.batch_size, self.drop_last, orders)
         return pieces
-
-
-def blocks_of(bundles: Iterator[Any]) -> Iterator[tuple[Any, int]]:
-    """References to blocks, with their rows."""
-    for bundle in bundles:
-        for entry in bundle.blocks:
-            ref, metadata = (entry.ref, entry.metadata) if hasattr(entry, "ref") else entry
-            if metadata.num_rows:
-                yield ref, metadata.num_rows

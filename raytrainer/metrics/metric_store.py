@@ -10,102 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import MetricError
 from raytrainer.messages import LogCall, MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.metrics.fetching import begin_fetch
 from raytrainer.metrics.metric_objects import is_metric, path_of, reset, step_value
+from raytrainer.metrics.metric_slots import NEUTRAL, Ledger, LogOptions, Slot, spec_for
 
 __all__ = ["MetricStore"]
-
-_STEP_HOOKS = frozenset(
-    [
-        "on_before_backward",
-        "backward",
-        "on_after_backward",
-        "on_before_optimizer_step",
-        "optimizer_step",
-        "configure_gradient_clipping",
-        "on_before_zero_grad",
-        "optimizer_zero_grad",
-        "on_train_batch_start",
-        "on_train_batch_end",
-        "training_step",
-        "training_step_end",
-    ]
-)
-_BATCH_HOOKS = frozenset(
-    [
-        "on_validation_batch_start",
-        "on_validation_batch_end",
-        "on_test_batch_start",
-        "on_test_batch_end",
-        "validation_step",
-        "validation_step_end",
-        "test_step",
-        "test_step_end",
-    ]
-)
-_EPOCH_HOOKS = frozenset(
-    [
-        "on_train_start",
-        "on_train_epoch_start",
-        "on_train_epoch_end",
-        "on_validation_start",
-        "on_validation_epoch_start",
-        "on_validation_epoch_end",
-        "on_test_start",
-        "on_test_epoch_start",
-        "on_test_epoch_end",
-    ]
-)
-_REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
-
-#: What changes no reduced value.
-_NEUTRAL = {"min": float("inf"), "max": float("-inf")}
-
-
-class _Slot:
-    """One name in one hook: how it is treated, its latest value, and the values of the epoch not yet fetched."""
-
-    __slots__ = (
-        "arguments",
-        "custom",
-        "folded",
-        "fx",
-        "kept",
-        "last",
-        "logged",
-        "metric",
-        "moment",
-        "pending",
-        "recent",
-        "spec",
-        "total",
-        "weight",
-    )
-
-    def __init__(self, spec: MetricSpec, arguments: tuple[Any, ...] | None, fx: Any) -> None:
-        self.spec, self.arguments, self.fx = spec, arguments, fx
-        self.last: Any = None  # latest step value
-        self.moment = -1  # batch in which it was logged
-        self.pending: list[Any] = []  # values of this epoch, on the device
-        self.recent = 0  # how many of these are of that batch
-        self.weight: list[int] = []  # their batch sizes
-        self.folded: list[float] = []  # [total, weight] of values fetched before
-        self.metric: Any = None  # the torchmetrics object that is logged here
-        self.logged = False  # it has been, in this epoch
-        self.custom: list[float] = []  # all values fetched before, for a custom reduction
-
-
-class _Ledger:
-    """Slots by (hook, name, loader), and rows kept for the loggers: (step, epoch, [(name, value)])."""
-
-    def __init__(self) -> None:
-        self.slots: dict[tuple[str | None, str, int | None], _Slot] = {}
-        self.rows: list[tuple[int, int, list[tuple[str, Any]]]] = []
 
 
 class MetricStore:
@@ -127,7 +41,7 @@ class MetricStore:
         self._begun: list[Callable[[], MetricReport]] = []  # what is being fetched, in order
         # a point in the device's work, as a function that waits for it
         self.mark: Callable[[], Callable[[], None]] = lambda: lambda: None
-        self._ledgers = {"train": _Ledger(), "evaluate": _Ledger()}
+        self._ledgers = {"train": Ledger(), "evaluate": Ledger()}
         self._current = self._ledgers["train"]
         self.switch("train")
 
@@ -158,7 +72,7 @@ class MetricStore:
             self._reset_metrics(ledger)
 
     @staticmethod
-    def _reset_metrics(ledger: _Ledger) -> None:
+    def _reset_metrics(ledger: Ledger) -> None:
         for slot in ledger.slots.values():
             if slot.metric is not None:
                 reset(slot.metric)
@@ -188,25 +102,18 @@ class MetricStore:
         self,
         name: str,
         value: Any,
-        prog_bar: bool,
-        logger: bool | None,
-        on_step: bool | None,
-        on_epoch: bool | None,
-        reduce_fx: Any,
-        sync_dist: bool,
-        sync_dist_group: Any,
-        add_dataloader_idx: bool,
-        batch_size: int | None,
-        rank_zero_only: bool,
+        options: LogOptions,
+        batch_size: int | None = None,
+        sync_dist_group: Any = None,
     ) -> None:
         """See `Module.log`."""
+        add_dataloader_idx, rank_zero_only = options[-2:]
         # without the loader in its name, a metric is one over all loaders
         loader = self.loader_idx if add_dataloader_idx else None
         slot = self._slots.get((self.hook, name, loader))
-        arguments = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
-        if slot is None or slot.arguments is None:
-            slot = self._new_slot(name, arguments, sync_dist_group)
-        elif slot.arguments != arguments:
+        if slot is None or slot.options is None:
+            slot = self._new_slot(name, options, sync_dist_group)
+        elif slot.options != options:
             raise MetricError(
                 f"self.log({name!r}, ...) was called in {self.hook} with other options than before; use the same "
                 f"options, or another name."
@@ -237,7 +144,7 @@ class MetricStore:
             slot.weight.append(batch_size)
             slot.recent += 1
 
-    def _note_metric(self, slot: _Slot, name: str, metric: Any) -> None:
+    def _note_metric(self, slot: Slot, name: str, metric: Any) -> None:
         """A torchmetrics object: its step value is what it has returned last; its epoch value is asked of it later."""
         if slot.metric is None:
             self._refuse_shared(name, metric)
@@ -275,49 +182,16 @@ class MetricStore:
             )
         return float(value)
 
-    def _new_slot(self, name: str, arguments: tuple[Any, ...], sync_dist_group: Any) -> _Slot:
-        prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only = arguments
-        hook = self.hook
-        if hook in _STEP_HOOKS:
-            step, epoch = True, False
-        elif hook in _BATCH_HOOKS:
-            step, epoch = False, True
-        elif hook in _EPOCH_HOOKS:
-            step, epoch = False, True
-            if on_step:
-                raise MetricError(f"self.log({name!r}, ..., on_step=True) in {hook}: there is no step in it.")
-        else:
-            raise MetricError(
-                f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps and in the "
-                f"hooks around batches and epochs."
-            )
-        if on_step is not None and on_epoch is None:
-            epoch = epoch if on_step else True
-        step = step if on_step is None else on_step
-        epoch = epoch if on_epoch is None else on_epoch
-        if not step and not epoch:
-            raise MetricError(f"self.log({name!r}, ..., on_step=False, on_epoch=False) has no effect; set one to True.")
-        if not isinstance(name, str) or not name:
-            raise MetricError(f"self.log({name!r}, ...): give a name.")
+    def _new_slot(self, name: str, options: LogOptions, sync_dist_group: Any) -> Slot:
         if sync_dist_group is not None:
             raise MetricError(f"self.log({name!r}, ..., sync_dist_group=...): metrics are reduced over all workers.")
-        reduction = "custom" if callable(reduce_fx) else _REDUCTIONS.get(str(reduce_fx).lower())
-        if reduce_fx in (torch.mean, torch.sum, torch.min, torch.max, torch.amin, torch.amax):
-            reduction = reduce_fx.__name__.replace("amin", "min").replace("amax", "max")
-        if reduction is None:
-            raise MetricError(
-                f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}): give one of {sorted(_REDUCTIONS)}, or a function."
-            )
-        loader = self.loader_idx if add_dataloader_idx else None
-        full = name if loader is None else f"{name}/dataloader_idx_{loader}"
-        shown = logger is not False
-        once = self._whole is not None
-        spec = MetricSpec(full, step, epoch, prog_bar, shown, sync_dist, reduction, rank_zero_only, loader, once)
-        slot = _Slot(spec, arguments, reduce_fx if reduction == "custom" else None)
-        restored = self._slots.get((hook, name, loader))
+        loader = self.loader_idx if options[-2] else None
+        spec = spec_for(name, options, self.hook, loader, once_per_node=self._whole is not None)
+        slot = Slot(spec, options, options[4] if spec.reduce == "custom" else None)
+        restored = self._slots.get((self.hook, name, loader))
         if restored is not None:
             slot.folded, slot.custom = restored.folded, restored.custom
-        self._slots[hook, name, loader] = slot
+        self._slots[self.hook, name, loader] = slot
         return slot
 
     def note_row(self, step: int, epoch: int) -> None:
@@ -365,7 +239,7 @@ class MetricStore:
         self._rows.clear()
         self._samples = []
         values = [value for _, _, row in rows for _, value in row]
-        taken: list[tuple[_Slot, bool, list[int]]] = []
+        taken: list[tuple[Slot, bool, list[int]]] = []
         for slot in self._slots.values():
             taken.append((slot, slot.last is not None, slot.weight))
             if slot.last is not None:
@@ -387,7 +261,7 @@ class MetricStore:
                     if self._tells_steps(slot.spec):
                         report.step[slot.spec.name] = last
                 if weights:
-                    self._fold(slot, [next(numbers) for _ in weights], weights)
+                    slot.fold([next(numbers) for _ in weights], weights)
             return report
 
         self._begun.append(taken_up)
@@ -405,93 +279,25 @@ class MetricStore:
                 total, weight = slot.folded or (0.0, 0.0)
                 share = Partial(total, weight, tuple(slot.custom), slot.fx)
                 if not self._counts(spec):
-                    share = Partial(_NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
+                    share = Partial(NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
                 report.epoch[spec.name] = share
                 slot.folded, slot.custom = [], []
-
-    def sums(self) -> list[dict[str, Any]]:
-        """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
-        return [
-            {
-                "key": list(key),
-                "spec": vars(slot.spec).copy(),
-                "folded": list(slot.folded),
-                "custom": list(slot.custom),
-            }
-            for key, slot in self._ledgers["train"].slots.items()
-            if slot.folded or slot.custom or slot.logged
-        ]
 
     def take_sums(self, saved: list[dict[str, Any]]) -> None:
         """Go on from sums that `sums` gave."""
         self.clear()
         for item in saved:
             hook, name, loader_idx = item["key"]
-            slot = _Slot(MetricSpec(**item["spec"]), None, None)
+            slot = Slot(MetricSpec(**item["spec"]), None, None)
             slot.folded, slot.custom = list(item["folded"]), list(item["custom"])
             if slot.spec.metric is not None:
                 slot.metric, slot.logged = self.root.get_submodule(slot.spec.metric), True
             self._slots[hook, name, loader_idx] = slot
 
+    def sums(self) -> list[dict[str, Any]]:
+        """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
+        return self._ledgers["train"].sums()
+
     def local_values(self) -> dict[str, float]:
         """This worker's own epoch values so far; call after `report`."""
-        values = {}
-        for slot in self._slots.values():
-            if slot.folded:
-                total, weight = slot.folded
-                mean = slot.spec.reduce == "mean"
-                values[slot.spec.name] = values[slot.spec.epoch_name] = total / weight if mean and weight else total
-        return values
-
-    @staticmethod
-    def _fold(slot: _Slot, values: list[float], weights: list[int]) -> None:
-        reduce = slot.spec.reduce
-        if reduce == "custom":
-            slot.custom += values
-        else:
-            total, weight = slot.folded or (None, 0.0)
-            if reduce == "mean":
-                total = (total or 0.0) + sum(v * w for v, w in zip(values, weights, strict=True))
-            elif reduce == "sum":
-                total = (total or 0.0) + sum(values)
-            else:
-                pick = min if reduce == "min" else max
-                total = pick(values) if total is None else pick(total, *values)
-            slot.folded = [total, weight + sum(weights)]
-
-
-def begin_fetch(values: Sequence[Any]) -> Callable[[], list[float]]:
-    """Have numbers and scalar tensors fetched; what this returns waits for that, and gives them as floats, in order.
-
-    Tensors of one device and type travel together, and a GPU's beside what it is given to do later.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            groups.setdefault((value.device, value.dtype), []).append(index)
-    travelling = [
-        (indices, *_to_host(torch.stack([values[i] for i in indices]), device))
-        for (device, _), indices in groups.items()
-    ]
-
-    def fetched() -> list[float]:
-        floats = list(values)
-        for indices, arrived, numbers in travelling:
-            if arrived is not None:
-                arrived.synchronize()
-            for index, number in zip(indices, numbers.tolist(), strict=True):
-                floats[index] = number
-        return [float(value) for value in floats]
-
-    return fetched
-
-
-def _to_host(tensor: Tensor, device: torch.device) -> tuple[torch.cuda.Event | None, Tensor]:
-    """A tensor that will be in main memory once the event, if there is one, has come."""
-    if device.type != "cuda":
-        return None, tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(device))
-    return arrived, host
+        return self._current.local_values()

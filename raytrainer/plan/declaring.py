@@ -35,16 +35,16 @@ def arguments(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
 
 
-def checked(given: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """The values of arguments that `kind` declares with a check, each in its normal form.
+def checked(given: Mapping[str, Any], kind: type[Any], beyond: type[Any] | None = None) -> dict[str, Any]:
+    """The values of arguments that `kind` declares with a check (beyond those of a base), each in its normal form.
 
     Raises:
         ConfigurationError: A value is not allowed.
     """
-    found = {}
+    found, others = {}, set() if beyond is None else {declared.name for declared in fields(beyond)}
     for declared in fields(kind):
         check = declared.metadata.get("check")
-        if check is not None:
+        if check is not None and declared.name not in others:
             found[declared.name] = check(declared.name, given[declared.name], **declared.metadata["options"])
     return found
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
+from raytrainer.private.torch_private import fix_buckets
 from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["ReplicatedStrategy"]
@@ -92,7 +93,7 @@ class ReplicatedStrategy(Strategy):
         fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters
         self._ddp = DistributedDataParallel(_Step(module, step, backwards=fixed), **self.settings.options)
         if fixed:
-            _fix_buckets(self._ddp)
+            fix_buckets(self._ddp)
         if self.settings.gradient_compression is not None:
             self._ddp.register_comm_hook(None, _COMPRESSION[self.settings.gradient_compression])
         ddp = self._ddp
@@ -150,17 +151,6 @@ class ReplicatedStrategy(Strategy):
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
-
-
-def _fix_buckets(ddp: DistributedDataParallel) -> None:
-    """Give gradients their places in buckets now rather than after the first backward pass, as DDP does.
-
-    A run that resumes would otherwise have its first step with other places than the run that it continues, and sums
-    that differ in their last bit. They lie in the order of DDP's numbers, which is the one in which gradients usually
-    come.
-    """
-    ddp.reducer._push_all_rebuilt_params()
-    ddp.reducer._rebuild_buckets()
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from raytrainer.module import Module
+from raytrainer.private.torch_private import compile_call, drop_compiled, is_compiled
 
 __all__ = ["compile_module", "parts_to_compile"]
 
@@ -27,7 +27,7 @@ def parts_to_compile(module: Module) -> list[nn.Module]:
     for child in module.children():
         children += child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
     parts = [*own, *(child for child in children if any(True for _ in child.parameters()))]
-    return [part for part in parts if part._compiled_call_impl is None]
+    return [part for part in parts if not is_compiled(part)]
 
 
 def compile_module(module: Module, options: dict[str, Any]) -> Callable[[], None]:
@@ -43,7 +43,7 @@ def compile_module(module: Module, options: dict[str, Any]) -> Callable[[], None
 
     def undo() -> None:
         for part in parts:
-            part.__dict__.pop("_compiled_call_impl", None)
+            drop_compiled(part)
 
     return undo
 
@@ -52,12 +52,4 @@ def _compile(part: nn.Module, options: dict[str, Any]) -> None:
     if not type(part).forward.__module__.startswith("torch."):
         part.compile(**options)
         return
-    # dynamo begins no graph in torch's own code, such as nn.Sequential's forward: it needs a frame outside
-    plain = part._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs)
-
-    # a code object for each part, since dynamo keeps a limited number of graphs by code object
-    call.__code__ = call.__code__.replace()
-    part._compiled_call_impl = torch.compile(call, **options)
+    compile_call(part, options)

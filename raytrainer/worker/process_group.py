@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from raytrainer.plan.ranks import Ranks
+from raytrainer.private.torch_private import set_group_timeout
 
 __all__ = ["ProcessGroup", "interface_of", "make_store"]
 
@@ -125,7 +125,7 @@ class ProcessGroup:
             return
         groups = {group for group in (dist.group.WORLD, self.control, *(self._of_node or ())) if group is not None}
         for group in groups:
-            _set_pg_timeout(timedelta(seconds=seconds), group)
+            set_group_timeout(group, seconds)
         self.timeout = seconds
 
     def close(self) -> None:

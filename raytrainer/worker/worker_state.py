@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.checkpoint import load_into
+from raytrainer.checkpoints.weights import load_into
 from raytrainer.errors import CheckpointError
 from raytrainer.metrics.metric_objects import load_states, states_of
 from raytrainer.seeding import capture_rng

@@ -6,7 +6,8 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, EMAWeightAveraging, OnExceptionCheckpoint
-from raytrainer.checkpoint import checkpoint_exists, read_checkpoint
+from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+from raytrainer.checkpoints.places import checkpoint_exists
 
 
 @pytest.fixture(scope="module")

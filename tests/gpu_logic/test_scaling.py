@@ -326,6 +326,6 @@ def test_true_precision_keeps_integers_and_complex_numbers(precision, dtype):
     module = Tiny()
     module.register_buffer("count", torch.arange(3))
     module.register_buffer("phase", torch.ones(2, dtype=torch.complex64) * 1j)
-    Precision(checks.precision(precision), CPU).convert_module(module)
+    Precision(checks.precision("precision", precision), CPU).convert_module(module)
     assert module.dtype == dtype and module.count.dtype == torch.int64
     assert torch.equal(module.phase, torch.ones(2, dtype=torch.complex64) * 1j)

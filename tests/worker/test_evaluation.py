@@ -40,7 +40,7 @@ def drive(worker: Worker, stage: str, chunk: int) -> tuple[dict[str, float], lis
         if report.done:
             break
     end = worker.end_evaluation().metrics
-    worker.finish_in_place(False)
+    worker.finish(False)
     values = {name: reduce_partials(end.specs[name].reduce, [partial]) for name, partial in end.epoch.items()}
     return values, predictions, calls
 
@@ -86,7 +86,7 @@ def test_a_value_of_the_whole_epoch_has_weight_one(chunk):
     while not worker.evaluate(chunk).done:
         pass
     assert worker.end_evaluation().metrics.epoch["end"].weight == 1
-    worker.finish_in_place(False)
+    worker.finish(False)
 
 
 @pytest.mark.parametrize(("limit", "lengths"), [(1.0, [3, 3]), (2, [2, 2]), (0.34, [1, 1]), (50, [3, 3])])

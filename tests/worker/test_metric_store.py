@@ -20,12 +20,12 @@ def log(store: MetricStore, name: str, value: Any, **options: Any) -> None:
         "on_epoch": None,
         "reduce_fx": "mean",
         "sync_dist": False,
-        "sync_dist_group": None,
         "add_dataloader_idx": True,
-        "batch_size": None,
         "rank_zero_only": False,
     }
-    store.log(name, value, **{**defaults, **options})
+    others = {key: options.pop(key) for key in ("batch_size", "sync_dist_group") if key in options}
+    assert options.keys() <= defaults.keys()
+    store.log(name, value, tuple({**defaults, **options}.values()), **others)
 
 
 def make(hook: str = "training_step", rank: int = 0, every: int = 1) -> MetricStore:

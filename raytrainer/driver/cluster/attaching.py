@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrainer.driver.cluster.shipping import runtime_environment
 from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.private import ray_private
 
 __all__ = ["answers", "attach", "host_and_port"]
 
@@ -72,11 +73,8 @@ def answers(host: str, port: int, seconds: float) -> bool:
 
 def _is_member() -> bool:
     """Whether a node of any cluster runs here, as far as can be seen: a container may hide it."""
-    try:
-        from ray._private.services import find_gcs_addresses
-    except ImportError:
-        return True
-    return bool(find_gcs_addresses())
+    found = ray_private.members_addresses()
+    return found is None or bool(found)
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
@@ -97,16 +95,6 @@ def _token() -> tuple[str, str]:
         return "", str(path)
 
 
-def _send_token() -> None:
-    """Without this, Ray keeps a token to itself."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    from ray import _raylet
-
-    config: Any = getattr(_raylet, "Config", None)
-    if config is not None:
-        config.initialize("")  # it has read the environment when it was imported
-
-
 def _authenticate(address: str, place: tuple[str, int]) -> None:
     """Send a token where one is asked for, and only there.
 
@@ -120,7 +108,7 @@ def _authenticate(address: str, place: tuple[str, int]) -> None:
     if not _asks_for_token(address, place, token if sends else ""):
         return
     if not sends and token and "RAY_AUTH_MODE" not in os.environ:
-        _send_token()
+        ray_private.send_token()
         sends = True
         if not _asks_for_token(address, place, token):
             return

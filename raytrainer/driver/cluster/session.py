@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrainer.driver.cluster.attaching import answers, attach, host_and_port
 from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.private import ray_private
 
 __all__ = [
     "Cluster",
@@ -29,9 +30,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("raytrainer")
-
-#: Seconds that a cluster has to say what is waiting in it.
-PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,7 @@ def _start(workers: int) -> None:
 
 def _running_here() -> str | None:
     """The address of the cluster that `ray start` has started or joined on this machine, if it still answers."""
-    from ray._private.utils import read_ray_address
-
-    address = str(read_ray_address() or "")
+    address = ray_private.running_address()
     place = host_and_port(address)
     # what has ended may have left its address behind
     return address if place is not None and answers(*place, 1.0) else None
@@ -162,7 +158,7 @@ def place_name() -> str:
     from ray.util.client import ray as client
 
     if client.is_connected():
-        return f"ray://{client.get_context().client_worker._conn_str}"
+        return f"ray://{ray_private.client_address(client)}"
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -190,13 +186,12 @@ def free_by_node(name: str) -> dict[str, float]:
     import ray
     from ray.util.client import ray as client
 
-    def ask() -> dict[str, dict[str, float]]:
-        from ray._private.state import available_resources_per_node
-
-        return dict(available_resources_per_node())
-
     # a client knows but the sums; the cluster's own processes know more
-    nodes = ray.get(ray.remote(num_cpus=0)(ask).remote()) if client.is_connected() else ask()
+    nodes = (
+        ray.get(ray.remote(num_cpus=0)(ray_private.free_on_nodes).remote())
+        if client.is_connected()
+        else ray_private.free_on_nodes()
+    )
     return {node: float(resources.get(name, 0.0)) for node, resources in nodes.items()}
 
 
@@ -207,9 +202,7 @@ def may_grow() -> bool:
 
 def started_here() -> bool:
     """Whether the Ray in use was started by this very process."""
-    from ray._private import worker
-
-    return bool(getattr(getattr(worker, "_global_node", None), "head", False))
+    return ray_private.started_by_this_process()
 
 
 def somebody_waits(kinds: Set[str]) -> bool:
@@ -217,32 +210,19 @@ def somebody_waits(kinds: Set[str]) -> bool:
 
     What no node has, or has but for others, does not count. False where Ray does not tell: to a Ray Client, say.
     """
-    from ray._private import worker
-
-    try:
-        from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
-
-        answer = worker.global_worker.gcs_client.get_cluster_resource_state(timeout_s=PATIENCE)
-        state = GetClusterResourceStateReply.FromString(answer).cluster_resource_state
-        # empty for dead ones
-        nodes = [(dict(node.total_resources), dict(node.available_resources)) for node in state.node_states]
-        asked = [[one.request] for one in state.pending_resource_requests]
-        for gang in state.pending_gang_resource_requests:
-            asked.append(gang.requests or [one for some in gang.bundle_selectors for one in some.resource_requests])
-        wanted = [[dict(one.resources_bundle) for one in requests] for requests in asked]
-    except Exception as error:
-        log.debug("Ray does not tell what waits for resources", exc_info=error)
+    found = ray_private.demand()
+    if found is None:
         return False
 
     def could_be_had(bundle: dict[str, float]) -> bool:
         return any(
             all((total if name in kinds else free).get(name, 0.0) >= amount for name, amount in bundle.items())
-            for total, free in nodes
+            for total, free in found.nodes
         )
 
     return any(
         any(kinds & bundle.keys() for bundle in bundles) and all(could_be_had(bundle) for bundle in bundles)
-        for bundles in wanted
+        for bundles in found.waiting
     )
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.private import ray_private
 
 __all__ = ["runtime_environment", "script_directory"]
 
@@ -76,7 +75,7 @@ def _refuse_large(folder: Path) -> None:
             raise _TooLarge
 
     try:
-        _visit(folder, count)
+        ray_private.visit_shipped(folder, EXCLUDES, count)
     except _TooLarge:
         largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in sizes.most_common(3))
         raise ConfigurationError(
@@ -85,14 +84,3 @@ def _refuse_large(folder: Path) -> None:
             f".rayignore; or say what to ship: Trainer(runtime_env={{'working_dir': ..., 'excludes': [...]}}), or "
             f"{{'py_modules': [...]}}; runtime_env={{}} ships nothing."
         ) from None
-
-
-def _visit(folder: Path, handler: Callable[[Path], None]) -> None:
-    """Call the handler with each path that Ray would ship. It is Ray that knows, so it is Ray's own walk."""
-    try:
-        from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-    except ImportError:
-        return  # then Ray's own limit is the only one
-    options = {"include_gitignore": True} if "include_gitignore" in signature(_dir_travel).parameters else {}
-    silent = logging.Logger("silent", logging.CRITICAL + 1)  # it would tell of the handler's exception
-    _dir_travel(folder, [_get_excludes(folder, EXCLUDES)], handler, logger=silent, **options)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
-from raytrainer.checkpoint import CheckpointPath, RayCheckpoint, find_checkpoints, read_checkpoint
+from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+from raytrainer.checkpoints.places import CheckpointPath, RayCheckpoint, find_checkpoints
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers import Logger
 

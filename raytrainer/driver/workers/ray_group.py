@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -17,18 +17,17 @@ from raytrainer.driver.cluster.placement import Request
 from raytrainer.driver.cluster.reservation import place
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.task_pickling import pickle_task
 from raytrainer.errors import (
-    CheckpointError,
     ConfigurationError,
-    StateLostError,
 )
 from raytrainer.messages import SetupReport
-from raytrainer.packing import pack, unpack
+from raytrainer.packing import pack
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences
 from raytrainer.task import Task
-from raytrainer.worker.actor.actor import ASIDE, Failure, Place, RemoteWorker, StagingWorker, own_versions
+from raytrainer.worker.actor.actor import ASIDE, Place, RemoteWorker, StagingWorker, own_versions
 from raytrainer.worker.verbs import Verb, Wait, verb_of
 from raytrainer.worker.worker import Worker
 
@@ -62,7 +61,6 @@ class RayGroup:
     def __init__(self, request: Request, timeout: float = 60.0) -> None:
         self.request = request
         self.size = request.nodes * request.per_node
-        self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
         self._resting: list[Any] = []  # answered when nothing is left of the latest run
         self.session = ray.get_runtime_context().gcs_address
         self.broken = False
@@ -71,6 +69,7 @@ class RayGroup:
         self.outputs: list[str | None] = [None] * self.size
         self.places: list[Place] = []
         self._answers = Answers(self)
+        self._captures: RayCaptures | None = None  # once there are workers
         self._slots = place(request, timeout)
         try:
             self._start()
@@ -105,6 +104,7 @@ class RayGroup:
         self._actors = [self._actors[i] for i in order]
         self.places = [places[i] for i in order]
         self.ranks = assign_ranks([place.node_id for place in self.places])
+        self._captures = RayCaptures(self, self._actors, self._answers, self.stages)
         self._compare_versions()
         self._join()
 
@@ -203,59 +203,9 @@ class RayGroup:
         return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 
     def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        """Have the state copied into Ray's shared memory; return what fetches it from there.
-
-        The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
-        a second node holds one too.
-        """
-        if not self.stages:
-            refs = [actor.capture.remote(weights_only) for actor in self._actors]
-            self._wait_for_copies([own for own, _ in refs])
-            return lambda: self._fetch(refs)
-        # one state at a time, so that memory stays bounded
-        self._wait_for_copies(self._handing)
-        own = [actor.stage.remote(weights_only) for actor in self._actors]
-        self._wait_for_copies(own)
-        handed = [actor.hand_over.remote() for actor in self._actors]
-        self._handing = [done for _, done in handed]
-        refs = [(mine, common) for mine, (common, _) in zip(own, handed, strict=True)]
-        return lambda: self._fetch(refs)
-
-    def _wait_for_copies(self, refs: Sequence[Any]) -> None:
-        self._answers.all(refs, Wait.TRAINING.seconds(self.hang_timeout), "hang_timeout")
-
-    def _fetch(self, refs: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-        """Every worker's part of a state: (its own, the common one).
-
-        Raises:
-            StateLostError: A worker died before it had handed over its own part, or all copies of the common one are
-                gone.
-        """
-        parts = []
-        for rank, (own, common) in enumerate(refs):
-            try:
-                part = ray.get(own)
-            except RayError as error:
-                raise self._lost(f"rank {rank} had not yet handed over its part of the state ({error})") from None
-            if isinstance(part, Failure):
-                raise self._lost(f"rank {rank}'s part of the state: {part.message}")
-            found = {} if part is None else {"own": unpack(part)}
-            try:
-                rest = ray.get(common)
-                if isinstance(rest, Failure):
-                    raise self._lost(f"rank {rank}'s part of the state: {rest.message}")
-                found |= unpack(rest)
-            except RayTaskError as error:
-                raise CheckpointError(f"rank {rank} cannot hand over its state: {error}") from None
-            except RayError:
-                log.info("The state that rank %d kept is gone with its node; another has one too.", rank)
-            parts.append(found)
-        if not any("state_dict" in part for part in parts):
-            raise self._lost("all copies of the state are gone")
-        return parts
-
-    def _lost(self, reason: str) -> StateLostError:
-        return StateLostError(reason, lambda: self.broken)
+        """See `RayCaptures.capture`."""
+        assert self._captures is not None
+        return self._captures.capture(weights_only)
 
     # ---------------------------------------------------------------- end
 
@@ -289,9 +239,8 @@ class RayGroup:
         if not self._ray_is_there():
             return  # it went with its Ray
         try:
-            if self._handing:  # workers that live still hand over the newest state, whatever else they wait for
-                with contextlib.suppress(RayError):
-                    ray.wait(self._handing, num_returns=len(self._handing), timeout=PATIENCE)
+            if self._captures is not None:
+                self._captures.wait_handed_over(PATIENCE)
         finally:
             for actor in getattr(self, "_actors", []):
                 with contextlib.suppress(RayError):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
-import ray
+from raytrainer.private.ray_private import log_folder
 
 __all__ = ["Output"]
 
@@ -30,7 +29,7 @@ class Output:
 
     def keep(self, rank: int) -> str:
         """Send everything that follows, native libraries' output too, to a file; return its path."""
-        folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "raytrainer"
+        folder = log_folder() / "raytrainer"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = str(folder / f"rank{rank}-{os.getpid()}.log")
         self._flush()

@@ -1,0 +1,182 @@
+"""What a worker keeps of each name that is logged, and what the options of `self.log` mean in each hook."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from raytrainer.errors import MetricError
+from raytrainer.messages import MetricSpec
+
+__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "spec_for"]
+
+#: The options of `Module.log` that must be the same in each call, in this order: prog_bar, logger, on_step, on_epoch,
+#: reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only. A plain tuple, since each call makes and compares one.
+LogOptions: TypeAlias = tuple[bool, bool | None, bool | None, bool | None, Any, bool, bool, bool]
+
+_STEP_HOOKS = frozenset(
+    [
+        "on_before_backward",
+        "backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "optimizer_step",
+        "configure_gradient_clipping",
+        "on_before_zero_grad",
+        "optimizer_zero_grad",
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "training_step",
+        "training_step_end",
+    ]
+)
+_BATCH_HOOKS = frozenset(
+    [
+        "on_validation_batch_start",
+        "on_validation_batch_end",
+        "on_test_batch_start",
+        "on_test_batch_end",
+        "validation_step",
+        "validation_step_end",
+        "test_step",
+        "test_step_end",
+    ]
+)
+_EPOCH_HOOKS = frozenset(
+    [
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_validation_start",
+        "on_validation_epoch_start",
+        "on_validation_epoch_end",
+        "on_test_start",
+        "on_test_epoch_start",
+        "on_test_epoch_end",
+    ]
+)
+_REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
+
+#: What changes no reduced value.
+NEUTRAL = {"min": float("inf"), "max": float("-inf")}
+
+
+class Slot:
+    """One name in one hook: how it is treated, its latest value, and the values of the epoch not yet fetched."""
+
+    __slots__ = (
+        "custom",
+        "folded",
+        "fx",
+        "kept",
+        "last",
+        "logged",
+        "metric",
+        "moment",
+        "options",
+        "pending",
+        "recent",
+        "spec",
+        "total",
+        "weight",
+    )
+
+    def __init__(self, spec: MetricSpec, options: LogOptions | None, fx: Any) -> None:
+        self.spec, self.options, self.fx = spec, options, fx
+        self.last: Any = None  # latest step value
+        self.moment = -1  # batch in which it was logged
+        self.pending: list[Any] = []  # values of this epoch, on the device
+        self.recent = 0  # how many of these are of that batch
+        self.weight: list[int] = []  # their batch sizes
+        self.folded: list[float] = []  # [total, weight] of values fetched before
+        self.metric: Any = None  # the torchmetrics object that is logged here
+        self.logged = False  # it has been, in this epoch
+        self.custom: list[float] = []  # all values fetched before, for a custom reduction
+
+    def fold(self, values: list[float], weights: list[int]) -> None:
+        """Take values that have been fetched, with their batch sizes, into the epoch's."""
+        reduce = self.spec.reduce
+        if reduce == "custom":
+            self.custom += values
+        else:
+            total, weight = self.folded or (None, 0.0)
+            if reduce == "mean":
+                total = (total or 0.0) + sum(v * w for v, w in zip(values, weights, strict=True))
+            elif reduce == "sum":
+                total = (total or 0.0) + sum(values)
+            else:
+                pick = min if reduce == "min" else max
+                total = pick(values) if total is None else pick(total, *values)
+            self.folded = [total, weight + sum(weights)]
+
+
+class Ledger:
+    """Slots by (hook, name, loader), and rows kept for the loggers: (step, epoch, [(name, value)])."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[str | None, str, int | None], Slot] = {}
+        self.rows: list[tuple[int, int, list[tuple[str, Any]]]] = []
+
+    def sums(self) -> list[dict[str, Any]]:
+        """The epoch's sums so far as plain values."""
+        return [
+            {
+                "key": list(key),
+                "spec": vars(slot.spec).copy(),
+                "folded": list(slot.folded),
+                "custom": list(slot.custom),
+            }
+            for key, slot in self.slots.items()
+            if slot.folded or slot.custom or slot.logged
+        ]
+
+    def local_values(self) -> dict[str, float]:
+        """This worker's own epoch values so far."""
+        values = {}
+        for slot in self.slots.values():
+            if slot.folded:
+                total, weight = slot.folded
+                mean = slot.spec.reduce == "mean"
+                values[slot.spec.name] = values[slot.spec.epoch_name] = total / weight if mean and weight else total
+        return values
+
+
+def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | None, once_per_node: bool) -> MetricSpec:
+    """What `self.log(name, ..., **options)` in a hook asks for.
+
+    Raises:
+        MetricError: The hook allows no logging, or the options contradict it.
+    """
+    prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, _, rank_zero_only = options
+    if hook in _STEP_HOOKS:
+        step, epoch = True, False
+    elif hook in _BATCH_HOOKS:
+        step, epoch = False, True
+    elif hook in _EPOCH_HOOKS:
+        step, epoch = False, True
+        if on_step:
+            raise MetricError(f"self.log({name!r}, ..., on_step=True) in {hook}: there is no step in it.")
+    else:
+        raise MetricError(
+            f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps and in the "
+            f"hooks around batches and epochs."
+        )
+    if on_step is not None and on_epoch is None:
+        epoch = epoch if on_step else True
+    step = step if on_step is None else on_step
+    epoch = epoch if on_epoch is None else on_epoch
+    if not step and not epoch:
+        raise MetricError(f"self.log({name!r}, ..., on_step=False, on_epoch=False) has no effect; set one to True.")
+    if not isinstance(name, str) or not name:
+        raise MetricError(f"self.log({name!r}, ...): give a name.")
+    reduction = "custom" if callable(reduce_fx) else _REDUCTIONS.get(str(reduce_fx).lower())
+    if reduce_fx in (torch.mean, torch.sum, torch.min, torch.max, torch.amin, torch.amax):
+        reduction = reduce_fx.__name__.replace("amin", "min").replace("amax", "max")
+    if reduction is None:
+        raise MetricError(
+            f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}): give one of {sorted(_REDUCTIONS)}, or a function."
+        )
+    full = name if loader is None else f"{name}/dataloader_idx_{loader}"
+    shown = logger is not False
+    return MetricSpec(full, step, epoch, prog_bar, shown, sync_dist, reduction, rank_zero_only, loader, once_per_node)

@@ -1,0 +1,135 @@
+"""Every private interface of torch that this package uses, and what happens where it is gone.
+
+All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Each function says what it does without; a test takes the
+interface away and looks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = [
+    "BATCH_NORMS",
+    "compile_call",
+    "drop_compiled",
+    "fix_buckets",
+    "forget_iterator",
+    "is_compiled",
+    "set_group_timeout",
+    "take_iterator",
+    "without_compiled",
+]
+
+log = logging.getLogger("raytrainer")
+
+try:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    #: What counts as batch normalisation. Without `_BatchNorm`: the classes that torch documents.
+    BATCH_NORMS: Any = (_BatchNorm,)
+except ImportError:
+    BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+# ---------------------------------------------------------------- torch.distributed
+
+
+def set_group_timeout(group: Any, seconds: float) -> None:
+    """Let a process group's collectives wait so long for the other workers from now on.
+
+    Without `_set_pg_timeout`: a warning, and the timeout that the group was made with.
+    """
+    try:
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+    except ImportError:
+        log.warning("This torch cannot change the timeout of a process group; collectives wait as long as before.")
+        return
+    _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def fix_buckets(ddp: DistributedDataParallel) -> None:
+    """Give gradients their places in DDP's buckets now rather than after the first backward pass, as DDP does.
+
+    A run that resumes would otherwise have its first step with other places than the run that it continues, and sums
+    that differ in their last bit. They lie in the order of DDP's numbers, which is the one in which gradients usually
+    come. Without the reducer's `_rebuild_buckets`: just that difference, of which a line in the log tells.
+    """
+    push = getattr(ddp.reducer, "_push_all_rebuilt_params", None)
+    rebuild = getattr(ddp.reducer, "_rebuild_buckets", None)
+    if push is None or rebuild is None:
+        log.info("This torch fixes DDP's buckets late: a resumed run may differ in the last bit of its first step.")
+        return
+    push()
+    rebuild()
+
+
+# ---------------------------------------------------------------- compiled modules
+
+
+def is_compiled(part: nn.Module) -> bool:
+    """Whether `nn.Module.compile` has been called on it.
+
+    Without `_compiled_call_impl`: False.
+    """
+    return getattr(part, "_compiled_call_impl", None) is not None
+
+
+def compile_call(part: nn.Module, options: dict[str, Any]) -> None:
+    """Compile a module of torch's own in place: dynamo begins no graph in torch's code, so it gets a frame outside.
+
+    Raises:
+        ConfigurationError: This torch has no `_call_impl`.
+    """
+    plain: Callable[..., Any] | None = getattr(part, "_call_impl", None)
+    if plain is None:
+        raise ConfigurationError(
+            f"compile=...: this torch ({torch.__version__}) does not let {type(part).__name__} be compiled in place; "
+            f"wrap it in a module of your own, or leave compile out."
+        )
+    inner = plain
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    # a code object for each part, since dynamo keeps a limited number of graphs by code object
+    call.__code__ = call.__code__.replace()
+    part._compiled_call_impl = torch.compile(call, **options)
+
+
+def drop_compiled(part: nn.Module) -> None:
+    """Undo `compile_call` and `nn.Module.compile`."""
+    part.__dict__.pop("_compiled_call_impl", None)
+
+
+def without_compiled(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes without compiled code, which belongs to one process."""
+    return {name: value for name, value in attributes.items() if name != "_compiled_call_impl"}
+
+
+# ---------------------------------------------------------------- DataLoader
+
+
+def forget_iterator(loader: DataLoader[Any]) -> None:
+    """Have a loader with persistent processes start new ones when it is next iterated.
+
+    Without `_iterator`: nothing changes but a name that nobody reads.
+    """
+    loader.__dict__["_iterator"] = None
+
+
+def take_iterator(loader: DataLoader[Any]) -> Any:
+    """The iterator that a loader with persistent processes keeps, which it then has no more; None: it has none.
+
+    Without `_iterator`: None, and Python's collector ends the processes some time later.
+    """
+    return loader.__dict__.pop("_iterator", None)
