@@ -65,7 +65,7 @@ class DataModule(HyperparametersMixin, DataHooks):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **overrides: Any) -> Self:
         """Construct the DataModule from the hyperparameters in a checkpoint, and load its state."""
-        from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+        from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
         checkpoint = read_checkpoint(str(checkpoint_path))
         datamodule: Self = construct(cls, checkpoint.get("datamodule_hyper_parameters") or {}, overrides)

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
 from raytrainer.hparams import HyperparametersMixin, construct
 from raytrainer.module_hooks import ModuleHooks
+from raytrainer.strategies.strategy import clip_whole_gradients
 
 if TYPE_CHECKING:
-    from raytrainer.checkpoints.places import CheckpointPath
+    from raytrainer.checkpointing.places import CheckpointPath
 
 __all__ = ["Module"]
 
@@ -75,10 +76,8 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         if view is not None:
             view.unscale(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        clip = clip_whole_gradients if view is None else view.strategy.clip_gradients
+        clip(parameters, gradient_clip_val, gradient_clip_algorithm or "norm")
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """In manual optimization, call this instead of `loss.backward()`: it scales and synchronises gradients."""
@@ -160,8 +159,8 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
             CheckpointError: No checkpoint, or not a readable one.
             ConfigurationError: An argument of `__init__` is in neither place.
         """
-        from raytrainer.checkpoints.checkpoint_format import read_checkpoint
-        from raytrainer.checkpoints.weights import load_into
+        from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+        from raytrainer.checkpointing.weights import load_into
 
         checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
         module: Self = construct(cls, checkpoint.get("hyper_parameters") or {}, overrides)
@@ -177,6 +176,6 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         Args:
             path: A file; ".safetensors" gives that format, anything else a state dict for `torch.load`.
         """
-        from raytrainer.checkpoints.weights import export_weights
+        from raytrainer.checkpointing.weights import export_weights
 
         export_weights(self, path)

@@ -12,8 +12,8 @@ import torch
 from tiny import Tiny, data, weights
 
 from raytrainer import Callback, CheckpointError, ConfigurationError, DataModule, ModelCheckpoint, WorkerCallback
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint, write_checkpoint
-from raytrainer.checkpoints.places import checkpoint_exists, remove_checkpoint
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 
 # ---------------------------------------------------------------- going on
 

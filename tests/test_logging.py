@@ -10,7 +10,7 @@ import torch
 from tiny import Tiny, data
 
 from raytrainer import Callback, Logger, MetricError, OnExceptionCheckpoint, ProgressBar
-from raytrainer.worker.worker_run import Run
+from raytrainer.worker.worker_run import WorkerRun
 
 
 class Rows(Logger):
@@ -97,7 +97,7 @@ class Watch(Callback):
 @pytest.fixture
 def ahead(monkeypatch):
     """As on a GPU, which has work while a chunk is reported; chunks of 1, then 3 batches."""
-    monkeypatch.setattr(Run, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(WorkerRun, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
     waited_for = []
     monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda batches, _: waited_for.append(batches) or 3)
     return waited_for

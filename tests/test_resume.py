@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 
 HERE = Path(__file__).parent
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raytrainer.strategies.strategy import Strategy
+
 __all__ = ["AveragedWeights"]
 
 
@@ -16,6 +18,7 @@ class AveragedWeights:
 
     Args:
         module: On its device, with all its parameters; they must stay the same objects.
+        strategy: Knows which tensors this worker holds of them.
         average: One of the `multi_avg_fn` of `torch.optim.swa_utils`: called with (averages, live values, number of
             values averaged so far), it changes the averages.
         use_buffers: Whether to average buffers; otherwise the module's are always the live ones.
@@ -24,16 +27,14 @@ class AveragedWeights:
         count: Values averaged so far.
     """
 
-    def __init__(self, module: nn.Module, average: Callable[..., Any], use_buffers: bool) -> None:
+    def __init__(self, module: nn.Module, strategy: Strategy, average: Callable[..., Any], use_buffers: bool) -> None:
         self._average = average
         self.count = 0
         self._swapped = False
         self._live: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}  # the averages; while they are in the module, the live values
         self._names: dict[str, str] = {}  # every saved name -> the first name of the same tensor
-        named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        if use_buffers:
-            named |= dict(module.named_buffers(remove_duplicate=False))
+        named = strategy.averaged_tensors(module, use_buffers)
         saved, first = module.state_dict(keep_vars=True), dict[int, str]()
         for name, tensor in named.items():
             if name in saved and (tensor.is_floating_point() or tensor.is_complex()):

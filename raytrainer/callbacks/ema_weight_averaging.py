@@ -70,7 +70,7 @@ class EMAWeightAveraging(WorkerCallback):
         self._step = step
         if step >= self.update_starting_at_step and step % self.update_every_n_steps == 0:
             if self._averaged is None:
-                self._averaged = self._averages_of(module)
+                self._averaged = self._averages_of(trainer, module)
             self._averaged.update()
 
     def on_validation_start(self, trainer: TrainerView, module: Module) -> None:
@@ -102,7 +102,7 @@ class EMAWeightAveraging(WorkerCallback):
         """Take over the averages; put the weights that were being trained into the module."""
         state = checkpoint["worker_callbacks"].get(self.state_key)
         if state:
-            self._averaged = self._averages_of(module)
+            self._averaged = self._averages_of(trainer, module)
             self._averaged.restore(checkpoint["state_dict"], state["current"], state["count"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +111,8 @@ class EMAWeightAveraging(WorkerCallback):
             return {}
         return {"current": self._averaged.current, "count": self._averaged.count}
 
-    def _averages_of(self, module: Module) -> AveragedWeights:
-        return AveragedWeights(module, get_ema_multi_avg_fn(self.decay), self.use_buffers)
+    def _averages_of(self, trainer: TrainerView, module: Module) -> AveragedWeights:
+        return AveragedWeights(module, trainer.strategy, get_ema_multi_avg_fn(self.decay), self.use_buffers)
 
     def _swap_back(self) -> None:
         if self._averaged is not None:

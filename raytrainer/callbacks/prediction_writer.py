@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.callbacks.callback import WorkerCallback
-from raytrainer.checkpoints.places import locate
+from raytrainer.checkpointing.places import locate
 from raytrainer.data.columns import prediction_columns
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import checks

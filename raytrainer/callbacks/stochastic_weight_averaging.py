@@ -139,7 +139,7 @@ class StochasticWeightAveraging(WorkerCallback):
             )
         scheduler = SWALR(optimizer, rates, self.annealing_epochs, self.annealing_strategy)  # type: ignore[arg-type]
         trainer.lr_scheduler_configs[:] = [SchedulerConfig(scheduler)]
-        self._averaged = AveragedWeights(module, get_swa_multi_avg_fn(), use_buffers=False)
+        self._averaged = AveragedWeights(module, trainer.strategy, get_swa_multi_avg_fn(), use_buffers=False)
         return self._averaged
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cast_floating", "first_batch_size", "map_leaves", "move"]
+__all__ = ["cast_floating", "first_batch_size", "map_leaves", "move", "to_cpu"]
 
 
 def map_leaves(batch: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -74,3 +74,8 @@ def first_batch_size(batch: Any) -> int:
             if size != 1 or isinstance(child, Tensor):
                 return size
     return 1
+
+
+def to_cpu(value: Any) -> Any:
+    """Tensors of any nesting, detached and in main memory, each with storage of its own size."""
+    return map_leaves(value, lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v)

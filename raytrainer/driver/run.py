@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
-from raytrainer.checkpoints.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.driver.cluster.session import explain_lost
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt

@@ -99,12 +99,7 @@ class MetricStore:
         return self._counts(spec) and (self.rank == 0 or not spec.rank_zero_only)
 
     def log(
-        self,
-        name: str,
-        value: Any,
-        options: LogOptions,
-        batch_size: int | None = None,
-        sync_dist_group: Any = None,
+        self, name: str, value: Any, options: LogOptions, batch_size: int | None = None, sync_dist_group: Any = None
     ) -> None:
         """See `Module.log`."""
         add_dataloader_idx, rank_zero_only = options[-2:]

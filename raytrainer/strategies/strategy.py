@@ -1,28 +1,55 @@
-"""The worker's side of a strategy. Loops call it and never ask how many workers there are."""
+"""The worker's side of a strategy: the seam through which everything goes that depends on who holds what.
+
+Loops call it and never ask how many workers there are, nor whether each holds the whole module. In the order in which
+a run comes to them:
+
+    shape                   the module, between `configure_model` and the optimizers
+    prepare                 the training step, with whatever synchronises gradients
+    sync_next, sync_manual  each backward pass
+    clip_gradients          before an optimizer's step
+    begin_evaluation, evaluation_step, out_of_batches, end_evaluation
+    module_state, load_module, optimizer_state, load_optimizer, holds_common
+    averaged_tensors        what callbacks that average weights copy and change
+    home_state              what the driver's module takes up at the end
+
+A worker's *rank* is its place in the group; its *part of the data* is `share`, with `split` a slice of each batch.
+They are different numbers: workers that hold pieces of one model read the same part.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from raytrainer.checkpointing.weights import load_into
 from raytrainer.data.sharding import Share
+from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
 
-__all__ = ["NOTHING", "Strategy"]
+__all__ = ["NOTHING", "Step", "Strategy", "clip_whole_gradients"]
 
 #: What a worker whose slice of a batch is empty has to gather.
 NOTHING: Any = object()
 
+#: A step of a module: (batch, batch_idx, dataloader_idx).
+Step: TypeAlias = Callable[[Any, int, int], Any]
+
 
 class Strategy(ABC):
-    """One worker's part in a group. Concrete strategies are final."""
+    """One worker's part in a group. Concrete strategies are final.
+
+    What is written here holds where each worker has the whole module; a strategy that shards it overrides that.
+    """
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
+
+    # ---------------------------------------------------------------- which part of the data
 
     @property
     @abstractmethod
@@ -34,12 +61,37 @@ class Strategy(ABC):
         """Which slice of every batch that is read this worker takes; the whole, but where a node's workers split it."""
         return Share(0, 1)
 
+    @property
+    def stream(self) -> int:
+        """Which of the job's random streams (dropout, augmentation) is this worker's; equal where batches are."""
+        return self.ranks.rank
+
+    @property
+    def counts(self) -> bool:
+        """Whether this worker answers for its part of the data: of those that read the same, one does."""
+        return True
+
     def gather(self, output: Any) -> list[Any]:
         """Outputs of the workers that split a batch, by rank, without those that had `NOTHING`. Differentiable."""
         return [output]
 
+    # ---------------------------------------------------------------- building and training
+
+    def shape(self, module: nn.Module, convert: Callable[[nn.Module], None], sync_batchnorm: bool) -> None:
+        """Give the module the form in which it trains, before there are optimizers.
+
+        Args:
+            module: Built, on whatever device.
+            convert: Casts it to the run's precision.
+            sync_batchnorm: Whether it is to normalise by the samples of all workers.
+        """
+        if sync_batchnorm and self.device.type == "cuda" and self.ranks.world_size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        convert(module)
+        module.to(self.device)
+
     @abstractmethod
-    def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+    def prepare(self, module: nn.Module, step: Step) -> Step:
         """Ready the module for training; return the training step to call, forward synchronisation included."""
 
     @abstractmethod
@@ -50,9 +102,76 @@ class Strategy(ABC):
     def sync_manual(self, module: nn.Module) -> None:
         """Synchronise the gradients that a manual backward pass has left."""
 
+    def clip_gradients(self, parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
+        """Clip gradients by their total norm over all workers that hold parts of it ("norm"), or each ("value")."""
+        clip_whole_gradients(parameters, value, algorithm)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def begin_evaluation(self, module: nn.Module, within_fit: bool) -> None:
+        """Before an evaluation's first hook, on every worker."""
+        if within_fit:
+            self.sync_buffers(module)
+
+    def evaluation_step(self, module: nn.Module, step: Step) -> Step:
+        """The step to call for each batch."""
+        return step
+
+    def out_of_batches(self, module: nn.Module) -> None:
+        """This worker has evaluated all its batches, and others may still be at it. Runs no code of the user's."""
+        return None
+
+    def end_evaluation(self, module: nn.Module) -> None:
+        """After an evaluation's last hook, on every worker."""
+        return None
+
     @abstractmethod
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every worker the buffers of rank 0 (running statistics), so that all evaluate one and the same model."""
+
+    # ---------------------------------------------------------------- state
+
+    def holds_common(self, replica: bool) -> bool:
+        """Whether this worker gives what all have in common to a checkpoint: rank 0, or a second node's replica."""
+        ranks = self.ranks
+        return ranks.rank == 0 or (replica and ranks.node_rank == 1 and ranks.local_rank == 0)
+
+    def module_state(self, module: nn.Module) -> dict[str, Any]:
+        """The module's state as a checkpoint has it; live tensors."""
+        state: dict[str, Any] = module.state_dict()
+        return state
+
+    def load_module(self, module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+        """The reverse of `module_state`.
+
+        Raises:
+            CheckpointError: It does not fit the module.
+        """
+        load_into(module, state, strict)
+
+    def optimizer_state(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state as a checkpoint has it; live tensors."""
+        return optimizer.state_dict()
+
+    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """The reverse of `optimizer_state`; `state` may be kept."""
+        optimizer.load_state_dict(state)
+
+    def averaged_tensors(self, module: nn.Module, buffers: bool) -> dict[str, Tensor]:
+        """Parameters (and `buffers`) by every name they have, as this worker holds them: to be copied and changed."""
+        named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        return named | dict(module.named_buffers(remove_duplicate=False)) if buffers else named
+
+    def home_state(self, module: nn.Module) -> dict[str, Any] | None:
+        """What the driver's module takes up when training is over: whole, in main memory, from one worker.
+
+        None on others, and where it is too large to come home.
+        """
+        if self.ranks.rank != 0:
+            return None
+        return {name: to_cpu(tensor) for name, tensor in self.module_state(module).items()}
+
+    # ---------------------------------------------------------------- agreements
 
     @abstractmethod
     def all_agree(self, flag: bool) -> bool:
@@ -69,3 +188,11 @@ class Strategy(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Wait until all workers are here."""
+
+
+def clip_whole_gradients(parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
+    """Clip gradients that this process has all of, by their total norm ("norm") or each ("value")."""
+    if algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, value)
+    else:
+        nn.utils.clip_grad_norm_(parameters, value)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from raytrainer.errors import ConfigurationError
 from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
-from raytrainer.worker.worker_run import Run
+from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["AutomaticOptimization"]
 
@@ -20,7 +20,7 @@ __all__ = ["AutomaticOptimization"]
 class AutomaticOptimization:
     """Forward, backward and, on stepping batches, the optimizer's step."""
 
-    def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
+    def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], Any]) -> None:
         self.run, self.view, self.module, self.step = run, run.view, run.module, step
         settings = run.view.settings
         self.accumulate, self.accumulates = run.view.accumulate_grad_batches, settings.accumulates
@@ -117,7 +117,7 @@ class AutomaticOptimization:
         return loss
 
 
-def _own(run: Run, name: str) -> Callable[..., Any] | None:
+def _own(run: WorkerRun, name: str) -> Callable[..., Any] | None:
     """The module's own version of a hook that has a default, or None."""
     return run.hooks.guarded(name, getattr(run.module, name)) if overridden(run.module, name) else None
 

@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from raytrainer.data.transfer import map_leaves
+from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.seeding import capture_rng, restore_rng
 
 if TYPE_CHECKING:
-    from raytrainer.worker.worker_run import Run
+    from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["EvaluationLoop"]
 
@@ -34,17 +33,18 @@ class EvaluationLoop:
             None: a real evaluation.
     """
 
-    def __init__(self, run: Run, stage: str, sanity: int | None = None) -> None:
+    def __init__(self, run: WorkerRun, stage: str, sanity: int | None = None) -> None:
         self.run, self.stage, self.sanity = run, stage, sanity
         self.view = run.view
-        self.feeds = run.feeds(_LOADER[stage])
+        self.feeds = run.data.feeds(_LOADER[stage])
         self.lengths = [feed.length for feed in self.feeds]
         if sanity is not None and sanity >= 0:
             self.lengths = [sanity if n is None else min(n, sanity) for n in self.lengths]
         self.name = _HOOK[stage]
         self.several = len(self.feeds) > 1
         step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
-        self.step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
+        step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
+        self.step = run.strategy.evaluation_step(run.module, step)
         self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
         on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
         self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
@@ -67,8 +67,7 @@ class EvaluationLoop:
         view.running = "sanity" if self.sanity is not None else self.stage
         if within_fit and self.sanity is None and not self.run.accumulating:
             self.run.module.on_validation_model_zero_grad()
-        if within_fit:
-            self.run.strategy.sync_buffers(self.run.module)
+        self.run.strategy.begin_evaluation(self.run.module, within_fit)
         view.modes = {module: module.training for module in self.run.module.modules()}
         with self._no_grad():
             getattr(self.run.module, f"on_{name}_model_eval")()
@@ -94,18 +93,24 @@ class EvaluationLoop:
                     self.metrics.begin_report()
                     behind = True
                 output = self._evaluate_batch(batch[0])
-                if self.stage == "predict" and self.run.task.ask_predictions and self.run.slices.rows:
+                if self.stage == "predict" and self.run.task.ask_predictions and self._answers():
                     share = self.run.strategy.share
                     predictions.append((self.loader, self.batch * share.count + share.index, to_cpu(output)))
                 self.batch += 1
                 self.done += 1
                 self.by_loader[self.loader] += self.run.slices.rows > 0
                 left -= 1
+            if left > 0:
+                self.run.strategy.out_of_batches(self.run.module)
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
         report = self.metrics.finish_report() if behind else self.metrics.report()
         seconds = time.perf_counter() - start
         return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)
+
+    def _answers(self) -> bool:
+        """Whether this worker has had samples of the batch, and is the one to tell of them."""
+        return self.run.slices.rows > 0 and self.run.strategy.counts
 
     def _next(self) -> tuple[Any] | None:
         """The next batch in a tuple; None when a loader is through (and the next one is up)."""
@@ -155,6 +160,7 @@ class EvaluationLoop:
                 self.view.restore_modes()
             else:
                 getattr(module, f"on_{name}_model_train")()
+        self.run.strategy.end_evaluation(module)
         self.view.modes = {}
         self.run.recorder.evaluation = None
         if self.sanity is not None:
@@ -164,8 +170,3 @@ class EvaluationLoop:
         if self._rng is not None:
             restore_rng(self._rng)
         return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
-
-
-def to_cpu(value: Any) -> Any:
-    """Tensors of any nesting, detached and in main memory, each with storage of its own size."""
-    return map_leaves(value, lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v)

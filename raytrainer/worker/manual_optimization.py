@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.worker.precision import ScaledOptimizer
-from raytrainer.worker.worker_run import Run
+from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["ManualOptimization"]
 
@@ -18,7 +18,7 @@ __all__ = ["ManualOptimization"]
 class ManualOptimization:
     """The user's step does it all; steps are counted at the optimizers."""
 
-    def __init__(self, run: Run, step: Callable[[Any, int, int], Any]) -> None:
+    def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], Any]) -> None:
         self.step = step
         self.accumulate = 1
         settings = run.view.settings

@@ -34,7 +34,7 @@ class Slices:
         self.active = strategy.split.count > 1
         self.rows = 1
         self._total = 1
-        metrics.first_of_node = not self.active or strategy.split.index == 0
+        metrics.first_of_node = strategy.counts and (not self.active or strategy.split.index == 0)
 
     def take(self, batch: Any) -> Any:
         """This worker's slice of a batch as it comes from the loader.

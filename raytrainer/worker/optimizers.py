@@ -1,4 +1,4 @@
-"""Optimizers and schedulers: what `configure_optimizers` may return, and how a batch becomes a step."""
+"""Optimizers and schedulers: what `configure_optimizers` may return."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from raytrainer.errors import ConfigurationError
 from raytrainer.view.scheduler_config import SchedulerConfig
 
-__all__ = ["cover_groups", "parse_optimizers"]
+__all__ = ["parse_optimizers"]
 
 _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau"}
-#: What schedulers keep for each parameter group: in the group itself, and in lists of their own.
-_GROUP_RATES, _GROUP_VALUES = ("initial_lr", "max_lr", "min_lr"), ("base_momentum", "max_momentum", "swa_lr")
-_RATE_LISTS, _VALUE_LISTS = ("base_lrs", "max_lrs"), ("lr_lambdas", "base_momentums", "max_momentums", "min_lrs")
 _FORMS = (
     "an optimizer, a list of optimizers, (optimizers, schedulers), a dict with 'optimizer' and 'lr_scheduler', "
     "a list of such dicts, or None"
@@ -100,33 +97,3 @@ def _scheduler(item: Any) -> SchedulerConfig:
             f'{{"scheduler": ..., "monitor": "<metric name>"}}.'
         )
     return config
-
-
-def cover_groups(configs: Sequence[SchedulerConfig]) -> None:
-    """Have schedulers also drive parameter groups that were added after these were made.
-
-    An added group goes along with the first one: as far above or below it as now, in the same rhythm.
-    """
-    for config in configs:
-        _cover(config.scheduler)
-
-
-def _cover(scheduler: Any) -> None:
-    for part in getattr(scheduler, "_schedulers", ()):
-        _cover(part)
-    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
-    if not groups or not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-        return
-    first = groups[0]
-    for index, group in enumerate(groups[1:], start=1):
-        share = float(group["lr"]) / float(first["lr"]) if first["lr"] else 1.0
-        for key in _GROUP_RATES:
-            if key in first:
-                group.setdefault(key, first[key] * share)
-        for key in _GROUP_VALUES:
-            if key in first:
-                group.setdefault(key, first[key])
-        for name in (*_RATE_LISTS, *_VALUE_LISTS):
-            values = scheduler.__dict__.get(name)
-            if isinstance(values, list) and len(values) == index:
-                values.append(values[0] * share if name in _RATE_LISTS else values[0])

@@ -28,7 +28,8 @@ from raytrainer.worker.automatic_optimization import AutomaticOptimization
 from raytrainer.worker.manual_optimization import ManualOptimization
 
 if TYPE_CHECKING:
-    from raytrainer.worker.worker_run import AnyFeed, Run
+    from raytrainer.worker.run_data import AnyFeed
+from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["TrainingLoop"]
 
@@ -36,10 +37,10 @@ __all__ = ["TrainingLoop"]
 class TrainingLoop:
     """Trains on what the driver asks for; `batch` and `epoch` are the data cursor."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: WorkerRun) -> None:
         self.run, self.view, self.metrics = run, run.view, run.view.metrics
         run.recorder.training = self
-        feeds = run.feeds("train")
+        feeds = run.data.feeds("train")
         if len(feeds) != 1:
             raise ConfigurationError(
                 f"{len(feeds)} training loaders: return one loader from train_dataloader(); join datasets with "
@@ -71,11 +72,11 @@ class TrainingLoop:
 
     def describe(self) -> TrainStart:
         run = self.run
-        validates = run.has_validation and run.task.settings.limit_val_batches != 0
+        validates = run.data.has_validation and run.task.settings.limit_val_batches != 0
         return TrainStart(
             batches=self.feed.length,
             batch_size=getattr(self.feed.source, "batch_size", None),
-            val_batches=[feed.length for feed in run.feeds("val")] if validates else [],
+            val_batches=[feed.length for feed in run.data.feeds("val")] if validates else [],
         )
 
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
@@ -86,9 +87,9 @@ class TrainingLoop:
         self.view.current_epoch = self.epoch = epoch
         every = self.view.settings.reload_dataloaders_every_n_epochs
         if every and epoch and epoch % every == 0 and skip == 0:
-            self.feed = self.run.feeds("train", reload=True)[0]
-            if self.run.has_validation:
-                self.run.feeds("val", reload=True)
+            self.feed = self.run.data.feeds("train", reload=True)[0]
+            if self.run.data.has_validation:
+                self.run.data.feeds("val", reload=True)
         self.batch = skip
         self._epoch_scheduled = False
         self._idle = self.run.slices.active

@@ -9,7 +9,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
     EvaluationReport,
@@ -23,15 +22,15 @@ from raytrainer.messages import (
 )
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.schedule import Past
-from raytrainer.plan.settings import Settings
-from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
 from raytrainer.task import Task
-from raytrainer.worker.evaluation_loop import EvaluationLoop, to_cpu
+from raytrainer.worker.evaluation_loop import EvaluationLoop
+from raytrainer.worker.make_strategy import make_strategy
+from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.verbs import Wait, verb, verb_of
-from raytrainer.worker.worker_run import Run, plain
+from raytrainer.worker.worker_run import WorkerRun
 from raytrainer.worker.worker_state import capture_state, most_of_state, restore_state
 
 __all__ = ["Worker"]
@@ -59,14 +58,14 @@ class Worker:
         self.ranks = ranks or Ranks()
         self.device = device or torch.device("cpu")
         self.group: ProcessGroup | None = None
-        self._run: Run | None = None
+        self._run: WorkerRun | None = None
         self._training: TrainingLoop | None = None
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
         self._staging = Staging(self.device)
 
     @property
-    def run(self) -> Run:
+    def run(self) -> WorkerRun:
         if self._run is None:
             raise RaytrainerError("this worker has no run; this is a bug in raytrainer")
         return self._run
@@ -97,19 +96,8 @@ class Worker:
         self._staging.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._run = Run(task, self._strategy(task.settings))
+        self._run = WorkerRun(task, make_strategy(task.settings, self.ranks, self.device, self.group))
         return self._run.setup()
-
-    def _strategy(self, settings: Settings) -> Strategy:
-        group = self.group
-        if group is None:
-            return SingleStrategy(self.ranks, self.device)
-        group.set_timeout(settings.ddp.timeout_seconds)
-        common = self.ranks, self.device, group.control, settings.ddp
-        if settings.strategy == "ddp":
-            return DDPStrategy(*common)
-        kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
-        return kind(*common, *group.of_node(self.ranks))
 
     @verb(Wait.USER_CODE)
     def start_fit(self) -> None:
@@ -242,10 +230,11 @@ class Worker:
         run, module = self.run, self.run.module
         report = FinishReport(profile=None if run.profiler is None else run.profiler.stop())
         run.teardown()
-        if trained and self.ranks.rank == 0 and not self.in_place:
-            report.state_dict = {name: to_cpu(tensor) for name, tensor in module.state_dict().items()}
+        if trained and not self.in_place:
+            report.state_dict = run.strategy.home_state(module)
+        if trained and not self.in_place and self.ranks.rank == 0:
             report.hparams = dict(module.hparams)
-            report.attributes = _attributes(module)
+            report.attributes = plain_attributes(module)
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
         report.peak_memory_bytes = self._peak()
@@ -285,13 +274,3 @@ class Worker:
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None
         self._run = self._training = self._evaluation = None
-
-
-#: attributes of torch's, and ours, that are no user data
-_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
-
-
-def _attributes(module: Any) -> dict[str, Any]:
-    """The module's plain attributes (counters, histories), which training may have changed."""
-    found = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and plain(v)}
-    return {name: map_leaves(value, to_cpu) for name, value in found.items()}

@@ -1,17 +1,13 @@
-"""`Run`: one worker's part of one fit, validate, test or predict, set up and ready."""
+"""`WorkerRun`: one worker's part of one fit, validate, test or predict, set up and ready."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from raytrainer.data.data_hooks import DataHooks
-from raytrainer.data.loaders import Feed, as_list
-from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.memory import MemorySampler, own_index
 from raytrainer.gpu.nvml import open_nvml
@@ -26,23 +22,19 @@ from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
 from raytrainer.worker.compiling import compile_module
 from raytrainer.worker.hook_calls import Hooks, bind_step, overridden
-from raytrainer.worker.logger_recorder import TRANSFER_HOOKS, Recorder, WorkerLogger
+from raytrainer.worker.logger_recorder import Recorder, WorkerLogger
 from raytrainer.worker.node_slices import Slices
 from raytrainer.worker.optimizers import parse_optimizers
 from raytrainer.worker.precision import Precision
+from raytrainer.worker.run_data import RunData
 from raytrainer.worker.torch_flags import apply_flags
 
-if TYPE_CHECKING:
-    from raytrainer.data.ray_feed import RayFeed
-
-__all__ = ["AnyFeed", "Run"]
-
-AnyFeed: TypeAlias = "Feed | RayFeed"
+__all__ = ["WorkerRun"]
 
 log = logging.getLogger("raytrainer")
 
 
-class Run:
+class WorkerRun:
     """Holds what the loops of one run share: module, view, hooks, feeds, precision, strategy.
 
     Args:
@@ -72,8 +64,8 @@ class Run:
         self.view.logger = None if task.logs is None else WorkerLogger(self.recorder)
         self.view.metrics.calls, self.view.metrics.mark = self.recorder.take, self.mark
         self.slices = Slices(strategy, self.view.metrics)
-        self.view.loader_source = self._loader
-        self.view.length_source = self._lengths
+        self.data = RunData(task, strategy)
+        self.view.loader_source, self.view.length_source = self.data.loader, self.data.lengths
         self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
         self.precision = Precision(settings.precision, strategy.device)
         # whether the device has work while a chunk is reported, whose last batch is then left for the next report;
@@ -86,8 +78,6 @@ class Run:
         self.stepped = 0  # batches that ended in a step: the loggers' step axis
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
-        self._feeds: dict[str, list[AnyFeed]] = {}
-        self._sources: dict[str, Any] = dict(task.loaders)
         self._undo_flags = apply_flags(settings)
         self._undo_compile: Callable[[], None] = lambda: None
 
@@ -100,20 +90,17 @@ class Run:
         if self.datamodule is not None:
             self.datamodule.trainer = view
         if task.reseed:
-            seed_generators(derive_seed(task.seed, "rank", self.strategy.ranks.rank))
+            seed_generators(derive_seed(task.seed, "rank", self.strategy.stream))
         module.to(device)
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
         self.hooks.call("setup", task.stage)
         module.configure_model()
         self._attach(view)
-        if task.settings.sync_batchnorm and device.type == "cuda" and self.strategy.ranks.world_size > 1:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        self.precision.convert_module(module)
-        module.to(device)
+        self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
         if task.stage == "fit" and not module.training:
             module.train()
-        transfer = self._bind_transfer()
+        transfer = self.data.bind_transfer(self.hooks, self.precision.convert_input)
         self.transfer = None if transfer is None else self.profiled("transfer_batch_to_device", transfer)
         self._sample_memory()
         if not task.resuming:
@@ -141,7 +128,7 @@ class Run:
             rank=self.strategy.ranks.rank,
             plateau_steps=tuple(sorted(set(frequencies))),
             plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
-            has_validation=self.has_validation,
+            has_validation=self.data.has_validation,
             parts=self.strategy.share.count,
         )
 
@@ -162,36 +149,6 @@ class Run:
             log.warning("log_gpu_memory=%r: NVML knows no GPU of this worker (%s).", mode, device)
             return
         self.view.samplers.append(MemorySampler(mode, nvml, index, self.strategy.ranks.node_rank))
-
-    def _bind_transfer(self) -> Callable[[Any, int], Any] | None:
-        """The three batch-transfer hooks and the precision's cast as one function; None if nothing is to be done."""
-        device = self.strategy.device
-        found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
-        before, to_device, after = (hook and self.hooks.named(name, hook) for name, hook in found.items())
-        cast = self.precision.convert_input
-        if device.type != "cpu" and to_device is None:
-            to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
-        if before is None and to_device is None and after is None:
-            return None if cast is None else lambda batch, idx: cast(batch)
-
-        def transfer(batch: Any, idx: int) -> Any:
-            if before is not None:
-                batch = before(batch, idx)
-            if cast is not None:
-                batch = cast(batch)
-            if to_device is not None:
-                batch = to_device(batch, device, idx)
-            return after(batch, idx) if after is not None else batch
-
-        return transfer
-
-    def _data_hook(self, name: str) -> Callable[..., Any] | None:
-        """The hook of whoever overrode it: the DataModule wins."""
-        for owner in (self.datamodule, self.module):
-            if owner is not None and overridden(owner, name):
-                hook: Callable[..., Any] = getattr(owner, name)
-                return hook
-        return None
 
     def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
         """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
@@ -240,57 +197,6 @@ class Run:
             profiler.step()
 
         return after
-
-    # ---------------------------------------------------------------- data
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is a validation loader or dataset, and a step for it."""
-        given = "val" in self._sources or "val" in self.task.datasets
-        loader = given or self._data_hook("val_dataloader") is not None
-        return loader and overridden(self.module, "validation_step")
-
-    def _loader(self, stage: str) -> Any:
-        if stage in self.task.datasets:
-            return [blocks.source for blocks in self.task.datasets[stage]]
-        if stage not in self._sources:
-            hook = self._data_hook(f"{stage}_dataloader")
-            if hook is None:
-                raise ConfigurationError(
-                    f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
-                )
-            self._sources[stage] = hook()
-        return self._sources[stage]
-
-    def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
-        """The loaders of "train", "val", "test" or "predict", sharded; built once."""
-        if reload and stage not in self.task.loaders and stage not in self.task.datasets:
-            self._sources.pop(stage, None)
-            self._close_feeds(stage)
-        if stage not in self._feeds and stage in self.task.datasets:
-            self._feeds[stage] = self._dataset_feeds(stage)
-        if stage not in self._feeds:
-            loaders = as_list(self._loader(stage))
-            if not loaders:
-                raise ConfigurationError(f"{stage}_dataloader() returned {self._loader(stage)!r}: return a loader.")
-            seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
-            self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
-        return self._feeds[stage]
-
-    def _close_feeds(self, stage: str) -> None:
-        for feed in self._feeds.pop(stage, []):
-            if isinstance(feed, Feed):
-                feed.close()
-
-    def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
-        from raytrainer.data.ray_feed import RayFeed
-
-        seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
-        return [RayFeed(blocks, stage, share, seed, settings) for blocks in self.task.datasets[stage]]
-
-    def _lengths(self, stage: str) -> Any:
-        lengths = [feed.length for feed in self.feeds(stage)]
-        return lengths[0] if stage == "train" else lengths
 
     # ---------------------------------------------------------------- metrics and end
 
@@ -351,22 +257,10 @@ class Run:
         """Undo what the run changed in this process; also after a failure."""
         if self.profiler is not None:
             self.profiler.stop()
-        for stage in list(self._feeds):
-            self._close_feeds(stage)
+        self.data.close()
         self.view.metrics.close()
         self._undo_flags()
         self._undo_compile()
         self._attach(None)
         if self.datamodule is not None:
             self.datamodule.__dict__.pop("trainer", None)
-
-
-def plain(value: Any, depth: int = 4) -> bool:
-    """Whether `value` is data rather than machinery: numbers, strings, tensors, and containers of them."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor)):
-        return True
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return all(plain(item, depth - 1) for item in value)
-    if depth and isinstance(value, dict):
-        return all(plain(item, depth - 1) for pair in value.items() for item in pair)
-    return False

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.checkpoints.weights import load_into
 from raytrainer.errors import CheckpointError
 from raytrainer.metrics.metric_objects import load_states, states_of
 from raytrainer.seeding import capture_rng
 
 if TYPE_CHECKING:
-    from raytrainer.worker.worker_run import Run
+    from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["capture_state", "most_of_state", "restore_state"]
 
 
-def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]:
+def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str, Any]:
     """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its own streams and sums.
 
     Keys are those that Lightning's users know: "state_dict", "optimizer_states", "lr_schedulers", "epoch",
@@ -29,16 +28,16 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
     """
     view, module = run.view, run.module
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
-    if not _has_common(run, replica):
+    if not run.strategy.holds_common(replica):
         return state
     state |= {
         "epoch": view.current_epoch,
         "global_step": view.global_step,
-        "state_dict": module.state_dict(),
+        "state_dict": run.strategy.module_state(module),
         "hyper_parameters": dict(module.hparams),
     }
     if not weights_only:
-        state["optimizer_states"] = [o.state_dict() for o in view.optimizers]
+        state["optimizer_states"] = [run.strategy.optimizer_state(module, o) for o in view.optimizers]
         state["lr_schedulers"] = [_scheduler_state(c.scheduler) for c in view.lr_scheduler_configs]
         state["precision"] = run.precision.state_dict()
         state["stepped"] = run.stepped
@@ -52,20 +51,16 @@ def capture_state(run: Run, weights_only: bool, replica: bool) -> dict[str, Any]
     return state
 
 
-def most_of_state(run: Run, replica: bool) -> dict[str, Any]:
+def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
     """The large tensors of what `capture_state` would return, without calling any hook."""
-    if not _has_common(run, replica):
+    if not run.strategy.holds_common(replica):
         return {}
-    return {"state_dict": run.module.state_dict(), "optimizer_states": [o.state_dict() for o in run.view.optimizers]}
+    strategy, module = run.strategy, run.module
+    states = [strategy.optimizer_state(module, optimizer) for optimizer in run.view.optimizers]
+    return {"state_dict": strategy.module_state(module), "optimizer_states": states}
 
 
-def _has_common(run: Run, replica: bool) -> bool:
-    """Whether this worker gives what all have in common: rank 0, and with `replica` one on another node."""
-    ranks = run.view.ranks
-    return ranks.rank == 0 or (replica and ranks.node_rank == 1 and ranks.local_rank == 0)
-
-
-def _own_state(run: Run) -> dict[str, Any]:
+def _own_state(run: WorkerRun) -> dict[str, Any]:
     """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
     own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
     own["evaluated"] = dict(run.evaluated)
@@ -75,7 +70,7 @@ def _own_state(run: Run) -> dict[str, Any]:
     return own
 
 
-def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
+def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
 
     With another number of workers than the checkpoint was made with, each worker's own streams begin anew.
@@ -85,7 +80,7 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
     """
     view, module = run.view, run.module
     module.on_load_checkpoint(checkpoint)
-    load_into(module, checkpoint["state_dict"], module.strict_loading)
+    run.strategy.load_module(module, checkpoint["state_dict"], module.strict_loading)
     if run.datamodule is not None:
         run.datamodule.load_state_dict(checkpoint.get("datamodule") or {})
     run.configure()
@@ -104,7 +99,7 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
                 f"same optimizers, or load the weights alone with Module.load_from_checkpoint."
             )
     for optimizer, state in zip(view.optimizers, states, strict=True):
-        optimizer.load_state_dict(copy.deepcopy(state))
+        run.strategy.load_optimizer(module, optimizer, copy.deepcopy(state))
     for config, state in zip(view.lr_scheduler_configs, schedulers, strict=True):
         config.scheduler.load_state_dict(copy.deepcopy(state))
     run.precision.load_state_dict(checkpoint.get("precision") or {})
@@ -121,7 +116,7 @@ def restore_state(run: Run, checkpoint: dict[str, Any]) -> None:
         load_states(module, {})  # the state dict may have those of one worker
 
 
-def _restore_own(run: Run, own: dict[str, Any]) -> None:
+def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
     run.rng = own["rng"]
     run.evaluated.update(own["evaluated"])
     load_states(run.module, own.get("metric_objects") or {})

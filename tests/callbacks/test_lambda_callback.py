@@ -4,7 +4,7 @@ import pytest
 from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, LambdaCallback, LambdaWorkerCallback, ModelCheckpoint
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
 
 def test_hooks_are_called_with_their_arguments(tmp_path, local_trainer):

@@ -6,8 +6,8 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, EMAWeightAveraging, OnExceptionCheckpoint
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint
-from raytrainer.checkpoints.places import checkpoint_exists
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+from raytrainer.checkpointing.places import checkpoint_exists
 
 
 @pytest.fixture(scope="module")

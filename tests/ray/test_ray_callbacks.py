@@ -23,7 +23,7 @@ from raytrainer import (
     StochasticWeightAveraging,
     ThroughputMonitor,
 )
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -78,7 +78,7 @@ def test_resumed_with_another_number_of_workers(tmp_path, before, after):
     for path in done:
         path.unlink()
     # which checkpoint was handed over before the process died is a matter of moments
-    from raytrainer.checkpoints.checkpoint_format import read_checkpoint
+    from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
     cursor = Progress(**read_checkpoint(f"{tmp_path}/last.ckpt")["progress"])
     assert 1 <= cursor.batch <= 4

@@ -15,23 +15,23 @@ cost the workers no collective.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from raytrainer.driver.loop.chunks import Chunks
 from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.recovery import Replacement
 from raytrainer.driver.loop.run_services import Host
 from raytrainer.driver.reporting.journal import Journal
-from raytrainer.driver.reporting.merged_reports import longest, merged, shortest
+from raytrainer.driver.reporting.merged_reports import longest, shortest
 from raytrainer.driver.saving.capture import RunCapture
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import WorkerLostError
-from raytrainer.messages import FinishReport, TrainReport
+from raytrainer.messages import FinishReport
 from raytrainer.plan import schedule
 from raytrainer.plan.strategy_settings import effective_batch
 from raytrainer.task import Task
@@ -72,18 +72,15 @@ class Coordinator:
         self.state, self.host, self.interrupt = state, host, interrupt
         state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
-        self.marks = (*step_marks, *self.snapshots.step_marks)
         self.validates = False
-        self.plateau_steps: tuple[int, ...] = ()
         self.plateau_epochs = False
         self._journal = Journal(state, host)
         self._evaluation = Evaluation(state, host, interrupt, self._journal)
         self._capture = RunCapture(task, state, host, self.snapshots)
         self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
+        marks = (*step_marks, *self.snapshots.step_marks)
+        self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         state.catch_up = self.catch_up
-        self._chunk = 1
-        self._behind = False  # workers have something to report of the batches done
-        self._clock = 0.0
         self._emitted: set[str] = set()
 
     # ---------------------------------------------------------------- fit
@@ -132,16 +129,17 @@ class Coordinator:
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:
         self._emit_once("setup", self.task.stage)
-        self._behind = False
+        self._chunks.forget()
         self.task.resuming = checkpoint is not None
-        reports = self.group.setup(self.task)
-        if checkpoint is not None:
-            reports = self.group.call(Worker.restore, checkpoint)
+        with self.interrupt.at_once(self.state.progress.total_batches == 0):
+            reports = self.group.setup(self.task)
+            if checkpoint is not None:
+                reports = self.group.call(Worker.restore, checkpoint)
         self.state.trainer.status = "running"
         self.state.world_size = self.group.size
         self.state.parts = reports[0].parts
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
-        self.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
+        self._chunks.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
         if checkpoint is not None and self.task.stage == "fit":
             before = checkpoint.get("parts") or checkpoint.get("world_size", self.state.parts)
             schedule.rescale(self.state.progress, before, self.state.parts)
@@ -179,7 +177,7 @@ class Coordinator:
             log.info("%s", size)
         state.num_batches["validate"] = longest([start.val_batches for start in starts])
         self._emit_once("on_train_start")
-        self._clock = time.perf_counter() - state.progress.seconds
+        self._chunks.begin()
         self.snapshots.restart(state.progress.step)
         self._replacement.note(self.group.size)
         state.clock.switch("other")
@@ -195,7 +193,7 @@ class Coordinator:
         if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
             self._validate()
         while not progress.epoch_ended and not self._done():
-            report = self._train_chunk(length, val_every)
+            report = self._chunks.train(self.group, length, val_every)
             if schedule.epoch_done(progress, length, report.exhausted):
                 self._end_batches()
             self.host.emit("on_train_chunk_end", report)
@@ -213,46 +211,9 @@ class Coordinator:
         self.group.call(Worker.step_epoch_schedulers)
         self.state.progress.epoch_ended = True
 
-    def _train_chunk(self, length: int | None, val_every: int | None) -> TrainReport:
-        """Train up to the next decision; take up what the workers report."""
-        state, progress = self.state, self.state.progress
-        ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._chunk + 1)
-        batches = min(ahead, self._chunk)
-        stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
-        metrics = self._journal.take_news()
-        waited_for = self._behind  # one batch more than the chunk has, or less
-        self._behind = False
-        with state.clock.phase("training"):
-            reports: list[TrainReport] = self.group.call(Worker.train, batches, stop_at, metrics, ahead > batches)
-        report = merged(reports)
-        self._behind = report.behind
-        state.clock.chunk(report.seconds, report.data_seconds)
-        steps_before = progress.step
-        progress.batch, progress.step = report.batch, report.step
-        state.skipped_steps = report.skipped_steps
-        progress.total_batches += report.batches
-        progress.seconds = time.perf_counter() - self._clock
-        self._chunk = schedule.chunk_batches(report.batches + waited_for - report.behind, report.seconds)
-        self.snapshots.trained()
-        state.should_stop |= report.stop
-        state.interrupted |= self.interrupt.requested
-        self._journal.steps("train", [r.metrics for r in reports])
-        for every in self.plateau_steps:
-            if progress.step != steps_before and progress.step % every == 0:
-                self.group.call(Worker.step_plateau, "step", progress.step, state.board.plain())
-                break
-        return report
-
     def catch_up(self, failed: bool = False) -> None:
-        """Take up what the latest chunk has left for the next one, where something else comes first.
-
-        If the run has `failed`, take up all that has been logged before the batch that failed.
-        """
-        if self._behind or failed:
-            self._behind = False
-            with self.state.clock.phase("training"):
-                reports = self.group.call(Worker.report_steps, failed)
-            self._journal.steps("train", reports)
+        """See `Chunks.catch_up`."""
+        self._chunks.catch_up(self.group, failed)
 
     def _validation_due(self, val_every: int | None) -> bool:
         progress = self.state.progress

@@ -1,10 +1,12 @@
-"""Ctrl-C while a run is on: once asks for a stop at the next boundary, twice aborts."""
+"""Ctrl-C while a run is on: once asks for a stop at the next boundary, twice aborts; before training, once aborts."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,13 +16,16 @@ log = logging.getLogger("raytrainer")
 
 
 class Interrupt:
-    """While entered, the first SIGINT sets `requested`; the second raises KeyboardInterrupt.
+    """While entered, the first SIGINT sets `requested`; the second raises KeyboardInterrupt, and so ends each wait.
+
+    Within `at_once` the first one does: where there is no boundary soon, and nothing that would be lost.
 
     Does nothing outside the main thread, or where somebody has installed a handler of their own.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._at_once = False
         self._previous: Any = None
 
     def __enter__(self) -> Interrupt:
@@ -37,8 +42,17 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
+    @contextmanager
+    def at_once(self, when: bool = True) -> Iterator[None]:
+        """Inside, Ctrl-C raises KeyboardInterrupt (`when` there is nothing to lose): a set-up may take long."""
+        self._at_once = when
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or self._at_once:
             raise KeyboardInterrupt
         self.requested = True
         log.warning("Interrupted: stopping at the next boundary, within about a second. Once more to abort at once.")

@@ -16,6 +16,7 @@ from raytrainer.datamodule import DataModule
 from raytrainer.module import Module
 from raytrainer.plan.settings import Settings
 from raytrainer.seeding import rng_untouched
+from raytrainer.strategies.driver_side import driver_side
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["MakeProbe", "NoSchedulers", "Probe", "no_trace", "run_copy", "short_settings"]
@@ -24,6 +25,7 @@ __all__ = ["MakeProbe", "NoSchedulers", "Probe", "no_trace", "run_copy", "short_
 class Probe(Protocol):
     """A Trainer for one short run."""
 
+    settings: Settings
     num_training_batches: int | None
     interrupted: bool
 
@@ -61,7 +63,7 @@ def run_copy(probe: Probe, module: Module, loaders: Any, datamodule: DataModule 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed: what was found until then says nothing, and the user wants no more.
     """
-    probe.fit(copy.deepcopy(module), loaders, datamodule=copy.copy(datamodule))
+    probe.fit(driver_side(probe.settings).copy_module(module), loaders, datamodule=copy.copy(datamodule))
     if probe.interrupted:
         raise KeyboardInterrupt
 

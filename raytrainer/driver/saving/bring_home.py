@@ -10,12 +10,15 @@ from raytrainer.datamodule import DataModule
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import FinishReport
 from raytrainer.module import Module
+from raytrainer.strategies.driver_side import DriverSide
 from raytrainer.worker.worker import Worker
 
 __all__ = ["bring_home"]
 
 
-def bring_home(module: Module, datamodule: DataModule | None, report: FinishReport, group: WorkerGroup) -> None:
+def bring_home(
+    module: Module, datamodule: DataModule | None, report: FinishReport, group: WorkerGroup, side: DriverSide
+) -> None:
     """Put weights, buffers, hyperparameters and plain attributes into the driver's module.
 
     Layers that were built in the workers (in `setup` or `configure_model`) are built here too.
@@ -26,11 +29,7 @@ def bring_home(module: Module, datamodule: DataModule | None, report: FinishRepo
         module.configure_model()
     if set(report.state_dict) != set(module.state_dict()):
         _graft(group.call(Worker.fetch_module)[0], module)
-    # as in process, a precision such as 64 or "bf16-true" stays with the module
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in report.state_dict:
-            tensor.data = tensor.data.to(report.state_dict[name].dtype)
-    module.load_state_dict(report.state_dict)
+    side.take_home(module, report.state_dict)
     module.hparams.update(report.hparams or {})
     for name, value in report.attributes.items():
         module.__dict__[name] = value

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raytrainer.checkpoints.checkpoint_format import write_checkpoint
-from raytrainer.checkpoints.places import checkpoint_exists, remove_checkpoint
+from raytrainer.checkpointing.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.errors import StateLostError
 from raytrainer.module import Module
 from raytrainer.plan.schedule import Progress

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
-from raytrainer.checkpoints.checkpoint_format import read_checkpoint
-from raytrainer.checkpoints.places import CheckpointPath, RayCheckpoint, find_checkpoints
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, find_checkpoints
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers import Logger
 

@@ -12,7 +12,7 @@ from raytrainer.data.dataset import RayDataset
 from raytrainer.packing import unpack
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies import SingleStrategy
-from raytrainer.worker.worker_run import Run
+from raytrainer.worker.worker_run import WorkerRun
 from raytrainer.worker.worker_state import restore_state
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Predictor:
         task = replace(task, logs=None if task.logs is None else False, profiler=None)
         self.source = source
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-        self.run = Run(task, SingleStrategy(Ranks(), device))
+        self.run = WorkerRun(task, SingleStrategy(Ranks(), device))
         self.run.setup()
         if checkpoint is not None:
             restore_state(self.run, unpack(checkpoint))

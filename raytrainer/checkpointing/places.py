@@ -1,0 +1,74 @@
+"""Where checkpoints are: a local path, a URI of any filesystem that pyarrow knows, or an object of Ray's."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from urllib.parse import quote
+
+from raytrainer.plan.retention import split_query
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+__all__ = ["CheckpointPath", "RayCheckpoint", "checkpoint_exists", "find_checkpoints", "locate", "remove_checkpoint"]
+
+
+@runtime_checkable
+class RayCheckpoint(Protocol):
+    """A `ray.tune.Checkpoint` or `ray.train.Checkpoint`: a directory somewhere."""
+
+    def as_directory(self) -> AbstractContextManager[str]:
+        """A local copy, or the directory itself if it is local."""
+
+
+#: Where a checkpoint is: a path, a URI, or one of Ray's own objects.
+CheckpointPath: TypeAlias = str | os.PathLike[str] | RayCheckpoint
+
+
+def locate(path: str | Path) -> tuple[FileSystem, str]:
+    """The filesystem of a path or URI, and the path on it."""
+    from pyarrow import fs
+
+    text = str(path)
+    if "://" in text:
+        base, query = split_query(text)
+        # pyarrow refuses what URIs must escape, such as spaces, and undoes the escapes
+        filesystem, inner = fs.FileSystem.from_uri(quote(base, safe=":/@[]%=+,;~") + query)
+        return filesystem, inner.rstrip("/")
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+
+
+def checkpoint_exists(path: str | Path) -> bool:
+    """Whether a whole checkpoint is there."""
+    from pyarrow import fs
+
+    filesystem, directory = locate(path)
+    return bool(filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File)
+
+
+def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
+    """(time of writing in seconds, path) of every checkpoint in a directory tree."""
+    from pyarrow import fs
+
+    filesystem, directory = locate(root)
+    base, query = split_query(str(root))
+    base = base.rstrip("/")
+    entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
+    return [
+        (entry.mtime_ns / 1e9, base + entry.path.removesuffix("/meta.json").removeprefix(directory) + query)
+        if "://" in base
+        else (entry.mtime_ns / 1e9, entry.path.removesuffix("/meta.json"))
+        for entry in entries
+        if entry.base_name == "meta.json"
+    ]
+
+
+def remove_checkpoint(path: str | Path) -> None:
+    """Delete a checkpoint, if it is there. Never deletes a directory that is not one."""
+    if checkpoint_exists(path):
+        filesystem, directory = locate(path)
+        filesystem.delete_file(f"{directory}/meta.json")  # from here on it is no checkpoint any more
+        filesystem.delete_dir(directory)

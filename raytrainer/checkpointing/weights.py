@@ -1,0 +1,47 @@
+"""Weights alone: into a module, and out of one for use without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrainer.errors import CheckpointError
+
+__all__ = ["export_weights", "load_into"]
+
+
+def load_into(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """`load_state_dict`, whose complaint says what to do.
+
+    Raises:
+        CheckpointError: Keys or shapes do not match.
+    """
+    try:
+        module.load_state_dict(dict(state_dict), strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit {type(module).__name__}: {error}\nConstruct the module as it was "
+            f"when saved, or set strict_loading = False on it to load what matches."
+        ) from None
+
+
+def export_weights(module: nn.Module, path: str | Path) -> None:
+    """Write the module's state dict alone: as safetensors if `path` ends in ".safetensors", else with torch.save.
+
+    Raises:
+        CheckpointError: The safetensors package is missing.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    if not str(path).endswith(".safetensors"):
+        torch.save(state, path)
+        return
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise CheckpointError(f"{path}: install the package safetensors to write this format.") from None
+    # the format refuses tensors that share memory, such as tied weights: each gets its own
+    save_file({name: tensor.clone() for name, tensor in state.items()}, str(path))

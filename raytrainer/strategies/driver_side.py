@@ -1,0 +1,36 @@
+"""The driver's side of a strategy: what it does with the user's own module before and after a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from raytrainer.plan.settings import Settings
+
+__all__ = ["DriverSide", "driver_side"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class DriverSide:
+    """Where the driver's module is whole: all strategies so far."""
+
+    def copy_module(self, module: M) -> M:
+        """A module that a short run may train while the user's own stays as it is."""
+        return copy.deepcopy(module)
+
+    def take_home(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """Put what `Strategy.home_state` gave into the user's module, which has these names."""
+        # as in process, a precision such as 64 or "bf16-true" stays with the module
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in state:
+                tensor.data = tensor.data.to(state[name].dtype)
+        module.load_state_dict(dict(state))
+
+
+def driver_side(settings: Settings) -> DriverSide:
+    """That of the strategy which the settings ask for."""
+    return DriverSide()

@@ -1,0 +1,162 @@
+"""`TrainerRuns`: how a Trainer's arguments become settings, loggers and callbacks, and these a run."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import FrozenInstanceError, fields
+from typing import Any, Self
+
+import torch
+
+from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks.arrange import arrange_callbacks
+from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
+from raytrainer.checkpointing.places import CheckpointPath
+from raytrainer.datamodule import DataModule
+from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
+from raytrainer.driver.prepare.short_runs import short_settings
+from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
+from raytrainer.driver.run import Run
+from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
+from raytrainer.driver.saving.resume import read_to_resume
+from raytrainer.driver.workers.supply import Groups
+from raytrainer.gpu.choice import count_all
+from raytrainer.gpu.nvml import open_nvml
+from raytrainer.loggers import Logger
+from raytrainer.module import Module
+from raytrainer.plan.arguments import Arguments
+from raytrainer.plan.declaring import checked
+from raytrainer.plan.settings import Settings, settle
+from raytrainer.profilers import Profiler, make_profiler
+from raytrainer.seeding import last_seed
+from raytrainer.stateful_callback import StatefulCallback
+from raytrainer.task import Task
+from raytrainer.trainer_arguments import TrainerArguments
+from raytrainer.view.run_state import RunState, TrainerState
+from raytrainer.view.trainer_properties import TrainerProperties
+
+__all__ = ["TrainerRuns"]
+
+
+class TrainerRuns(TrainerProperties, TrainerArguments):
+    """What all verbs of a `Trainer` share."""
+
+    def __post_init__(
+        self,
+        logger: Logger | Iterable[Logger] | bool | None,
+        profiler: str | Profiler | None,
+        callbacks: StatefulCallback | Iterable[StatefulCallback] | None,
+        default_root_dir: str | os.PathLike[str] | None,
+    ) -> None:
+        cluster = Cluster(self.address, self.runtime_env)
+        # a Ray Tune trial has its share of the cluster already, and is like a machine of its own
+        on_cluster = attached(cluster) and own_reservation() is None
+        gpus, seed = self.gpus, last_seed() if self.seed is None else self.seed
+        if gpus in (-1, "-1") and (self.strategy == "local" or not on_cluster):
+            gpus = count_all(open_nvml())
+        self.__dict__.update(checked(vars(self), TrainerArguments, beyond=Arguments))
+        self._take_settings(settle(self, on_cluster, gpus=gpus, seed=seed))
+        self._default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
+        self._every_gpu = self._settings.gpus == -1
+        self._groups = Groups(cluster, self.placement_timeout, self.idle_timeout)
+        self._profiler = make_profiler(profiler)
+        self._loggers = [] if self.fast_dev_run else make_loggers(logger, self._default_root_dir)
+        self._logs = Logs(self._loggers)
+        # module code may call self.logger in a dry run too, to no effect
+        self._worker_logs = True if self._loggers else False if self.fast_dev_run and logger else None
+        extras: list[Callback] = []
+        if self.enable_progress_bar:
+            extras.append(ProgressBar())
+        if self.enable_model_summary:
+            extras.append(ModelSummary())
+        if self.enable_checkpointing and not self.fast_dev_run:
+            extras.append(ModelCheckpoint())
+        self._own_callbacks = arrange_callbacks(callbacks, extras)
+        self._callbacks = self._own_callbacks
+        self._state = RunState()
+        self._writer = CheckpointWriter()
+        self._module: Module | None = None
+        self._datamodule: DataModule | None = None
+        self._run: Run | None = None  # the latest
+        self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
+
+    def _take_settings(self, settings: Settings) -> None:
+        """Go on with these settings, and show them as this Trainer's arguments."""
+        self._settings = settings
+        shown = {declared.name: getattr(settings, declared.name) for declared in fields(Arguments)}
+        for name in ("max_epochs", "max_steps"):
+            shown[name] = -1 if shown[name] is None else shown[name]
+        self.__dict__.update(shown)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except FrozenInstanceError:
+            raise AttributeError(f"trainer.{name} stays as it is: make a new Trainer({name}={value!r}, ...).") from None
+
+    @property
+    def callbacks(self) -> list[Callback | WorkerCallback]:
+        """Those of the last run, in the order in which they are called."""
+        return self._callbacks
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first `ModelCheckpoint`."""
+        return next((c for c in self._callbacks if isinstance(c, ModelCheckpoint)), None)
+
+    def _probe(self, callbacks: list[Callback | WorkerCallback], loggers: list[Logger], **settings: Any) -> Self:
+        """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""
+        probe = copy.copy(self)
+        probe._probing, probe._profiler = True, None
+        probe._own_callbacks = probe._callbacks = callbacks
+        probe._loggers, probe._logs, probe._worker_logs = loggers, Logs(loggers), False
+        probe._state, probe._writer, probe._run = RunState(), CheckpointWriter(), None
+        probe._take_settings(short_settings(self._settings, **settings))
+        return probe
+
+    def _begin(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Run:
+        """A run with a fresh state, not started yet."""
+        if self._every_gpu:
+            self._take_settings(self._groups.with_every_gpu(self._settings))
+        self._module, self._datamodule = module, datamodule
+        previous = self._state.progress
+        self._state = RunState(TrainerState(fn=stage))
+        self._logs = Logs(self._loggers)
+        if stage != "fit":  # counters of the last fit stay visible
+            self._state.progress = previous
+        given = None if self._probing else module.configure_callbacks()
+        self._callbacks = arrange_callbacks(given, self._own_callbacks)
+        self._take_settings(with_accumulation(self._settings, self._callbacks))
+        task = self._task(stage, module, datamodule, loaders)
+        self._run = run = Run(
+            task, self._state, self._callbacks, self._emit, self._logs, self._groups, self._writer, self._probing
+        )
+        return run
+
+    def _task(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
+        seed = self._settings.seed
+        return Task(
+            stage=stage,
+            module=module,
+            datamodule=datamodule,
+            settings=self._settings,
+            callbacks=[c for c in self._callbacks if isinstance(c, WorkerCallback)],
+            loaders=loaders,
+            # torch's own generator, so that a user's torch.manual_seed makes a run repeatable
+            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            reseed=seed is not None or self._settings.strategy != "local",
+            default_root_dir=self.default_root_dir,
+            logs=self._worker_logs,
+            profiler=self._profiler,
+        )
+
+    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
+        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir)
+
+    def _emit(self, hook: str, *args: Any) -> None:
+        """Call a hook of the driver's callbacks; those that save run last."""
+        for callback in self._callbacks:
+            if isinstance(callback, Callback):
+                getattr(callback, hook)(self, self._module, *args)

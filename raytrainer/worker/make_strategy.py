@@ -1,0 +1,24 @@
+"""Which strategy a run's settings ask for, with the groups that it needs."""
+
+from __future__ import annotations
+
+import torch
+
+from raytrainer.plan.ranks import Ranks
+from raytrainer.plan.settings import Settings
+from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
+from raytrainer.worker.process_group import ProcessGroup
+
+__all__ = ["make_strategy"]
+
+
+def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group: ProcessGroup | None) -> Strategy:
+    """This worker's side of it; without a group, of one worker. All workers must call it together."""
+    if group is None:
+        return SingleStrategy(ranks, device)
+    group.set_timeout(settings.ddp.timeout_seconds)
+    common = ranks, device, group.control, settings.ddp
+    if settings.strategy == "ddp":
+        return DDPStrategy(*common)
+    kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
+    return kind(*common, *group.of_node(ranks))

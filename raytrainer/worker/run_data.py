@@ -1,0 +1,120 @@
+"""`RunData`: where a run's batches come from on one worker, and how they get to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from raytrainer.data.data_hooks import DataHooks
+from raytrainer.data.loaders import Feed, as_list
+from raytrainer.data.prefetch import CopyStream
+from raytrainer.errors import ConfigurationError
+from raytrainer.strategies.strategy import Strategy
+from raytrainer.task import Task
+from raytrainer.worker.hook_calls import Hooks, overridden
+from raytrainer.worker.logger_recorder import TRANSFER_HOOKS
+
+if TYPE_CHECKING:
+    from raytrainer.data.ray_feed import RayFeed
+
+__all__ = ["AnyFeed", "RunData"]
+
+AnyFeed: TypeAlias = "Feed | RayFeed"
+
+
+class RunData:
+    """The loaders and datasets of one run.
+
+    Args:
+        task: What the driver sent.
+        strategy: Says which part of the data is this worker's.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy) -> None:
+        self.task, self.strategy = task, strategy
+        self._owners = task.datamodule, task.module
+        self._feeds: dict[str, list[AnyFeed]] = {}
+        self._sources: dict[str, Any] = dict(task.loaders)
+
+    def bind_transfer(self, hooks: Hooks, cast: Callable[[Any], Any] | None) -> Callable[[Any, int], Any] | None:
+        """The three batch-transfer hooks and the precision's `cast` as one function; None if nothing is to be done."""
+        device = self.strategy.device
+        found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
+        before, to_device, after = (hook and hooks.named(name, hook) for name, hook in found.items())
+        if device.type != "cpu" and to_device is None:
+            to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
+        if before is None and to_device is None and after is None:
+            return None if cast is None else lambda batch, idx: cast(batch)
+
+        def transfer(batch: Any, idx: int) -> Any:
+            if before is not None:
+                batch = before(batch, idx)
+            if cast is not None:
+                batch = cast(batch)
+            if to_device is not None:
+                batch = to_device(batch, device, idx)
+            return after(batch, idx) if after is not None else batch
+
+        return transfer
+
+    def _data_hook(self, name: str) -> Callable[..., Any] | None:
+        """The hook of whoever overrode it: the DataModule wins."""
+        for owner in self._owners:
+            if owner is not None and overridden(owner, name):
+                hook: Callable[..., Any] = getattr(owner, name)
+                return hook
+        return None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation loader or dataset, and a step for it."""
+        given = "val" in self._sources or "val" in self.task.datasets
+        loader = given or self._data_hook("val_dataloader") is not None
+        return loader and overridden(self.task.module, "validation_step")
+
+    def loader(self, stage: str) -> Any:
+        if stage in self.task.datasets:
+            return [blocks.source for blocks in self.task.datasets[stage]]
+        if stage not in self._sources:
+            hook = self._data_hook(f"{stage}_dataloader")
+            if hook is None:
+                raise ConfigurationError(
+                    f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
+                )
+            self._sources[stage] = hook()
+        return self._sources[stage]
+
+    def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
+        """The loaders of "train", "val", "test" or "predict", sharded; built once."""
+        if reload and stage not in self.task.loaders and stage not in self.task.datasets:
+            self._sources.pop(stage, None)
+            self._close_feeds(stage)
+        if stage not in self._feeds and stage in self.task.datasets:
+            self._feeds[stage] = self._dataset_feeds(stage)
+        if stage not in self._feeds:
+            loaders = as_list(self.loader(stage))
+            if not loaders:
+                raise ConfigurationError(f"{stage}_dataloader() returned {self.loader(stage)!r}: return a loader.")
+            seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+            self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
+        return self._feeds[stage]
+
+    def _close_feeds(self, stage: str) -> None:
+        for feed in self._feeds.pop(stage, []):
+            if isinstance(feed, Feed):
+                feed.close()
+
+    def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
+        from raytrainer.data.ray_feed import RayFeed
+
+        seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
+        return [RayFeed(blocks, stage, share, seed, settings) for blocks in self.task.datasets[stage]]
+
+    def lengths(self, stage: str) -> Any:
+        lengths = [feed.length for feed in self.feeds(stage)]
+        return lengths[0] if stage == "train" else lengths
+
+    def close(self) -> None:
+        """End what loaders have begun."""
+        for stage in list(self._feeds):
+            self._close_feeds(stage)
