@@ -37,7 +37,7 @@ log = logging.getLogger("raytrainer")
 
 
 @documented
-class Trainer(TuningVerbs, TrainerRuns):
+class Trainer(TrainerRuns, TuningVerbs):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a

@@ -55,10 +55,10 @@ class TrainerArguments(Arguments):
     """`Callback`s, which run on the driver, and `WorkerCallback`s, which run beside the module."""
 
     enable_progress_bar: bool = argument(default=True, check=checks.boolean)
-    """Show progress."""
+    """Show progress: a live bar on a terminal, a line an epoch elsewhere."""
 
     enable_model_summary: bool = argument(default=True, check=checks.boolean)
-    """Print a summary of the module before training."""
+    """Print a table of the module's parts before training."""
 
     enable_checkpointing: bool = argument(default=True, check=checks.boolean)
     """Save the latest checkpoint at each epoch's end, if no `ModelCheckpoint` is given."""

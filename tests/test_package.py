@@ -32,7 +32,7 @@ FLOORS = [
     ["driver"],
     ["trainer_tuning", "trainer_runs"],
     ["trainer"],
-    ["cli", "__init__", "__main__"],
+    ["cli", "reference", "__init__", "__main__"],
 ]
 
 #: Where ray is imported: the driver's side of it, what runs in its actors, data and callbacks of its own.

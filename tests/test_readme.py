@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import sklearn.datasets  # noqa: F401  # sets environment variables, which no te
 import tensorboardX  # noqa: F401  # likewise
 
 import raytrainer
-from raytrainer import Callback, Trainer, WorkerCallback
+from raytrainer import Callback, WorkerCallback
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,17 +37,6 @@ def test_ci_runs_the_readme_command() -> None:
     commands = re.findall(r"^```sh\n(.*?)\n```$", README, flags=re.MULTILINE | re.DOTALL)
     install_and_test = next(command for command in commands if "pytest" in command)
     assert install_and_test in (ROOT / ".ci" / "run").read_text()
-
-
-def test_every_trainer_argument_is_in_the_table() -> None:
-    section = README.split("\n## Trainer\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
-    table = {name: default.strip() for names, default in rows for name in re.findall(r"`(\w+)`", names)}
-    parameters = inspect.signature(Trainer).parameters
-    assert sorted(table) == sorted(parameters)
-    for name, parameter in parameters.items():
-        shown = table[name].split("` (")[0].strip("`")
-        assert shlex.split(shown) == shlex.split(repr(parameter.default)), name
 
 
 def callbacks_section() -> list[list[str]]:

@@ -68,7 +68,7 @@ class Arguments:
     """A requested stop is honoured from this step on, whatever `min_epochs` says."""
 
     max_time: str | timedelta | Mapping[str, int] | float | None = argument(default=None, check=checks.duration)
-    """Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict."""
+    """Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict; checked about once a second."""
 
     # ---------------------------------------------------------------- when to validate
 
@@ -76,15 +76,19 @@ class Arguments:
     """Validate in every n-th epoch; None: count `val_check_interval` across epochs."""
 
     val_check_interval: int | float | None = argument(default=1.0, check=checks.fraction_or_count, least=1, none=1.0)
-    """A float f validates every max(1, int(n * f)) of an epoch's n batches, an int k every k; None: 1.0."""
+    """A float f validates every max(1, int(n * f)) of an epoch's n batches, an int k every k; None: 1.0. 1.0 is the end
+    of the epoch, 1 every batch. The count begins anew each epoch, and none is added at its end: 4 in an epoch of 10
+    validates after 4 and 8."""
 
     num_sanity_val_steps: int = argument(default=2, check=checks.count, least=0, minus_one="the whole validation set")
-    """Validation batches per loader before training; 0: none, -1: all."""
+    """Validation batches per loader before training, to find bugs early; 0: none, -1: all. Leaves no metric, no log
+    line and no trace in random generators; left out when resuming."""
 
     # ---------------------------------------------------------------- how much of the data
 
     limit_train_batches: int | float | None = argument(default=None, check=checks.fraction_or_count, none=None)
-    """An int is a number of batches, a float in [0, 1] a fraction; 0 switches training off; None: all."""
+    """An int is a number of batches, a float in [0, 1] a fraction, rounded down; 0 switches training off; None: all. A
+    fraction that comes to no batch is an error."""
 
     limit_val_batches: int | float | None = argument(default=None, check=checks.fraction_or_count, none=None)
     """Likewise, for each validation loader."""
@@ -99,7 +103,7 @@ class Arguments:
     """Train on the same, unshuffled batches in every epoch, and validate on as many."""
 
     fast_dev_run: int | bool = argument(default=False, check=checks.switch_or_count)
-    """True or n: run one or n batches of everything, once, and write nothing."""
+    """True or n: run one or n batches of every loader, for one epoch, and write no logs and no checkpoints."""
 
     use_distributed_sampler: bool = argument(default=True, check=checks.boolean)
     """Shard loaders over workers, and draw their shuffling from (seed, epoch)."""
@@ -110,7 +114,8 @@ class Arguments:
     # ---------------------------------------------------------------- optimisation
 
     gradient_clip_val: float | None = argument(default=None, check=checks.number, above=0.0, zero=True)
-    """Clip gradients to this norm or value; None or 0: do not."""
+    """Clip gradients to this norm or value; None or 0: do not. Only on batches that step, after
+    `on_before_optimizer_step`."""
 
     gradient_clip_algorithm: str | None = argument(
         default=None, check=checks.choice, allowed=("norm", "value"), none="norm"
@@ -118,16 +123,18 @@ class Arguments:
     """"norm" or "value"; None: "norm"."""
 
     accumulate_grad_batches: int = argument(default=1, check=checks.count, least=1)
-    """Batches per step; an epoch's last batch always steps."""
+    """Batches per step; the loss is divided by it, and an epoch's last batch always steps."""
 
     precision: int | str = argument(default=32, check=checks.precision)
-    """32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed", "16-true", "bf16-true"."""
+    """32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed" (mixed: autocast, and loss scaling for 16), "16-true",
+    "bf16-true"."""
 
     deterministic: bool | str = argument(default=False, check=checks.choice, allowed=(False, True, "warn"))
-    """True: only deterministic algorithms; "warn": where they exist."""
+    """True: only deterministic algorithms, an error where there is none; "warn": a warning there. May be slower."""
 
     benchmark: bool | None = argument(default=None, check=checks.boolean, none=True)
-    """Let cuDNN pick the fastest kernels, which pays off when input sizes stay the same."""
+    """True: let cuDNN try kernels and pick the fastest, which pays off while input sizes stay the same; not with
+    deterministic=True. None: as torch is set."""
 
     float32_matmul_precision: str | None = argument(
         default=None, check=checks.choice, allowed=(None, "highest", "high", "medium")
@@ -165,7 +172,8 @@ class Arguments:
     costing under 1 % of the time, but for the first one; None: none."""
 
     hang_timeout: float = argument(default=600.0, check=checks.number, above=0.0, none=False)
-    """Seconds without an answer from training workers after which they count as lost."""
+    """Seconds without an answer from training workers after which they count as lost; longer than any one batch
+    takes."""
 
     worker_output: str = argument(default="rank_zero", check=checks.choice, allowed=("rank_zero", "all"))
     """Whose prints are shown: "rank_zero", while the other workers' go to files that errors name; or "all", each line

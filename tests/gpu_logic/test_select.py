@@ -9,7 +9,7 @@ import torch
 from fakes import FakePynvml, cards
 
 from raytrainer import ConfigurationError, ResourceError, Trainer
-from raytrainer import trainer as trainer_module
+from raytrainer import trainer_runs as trainer_module
 from raytrainer.driver.workers import local_group as group_module
 from raytrainer.gpu import choice as select
 from raytrainer.gpu.memory import MemorySampler, own_index
