@@ -31,7 +31,7 @@ from raytrainer.callbacks import (
     WorkerCallback,
     tune_resources,
 )
-from raytrainer.data.dataset import RayDataset
+from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import (
     CheckpointError,

@@ -12,7 +12,7 @@ from raytrainer.callbacks import Tuner
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.config import check_names, instantiate
-from raytrainer.data.dataset import as_ray_datasets
+from raytrainer.data.ray.ray_dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
 from raytrainer.driver.prepare.sources import require_data, require_methods, sources
@@ -41,9 +41,8 @@ class Trainer(TrainerRuns, TuningVerbs):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
-    maximum beats a minimum.
-
-    Args:
+    maximum beats a minimum. Arguments are declared, with what they mean, in `Arguments` and `TrainerArguments`; `help`
+    shows them here.
 
     Raises:
         ConfigurationError: A value, or a pair of values, cannot work.

@@ -21,7 +21,7 @@ from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.saving.resume import read_to_resume
-from raytrainer.driver.workers.supply import Groups
+from raytrainer.driver.workers.group_supply import Groups
 from raytrainer.gpu.choice import count_all
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import Logger

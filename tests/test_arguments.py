@@ -88,8 +88,6 @@ def test_a_declaration_is_all_there_is_to_an_argument():
     class Own(Arguments):
         """Something.
 
-        Args:
-
         Raises:
             Nothing.
         """

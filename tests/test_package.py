@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms and files of the top level, from the ground up: each imports from its own row and from those above it here.
 FLOORS = [
     ["errors", "version", "messages"],
-    ["plan", "gpu", "loggers", "profilers", "config", "packing", "hparams", "stateful_callback"],
+    ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "hparams", "stateful_callback"],
     ["private", "seeding"],
     ["checkpointing", "data", "metrics"],
     ["strategies"],
@@ -37,7 +37,7 @@ FLOORS = [
 
 #: Where ray is imported: the driver's side of it, what runs in its actors, data and callbacks of its own.
 RAY = ("driver/cluster/", "driver/workers/ray_", "driver/workers/task_pickling", "worker/actor/", "private/ray_private",
-       "driver/prepare/ray_", "data/ray_", "callbacks/ray_")  # fmt: skip
+       "driver/prepare/ray_", "data/ray/", "callbacks/ray_")  # fmt: skip
 
 #: Longer than 300 lines, since their parts are read together.
 LONG = {

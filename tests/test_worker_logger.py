@@ -11,7 +11,7 @@ from exact import Exact, Mortal, run, same
 from tiny import Tiny, data
 
 from raytrainer import Logger, SerializationError, WorkerCallback
-from raytrainer.driver.workers.supply import Groups
+from raytrainer.driver.workers.group_supply import Groups
 from raytrainer.loggers.media import as_images, draw
 
 

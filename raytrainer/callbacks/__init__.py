@@ -6,7 +6,6 @@ from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.callbacks.device_stats_monitor import DeviceStatsMonitor
 from raytrainer.callbacks.early_stopping import EarlyStopping
 from raytrainer.callbacks.ema_weight_averaging import EMAWeightAveraging
-from raytrainer.callbacks.finders import BatchSizeFinder, LearningRateFinder, Tuner
 from raytrainer.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from raytrainer.callbacks.lambda_callback import LambdaCallback, LambdaWorkerCallback
 from raytrainer.callbacks.learning_rate_monitor import LearningRateMonitor
@@ -20,6 +19,7 @@ from raytrainer.callbacks.rich_model_summary import RichModelSummary
 from raytrainer.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from raytrainer.callbacks.throughput_monitor import ThroughputMonitor
 from raytrainer.callbacks.timer import Timer
+from raytrainer.callbacks.tuners import BatchSizeFinder, LearningRateFinder, Tuner
 
 __all__ = [
     "BackboneFinetuning",

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.forks import garbage_left_alone
+from raytrainer.data.loader_processes import garbage_left_alone
 from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import Past, batches_before, resolve_limit

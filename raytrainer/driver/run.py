@@ -19,7 +19,7 @@ from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_dat
 from raytrainer.driver.reporting.results import write_profiles
 from raytrainer.driver.reporting.run_loggers import Logs
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
-from raytrainer.driver.workers.supply import Groups
+from raytrainer.driver.workers.group_supply import Groups
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers.logger import first_log_dir

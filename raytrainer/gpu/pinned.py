@@ -74,7 +74,8 @@ def _in_one_mapping(kinds: Sequence[tuple[torch.dtype, torch.Size]], device: tor
         return None
     with contextlib.suppress(OSError):  # kernels without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    # the tensors hold this, and this holds the mapping, which itself tells of its end when its memory is gone already
+    # The tensors keep `held` alive, and `held` keeps the mapping. CUDA has to forget the memory before it is unmapped,
+    # which the end of `held` tells in time; the end of the mapping itself would tell too late.
     held = (ctypes.c_char * size).from_buffer(mapping)
     whole = torch.frombuffer(held, dtype=torch.uint8)
     whole[:: mmap.PAGESIZE].zero_()  # have the pages now: this holds up nobody, and the next call does

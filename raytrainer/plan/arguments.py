@@ -67,7 +67,7 @@ class Arguments:
     min_steps: int | None = argument(default=None, check=checks.count, least=0, none=True)
     """A requested stop is honoured from this step on, whatever `min_epochs` says."""
 
-    max_time: str | timedelta | Mapping[str, int] | float | None = argument(default=None, check=checks.duration)
+    max_time: str | timedelta | Mapping[str, int] | None = argument(default=None, check=checks.duration)
     """Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict; checked about once a second."""
 
     # ---------------------------------------------------------------- when to validate
@@ -167,7 +167,7 @@ class Arguments:
     """Lost workers to recover from in one `fit`: the group is rebuilt and goes on from the newest snapshot or
     checkpoint. Errors of user code are never retried. "local" recovers nothing."""
 
-    snapshot_every: int | str | timedelta | float | None = argument(default="auto", check=checks.steps_or_duration)
+    snapshot_every: int | str | timedelta | None = argument(default="auto", check=checks.steps_or_duration)
     """In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at most every 10 s,
     costing under 1 % of the time, but for the first one; None: none."""
 

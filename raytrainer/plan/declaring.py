@@ -76,13 +76,13 @@ def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:
 def documented(kind: type[T]) -> type[T]:
     """A class with its arguments in its docstring, where `help` and command lines look for them.
 
-    They come where the docstring has a line "Args:".
+    They come before what it raises.
     """
     lines = []
     for name, text in meanings(kind).items():
         wrapped = textwrap.wrap(f"{name}: {text}", 112, subsequent_indent="    ")
         lines += [f"    {line}" for line in wrapped]
     if kind.__doc__ is not None and lines:
-        before, mark, after = inspect.cleandoc(kind.__doc__).partition("\nArgs:\n")
-        kind.__doc__ = f"{before}{mark}{chr(10).join(lines)}\n{after}"
+        before, mark, after = inspect.cleandoc(kind.__doc__).partition("\nRaises:\n")
+        kind.__doc__ = "\n".join([before.rstrip(), "", "Args:", *lines, f"{mark}{after}"])
     return kind

@@ -38,14 +38,14 @@ class Settings(Arguments):
         num_processes: int
         gpus: int | tuple[int, ...]  # -1: all of each node, a number that is known when a run begins
         min_epochs: int
-        max_time: float | None
+        max_time: float | None  # type: ignore[assignment]  # seconds
         val_check_interval: int | float
         fast_dev_run: int
         gradient_clip_algorithm: str
         precision: str
         compile: dict[str, Any] | None
         log_every_n_steps: int
-        snapshot_every: int | float | str | None
+        snapshot_every: int | float | str | None  # type: ignore[assignment]  # steps, seconds or "auto"
 
     ddp: DDP = field(default_factory=DDP)
     accumulation: tuple[tuple[int, int], ...] = ()

@@ -86,10 +86,11 @@ class ReplicatedStrategy(Strategy):
         if not trainable:
             return step
         if not module.automatic_optimization:
-            # manual passes are averaged by sync_manual; DDP, which allows one backward per forward, only aligns ranks
+            # DDP allows one backward pass for each forward pass, so sync_manual averages; here ranks begin alike
             _broadcast_state(module)
             return step
-        # two summands have one sum; of more, its last bit depends on where in a bucket they are
+        # The sum of three or more numbers depends, in its last bit, on the order in which they are added, and that on
+        # a gradient's place in DDP's buckets. With more than two workers the places are therefore fixed.
         fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters
         self._ddp = DistributedDataParallel(_Step(module, step, backwards=fixed), **self.settings.options)
         if fixed:

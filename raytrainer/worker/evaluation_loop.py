@@ -78,8 +78,8 @@ class EvaluationLoop:
     def evaluate(self, batches: int) -> EvaluationReport:
         """Evaluate at most `batches` batches, going on from loader to loader.
 
-        As in training, what the last one logs on a GPU is left for the next report; there is one more, since only the
-        chunk after the last batch finds that all is done.
+        On a GPU, what the last of them logs comes with the next report, as in training. There always is a next one:
+        whether all batches are done is found by the chunk after the last batch.
         """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []

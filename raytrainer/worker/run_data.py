@@ -15,7 +15,7 @@ from raytrainer.worker.hook_calls import Hooks, overridden
 from raytrainer.worker.logger_recorder import TRANSFER_HOOKS
 
 if TYPE_CHECKING:
-    from raytrainer.data.ray_feed import RayFeed
+    from raytrainer.data.ray.ray_feed import RayFeed
 
 __all__ = ["AnyFeed", "RunData"]
 
@@ -105,7 +105,7 @@ class RunData:
                 feed.close()
 
     def _dataset_feeds(self, stage: str) -> list[AnyFeed]:
-        from raytrainer.data.ray_feed import RayFeed
+        from raytrainer.data.ray.ray_feed import RayFeed
 
         seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
         return [RayFeed(blocks, stage, share, seed, settings) for blocks in self.task.datasets[stage]]

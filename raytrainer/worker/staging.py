@@ -37,12 +37,14 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: dict[_Kind, list[Tensor]] = {}
-        self._needed: Counter[_Kind] = Counter()  # of each, the most that one copy of this run takes
-        self._returned: deque[tuple[Sequence[_Kind], Sequence[Tensor]]] = deque()  # copies may die at any time
+        self._needed: Counter[_Kind] = Counter()  # how many of each kind one copy of this run takes
+        self._returned: deque[tuple[Sequence[_Kind], Sequence[Tensor]]] = (
+            deque()
+        )  # from copies that nobody holds any more
         self._reserving: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Another run begins: buffers that its first state has no use for will go."""
+        """Another run begins: with its first copy, buffers of kinds that it does not need are dropped."""
         self._needed.clear()
 
     def reserve(self, state: Mapping[str, Any]) -> None:

@@ -146,8 +146,11 @@ class TrainingLoop:
     def train(self, batches: int, stop_at_step: int | None = None, more: bool = False) -> TrainReport:
         """Train at most `batches` batches, ending early at an optimizer step or at the loader's end.
 
-        With `more`, others follow at once, and a GPU must not run out of work in between: what the last batch logs is
-        left for the next report, so that this one waits for all batches but that.
+        Args:
+            batches: How many.
+            stop_at_step: End early at this optimizer step.
+            more: Whether another chunk follows at once. A GPU is then kept busy in between: the report waits for all
+                batches but the last one, whose values come with the next report.
         """
         clock = time.perf_counter
         start = clock()

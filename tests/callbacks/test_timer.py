@@ -7,8 +7,8 @@ from tiny import Clock, Tiny, data
 
 from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
 from raytrainer.callbacks import timer
+from raytrainer.driver.workers.group_supply import Groups
 from raytrainer.driver.workers.local_group import LocalGroup
-from raytrainer.driver.workers.supply import Groups
 from raytrainer.errors import WorkerLostError
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from raytrainer.data.dealing import (
+from raytrainer.data.ray.dealing import (
     Dealer,
     Piece,
     batches_of_each,

@@ -34,7 +34,7 @@ def test_nothing_is_logged_or_profiled(logs, monkeypatch):
 
     profiler, module = Watched(), Telling()
     task = Task("predict", module, None, build_settings(strategy="local"), [], logs=logs, profiler=profiler)
-    monkeypatch.setattr("raytrainer.data.dataset._is_ray_dataset", lambda value: True)
+    monkeypatch.setattr("raytrainer.data.ray.ray_dataset._is_ray_dataset", lambda value: True)
     predictor = Predictor((task, None), RayDataset(None), False)
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     table = predictor(ray.data.block.BlockAccessor.batch_to_block({"x": x}))

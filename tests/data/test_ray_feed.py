@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrainer.data import ray_data
-from raytrainer.data.ray_feed import RayFeed
+from raytrainer.data.ray import ray_data
+from raytrainer.data.ray.ray_feed import RayFeed
+from raytrainer.data.ray.splitter import Splitter
 from raytrainer.data.sharding import Share
-from raytrainer.data.splitter import Splitter
 from raytrainer.plan.settings import build_settings
 
 

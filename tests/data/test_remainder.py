@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from raytrainer.data.dealing import Dealer, Piece, batches_of_each, tail_sizes
-from raytrainer.data.remainder import Windows, left_over
+from raytrainer.data.ray.dealing import Dealer, Piece, batches_of_each, tail_sizes
+from raytrainer.data.ray.remainder import Windows, left_over
 
 SEED, EPOCH = 3, 2
 

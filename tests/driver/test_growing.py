@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from exact import Exact, Mortal, run, same
 
-from raytrainer.driver.workers.supply import Groups
+from raytrainer.driver.workers.group_supply import Groups
 from raytrainer.errors import WorkerLostError
 
 

@@ -11,8 +11,8 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from raytrainer import ConfigurationError, ResourceError
+from raytrainer.driver.cluster import reservation as reserve
 from raytrainer.driver.cluster.placement import Request, Slot
-from raytrainer.driver.cluster.session import reservation as reserve
 
 
 @pytest.fixture

@@ -64,8 +64,8 @@ class Chunks:
         batches = min(ahead, self._batches)
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = self._journal.take_news()
-        waited_for = self._behind  # one batch more than the chunk has, or less
-        self._behind = False
+        # on a GPU the chunk's time covers the last batch of the chunk before, if that was left over, and not its own
+        left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
             reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, ahead > batches)
         report = merged(reports)
@@ -76,7 +76,7 @@ class Chunks:
         state.skipped_steps = report.skipped_steps
         progress.total_batches += report.batches
         progress.seconds = time.perf_counter() - self._began
-        self._batches = schedule.chunk_batches(report.batches + waited_for - report.behind, report.seconds)
+        self._batches = schedule.chunk_batches(report.batches + left_over - report.behind, report.seconds)
         self.snapshots.trained()
         state.should_stop |= report.stop
         state.interrupted |= self.interrupt.requested

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrainer.data.dataset import RayDataset, as_ray_datasets
+from raytrainer.data.ray.ray_dataset import RayDataset, as_ray_datasets
 from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_resources
 from raytrainer.driver.workers import idle_pool
 from raytrainer.errors import ConfigurationError
-from raytrainer.packing import pack
 from raytrainer.plan.settings import Settings
 from raytrainer.task import Task
+from raytrainer.tensor_packing import pack
 from raytrainer.worker.hook_calls import overridden
 
 __all__ = ["find_datasets", "has_dataset", "lazy_predictions", "prepare_datasets", "release_datasets"]
@@ -75,7 +75,7 @@ def lazy_predictions(task: Task, settings: Settings, cluster: Cluster, checkpoin
     datasets = find_datasets("predict", task.loaders, task.datamodule, task.module, cluster, settings.world_size)
     if datasets is None:
         return None
-    from raytrainer.data import ray_data
+    from raytrainer.data.ray import ray_data
     from raytrainer.driver.prepare import ray_predictions
 
     ensure_ray(cluster, settings.world_size)
@@ -110,7 +110,7 @@ def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
                 found[stage] = datasets
     if not found:
         return
-    from raytrainer.data import ray_data
+    from raytrainer.data.ray import ray_data
 
     ensure_ray(cluster, workers)
     _leave_a_cpu()

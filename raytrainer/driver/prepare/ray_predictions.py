@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrainer.data.dataset import RayDataset
-from raytrainer.data.ray_data import settings_only
+from raytrainer.data.ray.ray_data import settings_only
+from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import Settings
 from raytrainer.task import Task

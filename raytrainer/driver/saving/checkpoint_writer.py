@@ -57,9 +57,9 @@ class Captured:
 class CheckpointWriter:
     """Writes and removes checkpoints in order, in one background thread.
 
-    A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently. Until then nothing is
-    removed, which was to be after the one that failed. A state that went with workers which have been replaced is
-    told of only: training goes on from before it.
+    A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently. Until it has been raised,
+    older checkpoints are not removed either. One case is only logged: the state is gone with workers that have been
+    replaced meanwhile, since training then goes on from an earlier state anyway.
     """
 
     def __init__(self) -> None:

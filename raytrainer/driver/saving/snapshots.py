@@ -61,9 +61,9 @@ class Snapshots:
         """Keep a state whose copying blocked training for `cost` seconds."""
         if not self.enabled:
             return
-        # the one before stays until the next: a worker may die before it has handed over the newest
+        # the one before is kept too: a worker may die before it has handed over the newest
         self._kept = [*self._kept[-1:], captured]
-        # new workers allocate the memory for copies with their first one, which so says nothing of the others
+        # a worker's first copy also allocates the memory for all later ones, so its time is no guide to theirs
         self._cost = 0.0 if self._cost is None else cost
         self._taken, self._step = time.perf_counter(), step
 

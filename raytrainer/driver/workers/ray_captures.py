@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.errors import CheckpointError, StateLostError
-from raytrainer.packing import unpack
+from raytrainer.tensor_packing import unpack
 from raytrainer.worker.actor.actor import Failure
 from raytrainer.worker.verbs import Wait
 

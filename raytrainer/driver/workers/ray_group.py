@@ -23,10 +23,10 @@ from raytrainer.errors import (
     ConfigurationError,
 )
 from raytrainer.messages import SetupReport
-from raytrainer.packing import pack
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences
 from raytrainer.task import Task
+from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.actor import ASIDE, Place, RemoteWorker, StagingWorker, own_versions
 from raytrainer.worker.verbs import Verb, Wait, verb_of
 from raytrainer.worker.worker import Worker

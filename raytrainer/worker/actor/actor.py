@@ -19,8 +19,8 @@ from ray import cloudpickle
 
 from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
-from raytrainer.packing import pack, unpack, without_tensors
 from raytrainer.plan.ranks import Ranks
+from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.version import __version__
 from raytrainer.worker.actor.output import Output
 from raytrainer.worker.actor.own_gpus import own_gpu_indices

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raytrainer.data.columns import finished, joined, prediction_columns, views
-from raytrainer.data.dataset import RayDataset
-from raytrainer.packing import unpack
+from raytrainer.data.ray.columns import finished, joined, prediction_columns, views
+from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies import SingleStrategy
+from raytrainer.tensor_packing import unpack
 from raytrainer.worker.worker_run import WorkerRun
 from raytrainer.worker.worker_state import restore_state
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrainer.data.dealing import Dealer, Piece, mixed
-from raytrainer.data.remainder import Windows, left_over
+from raytrainer.data.ray.dealing import Dealer, Piece, mixed
+from raytrainer.data.ray.remainder import Windows, left_over
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.private import ray_private

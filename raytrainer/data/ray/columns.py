@@ -15,7 +15,7 @@ from raytrainer.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from raytrainer.data.dataset import RayDataset
+    from raytrainer.data.ray.ray_dataset import RayDataset
 
 __all__ = [
     "Columns",

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from raytrainer.data.dealing import Dealer, Piece, chosen, rows_done
+from raytrainer.data.ray.dealing import Dealer, Piece, chosen, rows_done
 from raytrainer.plan.seeds import derive_seed
 
 __all__ = ["Windows", "left_over"]

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from raytrainer.data.columns import Columns, advice, cut, views
-from raytrainer.data.row_order import RowOrder
-from raytrainer.data.splitter import Reading, Splitter
+from raytrainer.data.ray.columns import Columns, advice, cut, views
+from raytrainer.data.ray.row_order import RowOrder
+from raytrainer.data.ray.splitter import Reading, Splitter
 from raytrainer.errors import ResourceError
 from raytrainer.private import ray_private
 
 if TYPE_CHECKING:
-    from raytrainer.data.dataset import RayDataset
+    from raytrainer.data.ray.ray_dataset import RayDataset
     from raytrainer.data.sharding import Share
 
 __all__ = ["KeptBlocks", "StreamedBlocks", "is_materialized", "prepare", "require_free_cpu", "settings_only"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.data.columns import Columns, cut, joined, picked
+from raytrainer.data.ray.columns import Columns, cut, joined, picked
 
 __all__ = ["RowOrder"]
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raytrainer.data.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
-from raytrainer.data.dealing import (
+from raytrainer.data.loaders import LookAhead
+from raytrainer.data.ray.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
+from raytrainer.data.ray.dealing import (
     Span,
     batches_of_each,
     evaluation_spans,
@@ -22,18 +23,17 @@ from raytrainer.data.dealing import (
     training_spans,
     within,
 )
-from raytrainer.data.loaders import LookAhead
-from raytrainer.data.remainder import Windows
-from raytrainer.data.row_order import RowOrder
+from raytrainer.data.ray.remainder import Windows
+from raytrainer.data.ray.row_order import RowOrder
+from raytrainer.data.ray.splitter import Reading
 from raytrainer.data.sharding import Share
-from raytrainer.data.splitter import Reading
 from raytrainer.errors import DataError
 from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
 
 if TYPE_CHECKING:
-    from raytrainer.data.ray_data import KeptBlocks, StreamedBlocks
+    from raytrainer.data.ray.ray_data import KeptBlocks, StreamedBlocks
 
 __all__ = ["RayFeed"]
 

@@ -1,0 +1,76 @@
+"""torch's private interfaces, taken away one by one: what happens then."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.distributed_c10d as c10d
+from torch import nn
+from torch.utils.data import DataLoader
+
+import raytrainer
+from raytrainer.private import torch_private
+
+
+@pytest.fixture
+def told(caplog):
+    logging.getLogger("raytrainer").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("raytrainer").removeHandler(caplog.handler)
+
+
+def test_timeouts_stay_as_they_are(monkeypatch, told):
+    set_to: list[float] = []
+    monkeypatch.setattr(c10d, "_set_pg_timeout", lambda timeout, group: set_to.append(timeout.total_seconds()))
+    torch_private.set_group_timeout("group", 5.0)
+    assert set_to == [5.0]
+    monkeypatch.delattr(c10d, "_set_pg_timeout")
+    torch_private.set_group_timeout("group", 6.0)
+    assert set_to == [5.0] and "cannot change the timeout" in told.text
+
+
+def test_buckets_are_fixed_late(told):
+    calls: list[str] = []
+    reducer = SimpleNamespace(
+        _push_all_rebuilt_params=lambda: calls.append("push"), _rebuild_buckets=lambda: calls.append("rebuild")
+    )
+    torch_private.fix_buckets(SimpleNamespace(reducer=reducer))
+    assert calls == ["push", "rebuild"]
+    torch_private.fix_buckets(SimpleNamespace(reducer=SimpleNamespace()))
+    assert "last bit of its first step" in told.text
+
+
+def test_a_part_that_cannot_be_compiled_says_so():
+    part = nn.Linear(1, 1)
+    assert not torch_private.is_compiled(part)
+    torch_private.compile_call(part, {"backend": "eager"})
+    assert torch_private.is_compiled(part) and part(torch.ones(1)).shape == (1,)
+    torch_private.drop_compiled(part)
+    assert not torch_private.is_compiled(part)
+    with pytest.raises(raytrainer.ConfigurationError, match=r"does not let .* be compiled in place"):
+        torch_private.compile_call(SimpleNamespace(), {})
+
+
+def test_batch_norms_are_the_documented_ones(monkeypatch):
+    import torch.nn.modules.batchnorm as batchnorm
+
+    assert isinstance(nn.BatchNorm1d(1), torch_private.BATCH_NORMS)
+    monkeypatch.delattr(batchnorm, "_BatchNorm")
+    try:
+        again = importlib.reload(torch_private)
+        assert isinstance(nn.BatchNorm2d(1), again.BATCH_NORMS) and not isinstance(nn.Linear(1, 1), again.BATCH_NORMS)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(torch_private)
+
+
+def test_loaders_without_a_kept_iterator():
+    loader = DataLoader([torch.ones(1)] * 3)
+    assert torch_private.take_iterator(loader) is None
+    torch_private.forget_iterator(loader)
+    assert torch_private.take_iterator(loader) is None
+    assert len(list(loader)) == 3
