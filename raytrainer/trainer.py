@@ -41,8 +41,8 @@ class Trainer(TrainerRuns, TuningVerbs):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
-    maximum beats a minimum. Arguments are declared, with what they mean, in `Arguments` and `TrainerArguments`; `help`
-    shows them here.
+    maximum beats a minimum. Arguments are declared, with what they mean, in `RunArguments` and `TrainerArguments`;
+    `help` shows them here.
 
     Raises:
         ConfigurationError: A value, or a pair of values, cannot work.

@@ -1,4 +1,4 @@
-"""The arguments of a `Trainer` that are of the driver alone: cluster, loggers, callbacks. `Arguments` has the others.
+"""The arguments of a `Trainer` that only the driver needs: cluster, loggers, callbacks. `RunArguments` has the others.
 
 Those declared as `InitVar` become objects, which the Trainer's property of the same name shows.
 """
@@ -11,9 +11,9 @@ from dataclasses import InitVar
 from typing import Any
 
 from raytrainer.loggers.logger import Logger
-from raytrainer.plan import checks
-from raytrainer.plan.arguments import Arguments
+from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import argument, arguments
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.profilers.profiler import Profiler
 from raytrainer.stateful_callback import StatefulCallback
 
@@ -21,7 +21,7 @@ __all__ = ["TrainerArguments"]
 
 
 @arguments
-class TrainerArguments(Arguments):
+class TrainerArguments(RunArguments):
     """All arguments of a `Trainer`."""
 
     # ---------------------------------------------------------------- the cluster

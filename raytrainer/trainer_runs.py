@@ -19,15 +19,15 @@ from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
 from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
+from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
-from raytrainer.driver.saving.resume import read_to_resume
-from raytrainer.driver.workers.group_supply import Groups
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.gpu.choice import count_all
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import Logger
 from raytrainer.module import Module
-from raytrainer.plan.arguments import Arguments
 from raytrainer.plan.declaring import checked
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import Settings, settle
 from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
@@ -56,11 +56,11 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         gpus, seed = self.gpus, last_seed() if self.seed is None else self.seed
         if gpus in (-1, "-1") and (self.strategy == "local" or not on_cluster):
             gpus = count_all(open_nvml())
-        self.__dict__.update(checked(vars(self), TrainerArguments, beyond=Arguments))
+        self.__dict__.update(checked(vars(self), TrainerArguments, beyond=RunArguments))
         self._take_settings(settle(self, on_cluster, gpus=gpus, seed=seed))
         self._default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
         self._every_gpu = self._settings.gpus == -1
-        self._groups = Groups(cluster, self.placement_timeout, self.idle_timeout)
+        self._groups = GroupSupply(cluster, self.placement_timeout, self.idle_timeout)
         self._profiler = make_profiler(profiler)
         self._loggers = [] if self.fast_dev_run else make_loggers(logger, self._default_root_dir)
         self._logs = Logs(self._loggers)
@@ -85,7 +85,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
     def _take_settings(self, settings: Settings) -> None:
         """Go on with these settings, and show them as this Trainer's arguments."""
         self._settings = settings
-        shown = {declared.name: getattr(settings, declared.name) for declared in fields(Arguments)}
+        shown = {declared.name: getattr(settings, declared.name) for declared in fields(RunArguments)}
         for name in ("max_epochs", "max_steps"):
             shown[name] = -1 if shown[name] is None else shown[name]
         self.__dict__.update(shown)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import raytrainer
-from raytrainer.plan.arguments import Arguments
 from raytrainer.plan.declaring import argument, arguments, documented, meanings
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import build_settings
 from raytrainer.reference import arguments_page
 from raytrainer.trainer_arguments import TrainerArguments
@@ -78,14 +78,14 @@ def test_what_the_driver_alone_uses_is_checked_too(options, message, local_train
 
 def test_settings_have_every_argument():
     settings = build_settings(max_epochs=2)
-    assert isinstance(settings, Arguments)
+    assert isinstance(settings, RunArguments)
     assert settings.max_epochs == 2
 
 
 def test_a_declaration_is_all_there_is_to_an_argument():
     @documented
     @arguments
-    class Own(Arguments):
+    class Own(RunArguments):
         """Something.
 
         Raises:

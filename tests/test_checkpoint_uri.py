@@ -14,7 +14,7 @@ from exact import Died, Exact, run, same
 
 from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.checkpointing.places import checkpoint_exists, find_checkpoints
-from raytrainer.plan.retention import is_inside, join_path
+from raytrainer.plan.uris import is_inside, join_path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 

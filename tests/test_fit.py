@@ -98,7 +98,7 @@ def test_stop_that_is_asked_for(options, stop_at, story, who, local_trainer):
 def chunks_of_one(monkeypatch, request):
     """Stops asked for inside a chunk act at its end; with chunks of one batch the tables are exact."""
     if "stop_at" in request.fixturenames:
-        monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *args, **kwargs: 1)
+        monkeypatch.setattr("raytrainer.plan.steps_and_epochs.chunk_batches", lambda *args, **kwargs: 1)
 
 
 def test_early_stopping_after_validation(local_trainer):

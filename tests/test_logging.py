@@ -99,7 +99,9 @@ def ahead(monkeypatch):
     """As on a GPU, which has work while a chunk is reported; chunks of 1, then 3 batches."""
     monkeypatch.setattr(WorkerRun, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
     waited_for = []
-    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda batches, _: waited_for.append(batches) or 3)
+    monkeypatch.setattr(
+        "raytrainer.plan.steps_and_epochs.chunk_batches", lambda batches, _: waited_for.append(batches) or 3
+    )
     return waited_for
 
 
@@ -219,7 +221,7 @@ def test_the_order_of_rows_does_not_depend_on_chunks(local_trainer, monkeypatch)
     rows = []
     for chunk in (None, 1, 5):
         if chunk:
-            monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *a, chunk=chunk, **k: chunk)
+            monkeypatch.setattr("raytrainer.plan.steps_and_epochs.chunk_batches", lambda *a, chunk=chunk, **k: chunk)
         logger = Rows()
         local_trainer(max_epochs=2, log_every_n_steps=2, logger=logger, val_check_interval=3).fit(
             Logging(), data(), data(4)

@@ -98,7 +98,7 @@ def arrows(path: Path) -> set[str]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that reach each other: the strongly connected components of more than one."""
+    """GroupSupply of modules that reach each other: the strongly connected components of more than one."""
 
     def reached(start: str, along: Mapping[str, set[str]]) -> set[str]:
         seen, waiting = set[str](), [start]

@@ -68,3 +68,10 @@ def test_every_hook_is_in_the_table() -> None:
             if not re.match("on_(test|predict)_batch", name):  # their arguments are those of validation
                 assert found[name][2] == parameters, name
             assert getattr(kind, name).__doc__
+
+
+def test_the_map_names_files_that_exist() -> None:
+    text = (ROOT / "raytrainer" / "README.md").read_text()
+    have = {path.name for folder in ("raytrainer", "tests") for path in (ROOT / folder).rglob("*.py")}
+    named = re.findall(r"`(?:[\w/]*/)?(\w+\.py)`", text)
+    assert len(named) > 60 and [name for name in named if name not in have] == []

@@ -13,7 +13,7 @@ from raytrainer import ModelCheckpoint
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.workers.local_group import LocalGroup
-from raytrainer.plan import timing
+from raytrainer.plan import phase_clock as timing
 from raytrainer.plan.settings import build_settings
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState

@@ -115,7 +115,7 @@ def test_the_rates_are_those_of_the_steps(local_trainer):
 
 
 def test_it_stops_where_the_loss_diverges(local_trainer, monkeypatch):
-    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *a, **k: 1)
+    monkeypatch.setattr("raytrainer.plan.steps_and_epochs.chunk_batches", lambda *a, **k: 1)
     losses = iter([2.0, 1.0] + [1e9] * 98)
     steps: list[int] = []
 

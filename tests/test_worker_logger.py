@@ -11,7 +11,7 @@ from exact import Exact, Mortal, run, same
 from tiny import Tiny, data
 
 from raytrainer import Logger, SerializationError, WorkerCallback
-from raytrainer.driver.workers.group_supply import Groups
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.loggers.media import as_images, draw
 
 
@@ -215,7 +215,7 @@ def test_a_logger_that_is_slow_to_fail_is_left_alone_for_a_while(monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 16])
 def test_transfer_hooks_log_at_the_step_of_their_batch(most, local_trainer, monkeypatch):
-    monkeypatch.setattr("raytrainer.plan.schedule.chunk_batches", lambda *a, **k: most)
+    monkeypatch.setattr("raytrainer.plan.steps_and_epochs.chunk_batches", lambda *a, **k: most)
 
     class Moving(Tiny):
         def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -278,7 +278,7 @@ class Telling(Exact):
 
 def texts(monkeypatch, folder, die=None, verb="train", **options):
     logger = Media()
-    monkeypatch.setattr(Groups, "take", lambda self, settings: Mortal())
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: Mortal())
     module = Telling(die, flag=f"{folder}/flag", verb=verb)
     trainer, _ = run(module, folder, logger=logger, **options)
     return module, trainer, [call[1:] for call in logger.media()]

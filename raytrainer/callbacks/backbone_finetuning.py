@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from raytrainer.callbacks.base_finetuning import BaseFinetuning
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
     from raytrainer.module import Module

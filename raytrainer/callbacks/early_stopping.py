@@ -9,8 +9,8 @@ import torch
 
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.early_stopping_rule import StoppingRules, StoppingState, StopReason, judge, worst_score
 from raytrainer.plan.monitoring import Moment, MonitorMoment
-from raytrainer.plan.stopping import StoppingRules, StoppingState, StopReason, judge, worst_score
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer

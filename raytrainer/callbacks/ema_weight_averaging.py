@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from raytrainer.callbacks._averaging import AveragedWeights
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
     from raytrainer.module import Module

@@ -8,7 +8,7 @@ from typing import Any
 
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.settings import Settings
 
 __all__ = ["GradientAccumulationScheduler", "with_accumulation"]

@@ -19,12 +19,11 @@ from raytrainer.plan.retention import (
     comparable,
     fill_template,
     free_name,
-    is_inside,
-    join_path,
     place,
     template_fields,
     worst_path,
 )
+from raytrainer.plan.uris import is_inside, join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer

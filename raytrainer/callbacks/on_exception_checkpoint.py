@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.retention import join_path
+from raytrainer.plan.uris import join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer

@@ -9,7 +9,7 @@ from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.checkpointing.places import locate
 from raytrainer.data.ray.columns import prediction_columns
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
     import pyarrow as pa

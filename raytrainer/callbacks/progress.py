@@ -1,4 +1,4 @@
-"""Show how far a run is: live bars on a terminal and in a notebook, few plain lines elsewhere."""
+"""When and what a run shows of its progress. How that is drawn, and how wide: `_display` and `_notebook`."""
 
 from __future__ import annotations
 

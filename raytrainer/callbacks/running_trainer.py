@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.plan.arguments import Arguments
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.view.trainer_properties import TrainerProperties
 
 __all__ = ["RunningTrainer"]
 
 
-class RunningTrainer(TrainerProperties, Arguments, Any):  # type: ignore[misc]  # on purpose, see below
+class RunningTrainer(TrainerProperties, RunArguments, Any):  # type: ignore[misc]  # on purpose, see below
     """The `Trainer` that runs. Never made: it stands for that class, which the callbacks' files cannot import.
 
     Deriving from `Any` lets a hook say `trainer: raytrainer.Trainer` as well; a hook without annotations gets the names

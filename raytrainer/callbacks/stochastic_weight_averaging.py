@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR, get_swa_multi_avg_fn
 from raytrainer.callbacks._averaging import AveragedWeights
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 from raytrainer.private.torch_private import BATCH_NORMS
 from raytrainer.view.scheduler_config import SchedulerConfig
 

@@ -14,7 +14,7 @@ from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.peak import peak_flops
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
     from raytrainer.module import Module

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.callbacks.callback import Callback
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import quote
 
-from raytrainer.plan.retention import split_query
+from raytrainer.plan.uris import split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

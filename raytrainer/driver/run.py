@@ -19,7 +19,7 @@ from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_dat
 from raytrainer.driver.reporting.results import write_profiles
 from raytrainer.driver.reporting.run_loggers import Logs
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
-from raytrainer.driver.workers.group_supply import Groups
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers.logger import first_log_dir
@@ -34,7 +34,7 @@ log = logging.getLogger("raytrainer")
 
 @dataclass(eq=False)
 class Run:
-    """What one run needs; the `Host` of its coordinator.
+    """What one run needs; the `RunServices` of its coordinator.
 
     Attributes:
         task: What the workers are given.
@@ -54,7 +54,7 @@ class Run:
     callbacks: Sequence[Callback | WorkerCallback]
     emit: Callable[..., None]
     logs: Logs
-    groups: Groups
+    groups: GroupSupply
     writer: CheckpointWriter
     quiet: bool = False
     coordinator: Coordinator | None = field(default=None, init=False)

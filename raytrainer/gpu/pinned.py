@@ -99,5 +99,5 @@ def _unregister(address: int, device: torch.device) -> bool:
     with torch.cuda.device(device):
         error = int(torch.cuda.cudart().cudaHostUnregister(address))
     if error:
-        log.warning("CUDA goes on taking memory that is given back for pinned: error %d.", error)
+        log.warning("CUDA could not unregister pinned memory: error %d.", error)
     return error == 0

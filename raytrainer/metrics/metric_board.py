@@ -86,7 +86,7 @@ class MetricBoard:
         if spec.prog_bar:
             self.progress[full_name] = value
 
-    def take(self, values: dict[str, float]) -> None:
+    def restore(self, values: dict[str, float]) -> None:
         """Go on from the metrics of a checkpoint."""
         self.callback.update({name: torch.tensor(value) for name, value in values.items()})
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import MetricError
 from raytrainer.messages import LogCall, MetricReport, MetricSpec, Partial, StepRow
-from raytrainer.metrics.fetching import begin_fetch
+from raytrainer.metrics.device_fetch import begin_fetch
 from raytrainer.metrics.metric_objects import is_metric, path_of, reset, step_value
 from raytrainer.metrics.metric_slots import NEUTRAL, Ledger, LogOptions, Slot, spec_for
 
@@ -91,12 +91,12 @@ class MetricStore:
         finally:
             self._whole = None
 
-    def _counts(self, spec: MetricSpec) -> bool:
+    def _is_first(self, spec: MetricSpec) -> bool:
         return self.first_of_node or not spec.once_per_node
 
     def counts(self, spec: MetricSpec) -> bool:
         """Whether this worker's values of the epoch are wanted."""
-        return self._counts(spec) and (self.rank == 0 or not spec.rank_zero_only)
+        return self._is_first(spec) and (self.rank == 0 or not spec.rank_zero_only)
 
     def log(
         self, name: str, value: Any, options: LogOptions, batch_size: int | None = None, sync_dist_group: Any = None
@@ -201,7 +201,7 @@ class MetricStore:
 
     def _tells_steps(self, spec: MetricSpec) -> bool:
         """Whether this worker's step values are wanted."""
-        return self.rank == 0 or (spec.sync_dist and self._counts(spec))
+        return self.rank == 0 or (spec.sync_dist and self._is_first(spec))
 
     def note_samples(self, step: int, epoch: int, samplers: Sequence[Callable[[], dict[str, float]]]) -> None:
         """Keep what is measured of this worker right now as a row for the loggers."""
@@ -273,7 +273,7 @@ class MetricStore:
                 report.specs[spec.name] = spec
                 total, weight = slot.folded or (0.0, 0.0)
                 share = Partial(total, weight, tuple(slot.custom), slot.fx)
-                if not self._counts(spec):
+                if not self._is_first(spec):
                     share = Partial(NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
                 report.epoch[spec.name] = share
                 slot.folded, slot.custom = [], []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from string import Formatter
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.stopping import is_better, worst_score
+from raytrainer.plan.early_stopping_rule import is_better, worst_score
 
 __all__ = [
     "Placement",
@@ -19,10 +18,7 @@ __all__ = [
     "comparable",
     "fill_template",
     "free_name",
-    "is_inside",
-    "join_path",
     "place",
-    "split_query",
     "template_fields",
     "worst_path",
 ]
@@ -107,31 +103,6 @@ def free_name(stem: str, suffix: str, taken: Callable[[str], bool]) -> str:
     while taken(candidate):
         candidate, version = f"{stem}-v{version}{suffix}", version + 1
     return candidate
-
-
-def join_path(base: str, *parts: str) -> str:
-    """Join with single slashes, leaving a URI's scheme alone: ("s3://bucket/", "a", "b") gives "s3://bucket/a/b"."""
-    joined, query = split_query(base)
-    for part in parts:
-        if re.fullmatch(r"\w[\w+.-]*:/+|/*", joined):
-            joined += part
-        else:
-            joined = joined.rstrip("/") + "/" + part.lstrip("/")
-    return joined + query
-
-
-def split_query(path: str) -> tuple[str, str]:
-    """A URI without its query, and the query with its "?"; a path has none."""
-    if "://" not in path:
-        return path, ""
-    base, mark, query = path.partition("?")
-    return base, mark + query
-
-
-def is_inside(path: str, folder: str) -> bool:
-    """Whether a path or URI lies under a folder; both are taken literally."""
-    (path, query), (folder, folder_query) = split_query(path), split_query(folder)
-    return query == folder_query and path.startswith(folder if folder.endswith("/") else folder + "/")
 
 
 def check_arguments(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
-from raytrainer.plan.arguments import Arguments
+from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.strategy_settings import DDP, parse_strategy
 
 __all__ = ["STAGES", "Settings", "build_settings", "settle"]
@@ -20,8 +20,8 @@ STAGES = ("fit", "validate", "test", "predict")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Arguments):
-    """What a `Trainer` was asked for, as `settle` makes it. `Arguments` says what each name means.
+class Settings(RunArguments):
+    """What a `Trainer` was asked for, as `settle` makes it. `RunArguments` says what each name means.
 
     Lengths of time are in seconds; all counts of batches are per worker; None means no such limit.
 
@@ -99,10 +99,10 @@ class Settings(Arguments):
 
 def build_settings(*, cluster_attached: bool = False, **given: Any) -> Settings:
     """The settings of a Trainer that was given these arguments; see `settle`."""
-    return settle(Arguments(**given), cluster_attached)
+    return settle(RunArguments(**given), cluster_attached)
 
 
-def settle(arguments: Arguments, cluster_attached: bool = False, **instead: Any) -> Settings:
+def settle(arguments: RunArguments, cluster_attached: bool = False, **instead: Any) -> Settings:
     """Validate arguments, alone and in pairs, and bring each into its one normal form.
 
     Args:
@@ -113,8 +113,8 @@ def settle(arguments: Arguments, cluster_attached: bool = False, **instead: Any)
     Raises:
         ConfigurationError: A value, or a pair of values, cannot work.
     """
-    given = {declared.name: getattr(arguments, declared.name) for declared in fields(Arguments)} | instead
-    normal = checked(given, Arguments)
+    given = {declared.name: getattr(arguments, declared.name) for declared in fields(RunArguments)} | instead
+    normal = checked(given, RunArguments)
     settings = Settings(
         **{
             **normal,

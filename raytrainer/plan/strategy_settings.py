@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 __all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
 

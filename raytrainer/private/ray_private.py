@@ -268,7 +268,7 @@ def _listed_once(dataset: Any) -> tuple[Any, int | None, int | None]:
 
     plan, rows, size = dataset._logical_plan.dag, 0, 0
     kinds = _kinds(plan)
-    if "ListFiles" not in kinds or "Limit" in kinds or "Filter" in kinds:  # these are told to the listing
+    if "ListFiles" not in kinds or "Limit" in kinds or "Filter" in kinds:  # Ray Data pushes these into the listing
         return dataset, None, None
 
     def once(operator: Any) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from raytrainer.metrics.metric_board import MetricBoard
-from raytrainer.plan.failures import Recovery
-from raytrainer.plan.schedule import Progress
-from raytrainer.plan.timing import PhaseClock, TimeReport
+from raytrainer.plan.phase_clock import PhaseClock, TimeReport
+from raytrainer.plan.recoveries import Recovery
+from raytrainer.plan.steps_and_epochs import Progress
 
 __all__ = ["RunState", "TrainerState", "nothing"]
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from raytrainer.datamodule import DataModule
 from raytrainer.loggers.logger import Logger, first_log_dir
 from raytrainer.module import Module
-from raytrainer.plan.failures import Recovery
+from raytrainer.plan.phase_clock import TimeReport
+from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.settings import Settings
-from raytrainer.plan.timing import TimeReport
 from raytrainer.profilers.profiler import Profiler
 from raytrainer.view.run_state import RunState, TrainerState
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raytrainer.data.data_hooks import DataHooks
-from raytrainer.data.loaders import Feed, as_list
+from raytrainer.data.feed import Feed, as_list
 from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
 from raytrainer.strategies.strategy import Strategy

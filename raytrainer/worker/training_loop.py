@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raytrainer.data.loaders import LookAhead
+from raytrainer.data.feed import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
-from raytrainer.plan.schedule import Past
+from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
 from raytrainer.worker.automatic_optimization import AutomaticOptimization
 from raytrainer.worker.manual_optimization import ManualOptimization

@@ -21,7 +21,7 @@ from raytrainer.messages import (
     TrainStart,
 )
 from raytrainer.plan.ranks import Ranks
-from raytrainer.plan.schedule import Past
+from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy

@@ -68,8 +68,8 @@ class WorkerRun:
         self.view.loader_source, self.view.length_source = self.data.loader, self.data.lengths
         self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
         self.precision = Precision(settings.precision, strategy.device)
-        # whether the device has work while a chunk is reported, whose last batch is then left for the next report;
-        # counting the steps that a scaler has left out waits for the device
+        # Whether a chunk is reported while the device is still at its last batch, which comes with the next report.
+        # Not with a gradient scaler: to count the steps that it has left out, one waits for the device anyway.
         self.ahead = strategy.device.type == "cuda" and self.precision.scaler is None
         self.view.unscale = self.precision.unscale
         self.view.skipped_source = lambda: self.precision.skipped_steps

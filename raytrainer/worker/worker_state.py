@@ -24,7 +24,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
     Args:
         run: The run.
         weights_only: Leave out what only resuming needs.
-        replica: One more worker, on another node, gives what rank 0 gives.
+        replica: Whether a worker of a second node gives what rank 0 gives too, so that one may be lost.
     """
     view, module = run.view, run.module
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}

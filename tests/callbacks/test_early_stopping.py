@@ -6,7 +6,7 @@ import pytest
 
 from raytrainer.callbacks.early_stopping import EarlyStopping
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.stopping import StopReason
+from raytrainer.plan.early_stopping_rule import StopReason
 
 
 def test_stops_after_patience_and_says_why(trainer, caplog):

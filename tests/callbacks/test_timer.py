@@ -7,7 +7,7 @@ from tiny import Clock, Tiny, data
 
 from raytrainer import Callback, ConfigurationError, ModelCheckpoint, Timer
 from raytrainer.callbacks import timer
-from raytrainer.driver.workers.group_supply import Groups
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.errors import WorkerLostError
 
@@ -116,7 +116,7 @@ class Mortal(Ticking):
 
 
 def test_recovery_from_the_beginning_forgets_the_fit_before(clock, local_trainer, monkeypatch):
-    monkeypatch.setattr(Groups, "take", lambda self, settings: Dying())
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: Dying())
     callback, module = Timer({"seconds": 300}), Mortal(clock)
     trainer = local_trainer(max_steps=20, callbacks=callback, snapshot_every=None)
     trainer.fit(module, data())

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.loaders import Feed, LookAhead, as_list
+from raytrainer.data.feed import Feed, LookAhead, as_list
 from raytrainer.data.sharding import Share
 from raytrainer.errors import ConfigurationError, DataError
 from raytrainer.plan.settings import build_settings

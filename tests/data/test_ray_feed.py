@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrainer.data.ray import ray_data
+from raytrainer.data.ray import blocks as ray_data
 from raytrainer.data.ray.ray_feed import RayFeed
 from raytrainer.data.ray.splitter import Splitter
 from raytrainer.data.sharding import Share

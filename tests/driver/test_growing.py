@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from exact import Exact, Mortal, run, same
 
-from raytrainer.driver.workers.group_supply import Groups
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.errors import WorkerLostError
 
 
@@ -27,8 +27,8 @@ def test_nothing_is_lost_with_workers_that_were_to_be_added(fails, calm, monkeyp
             raise WorkerLostError(1, "the new node is no good")
         return Mortal()
 
-    monkeypatch.setattr(Groups, "take", take)
-    monkeypatch.setattr(Groups, "can_grow", lambda self, settings, group: len(asked) == 1)
+    monkeypatch.setattr(GroupSupply, "take", take)
+    monkeypatch.setattr(GroupSupply, "can_grow", lambda self, settings, group: len(asked) == 1)
     module = Exact()
     trainer, _ = run(module, tmp_path, snapshot_every=4)
     assert same(module, calm)
@@ -38,8 +38,8 @@ def test_nothing_is_lost_with_workers_that_were_to_be_added(fails, calm, monkeyp
 
 def test_an_attempt_that_gains_nothing_is_not_repeated_at_once(calm, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(Groups, "take", lambda self, settings: asked.append(settings) or Mortal())
-    monkeypatch.setattr(Groups, "can_grow", lambda self, settings, group: True)
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: asked.append(settings) or Mortal())
+    monkeypatch.setattr(GroupSupply, "can_grow", lambda self, settings, group: True)
     module = Exact()
     run(module, tmp_path)
     assert same(module, calm)

@@ -4,10 +4,10 @@ import pytest
 from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
+from raytrainer.driver.cluster.gpu_claims import claim
 from raytrainer.driver.cluster.placement import (
     ClusterNode,
     Request,
-    claim,
     fits,
     gpus_of_every_node,
     refuse_impossible,

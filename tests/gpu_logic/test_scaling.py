@@ -321,7 +321,7 @@ def test_lbfgs_is_refused(local_trainer):
     ("precision", "dtype"), [("16-true", torch.float16), ("bf16-true", torch.bfloat16), (64, torch.float64)]
 )
 def test_true_precision_keeps_integers_and_complex_numbers(precision, dtype):
-    from raytrainer.plan import checks
+    from raytrainer.plan import argument_checks as checks
 
     module = Tiny()
     module.register_buffer("count", torch.arange(3))

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 
 
 @pytest.mark.parametrize(

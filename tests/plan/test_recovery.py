@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raytrainer.plan.failures import Failed, choose_culprit, is_consequence
+from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 
 USER = Failed(1, "raised", "ValueError", "bad label -1")
 LOST = Failed(2, "lost")

@@ -4,16 +4,8 @@ import math
 
 import pytest
 
-from raytrainer.plan.retention import (
-    Placement,
-    best_path,
-    fill_template,
-    free_name,
-    is_inside,
-    join_path,
-    place,
-    worst_path,
-)
+from raytrainer.plan.retention import Placement, best_path, fill_template, free_name, place, worst_path
+from raytrainer.plan.uris import is_inside, join_path
 
 NAN = math.nan
 

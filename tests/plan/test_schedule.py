@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan import schedule
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.settings import Settings, build_settings
+from raytrainer.plan.steps_and_epochs import Progress
 
 
 def walk(settings: Settings, batches: int | None, chunk: int = 7, stop_at_batch: int | None = None):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from raytrainer.plan.stopping import StoppingRules, StoppingState, StopReason, judge, worst_score
+from raytrainer.plan.early_stopping_rule import StoppingRules, StoppingState, StopReason, judge, worst_score
 
 NAN, INF = math.nan, math.inf
 PATIENCE, GOES_ON = StopReason.PATIENCE, StopReason.NONE

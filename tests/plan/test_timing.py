@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from raytrainer.plan import timing
-from raytrainer.plan.timing import PhaseClock, TimeReport
+from raytrainer.plan import phase_clock as timing
+from raytrainer.plan.phase_clock import PhaseClock, TimeReport
 
 
 @pytest.fixture

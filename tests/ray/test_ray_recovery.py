@@ -8,7 +8,7 @@ import pytest
 from exact import Died, Exact, run, same
 
 import raytrainer
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan.steps_and_epochs import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 3}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from node_cases import CASES, SEED, WORKERS, Case, Found, Looks, Plain, contrastive, play
 
-from raytrainer.data.loaders import Feed
+from raytrainer.data.feed import Feed
 from raytrainer.data.sharding import Share
-from raytrainer.driver.reporting.merged_reports import in_order
+from raytrainer.driver.reporting.merged_counts import in_order
 from raytrainer.metrics.metric_board import MetricBoard
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings

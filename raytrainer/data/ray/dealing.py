@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from raytrainer.plan.schedule import Past
+from raytrainer.plan.steps_and_epochs import Past
 
 __all__ = [
     "Dealer",
@@ -106,7 +106,11 @@ def spans_left(rows: int, before: Past, batch_size: int, drop_last: bool) -> lis
 
 
 def within(whole: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
-    """`spans` of the rows that `whole` names, as spans of what `whole` is counted in."""
+    """Positions in what `whole` picks, as positions in what it picks from.
+
+    Example:
+        Of rows 10-15 and 20-25, the rows 4-7 are rows 14-15 and 20-22.
+    """
     parts = chosen([stop - start for start, stop in whole], spans)
     return [(whole[i][0] + start, whole[i][0] + stop) for i, start, stop in parts]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raytrainer.data.loaders import LookAhead
+from raytrainer.data.feed import LookAhead
 from raytrainer.data.ray.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
 from raytrainer.data.ray.dealing import (
     Span,
@@ -28,12 +28,12 @@ from raytrainer.data.ray.row_order import RowOrder
 from raytrainer.data.ray.splitter import Reading
 from raytrainer.data.sharding import Share
 from raytrainer.errors import DataError
-from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
 
 if TYPE_CHECKING:
-    from raytrainer.data.ray.ray_data import KeptBlocks, StreamedBlocks
+    from raytrainer.data.ray.blocks import KeptBlocks, StreamedBlocks
 
 __all__ = ["RayFeed"]
 

@@ -74,9 +74,9 @@ def left_over(
 class _Part(Generic[T]):
     """One part: rows that are surely done vanish, those in doubt are held, and the others pass.
 
-    In doubt is the window in which the last row done lies. It is settled when the window is complete and another row
-    has come, for then the batches done were full ones; or at the end, where the last full batch may have been cut in
-    two (see `tail_sizes`).
+    In doubt is the window of the last row done. Only when one more row has come after that window is it known that its
+    batches were full ones. If none comes, the part has ended, and its last full batch may have been cut in two (see
+    `tail_sizes`).
     """
 
     def __init__(self, batches: int, batch_size: int, drop_last: bool, order: Windows) -> None:

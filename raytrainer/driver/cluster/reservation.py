@@ -1,4 +1,4 @@
-"""Reserving through Ray what `placement` decides on."""
+"""Reserving through Ray what `placement` decides on, waiting up to `placement_timeout` for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from raytrainer.driver.cluster.gpu_claims import claim
 from raytrainer.driver.cluster.placement import (
     ClusterNode,
     Request,
     Slot,
-    claim,
     gpus_of_every_node,
     refuse_impossible,
     share_out,

@@ -208,7 +208,8 @@ def started_here() -> bool:
 def somebody_waits(kinds: Set[str]) -> bool:
     """Whether a task, an actor or a placement group waits for nothing but resources of these kinds, such as "CPU".
 
-    What no node has, or has but for others, does not count. False where Ray does not tell: to a Ray Client, say.
+    A request counts if some node could serve it once resources of these kinds were given up: not where no node has
+    so many, nor where it waits for something else as well. False where Ray does not tell: to a Ray Client, say.
     """
     found = ray_private.demand()
     if found is None:

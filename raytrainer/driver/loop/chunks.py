@@ -6,11 +6,11 @@ import time
 
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.journal import Journal
-from raytrainer.driver.reporting.merged_reports import merged
+from raytrainer.driver.reporting.merged_counts import merged
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import TrainReport
-from raytrainer.plan import schedule
+from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.settings import Settings
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
@@ -30,7 +30,7 @@ class Chunks:
         marks: Optimizer steps (multiples of each) at which a chunk ends.
 
     Attributes:
-        plateau_steps: Likewise, since a scheduler then waits for a metric.
+        plateau_steps: Further such steps, at which a scheduler waits for a metric.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Chunks:
         batches = min(ahead, self._batches)
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
         metrics = self._journal.take_news()
-        # on a GPU the chunk's time covers the last batch of the chunk before, if that was left over, and not its own
+        # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
             reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, ahead > batches)

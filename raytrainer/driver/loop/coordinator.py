@@ -22,17 +22,17 @@ from typing import Any
 from raytrainer.driver.loop.chunks import Chunks
 from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
 from raytrainer.driver.loop.interrupt import Interrupt
-from raytrainer.driver.loop.recovery import Replacement
-from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.loop.recovery import WorkerRecovery
+from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
-from raytrainer.driver.reporting.merged_reports import longest, shortest
-from raytrainer.driver.saving.capture import RunCapture
+from raytrainer.driver.reporting.merged_counts import longest, shortest
+from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import FinishReport
-from raytrainer.plan import schedule
+from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.strategy_settings import effective_batch
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
@@ -64,7 +64,7 @@ class Coordinator:
         task: Task,
         group: WorkerGroup,
         state: RunState,
-        host: Host,
+        host: RunServices,
         interrupt: Interrupt,
         step_marks: Sequence[int] = (),
     ) -> None:
@@ -77,7 +77,7 @@ class Coordinator:
         self._journal = Journal(state, host)
         self._evaluation = Evaluation(state, host, interrupt, self._journal)
         self._capture = RunCapture(task, state, host, self.snapshots)
-        self._replacement = Replacement(state, host, self._capture, self.snapshots, self.settings.max_failures)
+        self._recovery = WorkerRecovery(state, host, self._capture, self.snapshots, self.settings.max_failures)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         state.catch_up = self.catch_up
@@ -93,15 +93,15 @@ class Coordinator:
                 self.state.clock.switch("starting")
                 # in here, since workers may be lost while others are being replaced or added
                 if lost is not None:
-                    self.group = self._replacement.regroup(lost)
-                    resumed, lost = self._replacement.go_back(checkpoint), None
+                    self.group = self._recovery.regroup(lost)
+                    resumed, lost = self._recovery.go_back(checkpoint), None
                 elif growing:
-                    self.group, resumed = self._replacement.grow(self.group)
+                    self.group, resumed = self._recovery.grow(self.group)
                 growing = False
                 return self._attempt(resumed)
             except WorkerLostError as error:
                 self.group.abort()
-                if not self._replacement.allowed():
+                if not self._recovery.allowed():
                     raise
                 lost = error
             except _MoreWorkers:
@@ -119,7 +119,7 @@ class Coordinator:
             if unfinished:
                 self._epoch()
             while not self._done():
-                if self._replacement.may_grow(self.group):
+                if self._recovery.may_grow(self.group):
                     raise _MoreWorkers
                 self._epoch()
             self._emit_once("on_train_end")
@@ -179,7 +179,7 @@ class Coordinator:
         self._emit_once("on_train_start")
         self._chunks.begin()
         self.snapshots.restart(state.progress.step)
-        self._replacement.note(self.group.size)
+        self._recovery.note(self.group.size)
         state.clock.switch("other")
 
     def _epoch(self) -> None:
@@ -190,7 +190,7 @@ class Coordinator:
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
             self._end_batches()
-        if self._validation_due(val_every):  # the run goes on from a checkpoint made right before it
+        if self._validation_due(val_every):  # a run that goes on from a checkpoint made right before a validation
             self._validate()
         while not progress.epoch_ended and not self._done():
             report = self._chunks.train(self.group, length, val_every)
@@ -280,7 +280,7 @@ class Coordinator:
 
     def take_up(self, checkpoint: dict[str, Any]) -> None:
         """Put the driver's counters where a checkpoint has them; `_setup` does so for the workers."""
-        self._capture.take_up(checkpoint)
+        self._capture.restore(checkpoint)
 
     # ---------------------------------------------------------------- end
 

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from raytrainer.driver.loop.interrupt import Interrupt
-from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
-from raytrainer.driver.reporting.merged_reports import in_order, longest
+from raytrainer.driver.reporting.merged_counts import in_order, longest
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
-from raytrainer.plan import schedule
+from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
 
@@ -31,7 +31,7 @@ class Evaluation:
         journal: Where values are logged.
     """
 
-    def __init__(self, state: RunState, host: Host, interrupt: Interrupt, journal: Journal) -> None:
+    def __init__(self, state: RunState, host: RunServices, interrupt: Interrupt, journal: Journal) -> None:
         self._state, self._host, self._interrupt, self._journal = state, host, interrupt, journal
 
     def run(self, group: WorkerGroup, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:

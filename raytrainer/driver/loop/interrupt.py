@@ -44,7 +44,10 @@ class Interrupt:
 
     @contextmanager
     def at_once(self, when: bool = True) -> Iterator[None]:
-        """Inside, Ctrl-C raises KeyboardInterrupt (`when` there is nothing to lose): a set-up may take long."""
+        """Inside, Ctrl-C raises KeyboardInterrupt (`when` there is nothing to lose), since a set-up may take long.
+
+        Used by `Coordinator._setup`. Waiting for other workers after some were lost is not inside.
+        """
         self._at_once = when
         try:
             yield

@@ -1,4 +1,4 @@
-"""`Replacement`: other workers for a `fit` that goes on, after some were lost, or because there can be more."""
+"""`WorkerRecovery`: other workers for a `fit` that goes on, after some were lost, or because there can be more."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import logging
 import time
 from typing import Any
 
-from raytrainer.driver.loop.run_services import Host
-from raytrainer.driver.saving.capture import RunCapture
+from raytrainer.driver.loop.run_services import RunServices
+from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import WorkerLostError
-from raytrainer.plan.failures import Recovery
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan.recoveries import Recovery
+from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
 
-__all__ = ["Replacement"]
+__all__ = ["WorkerRecovery"]
 
 log = logging.getLogger("raytrainer")
 
 
-class Replacement:
+class WorkerRecovery:
     """Replaces the workers of one `fit`.
 
     Args:
@@ -32,7 +32,7 @@ class Replacement:
     """
 
     def __init__(
-        self, state: RunState, host: Host, capture: RunCapture, snapshots: Snapshots, max_failures: int
+        self, state: RunState, host: RunServices, capture: RunCapture, snapshots: Snapshots, max_failures: int
     ) -> None:
         self._state, self._host, self._capture, self._snapshots = state, host, capture, snapshots
         self._allowed = max_failures if snapshots.enabled else 0
@@ -61,7 +61,7 @@ class Replacement:
         state = self._state
         checkpoint = self._snapshots.latest() or original
         if checkpoint is not None:
-            self._capture.take_up(checkpoint)
+            self._capture.restore(checkpoint)
             state.should_stop = checkpoint.get("should_stop", False)
             self._host.restore_callbacks(checkpoint.get("callbacks") or {})
         else:

@@ -1,4 +1,4 @@
-"""`Host`: what the coordinator asks of whoever started it."""
+"""`RunServices`: what the coordinator asks of whoever started it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import LogCall
 
-__all__ = ["Host", "Rows"]
+__all__ = ["Rows", "RunServices"]
 
 Rows = list[tuple[int, dict[str, float]]]
 
 
-class Host(Protocol):
+class RunServices(Protocol):
     """Callbacks, loggers and workers of a run."""
 
     def emit(self, hook: str, *args: Any) -> None:

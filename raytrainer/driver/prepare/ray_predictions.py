@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrainer.data.ray.ray_data import settings_only
+from raytrainer.data.ray.blocks import settings_only
 from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import Settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.messages import LogCall, MetricReport
 from raytrainer.view.run_state import RunState
 
@@ -19,7 +19,7 @@ class Journal:
         host: Has the loggers.
     """
 
-    def __init__(self, state: RunState, host: Host) -> None:
+    def __init__(self, state: RunState, host: RunServices) -> None:
         self._state, self._host = state, host
         self._fresh = False
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice

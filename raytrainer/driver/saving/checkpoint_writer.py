@@ -12,7 +12,7 @@ from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.errors import StateLostError
 from raytrainer.module import Module
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan.steps_and_epochs import Progress
 
 __all__ = ["Captured", "CheckpointWriter", "idle_checkpoint"]
 

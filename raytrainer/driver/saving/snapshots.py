@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from raytrainer.driver.saving.checkpoint_writer import Captured
-from raytrainer.plan.failures import snapshot_due
+from raytrainer.plan.recoveries import snapshot_due
 from raytrainer.plan.settings import Settings
 
 __all__ = ["Snapshots"]

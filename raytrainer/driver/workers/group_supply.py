@@ -1,4 +1,4 @@
-"""`Groups`: where the workers of a Trainer come from, and go to."""
+"""`GroupSupply`: where the workers of a Trainer come from, and go to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from raytrainer.driver.workers.local_group import LocalGroup, local_group
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.plan.settings import Settings
 
-__all__ = ["Groups"]
+__all__ = ["GroupSupply"]
 
 
-class Groups:
+class GroupSupply:
     """Worker groups: in this process, or of a Ray cluster.
 
     Args:

@@ -128,7 +128,7 @@ def put_back(group: IdleGroup) -> None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Meanwhile idle groups give way later: a run that will take one of them reads its datasets first."""
+    """Inside, idle groups wait longer before they give way: a run that will take one of them reads its datasets."""
     global _keeping
     with _changed:
         _keeping += 1

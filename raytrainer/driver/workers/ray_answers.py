@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from raytrainer.errors import WorkerError, WorkerLostError
-from raytrainer.plan.failures import Failed, choose_culprit, is_consequence
+from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.worker.actor.actor import Failure, Place
 
 __all__ = ["Answers"]

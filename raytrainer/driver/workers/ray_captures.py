@@ -21,7 +21,7 @@ __all__ = ["RayCaptures"]
 log = logging.getLogger("raytrainer")
 
 
-class Captured(Protocol):
+class CapturedGroup(Protocol):
     """The group whose state is copied.
 
     Attributes:
@@ -43,7 +43,7 @@ class RayCaptures:
         staged: Whether they are `StagingWorker`s.
     """
 
-    def __init__(self, group: Captured, actors: Sequence[Any], answers: Answers, staged: bool) -> None:
+    def __init__(self, group: CapturedGroup, actors: Sequence[Any], answers: Answers, staged: bool) -> None:
         self._group, self._actors, self._answers, self._staged = group, actors, answers, staged
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
 

@@ -238,8 +238,8 @@ class StagingWorker(RemoteWorker):
     def hand_over(self) -> tuple[Any, None]:
         """What has been staged and others have too; Ray copies it into shared memory as this returns.
 
-        Runs in the thread `ASIDE`, beside training. Its buffers must not be staged into before the second answer,
-        which is nothing, is there.
+        Runs in the thread `ASIDE`, beside training. The second answer is None, and tells when the buffers may be used
+        for the next `stage`.
         """
         staged, self.staged = self.staged, None
         return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None

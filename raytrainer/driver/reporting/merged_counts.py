@@ -1,4 +1,7 @@
-"""What all workers report, as one: the slowest time, the fewest batches, predictions in order."""
+"""What all workers report as one: the slowest time, the fewest batches, predictions in order.
+
+Not metrics, which `metrics/metric_board.py` reduces.
+"""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from raytrainer.plan import checks
+from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import argument, arguments
 from raytrainer.plan.strategy_settings import DDP
 
-__all__ = ["Arguments"]
+__all__ = ["RunArguments"]
 
 
 @arguments
-class Arguments:
+class RunArguments:
     """What a user may say about a run. The attributes of a `Trainer` and of its settings have them in normal form."""
 
     # ---------------------------------------------------------------- where

@@ -17,9 +17,9 @@ from torch.utils.data.distributed import DistributedSampler
 from raytrainer.data.loader_processes import garbage_left_alone
 from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
 from raytrainer.errors import DataError
-from raytrainer.plan.schedule import Past, batches_before, resolve_limit
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
 from raytrainer.private.torch_private import forget_iterator, take_iterator
 from raytrainer.seeding import host_generators
 

@@ -1,4 +1,4 @@
-"""`RunCapture`: the whole state of a run, copied aside while training goes on, and taken up again."""
+"""`RunCapture`: the whole state of a run, copied aside while training goes on, and restored from a copy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from raytrainer.driver.loop.run_services import Host
+from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.plan.schedule import Progress
+from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
@@ -31,7 +31,7 @@ class RunCapture:
         snapshots: Where the newest states are kept.
     """
 
-    def __init__(self, task: Task, state: RunState, host: Host, snapshots: Snapshots) -> None:
+    def __init__(self, task: Task, state: RunState, host: RunServices, snapshots: Snapshots) -> None:
         self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
@@ -73,7 +73,7 @@ class RunCapture:
             progress.batch, progress.step = cursor
         return self.capture(group).resolve()
 
-    def take_up(self, checkpoint: dict[str, Any]) -> None:
+    def restore(self, checkpoint: dict[str, Any]) -> None:
         """Put the driver's counters where a checkpoint has them; the workers' verb `restore` does so for them."""
         state, task = self._state, self._task
         state.progress = Progress(**checkpoint["progress"])
@@ -82,7 +82,7 @@ class RunCapture:
                 log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], task.settings.seed)
             task.seed = checkpoint["seed"]
         if state.progress.epoch_ended:
-            state.board.take(checkpoint["metrics"])
+            state.board.restore(checkpoint["metrics"])
 
     def _driver_state(self, group: WorkerGroup) -> dict[str, Any]:
         state = self._state

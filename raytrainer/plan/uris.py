@@ -1,0 +1,32 @@
+"""Paths and URIs as text: joined, taken apart, compared."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["is_inside", "join_path", "split_query"]
+
+
+def join_path(base: str, *parts: str) -> str:
+    """Join with single slashes, leaving a URI's scheme alone: ("s3://bucket/", "a", "b") gives "s3://bucket/a/b"."""
+    joined, query = split_query(base)
+    for part in parts:
+        if re.fullmatch(r"\w[\w+.-]*:/+|/*", joined):
+            joined += part
+        else:
+            joined = joined.rstrip("/") + "/" + part.lstrip("/")
+    return joined + query
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """A URI without its query, and the query with its "?"; a path has none."""
+    if "://" not in path:
+        return path, ""
+    base, mark, query = path.partition("?")
+    return base, mark + query
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path or URI lies under a folder; both are taken literally."""
+    (path, query), (folder, folder_query) = split_query(path), split_query(folder)
+    return query == folder_query and path.startswith(folder if folder.endswith("/") else folder + "/")
