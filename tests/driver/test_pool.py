@@ -11,18 +11,23 @@ from typing import Any
 import pytest
 
 from raytrainer.driver.cluster import session as cluster
+from raytrainer.driver.cluster.placement import Request
 from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.errors import ResourceError
 
 
 class Group:
     """Of a pool, an idle group is no more than this."""
 
-    def __init__(self, request: str, holds: tuple[str, ...] = ("CPU",), usable: bool = True) -> None:
+    def __init__(self, request: Any, holds: tuple[str, ...] = ("CPU",), usable: bool = True) -> None:
         self.request, self.holds, self.usable = request, set(holds), usable
         self.broken = False
+        self.ended: Callable[[], None] = lambda: None
 
     def abort(self) -> None:
-        self.broken = True
+        if not self.broken:
+            self.broken = True
+            self.ended()
 
 
 @pytest.fixture
@@ -150,6 +155,86 @@ def test_one_that_comes_while_somebody_looks_stays(waiting: set[str], monkeypatc
     eventually(lambda: old.broken)
     eventually(lambda: len(looks) > 2)
     assert old.broken and not young.broken
+
+
+class Ray:
+    """Nodes with CPUs and GPUs, which groups take, and give back when they are ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: tuple[float, float]) -> None:
+        self.free = {name: {str(i): node[j] for i, node in enumerate(nodes)} for j, name in enumerate(("CPU", "GPU"))}
+        self.told: dict[str, dict[str, float]] | None = None  # if Ray is late
+        self.timeouts: list[float] = []
+        monkeypatch.setattr(pool, "own_reservation", lambda: None)
+        monkeypatch.setattr(pool, "free_by_node", lambda name: dict((self.told or self.free)[name]))
+
+    def group(self, request: Request, timeout: float) -> Any:
+        self.timeouts.append(timeout)
+        wanted = {"CPU": request.cpus * request.per_node, "GPU": float(request.per_node * request.gpu)}
+        able = [n for n in self.free["CPU"] if all(self.free[kind][n] >= wanted[kind] for kind in wanted)]
+        if len(able) < request.nodes:
+            raise ResourceError("not to be had.")
+        self.add(wanted, able[: request.nodes], -1)
+        made = Group(request, ("CPU", "GPU"))
+        made.ended = lambda: self.add(wanted, able[: request.nodes], 1)
+        return made
+
+    def add(self, amounts: dict[str, float], nodes: list[str], sign: int) -> None:
+        for kind, amount in amounts.items():
+            for node in nodes:
+                self.free[kind][node] += sign * amount
+
+
+@pytest.mark.parametrize(
+    ("idle", "wanted", "stays"),
+    [
+        (Request(1, 2), Request(1, 1), True),
+        (Request(1, 2), Request(1, 3), True),
+        (Request(1, 2), Request(1, 4), False),  # no CPU would be left to read data
+        (Request(1, 2), Request(1, 5), False),
+        (Request(2, 2), Request(2, 1), True),
+        (Request(1, 2), Request(2, 3), False),  # one node has no room for three
+        (Request(1, 1, gpu=True), Request(1, 1), True),
+        (Request(1, 1, gpu=True), Request(1, 2, gpu=True), True),
+        (Request(1, 2, gpu=True), Request(1, 3, gpu=True), False),
+        (Request(1, 2), Request(1, 1, gpu=True, indices=(0,)), False),
+        (Request(1, 2), Request(1, 1, gpu=True, free=True), False),
+    ],
+    ids=str,
+)
+def test_groups_of_other_resources_stay_where_there_is_room(
+    waiting: set[str], monkeypatch: pytest.MonkeyPatch, idle: Request, wanted: Request, stays: bool
+) -> None:
+    nodes = [(4.0, 3.0), (4.0, 0.0)] if max(idle.nodes, wanted.nodes) > 1 else [(6.0, 3.0)]
+    ray = Ray(monkeypatch, *nodes)
+    put_back(kept := pool.take([idle], 60.0, ray.group))
+    taken = pool.take([wanted], 60.0, ray.group)
+    assert taken.request == wanted
+    assert kept.broken is not stays
+    assert (pool._take_idle(idle) is kept) is stays
+
+
+def test_they_go_where_ray_was_late_to_tell(waiting: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch, (4.0, 0.0))
+    ray.told = {"CPU": {"0": 4.0}, "GPU": {"0": 0.0}}
+    put_back(kept := pool.take([Request(1, 2)], 60.0, ray.group))
+    taken = pool.take([Request(1, 3)], 60.0, ray.group)
+    assert taken.request.per_node == 3 and kept.broken
+    assert ray.timeouts == [60.0, pool.BRIEFLY, 60.0]
+
+
+def test_they_go_in_a_reservation_and_where_ray_does_not_tell(
+    waiting: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str) -> Any:
+        raise RuntimeError("the head is busy")
+
+    for name, answer in (("own_reservation", lambda: "a placement group"), ("free_by_node", fails)):
+        with monkeypatch.context() as patch:
+            ray = Ray(patch, (9.0, 0.0))
+            patch.setattr(pool, name, answer)
+            put_back(kept := pool.take([Request(1, 2)], 60.0, ray.group))
+            pool.take([Request(1, 1)], 60.0, ray.group)
+            assert kept.broken
 
 
 def state(nodes: list[dict[str, float]], tasks: list[dict[str, float]], gangs: list[list[dict[str, float]]]) -> Any:

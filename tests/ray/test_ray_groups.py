@@ -14,7 +14,8 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray_models import Net, Where, alive, assert_same, eventually, loader, moved, numbers
 
-from raytrainer import ResourceError
+from raytrainer import ConfigurationError, ResourceError
+from raytrainer.driver.cluster.session import Cluster, ensure_ray
 from raytrainer.driver.workers import idle_pool as pool
 
 
@@ -101,14 +102,19 @@ def test_idle_workers_hold_nothing_of_their_runs(ray_trainer):
 
 
 def test_other_resources_get_another_group(ray_trainer, where):
+    """The session's Ray has four CPUs: room for one worker beside the two, but not for three."""
     fit(ray_trainer(max_epochs=1), where)
     pair = where.taken()
     single = ray_trainer(max_epochs=1, num_processes=1)
     fit(single, where)
     (alone,) = where.taken()
     assert alone not in pair and single.world_size == 1
-    # the pair was released, lest it hold what is asked for
-    eventually(lambda: not any(map(alive, pair)), 15, "the others end")
+    fit(ray_trainer(max_epochs=1), where)
+    assert where.taken() == pair, "they stayed"
+    fit(ray_trainer(max_epochs=1, num_processes=3), where)
+    assert len(where.taken()) == 3
+    # the others were released, lest they hold what is asked for
+    eventually(lambda: not any(map(alive, [alone, *pair])), 15, "the others end")
 
 
 def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
@@ -116,6 +122,14 @@ def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
     fit(trainer, where)
     assert where.taken() != [os.getpid()]
     assert trainer.settings.strategy == "ddp"
+
+
+def test_another_address_than_the_one_in_use(ray_session):
+    ensure_ray(Cluster(ray_session), 1)
+    ensure_ray(Cluster(ray_session.replace(ray_session.rpartition(":")[0], "localhost")), 1)
+    ensure_ray(Cluster(None), 1)
+    with pytest.raises(ConfigurationError, match=r"uses the Ray at .* already"):
+        ensure_ray(Cluster("10.9.9.9:6379"), 1)
 
 
 def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog):
@@ -157,6 +171,7 @@ def test_close_and_with_release(ray_trainer, where):
 
 
 def test_idle_workers_are_released(ray_trainer, where):
+    pool.close_idle()
     fit(ray_trainer(max_epochs=1, num_processes=1, idle_timeout=0.3), where)
     pids = where.taken()
     eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")

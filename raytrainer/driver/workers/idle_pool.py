@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from raytrainer.driver.cluster.placement import Request
-from raytrainer.driver.cluster.session import somebody_waits
+from raytrainer.driver.cluster.session import free_by_node, own_reservation, somebody_waits
 from raytrainer.errors import ResourceError
 
 __all__ = ["IdleGroup", "close_idle", "kept", "put_back", "set_idle_timeout", "take"]
@@ -55,6 +55,9 @@ GIVE_WAY = 5.0
 #: The same while a run that will take one of them reads its datasets, with tasks that wait for each other.
 GIVE_WAY_TO_OWN = 30.0
 
+#: Seconds that a new group beside idle ones gets to find the room that Ray has told of.
+BRIEFLY = 3.0
+
 _changed = threading.Condition()
 _idle: list[tuple[IdleGroup, float]] = []  # with the time until which it is kept, newest last
 _watcher: threading.Thread | None = None
@@ -71,6 +74,8 @@ def set_idle_timeout(seconds: float) -> None:
 def take(requests: Sequence[Request], timeout: float, make: Callable[[Request, float], G]) -> G:
     """An idle group with the first of these resources, or a new one with the first that can be had.
 
+    Groups that idle with other resources stay where there is room for the new one beside them.
+
     Args:
         requests: What would do, best first.
         timeout: Seconds to wait for the best; later ones get a few seconds each.
@@ -82,6 +87,11 @@ def take(requests: Sequence[Request], timeout: float, make: Callable[[Request, f
     group: G | None = _take_idle(requests[0])
     if group is not None:
         return group
+    if _idle and _room_beside(requests[0]):
+        try:
+            return make(requests[0], min(timeout, BRIEFLY))
+        except ResourceError as error:  # Ray tells late of what others have taken
+            log.debug("Idle workers have to go after all", exc_info=error)
     # what idles may hold the very resources that are asked for
     close_idle()
     for request in requests[:-1]:
@@ -102,6 +112,23 @@ def _take_idle(request: Request) -> Any:
             _remove([group])
         if group.usable:
             return group
+
+
+def _room_beside(request: Request) -> bool:
+    """Whether Ray tells of room for a group beside those that idle, and of a CPU more, for tasks that read its data."""
+    # chosen GPUs may be those that idle groups hold, and in a reservation of our own Ray does not tell who holds what
+    if request.indices or request.free or own_reservation() is not None:
+        return False
+    try:
+        cpus, gpus = free_by_node("CPU"), free_by_node("GPU") if request.gpu else {}
+    except Exception as error:
+        log.debug("Ray does not tell what is free", exc_info=error)
+        return False
+    needed = request.cpus * request.per_node
+    able = [
+        n for n, free in cpus.items() if free >= needed and (not request.gpu or gpus.get(n, 0.0) >= request.per_node)
+    ]
+    return len(able) >= request.nodes and sum(cpus.values()) >= needed * request.nodes + 1
 
 
 def _remove(groups: Sequence[IdleGroup]) -> None:
