@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -21,6 +22,9 @@ from raytrainer import seeding
 
 # several runs share a machine, and threads that wait for each other make tiny models slow
 torch.set_num_threads(1)
+
+# files tests/ray/test_ray_*.py that need a process without the session's Ray
+OWN_RAYS = ("attach", "control_c", "gpu_places", "memory", "nodes", "notebook")
 
 # helpers of multiprocessing that live as long as the process
 _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
@@ -51,14 +55,16 @@ def _own_threads() -> set[threading.Thread]:
 def _children() -> dict[int, str]:
     """Child processes and their command lines; none where there is no /proc."""
     found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
+    for path in Path("/proc/self/task").glob("*/children"):
         try:
-            stat = (entry / "stat").read_text()
-            state, parent = stat.rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
+            pids = path.read_text().split()
+        except OSError:  # a thread that has ended meanwhile
             continue
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    found[int(pid)] = line.replace(b"\0", b" ").decode()
     return {pid: line for pid, line in found.items() if not any(word in line for word in _LASTING)}
 
 
@@ -74,6 +80,46 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tune leaves its own handler of Ctrl-C behind
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, unless told otherwise: by -n0, say, or --pdb."""
+    if hasattr(config, "workerinput"):  # one of the two: they ask, too
+        return
+    option = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and hasattr(option, "tx") and option.numprocesses is None and not (option.tx or option.usepdb):
+        option.numprocesses = 2
+    if getattr(option, "numprocesses", None):
+        option.dist, option.loadscopereorder = "loadscope", False
+
+
+def _scope(nodeid: str) -> str:
+    """Tests of one scope run in one process, in this order: what takes longest comes first, and the rest fills up."""
+    path = Path(nodeid.split("::")[0])
+    if path.parent.name == "cluster":
+        return "3 cluster"  # brought up once
+    if path.parent.name == "ray":
+        # one Ray for all, and others one after the other: some look for one that runs on this machine
+        return "2 Rays of their own" if path.stem.removeprefix("test_ray_") in OWN_RAYS else "1 Ray of the session"
+    return f"4 {path}"  # which share what they set up
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _scope(item.nodeid)[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from ray_models import alive, eventually
 from scripts import INTERRUPTED, check_interruptions, script
 
 from raytrainer.driver.cluster.attaching import attach
-from raytrainer.driver.cluster.session import Cluster, ensure_ray
 from raytrainer.errors import ConfigurationError
 
 PATIENCE = 120  # seconds for what a busy machine takes a while to do
@@ -207,11 +206,3 @@ def test_nothing_answers(address, monkeypatch):
     address = address.format(port=free_port())
     with pytest.raises(ConfigurationError, match="nothing answers there"):
         attach(address, {})
-
-
-def test_another_address_than_the_one_in_use(ray_session):
-    ensure_ray(Cluster(ray_session), 1)
-    ensure_ray(Cluster(ray_session.replace(ray_session.rpartition(":")[0], "localhost")), 1)
-    ensure_ray(Cluster(None), 1)
-    with pytest.raises(ConfigurationError, match=r"uses the Ray at .* already"):
-        ensure_ray(Cluster("10.9.9.9:6379"), 1)

@@ -1,10 +1,9 @@
-"""Modules of a script's `__main__` and of a notebook's cells; what a script leaves behind, and Ctrl-C in it."""
+"""Modules of a script's `__main__` and of a notebook's cells; what a script leaves behind."""
 
 from __future__ import annotations
 
-import pytest
 from ray_models import alive, eventually
-from scripts import INTERRUPTED, MODULE, check_interruptions, script
+from scripts import MODULE, script
 
 from raytrainer.driver.workers import idle_pool as pool
 
@@ -43,9 +42,3 @@ def test_main_and_notebook_cells(ray_session, tmp_path):
         assert len(running.pids()) == 2
         assert all("pids " in line or "running" in line for line in workers), workers
         eventually(lambda: not any(map(alive, running.pids())), 20, "the workers end with the script")
-
-
-@pytest.mark.usefixtures("no_ray")
-def test_control_c(tmp_path):
-    with script(tmp_path / "interrupted.py", INTERRUPTED) as running:
-        check_interruptions(running)
