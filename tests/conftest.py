@@ -106,9 +106,9 @@ def _scope(nodeid: str) -> str:
     return f"4 {path}"  # which share what they set up
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _scope(item.nodeid)[0])
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _scope(item.nodeid)[0])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 
-from bring_up import ENVIRONMENT, Run, bring_up, nodes, up  # noqa: E402
+from bring_up import ENVIRONMENT, Run, bring_up, up, wait_for_nodes  # noqa: E402
 from lab import Host, Lab, kept_folders, missing, wait_for  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def mend(kind: str, victim: Host, lab: Lab) -> None:
     elif victim.process is None:
         victim.boot()
     began = time.monotonic()
-    wait_for(lambda: nodes(lab) == 3, 240, "the host is a node again")
+    wait_for_nodes(lab, 240)  # the host is a node again
     print(f"{'':9} the host was a node again {time.monotonic() - began:.0f} s after it was mended", flush=True)
 
 

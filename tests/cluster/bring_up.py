@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lab import Host, Lab, wait_for
 
-__all__ = ["ENVIRONMENT", "REPOSITORY", "Run", "bring_up", "nodes", "take_down", "up"]
+__all__ = ["ENVIRONMENT", "REPOSITORY", "Run", "bring_up", "take_down", "up", "wait_for_nodes"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -47,26 +47,27 @@ def bring_up(lab: Lab) -> None:
 def up(lab: Lab) -> None:
     """Start Ray on all hosts, and wait until they have joined."""
     lab.dev.sh("cd ~/raytrainer && ray up -y cluster/local.yaml --no-config-cache", timeout=240)
-    wait_for(
-        lambda: nodes(lab) == len(lab.hosts),
-        300,
-        lambda: f"all hosts are nodes: {lab.hosts[0].sh(STATE, check=False).stdout}",
-    )
+    wait_for_nodes(lab, 300)
 
 
 def take_down(lab: Lab) -> None:
     """As cluster/README.md says; afterwards nothing of Ray is left on any host."""
     lab.dev.sh("cd ~/raytrainer && ray down -y cluster/local.yaml", timeout=120)
-    for host in lab.hosts:
-        lab.dev.sh(f"ssh {host.name} 'ray stop'", timeout=60)
+    stops = " ".join(f"ssh {host.name} 'ray stop' &" for host in lab.hosts)
+    lab.dev.sh(f"{stops} for job in $(jobs -p); do wait $job || exit 1; done", timeout=60)
     wait_for(lambda: not lab.processes(), 60, lambda: "no process is left: " + "; ".join(lab.processes()))
 
 
-def nodes(lab: Lab) -> int:
-    """Living nodes of the cluster, as its head counts them."""
-    code = "import ray; ray.init('auto', logging_level=40); print(sum(n['Alive'] for n in ray.nodes()))"
-    answer = lab.hosts[0].sh(f'python -c "{code}"', check=False).stdout.strip().splitlines()
-    return int(answer[-1]) if answer and answer[-1].isdigit() else 0
+def wait_for_nodes(lab: Lab, seconds: int) -> None:
+    """Wait until all hosts are living nodes of the cluster, as its head counts them."""
+    # one process that asks often, as each takes seconds to start
+    code = (
+        "import ray, time; ray.init('auto', logging_level=40)\n"
+        f"while sum(node['Alive'] for node in ray.nodes()) != {len(lab.hosts)}: time.sleep(0.2)"
+    )
+    done = lab.hosts[0].sh(f'timeout {seconds} python -c "{code}"', timeout=seconds + 60, check=False)
+    state = "" if done.returncode == 0 else lab.hosts[0].sh(STATE, check=False).stdout
+    assert done.returncode == 0, f"not within {seconds} s: all hosts are nodes: {done.stderr}{state}"
 
 
 class Run:
@@ -98,6 +99,10 @@ class Run:
         wait_for(lambda: self.process.poll() is not None or (self.steps and self.steps[-1][0] >= step), seconds,
                  lambda: self.text)  # fmt: skip
         assert self.process.poll() is None, self.text
+
+    def recover(self, seconds: float = 90) -> None:
+        """Wait until it goes on after a loss."""
+        wait_for(lambda: self.process.poll() is not None or "Recovered." in self.text, seconds, lambda: self.text)
 
     def uses(self, hosts: list[Host]) -> list[Host]:
         """Those of the hosts that its workers are on."""

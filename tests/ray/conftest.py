@@ -17,12 +17,16 @@ HERE = Path(__file__).parent
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ray: starts real Ray actors")
+    config.addinivalue_line("markers", "up_to(n): needs other numbers of workers than two, n at most: comes last")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("ray")
+    # the two workers that most tests share end for more than one other
+    marks = {item: item.get_closest_marker("up_to") for item in items}
+    items.sort(key=lambda item: mark.args[0] if (mark := marks[item]) else 0)
 
 
 @pytest.fixture(scope="session")

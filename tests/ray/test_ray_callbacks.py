@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchmetrics
-from exact import Exact, run, same
+from exact import Exact, Mortal, run, same
 from ray_models import Net, loader, moved, numbers
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -24,6 +24,7 @@ from raytrainer import (
     ThroughputMonitor,
 )
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+from raytrainer.driver.workers.group_supply import GroupSupply
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -97,15 +98,22 @@ def test_accumulation_by_epoch(one_process, ray_trainer):
 
 
 @pytest.mark.parametrize("callback", [EMAWeightAveraging, StochasticWeightAveraging])
-def test_a_killed_worker_changes_nothing(callback, tmp_path):
+def test_a_killed_worker_changes_nothing(callback, tmp_path, monkeypatch):
+    """Over Ray, and for the other one with workers that are as if of another process, where that is the same."""
+
     def make():
         return [callback(0.9) if callback is EMAWeightAveraging else callback(0.004, 1, 2)]
 
-    over_ray = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 3, "num_workers": 1}
+    if callback is EMAWeightAveraging:
+        options = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 3, "num_workers": 1}
+        death = (1, 17), "kill"
+    else:
+        monkeypatch.setattr(GroupSupply, "take", lambda self, settings: Mortal())
+        options, death = {"snapshot_every": 3}, ((0, 17), "raise")
     calm = Exact()
-    run(calm, tmp_path, callbacks=make(), **over_ray)
-    module = Exact((1, 17), "kill", f"{tmp_path}/flag")
-    trainer, _ = run(module, tmp_path, callbacks=make(), **over_ray)
+    run(calm, tmp_path, callbacks=make(), **options)
+    module = Exact(*death, f"{tmp_path}/flag")
+    trainer, _ = run(module, tmp_path, callbacks=make(), **options)
     assert len(trainer.recoveries) == 1
     assert same(module, calm)
 

@@ -45,11 +45,10 @@ def table(start: int, stop: int) -> pa.Table:
     return pa.table({"id": ids, "x": pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), DIM)})
 
 
-@pytest.fixture
-def parquet(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Three files of uneven size, several row groups each."""
-    folder = tmp_path / "parquet"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("parquet")
     for i, (start, stop) in enumerate([(0, 401), (401, 500), (500, ROWS)]):
         pa.parquet.write_table(table(start, stop), folder / f"{i}.parquet", row_group_size=57)
     return str(folder)
@@ -119,37 +118,68 @@ def trained(make: Make, tmp_path: Path, data: Any, workers: int = 2, **options: 
     return recorded(tmp_path, workers)
 
 
-#: The ways of reading: kept or executed in each epoch; how shuffled; by how many workers.
-WAYS = [(True, False, 2), (True, 100, 2), (False, False, 2), (False, True, 2)]
-WAYS += [(True, True, 3), (False, 100, 3), (True, 100, 1)]
+Way = tuple[bool, bool, "bool | int", int]
 
 
-@pytest.mark.usefixtures("footers")
-@pytest.mark.parametrize(("keep", "shuffle", "workers"), WAYS)
-def test_each_row_reaches_one_worker(
-    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool, shuffle: bool | int, workers: int
-) -> None:
-    data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=shuffle, keep_in_memory=keep)
-    epochs = trained(ray_trainer, tmp_path, data, workers)
+@pytest.fixture(scope="module")
+def seen() -> dict[Way, Any]:
+    """What has been read in which way."""
+    return {}
+
+
+@pytest.fixture
+def read(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: dict[Way, Any]
+) -> Callable[..., Any]:
+    """Row ids of two epochs read in one of `WAYS`, in batches of 16; once for all tests, unless told `again`."""
+
+    def run(way: Way, again: bool = False, **options: Any) -> Any:
+        if again or options or way not in seen:
+            data, workers = dataset(rays, parquet, monkeypatch, way), way[3]
+            found = trained(ray_trainer, tmp_path / f"run{len(list(tmp_path.iterdir()))}", data, workers, **options)
+            if again or options:
+                return found
+            seen[way] = found
+        return seen[way]
+
+    return run
+
+
+def dataset(rays: Any, parquet: str, monkeypatch: pytest.MonkeyPatch, way: Way) -> RayDataset:
+    footers, keep, shuffle, _ = way
+    monkeypatch.setattr(rays.DataContext.get_current(), "use_datasource_v2", footers, raising=False)
+    return RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=shuffle, keep_in_memory=keep)
+
+
+#: The ways of reading: in the default way, with footers, or the older one, which takes less time; kept or executed in
+#: each epoch; how shuffled; by how many workers.
+WAYS: list[Way] = [
+    (True, True, False, 2), (False, True, True, 2), (False, True, 100, 2),
+    (False, False, False, 2), (False, False, True, 2), (True, False, 100, 2),
+    (True, True, 100, 1), (False, True, True, 3), (True, False, 100, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.up_to(way[3])] if way[3] != 2 else []) for way in WAYS], ids=str
+)
+def test_each_row_reaches_one_worker(read: Callable[..., Any], way: Way) -> None:
+    epochs = read(way)
     for epoch in epochs:
         assert sorted(flat(epoch)) == list(range(ROWS))
         assert len({len(batches) for batches in epoch}) == 1  # all workers have equally many
         assert all(len(batch) == 16 for batches in epoch for batch in batches[:-2])
-    assert (epochs[0] == epochs[1]) == (shuffle is False)
+    assert (epochs[0] == epochs[1]) == (way[2] is False)
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
-def test_same_seed_same_order(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
-    data = RayDataset(rays.read_parquet(parquet), batch_size=16, shuffle=keep or 100, keep_in_memory=keep)
-    first, again, other = (trained(ray_trainer, tmp_path / str(i), data, seed=seed) for i, seed in enumerate([1, 1, 2]))
-    assert first == again
-    assert first != other
-
-
-def test_full_shuffle_of_a_stream_repeats(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
-    data = RayDataset(rays.read_parquet(parquet), batch_size=100, shuffle=True, keep_in_memory=False)
-    first, again = (trained(ray_trainer, tmp_path / str(i), data, max_epochs=1) for i in range(2))
-    assert first == again
+@pytest.mark.parametrize(
+    "way", [(False, True, True, 2), (True, False, 100, 2), (False, False, True, 2)], ids=["kept", "streamed", "full"]
+)
+def test_same_seed_same_order(read: Callable[..., Any], way: Way) -> None:
+    """Also of a stream that is shuffled in full."""
+    first = read(way)
+    assert first == read(way, again=True)
+    assert first[:1] != read(way, seed=2, max_epochs=1)
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
@@ -237,6 +267,7 @@ class Data(DataModule):
         return self._dataset("predict")
 
 
+@pytest.mark.usefixtures("rays")
 def test_hooks_of_a_datamodule(ray_trainer: Make, parquet: str) -> None:
     data, trainer, net = Data(parquet), ray_trainer(max_epochs=1), Net()
     trainer.fit(net, datamodule=data)
@@ -273,11 +304,13 @@ class KillAt(Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.usefixtures("footers")
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
-def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
-    data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
-    whole = trained(ray_trainer, tmp_path, data)
+@pytest.mark.parametrize("way", [(False, True, 100, 2), (True, False, 100, 2)], ids=["kept", "streamed"])
+def test_going_on_in_mid_epoch(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    read: Callable[..., Any], way: Way,
+) -> None:  # fmt: skip
+    whole = read(way)
+    data = dataset(rays, parquet, monkeypatch, way)
     path = tmp_path / "mid.ckpt"
     with pytest.raises(RuntimeError, match="killed"):
         ray_trainer(max_epochs=2, seed=5, callbacks=[KillAt(7, path)]).fit(Net(), data)
@@ -288,23 +321,23 @@ def test_going_on_in_mid_epoch(ray_trainer: Make, rays: Any, parquet: str, tmp_p
     assert second == whole[1]
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
-def test_going_on_with_other_numbers_of_workers(
-    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool
-) -> None:
+@pytest.mark.up_to(3)
+def test_going_on_with_other_numbers_of_workers(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
     """In the middle of an epoch and of a window: every row once, whoever has read it."""
-    data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
-    seen, last = [], None
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    # both by two workers first, as other numbers are other processes
     for workers, steps in ((2, 7), (3, None)):
-        saver = ModelCheckpoint(tmp_path / f"by{workers}", save_last=True, every_n_train_steps=1)
-        options = {"max_steps": steps} if steps else {"max_epochs": 1}
-        trainer = ray_trainer(num_processes=workers, seed=5, callbacks=[Recorder(tmp_path), saver], **options)
-        trainer.fit(Net(), data, ckpt_path=last)
-        (epoch,) = recorded(tmp_path, workers)
-        assert steps is None or [len(batches) for batches in epoch] == [7, 7]
-        seen += flat(epoch)
-        last = str(tmp_path / f"by{workers}" / "last.ckpt")
-    assert sorted(seen) == list(range(ROWS))
+        for keep, rows in seen.items():
+            data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
+            saver = ModelCheckpoint(tmp_path / f"{keep}{workers}", save_last=True, every_n_train_steps=1)
+            options = {"max_steps": steps} if steps else {"max_epochs": 1}
+            trainer = ray_trainer(num_processes=workers, seed=5, callbacks=[Recorder(tmp_path), saver], **options)
+            trainer.fit(Net(), data, ckpt_path=None if steps else str(tmp_path / f"{keep}2" / "last.ckpt"))
+            (epoch,) = recorded(tmp_path, workers)
+            assert steps is None or [len(batches) for batches in epoch] == [7, 7]
+            rows += flat(epoch)
+    for rows in seen.values():
+        assert sorted(rows) == list(range(ROWS))
 
 
 # ---------------------------------------------------------------- formats
@@ -398,6 +431,7 @@ def test_predict_is_lazy_and_in_step(ray_trainer: Make, rays: Any, parquet: str,
 # ---------------------------------------------------------------- errors
 
 
+@pytest.mark.up_to(4)
 def test_workers_that_take_every_cpu(ray_trainer: Make, rays: Any, parquet: str) -> None:
     """The session's Ray has four CPUs."""
     with pytest.raises(raytrainer.ResourceError, match=r"4 worker\(s\) take every CPU .* ray.init\(num_cpus=5\)"):

@@ -173,6 +173,8 @@ def test_errors_of_the_drivers_callbacks(ray_trainer):
 
 
 def test_a_worker_that_dies(ray_trainer, tmp_path):
+    """No failure is recovered from with max_failures=0."""
+
     class Dies(Where):
         def training_step(self, batch, batch_idx):
             if self.global_rank == 1 and batch_idx == 1:

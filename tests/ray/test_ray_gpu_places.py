@@ -15,8 +15,9 @@ from raytrainer.driver.cluster import reservation as reserve
 from raytrainer.driver.cluster.placement import Request, Slot
 
 
-@pytest.fixture
-def four_gpus(no_ray: None, ray_ended: Callable[[], None]) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def four_gpus(ray_ended: Callable[[], None]) -> Iterator[None]:
+    ray_ended()
     ray.init("local", num_cpus=8, num_gpus=4, include_dashboard=False)
     yield
     ray_ended()

@@ -101,6 +101,7 @@ def test_idle_workers_hold_nothing_of_their_runs(ray_trainer):
     assert module.left == []
 
 
+@pytest.mark.up_to(3)
 def test_other_resources_get_another_group(ray_trainer, where):
     """The session's Ray has four CPUs: room for one worker beside the two, but not for three."""
     fit(ray_trainer(max_epochs=1), where)
@@ -154,7 +155,29 @@ def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog
         remove_placement_group(reserved[0])
 
 
-# the rest with one worker, which starts sooner
+# the rest with one worker, which starts sooner; each leaves it to the next one where it can
+
+
+def test_too_many_workers(ray_trainer, caplog):
+    """An error that says what was asked and what there is."""
+    options = {"max_epochs": 1, "placement_timeout": 0.2}
+    with pytest.raises(ResourceError, match=r"9 worker\(s\) on each of 1 node.*CPU \d of 4 free on 1 node"):
+        fit(ray_trainer(num_processes=9, **options), Net())
+    with pytest.raises(ResourceError, match=r"2 node\(s\)"):
+        fit(ray_trainer(num_nodes=2, num_processes=1, **options), Net())
+    trainer = ray_trainer(num_processes=1, max_epochs=1)
+    fit(trainer, Net())
+    assert trainer.state.finished
+
+
+def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
+    trainer = ray_trainer(max_epochs=1, num_processes=1)
+    fit(trainer, where)
+    (pid,) = where.taken()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid), 5, "it is dead")
+    fit(trainer, where)
+    assert where.taken() != [pid]
 
 
 def test_close_and_with_release(ray_trainer, where):
@@ -176,25 +199,3 @@ def test_idle_workers_are_released(ray_trainer, where):
     pids = where.taken()
     eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
     eventually(lambda: ray.available_resources().get("CPU") == 4.0, 15, "their CPUs are free")
-
-
-def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
-    trainer = ray_trainer(max_epochs=1, num_processes=1)
-    fit(trainer, where)
-    (pid,) = where.taken()
-    os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not alive(pid), 5, "it is dead")
-    fit(trainer, where)
-    assert where.taken() != [pid]
-
-
-def test_too_many_workers(ray_trainer, caplog):
-    """An error that says what was asked and what there is."""
-    options = {"max_epochs": 1, "placement_timeout": 0.2}
-    with pytest.raises(ResourceError, match=r"9 worker\(s\) on each of 1 node.*CPU \d of 4 free on 1 node"):
-        fit(ray_trainer(num_processes=9, **options), Net())
-    with pytest.raises(ResourceError, match=r"2 node\(s\)"):
-        fit(ray_trainer(num_nodes=2, num_processes=1, **options), Net())
-    trainer = ray_trainer(num_processes=1, max_epochs=1)
-    fit(trainer, Net())
-    assert trainer.state.finished

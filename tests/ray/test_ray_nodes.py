@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exact import Exact, run, same
+from ray_models import eventually
 
 import raytrainer
-from raytrainer.driver.workers import idle_pool as pool
 
 HERE = Path(__file__).parent
-HEALTH = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 3000, "failure_threshold": 3}
+HEALTH = {"initial_delay_ms": 0, "period_ms": 300, "timeout_ms": 3000, "failure_threshold": 3}
 
 
-@pytest.fixture
-def cluster(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster(ray_ended: Callable[[], None]) -> Iterator[Any]:
     """A head that is too small to train on, and two nodes with two CPUs each in `cluster.pair`."""
     import ray
     from ray.cluster_utils import Cluster
 
-    for name, value in HEALTH.items():
-        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.pair = [cluster.add_node(num_cpus=2) for _ in range(2)]
-        ray.init(address=cluster.address, log_to_driver=False)
-        yield cluster
-    finally:
-        pool.close_idle()
-        ray.shutdown()
-        cluster.shutdown()
+    ray_ended()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in HEALTH.items():
+            patch.setenv(f"RAY_health_check_{name}", str(value))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.pair = [cluster.add_node(num_cpus=2) for _ in range(2)]
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            ray_ended()
+            cluster.shutdown()
 
 
 class Nodes(raytrainer.Callback):
-    """Removes the second node after two steps; adds one: before that if `spare`, else when the run has shrunk."""
+    """Removes the second node after two steps; adds one: before that if `spare`, else when the run has shrunk.
+
+    With a spare node the run goes on when Ray knows of the loss, as it might end before otherwise.
+    """
 
     def __init__(self, cluster: Any, spare: bool) -> None:
         self.cluster, self.spare = cluster, spare
@@ -54,10 +58,20 @@ class Nodes(raytrainer.Callback):
         remove = not self.removed and trainer.global_step >= 2
         if not self.added and (remove if self.spare else self.sizes == [4, 2]):
             self.added = True
-            self.cluster.add_node(num_cpus=2)
+            self.cluster.pair.append(self.cluster.add_node(num_cpus=2))
         if remove:
             self.removed = True
-            self.cluster.remove_node(self.cluster.pair[1], allow_graceful=False)
+            lost = self.cluster.pair.pop(1)
+            self.cluster.remove_node(lost, allow_graceful=False)
+            if self.spare:
+                eventually(lambda: lost.node_id not in living(), 60, "Ray knows of the loss")
+
+
+def living() -> set[str]:
+    """Ids of the cluster's nodes."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def test_shrinks_and_grows(cluster, tmp_path):
@@ -82,7 +96,7 @@ class Slow(Exact):
 def test_a_spare_node_takes_over(cluster, tmp_path):
     options = {
         "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
-        "max_epochs": 12,
+        "max_epochs": 4,
     }  # fmt: skip
     calm, struck = Slow(), Slow()
     _, rows = run(calm, tmp_path, **options)

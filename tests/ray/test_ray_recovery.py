@@ -28,19 +28,33 @@ def calm_run(undisturbed: dict, folder: Path, **options):
     return undisturbed[key]
 
 
-@pytest.mark.parametrize(("die", "verb"), [((1, 0), "train"), ((0, 9), "train"), ((1, 13), "validate")])
-def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, die, verb):
+class DiesOften(Exact):
+    """Is killed in several places: (rank, batches done, verb)."""
+
+    def __init__(self, deaths, folder: Path) -> None:
+        super().__init__(how="kill")
+        self.deaths, self.folder = deaths, str(folder)
+
+    def perish_if_due(self, verb: str) -> None:
+        for i, (rank, batches, within) in enumerate(self.deaths):
+            self.die, self.verb, self.flag = (rank, batches), within, f"{self.folder}/flag{i}"
+            super().perish_if_due(verb)
+
+
+def test_killed_workers_change_nothing(undisturbed, tmp_path):
+    """Before there is a snapshot, between two, and in validation; in one run, as each costs new workers."""
+    deaths = [(1, 0, "train"), (0, 9, "train"), (1, 13, "validate")]
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
-    module = Exact(die, "kill", f"{tmp_path}/flag", verb=verb)
+    module = DiesOften(deaths, tmp_path)
     trainer, struck_rows = run(module, tmp_path, num_workers=1, **OVER_RAY)
-    assert Path(f"{tmp_path}/flag").exists()
+    assert len(list(tmp_path.glob("flag*"))) == len(deaths)
     assert same(module, calm)
     assert struck_rows == rows
-    (recovery,) = trainer.recoveries
-    assert f"rank {die[0]}" in recovery.error
-    assert recovery.workers == 2
-    assert recovery.step - recovery.resumed_step <= 3
-    assert recovery.seconds > 0
+    for (rank, _, _), recovery in zip(deaths, trainer.recoveries, strict=True):
+        assert f"rank {rank}" in recovery.error
+        assert recovery.workers == 2
+        assert recovery.step - recovery.resumed_step <= 3
+        assert recovery.seconds > 0
 
 
 def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
@@ -52,11 +66,6 @@ def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
     assert "hang_timeout" in trainer.recoveries[0].error
 
 
-def test_max_failures(tmp_path):
-    with pytest.raises(raytrainer.WorkerLostError, match="rank 1"):
-        run(Exact((1, 4), "kill", f"{tmp_path}/flag"), tmp_path, max_failures=0, **OVER_RAY)
-
-
 def test_user_errors_are_not_retried(tmp_path):
     with pytest.raises(Died) as caught:
         run(Exact((1, 4), "raise", f"{tmp_path}/flag"), tmp_path, **OVER_RAY)
@@ -64,13 +73,25 @@ def test_user_errors_are_not_retried(tmp_path):
     assert "perish_if_due" in caught.value.__cause__.traceback
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_resumed_with_another_number_of_workers(tmp_path, before, after):
+class DieTogether(Exact):
+    """All ranks raise, and so stay for the next run."""
+
+    def perish_if_due(self, verb: str) -> None:
+        if verb == "train" and int(self.batches) == 4:
+            raise ArithmeticError
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "how"),
+    [(2, 1, "raise"), (1, 2, "raise"), pytest.param(2, 3, "kill", marks=pytest.mark.up_to(3))],
+)
+def test_resumed_with_another_number_of_workers(tmp_path, before, after, how):
     """No sample of the epoch is repeated or missed, but for what padding repeats."""
     seen = f"{tmp_path}/seen"
-    with pytest.raises(raytrainer.WorkerLostError):
+    module = Exact((0, 4), "kill", f"{tmp_path}/flag", seen) if how == "kill" else DieTogether(seen=seen)
+    with pytest.raises(raytrainer.WorkerLostError if how == "kill" else ArithmeticError):
         run(
-            Exact((0, 4), "kill", f"{tmp_path}/flag", seen), tmp_path, save_every=1, max_failures=0,
+            module, tmp_path, save_every=1, max_failures=0,
             strategy="ddp", num_processes=before, max_epochs=1, accumulate_grad_batches=1,
         )  # fmt: skip
     done = [p for p in tmp_path.glob("seen-*")]
