@@ -98,9 +98,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def _scope(nodeid: str) -> str:
     """Tests of one scope run in one process, in this order: what takes longest comes first, and the rest fills up."""
     path = Path(nodeid.split("::")[0])
-    if path.parent.name == "cluster":
+    if path.parts[:2] == ("tests", "cluster"):
         return "3 cluster"  # brought up once
-    if path.parent.name == "ray":
+    if path.parts[:2] == ("tests", "ray"):
         # one Ray for all, and others one after the other: some look for one that runs on this machine
         return "2 Rays of their own" if path.stem.removeprefix("test_ray_") in OWN_RAYS else "1 Ray of the session"
     return f"4 {path}"  # which share what they set up
@@ -125,7 +125,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a thread, a process or a changed environment. Ray and hosts, which last, are exempt."""
-    if {"ray", "cluster"} & set(Path(str(request.path)).parts) or "ray_session" in request.fixturenames:
+    room = request.path.relative_to(Path(__file__).parent).parts[0]
+    if room in ("ray", "cluster") or "ray_session" in request.fixturenames:
         yield
         return
     threads, children, environment = _own_threads(), _children(), _environment()
