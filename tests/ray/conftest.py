@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,38 @@ HERE = Path(__file__).parent
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ray: starts real Ray actors")
-    config.addinivalue_line("markers", "up_to(n): needs other numbers of workers than two, n at most: comes last")
+    config.addinivalue_line(
+        "markers", "late(n): ends the two workers that most tests share, or needs others: comes last, by n"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("ray")
-    # the two workers that most tests share end for more than one other
-    marks = {item: item.get_closest_marker("up_to") for item in items}
+    # each pair of workers that is started anew takes seconds
+    marks = {item: item.get_closest_marker("late") for item in items}
     items.sort(key=lambda item: mark.args[0] if (mark := marks[item]) else 0)
 
 
+def end_ray() -> None:
+    import ray
+
+    pool.close_idle()
+    ray.shutdown()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ray ends after the last test here: others are not to use it, nor to run beside what it goes on doing."""
+    if nextitem is None or HERE not in nextitem.path.parents:
+        end_ray()
+
+
 @pytest.fixture(scope="session")
-def ray_ended() -> Iterator[Callable[[], None]]:
-    """A function that ends the session's Ray; it is ended anyway when the tests are over."""
-
-    def end() -> None:
-        import ray
-
-        pool.close_idle()
-        ray.shutdown()
-
-    yield end
-    end()
+def ray_ended() -> Callable[[], None]:
+    """A function that ends the session's Ray."""
+    return end_ray
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from raytrainer.driver.cluster.placement import Request, Slot
 @pytest.fixture(scope="module")
 def four_gpus(ray_ended: Callable[[], None]) -> Iterator[None]:
     ray_ended()
-    ray.init("local", num_cpus=8, num_gpus=4, include_dashboard=False)
+    ray.init("local", num_cpus=4, num_gpus=4, include_dashboard=False)
     yield
     ray_ended()
 

@@ -18,6 +18,8 @@ from raytrainer import ConfigurationError, ResourceError
 from raytrainer.driver.cluster.session import Cluster, ensure_ray
 from raytrainer.driver.workers import idle_pool as pool
 
+pytestmark = pytest.mark.late(2)
+
 
 @pytest.fixture
 def where(tmp_path):
@@ -101,7 +103,7 @@ def test_idle_workers_hold_nothing_of_their_runs(ray_trainer):
     assert module.left == []
 
 
-@pytest.mark.up_to(3)
+@pytest.mark.late(3)
 def test_other_resources_get_another_group(ray_trainer, where):
     """The session's Ray has four CPUs: room for one worker beside the two, but not for three."""
     fit(ray_trainer(max_epochs=1), where)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from exact import Died, Exact, run, same
+from exact import Died, Exact, Mortal, run, same
 
 import raytrainer
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.plan.steps_and_epochs import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -42,8 +43,8 @@ class DiesOften(Exact):
 
 
 def test_killed_workers_change_nothing(undisturbed, tmp_path):
-    """Before there is a snapshot, between two, and in validation; in one run, as each costs new workers."""
-    deaths = [(1, 0, "train"), (0, 9, "train"), (1, 13, "validate")]
+    """Before there is a snapshot and in validation; in one run, as each costs new workers."""
+    deaths = [(1, 0, "train"), (0, 13, "validate")]
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
     module = DiesOften(deaths, tmp_path)
     trainer, struck_rows = run(module, tmp_path, num_workers=1, **OVER_RAY)
@@ -55,6 +56,19 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
         assert recovery.workers == 2
         assert recovery.step - recovery.resumed_step <= 3
         assert recovery.seconds > 0
+
+
+@pytest.mark.parametrize(("batches", "verb"), [(0, "train"), (9, "train"), (21, "validate")])
+def test_workers_that_die_in_process_change_nothing(tmp_path, monkeypatch, batches, verb):
+    """The same with workers that are as if of another process, which cost nothing. An epoch has 14 batches."""
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: Mortal())
+    calm, module = Exact(), Exact((0, batches), flag=f"{tmp_path}/flag", verb=verb)
+    _, rows = run(calm, tmp_path, snapshot_every=3)
+    trainer, struck_rows = run(module, tmp_path, snapshot_every=3)
+    assert same(module, calm)
+    assert struck_rows == rows
+    (recovery,) = trainer.recoveries
+    assert recovery.step - recovery.resumed_step <= 3
 
 
 def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
@@ -83,7 +97,11 @@ class DieTogether(Exact):
 
 @pytest.mark.parametrize(
     ("before", "after", "how"),
-    [(2, 1, "raise"), (1, 2, "raise"), pytest.param(2, 3, "kill", marks=pytest.mark.up_to(3))],
+    [
+        pytest.param(2, 1, "raise", marks=pytest.mark.late(1)),
+        pytest.param(1, 2, "raise", marks=pytest.mark.late(1)),
+        pytest.param(2, 3, "kill", marks=pytest.mark.late(3)),
+    ],
 )
 def test_resumed_with_another_number_of_workers(tmp_path, before, after, how):
     """No sample of the epoch is repeated or missed, but for what padding repeats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from ray_models import alive, eventually
 from scripts import MODULE, script
 
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 )
 
 
+@pytest.mark.late(2)
 def test_main_and_notebook_cells(ray_session, tmp_path):
     pool.close_idle()
     with script(tmp_path / "main.py", MAIN, ray_session) as running:

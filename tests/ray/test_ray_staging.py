@@ -16,6 +16,7 @@ import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
 from raytrainer.driver.workers.ray_group import RayGroup
 
+pytestmark = pytest.mark.late(2)
 OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 1}
 
 

@@ -21,6 +21,7 @@ from ray_models import Net, alive, assert_same, eventually, loader
 import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
 
+pytestmark = pytest.mark.late(2)
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,
