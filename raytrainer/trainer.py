@@ -51,9 +51,11 @@ class Trainer(TrainerRuns, TuningVerbs):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """A Trainer from plain values, such as a YAML or JSON file has.
+
         Args:
             config: Arguments by name. Callbacks, loggers and the like are `{"class_path": "package.Class", "init_args":
                 {...}}`; a path without a dot names something of raytrainer's.
+
         Raises:
             ConfigurationError: There is no such argument or class, or a value cannot work.
         """

@@ -132,7 +132,7 @@ class ProgressBar(Callback):
     def _batches_to_come(trainer: RunningTrainer) -> int | None:
         """The epoch's batches, or fewer if `max_steps` ends it before; an epoch that is resumed shows them all."""
         batches, max_steps = trainer.num_training_batches, trainer.max_steps
-        if max_steps is None or trainer.ckpt_path is not None:
+        if max_steps is None or max_steps < 0 or trainer.ckpt_path is not None:
             return batches
         left = (max_steps - trainer.global_step) * trainer.settings.accumulated(trainer.current_epoch)
         return left if batches is None else min(batches, left)

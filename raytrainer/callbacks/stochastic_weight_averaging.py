@@ -67,11 +67,11 @@ class StochasticWeightAveraging(WorkerCallback):
         self._averaged = None
         start, epochs = self.swa_epoch_start, trainer.max_epochs
         if isinstance(start, float):
-            if epochs is None and stage == "fit":
+            if epochs < 0 and stage == "fit":
                 raise ConfigurationError(
                     f"StochasticWeightAveraging(swa_epoch_start={start}) without max_epochs: give the epoch as an int."
                 )
-            start = int(start * (epochs or 0) + 1e-9)
+            start = int(start * max(epochs, 0) + 1e-9)
         self._first = start
 
     def on_fit_start(self, trainer: TrainerView, module: Module) -> None:

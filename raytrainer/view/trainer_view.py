@@ -112,8 +112,9 @@ class TrainerView:
 
     # settings
     @property
-    def max_epochs(self) -> int | None:
-        return self.settings.max_epochs
+    def max_epochs(self) -> int:
+        """-1: no limit."""
+        return -1 if self.settings.max_epochs is None else self.settings.max_epochs
 
     @property
     def min_epochs(self) -> int:
@@ -121,6 +122,7 @@ class TrainerView:
 
     @property
     def max_steps(self) -> int:
+        """-1: no limit."""
         return -1 if self.settings.max_steps is None else self.settings.max_steps
 
     @property

@@ -210,8 +210,8 @@ def test_live_only_where_it_can_be_redrawn(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batches", "max_steps", "done", "accumulate", "resumed", "total"),
-    [(10, None, 0, 1, False, 10), (10, 4, 0, 1, False, 4), (10, 4, 1, 2, False, 6), (10, 40, 8, 1, False, 10),
-     (None, 4, 0, 1, False, 4), (None, None, 0, 1, False, None), (10, 4, 2, 1, True, 10)],
+    [(10, -1, 0, 1, False, 10), (10, 4, 0, 1, False, 4), (10, 4, 1, 2, False, 6), (10, 40, 8, 1, False, 10),
+     (None, 4, 0, 1, False, 4), (None, -1, 0, 1, False, None), (10, 4, 2, 1, True, 10)],
 )  # fmt: skip
 def test_max_steps_shortens_the_bar(trainer, batches, max_steps, done, accumulate, resumed, total):
     trainer.num_training_batches, trainer.max_steps, trainer.global_step = batches, max_steps, done
