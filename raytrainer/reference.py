@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING
 
+from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.plan.declaring import meanings
-from raytrainer.trainer_arguments import TrainerArguments
 
 __all__ = ["arguments_page"]
 
@@ -19,7 +19,7 @@ epochs, and a maximum beats a minimum.** A value that cannot work is refused whe
 what is allowed, and what to do. Afterwards each is readable on the Trainer, in its normal form:
 `trainer.limit_val_batches`.
 
-This page is made from the declarations in `raytrainer/plan/run_arguments.py` and `raytrainer/trainer_arguments.py` by
+This page is made from the declarations in `raytrainer/plan/run_arguments.py` and `raytrainer/driver_arguments.py` by
 `python -m raytrainer.reference`; `help(raytrainer.Trainer)` shows the same.
 
 | argument | default | meaning |

@@ -22,6 +22,7 @@ from raytrainer.driver.run import Run
 from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.gpu.choice import count_all
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import Logger
@@ -33,7 +34,6 @@ from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
 from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.task import Task
-from raytrainer.trainer_arguments import TrainerArguments
 from raytrainer.view.run_state import RunState, TrainerState
 from raytrainer.view.trainer_properties import TrainerProperties
 

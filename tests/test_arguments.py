@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import raytrainer
+from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.plan.declaring import argument, arguments, documented, meanings
 from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import build_settings
 from raytrainer.reference import arguments_page
-from raytrainer.trainer_arguments import TrainerArguments
 
 ROOT = Path(__file__).parents[1]
 

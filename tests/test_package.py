@@ -26,7 +26,7 @@ FLOORS = [
     ["view/trainer_view", "view/scheduler_config", "view/learning_rates", "view/run_state", "module_in_run"],
     ["module_hooks"],
     ["module", "datamodule"],
-    ["view/trainer_properties", "trainer_arguments"],
+    ["view/trainer_properties", "driver_arguments"],
     ["callbacks", "task"],
     ["worker"],
     ["driver"],

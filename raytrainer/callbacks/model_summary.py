@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from raytrainer.callbacks._display import is_live
+from raytrainer.callbacks._progress_display import is_live
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 

@@ -1,4 +1,4 @@
-"""When and what a run shows of its progress. How that is drawn, and how wide: `_display` and `_notebook`."""
+"""When and what a run shows of its progress. How that is drawn, and how wide: `_progress_display` and `_notebook`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from raytrainer.callbacks._display import Display, make_display
+from raytrainer.callbacks._progress_display import Display, make_display
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 

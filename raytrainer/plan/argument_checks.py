@@ -1,4 +1,7 @@
-"""Small validators. Each returns the value in its one normal form, or says what was received and what is allowed."""
+"""Small validators. Each returns the value in its one normal form, or says what was received and what is allowed.
+
+So what forms an argument may have (durations, counts, GPUs, precisions) is decided here.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """When to train, validate and stop: the contract on epochs, steps and batches, as pure functions.
 
+Which batches step, where gradients are accumulated, is decided in `worker/training_loop.py`.
+
 All counts of batches are per worker; a step is one optimizer step. Steps take precedence over epochs, and a maximum
 beats a minimum.
 """

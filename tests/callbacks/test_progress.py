@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from raytrainer.callbacks import _display
-from raytrainer.callbacks._display import PlainDisplay, RichDisplay, is_live
+from raytrainer.callbacks import _progress_display
 from raytrainer.callbacks._numbers import format_metrics, format_value
+from raytrainer.callbacks._progress_display import PlainDisplay, RichDisplay, is_live
 from raytrainer.callbacks.progress import ProgressBar, add_up, epoch_label
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
@@ -148,7 +148,7 @@ def terminal(monkeypatch) -> Terminal:
     monkeypatch.delenv("NO_COLOR", raising=False)
     file = Terminal()
     monkeypatch.setattr(
-        _display, "Console", lambda: Console(file=file, width=120, force_terminal=True, color_system=None)
+        _progress_display, "Console", lambda: Console(file=file, width=120, force_terminal=True, color_system=None)
     )
     return file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from raytrainer.driver.cluster.placement import ClusterNode
+from raytrainer.driver.cluster.placement_rules import ClusterNode
 from raytrainer.gpu.nvml import Card
 
 MIB = 2**20

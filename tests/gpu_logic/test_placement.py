@@ -5,7 +5,7 @@ from fakes import FakeReserver, cards
 
 from raytrainer import ConfigurationError, ResourceError
 from raytrainer.driver.cluster.gpu_claims import claim
-from raytrainer.driver.cluster.placement import (
+from raytrainer.driver.cluster.placement_rules import (
     ClusterNode,
     Request,
     fits,

@@ -12,7 +12,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raytrainer import ConfigurationError, ResourceError
 from raytrainer.driver.cluster import reservation as reserve
-from raytrainer.driver.cluster.placement import Request, Slot
+from raytrainer.driver.cluster.placement_rules import Request, Slot
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrainer.driver.cluster.placement import ClusterNode, Request, Reserver, Slot
+from raytrainer.driver.cluster.placement_rules import ClusterNode, Request, Reserver, Slot
 from raytrainer.errors import ResourceError
 from raytrainer.gpu.choice import check_present, describe_loads, free_first, index_text
 

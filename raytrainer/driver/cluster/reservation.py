@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster.gpu_claims import claim
-from raytrainer.driver.cluster.placement import (
+from raytrainer.driver.cluster.placement_rules import (
     ClusterNode,
     Request,
     Slot,

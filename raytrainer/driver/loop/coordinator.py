@@ -131,7 +131,7 @@ class Coordinator:
         self._emit_once("setup", self.task.stage)
         self._chunks.forget()
         self.task.resuming = checkpoint is not None
-        with self.interrupt.at_once(self.state.progress.total_batches == 0):
+        with self.interrupt.at_once(not self.state.trainer.has_begun):
             reports = self.group.setup(self.task)
             if checkpoint is not None:
                 reports = self.group.call(Worker.restore, checkpoint)

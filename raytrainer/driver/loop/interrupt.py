@@ -1,4 +1,7 @@
-"""Ctrl-C while a run is on: once asks for a stop at the next boundary, twice aborts; before training, once aborts."""
+"""Ctrl-C while a run is on: once asks for a stop at the next boundary, twice aborts; before training, once aborts.
+
+`driver/run.py` enters it for each run; `Coordinator` says when training has begun.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`WorkerRecovery`: other workers for a `fit` that goes on, after some were lost, or because there can be more."""
+"""`WorkerRecovery`: other workers for a `fit` that goes on, after some were lost, or because there can be more.
+
+What they get back (weights, counters, metrics) is put together in `driver/saving/capture_restore.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The checkpoint that a verb of the Trainer is told to use: a path, "best" or "last", found and read."""
+"""The checkpoint that a verb of the Trainer is told to use: a path, "best" or "last", found and read.
+
+Which folders are searched is decided here; how one is listed, local or remote, in `checkpointing/places.py`.
+"""
 
 from __future__ import annotations
 

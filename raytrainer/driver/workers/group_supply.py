@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
-from raytrainer.driver.cluster.placement import Request, fits
+from raytrainer.driver.cluster.placement_rules import Request, fits
 from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_by_node, own_reservation
 from raytrainer.driver.workers import idle_pool
 from raytrainer.driver.workers.local_group import LocalGroup, local_group

@@ -1,4 +1,7 @@
-"""Idle worker groups, kept for the next run that asks for the same resources."""
+"""Idle worker groups, kept for the next run that asks for the same resources.
+
+They end after a while, or as soon as others wait for what they hold (`session.somebody_waits`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from raytrainer.driver.cluster.placement import Request
+from raytrainer.driver.cluster.placement_rules import Request
 from raytrainer.driver.cluster.session import free_by_node, own_reservation, somebody_waits
 from raytrainer.errors import ResourceError
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrainer.driver.cluster.placement import Request
+from raytrainer.driver.cluster.placement_rules import Request
 from raytrainer.driver.cluster.reservation import place
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.ray_answers import Answers

@@ -1,4 +1,4 @@
-"""Where workers go: what is asked of Ray for a group, and which nodes and bundles would do. Nothing waits in here."""
+"""Where workers go: what is asked of Ray for a group, and which nodes would do. What waits for it: `reservation`."""
 
 from __future__ import annotations
 
