@@ -62,6 +62,11 @@ def test_arguments_stay_as_they_are(local_trainer):
         build_settings().max_epochs = 3
 
 
+def test_a_misspelt_argument_is_refused_in_the_trainers_name():
+    with pytest.raises(TypeError, match=r"^Trainer\.__init__\(\) got an unexpected keyword argument 'max_epoch'"):
+        raytrainer.Trainer(max_epoch=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -76,8 +76,10 @@ def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:
 def documented(kind: type[T]) -> type[T]:
     """A class with its arguments in its docstring, where `help` and command lines look for them.
 
-    They come before what it raises.
+    They come before what it raises. An error about a name that it does not have speaks of this class too, not of the
+    base that declares the arguments.
     """
+    kind.__init__.__qualname__ = f"{kind.__qualname__}.__init__"
     lines = []
     for name, text in meanings(kind).items():
         wrapped = textwrap.wrap(f"{name}: {text}", 112, subsequent_indent="    ")
