@@ -137,7 +137,7 @@ def test_another_address_than_the_one_in_use(ray_session):
 
 def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog):
     """The session's Ray has four CPUs; Ray reports what waits for them about once a second."""
-    monkeypatch.setattr(pool, "LOOK", 0.1)
+    monkeypatch.setattr(pool, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(pool, "GIVE_WAY", 0.5)
     reserved = []
 

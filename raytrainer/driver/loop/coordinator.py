@@ -54,7 +54,7 @@ class Coordinator:
         task: What the workers are given.
         group: The workers to begin with.
         state: Where to keep counters and metrics.
-        host: Callbacks, loggers and new workers.
+        services: Callbacks, loggers and new workers.
         interrupt: Whether the user asked for the end.
         step_marks: Optimizer steps (multiples of each) at which a callback wants to be called.
     """
@@ -64,20 +64,20 @@ class Coordinator:
         task: Task,
         group: WorkerGroup,
         state: RunState,
-        host: RunServices,
+        services: RunServices,
         interrupt: Interrupt,
         step_marks: Sequence[int] = (),
     ) -> None:
         self.task, self.settings, self.group = task, task.settings, group
-        self.state, self.host, self.interrupt = state, host, interrupt
+        self.state, self.services, self.interrupt = state, services, interrupt
         state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
         self.validates = False
         self.plateau_epochs = False
-        self._journal = Journal(state, host)
-        self._evaluation = Evaluation(state, host, interrupt, self._journal)
-        self._capture = RunCapture(task, state, host, self.snapshots)
-        self._recovery = WorkerRecovery(state, host, self._capture, self.snapshots, self.settings.max_failures)
+        self._journal = Journal(state, services)
+        self._evaluation = Evaluation(state, services, interrupt, self._journal)
+        self._capture = RunCapture(task, state, services, self.snapshots)
+        self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings.max_failures)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         state.catch_up = self.catch_up
@@ -148,7 +148,7 @@ class Coordinator:
         """For hooks of a whole run, which a recovery must not repeat."""
         if hook not in self._emitted:
             self._emitted.add(hook)
-            self.host.emit(hook, *args)
+            self.services.emit(hook, *args)
 
     def _sanity_check(self) -> None:
         if not self.validates or self.settings.num_sanity_val_steps == 0:
@@ -158,9 +158,9 @@ class Coordinator:
         state.trainer.stage = "sanity"
         try:
             with state.clock.phase("validating"):
-                self.host.emit("on_sanity_check_start")
+                self.services.emit("on_sanity_check_start")
                 self._evaluation.run(self.group, "validate", self.settings.num_sanity_val_steps)
-                self.host.emit("on_sanity_check_end")
+                self.services.emit("on_sanity_check_end")
         finally:
             state.sanity_checking = False
 
@@ -184,7 +184,7 @@ class Coordinator:
 
     def _epoch(self) -> None:
         progress = self.state.progress
-        self.host.emit("on_train_epoch_start")
+        self.services.emit("on_train_epoch_start")
         starts = self.group.call(Worker.start_epoch, progress.epoch, progress.batch, progress.before)
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
@@ -196,7 +196,7 @@ class Coordinator:
             report = self._chunks.train(self.group, length, val_every)
             if schedule.epoch_done(progress, length, report.exhausted):
                 self._end_batches()
-            self.host.emit("on_train_chunk_end", report)
+            self.services.emit("on_train_chunk_end", report)
             if self._validation_due(val_every):
                 self._validate()
             self._capture.snapshot_if_due(self.group)
@@ -244,7 +244,7 @@ class Coordinator:
             self.group.call(Worker.step_plateau, "epoch", progress.epoch + 1, state.board.plain())
         state.closing = True
         try:
-            self.host.emit("on_train_epoch_end")
+            self.services.emit("on_train_epoch_end")
         finally:
             state.closing = False
 

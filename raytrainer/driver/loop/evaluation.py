@@ -26,13 +26,13 @@ class Evaluation:
 
     Args:
         state: Where to keep lengths and metrics.
-        host: Whose callbacks are told.
+        services: Whose callbacks are told.
         interrupt: Whether the user asked for the end.
         journal: Where values are logged.
     """
 
-    def __init__(self, state: RunState, host: RunServices, interrupt: Interrupt, journal: Journal) -> None:
-        self._state, self._host, self._interrupt, self._journal = state, host, interrupt, journal
+    def __init__(self, state: RunState, services: RunServices, interrupt: Interrupt, journal: Journal) -> None:
+        self._state, self._services, self._interrupt, self._journal = state, services, interrupt, journal
 
     def run(self, group: WorkerGroup, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:
         """Evaluate everything, or as a sanity check `sanity` batches of each loader.
@@ -43,8 +43,8 @@ class Evaluation:
         state, name = self._state, _HOOK[stage]
         starts = group.call(Worker.start_evaluation, stage, sanity)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
-        self._host.emit(f"on_{name}_start")
-        self._host.emit(f"on_{name}_epoch_start")
+        self._services.emit(f"on_{name}_start")
+        self._services.emit(f"on_{name}_epoch_start")
         finished, predictions = self._chunks(group, stage, sanity)
         state.interrupted |= self._interrupt.requested
         ends = group.call(Worker.end_evaluation)
@@ -58,8 +58,8 @@ class Evaluation:
             compute = partial(compute_metrics, group)
             values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, compute)
             self._journal.epoch(stage, values)
-        self._host.emit(f"on_{name}_epoch_end")
-        self._host.emit(f"on_{name}_end")
+        self._services.emit(f"on_{name}_epoch_end")
+        self._services.emit(f"on_{name}_end")
         return values, in_order(predictions)
 
     def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
@@ -77,7 +77,7 @@ class Evaluation:
             waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
             chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
             shown = replace(reports[0], batches=done, done=finished, predictions=[])
-            self._host.emit("on_evaluation_chunk_end", shown)
+            self._services.emit("on_evaluation_chunk_end", shown)
         return finished, predictions
 
     def _take(self, stage: str, sanity: int | None, reports: list[MetricReport]) -> None:

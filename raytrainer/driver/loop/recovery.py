@@ -28,18 +28,18 @@ class WorkerRecovery:
 
     Args:
         state: Counters, which go back to where training goes on.
-        host: Has new workers, and the callbacks to put back.
+        services: Have new workers, and the callbacks to put back.
         capture: Takes states up.
         snapshots: Has the newest states.
         max_failures: How often workers may be lost.
     """
 
     def __init__(
-        self, state: RunState, host: RunServices, capture: RunCapture, snapshots: Snapshots, max_failures: int
+        self, state: RunState, services: RunServices, capture: RunCapture, snapshots: Snapshots, max_failures: int
     ) -> None:
-        self._state, self._host, self._capture, self._snapshots = state, host, capture, snapshots
+        self._state, self._services, self._capture, self._snapshots = state, services, capture, snapshots
         self._allowed = max_failures if snapshots.enabled else 0
-        self._callbacks_before = host.callback_states()
+        self._callbacks_before = services.callback_states()
         self._grown_in = -1  # the epoch that began with an attempt to get more workers
         self._failed: tuple[WorkerLostError, float, Progress] | None = None  # until training goes on
 
@@ -53,7 +53,7 @@ class WorkerRecovery:
         if self._failed is None:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), self._state.progress
         log.warning("%s Recovering.", error)
-        return self._host.regroup()
+        return self._services.regroup()
 
     def go_back(self, original: dict[str, Any] | None) -> dict[str, Any] | None:
         """Put the driver where training goes on; return the state to restore, None for the beginning.
@@ -66,11 +66,11 @@ class WorkerRecovery:
         if checkpoint is not None:
             self._capture.restore(checkpoint)
             state.should_stop = checkpoint.get("should_stop", False)
-            self._host.restore_callbacks(checkpoint.get("callbacks") or {})
+            self._services.restore_callbacks(checkpoint.get("callbacks") or {})
         else:
             state.progress = Progress()
             state.should_stop = False
-            self._host.restore_callbacks(self._callbacks_before)
+            self._services.restore_callbacks(self._callbacks_before)
         return checkpoint
 
     def note(self, workers: int) -> None:
@@ -88,7 +88,7 @@ class WorkerRecovery:
     def may_grow(self, group: WorkerGroup) -> bool:
         """Whether to try for more workers: once an epoch, as somebody else may have taken what looks free."""
         progress = self._state.progress
-        return bool(progress.total_batches and progress.epoch != self._grown_in and self._host.can_grow(group))
+        return bool(progress.total_batches and progress.epoch != self._grown_in and self._services.can_grow(group))
 
     def grow(self, group: WorkerGroup) -> tuple[WorkerGroup, dict[str, Any]]:
         """A larger group, and the state to restore in it, so that training goes on from right here."""
@@ -96,6 +96,6 @@ class WorkerRecovery:
         checkpoint = self._capture.capture(group).resolve()
         self._grown_in = epoch
         group.abort()
-        larger = self._host.regroup()
+        larger = self._services.regroup()
         log.info("Epoch %d begins with %d workers instead of %d.", epoch, larger.size, group.size)
         return larger, checkpoint

@@ -16,11 +16,11 @@ class Journal:
 
     Args:
         state: Has the board.
-        host: Has the loggers.
+        services: Have the loggers.
     """
 
-    def __init__(self, state: RunState, host: RunServices) -> None:
-        self._state, self._host = state, host
+    def __init__(self, state: RunState, services: RunServices) -> None:
+        self._state, self._services = state, services
         self._fresh = False
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
@@ -36,7 +36,7 @@ class Journal:
         fresh = [(step, {**values, "epoch": epoch}) for step, epoch, values in rows if step > logged]
         if fresh:
             self._logged[kind] = fresh[-1][0]
-            self._host.log_rows(fresh)
+            self._services.log_rows(fresh)
         self.replay(reports[0].calls)
 
     def epoch(self, kind: str, values: dict[str, float]) -> None:
@@ -47,9 +47,9 @@ class Journal:
             return
         self._logged[f"{kind} values"] = progress.total_batches
         # the step of the batch just done, as for values logged with it
-        self._host.log_rows([(max(0, progress.step - 1), {**values, "epoch": progress.epoch})])
+        self._services.log_rows([(max(0, progress.step - 1), {**values, "epoch": progress.epoch})])
 
     def replay(self, calls: Sequence[LogCall]) -> None:
         """Make the calls of rank 0's `self.logger`."""
         if calls:
-            self._host.replay(calls, max(0, self._state.progress.step - 1))
+            self._services.replay(calls, max(0, self._state.progress.step - 1))

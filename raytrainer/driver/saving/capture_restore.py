@@ -27,12 +27,12 @@ class RunCapture:
     Args:
         task: What the workers were given.
         state: The driver's counters and metrics.
-        host: Has the driver's callbacks, whose states belong to it.
+        services: Have the driver's callbacks, whose states belong to it.
         snapshots: Where the newest states are kept.
     """
 
-    def __init__(self, task: Task, state: RunState, host: RunServices, snapshots: Snapshots) -> None:
-        self._task, self._state, self._host, self._snapshots = task, state, host, snapshots
+    def __init__(self, task: Task, state: RunState, services: RunServices, snapshots: Snapshots) -> None:
+        self._task, self._state, self._services, self._snapshots = task, state, services, snapshots
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
@@ -93,7 +93,7 @@ class RunCapture:
             "progress": vars(cursor),
             "metrics": state.board.plain(),
             "should_stop": state.should_stop,
-            "callbacks": self._host.callback_states(),
+            "callbacks": self._services.callback_states(),
             "world_size": group.size,
             "parts": state.parts,
             "seed": self._task.seed,

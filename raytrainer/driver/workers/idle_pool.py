@@ -50,7 +50,7 @@ class IdleGroup(Protocol):
 G = TypeVar("G", bound=IdleGroup)
 
 #: Seconds between looks at whether somebody waits for what idle groups hold.
-LOOK = 1.0
+LOOK_EVERY = 1.0
 
 #: Seconds that somebody has to have waited before they give way: a task that will soon be served waits a little too.
 GIVE_WAY = 5.0
@@ -176,7 +176,7 @@ def _watch() -> None:
     while True:
         with _changed:
             if _idle:
-                _changed.wait(min(LOOK, max(0.0, min(until for _, until in _idle) - time.monotonic())))
+                _changed.wait(min(LOOK_EVERY, max(0.0, min(until for _, until in _idle) - time.monotonic())))
             if not _idle:
                 _watcher = None
                 return

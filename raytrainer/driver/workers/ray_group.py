@@ -19,9 +19,7 @@ from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.task_pickling import pickle_task
-from raytrainer.errors import (
-    ConfigurationError,
-)
+from raytrainer.errors import ConfigurationError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences

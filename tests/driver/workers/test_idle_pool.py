@@ -36,7 +36,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     pool.close_idle()
     kinds: set[str] = set()
     monkeypatch.setattr(pool, "somebody_waits", lambda held: bool(held & kinds))
-    monkeypatch.setattr(pool, "LOOK", 0.01)
+    monkeypatch.setattr(pool, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(pool, "GIVE_WAY", 0.05)
     monkeypatch.setattr(pool, "_timeout", 300.0)
     yield kinds
@@ -115,7 +115,7 @@ def test_but_not_at_once_nor_for_what_they_do_not_hold(waiting: set[str], monkey
     assert pool._take_idle("a") is group  # type: ignore[arg-type]
     eventually(lambda: pool._watcher is None)
     looks.clear()
-    monkeypatch.setattr(pool, "LOOK", 0.001)
+    monkeypatch.setattr(pool, "LOOK_EVERY", 0.001)
     put_back(reserved)
     pool.set_idle_timeout(0.05)
     put_back(brief := Group("c", ()))
