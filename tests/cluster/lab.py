@@ -101,7 +101,7 @@ class Host:
                 [*command, "--propagation", "private", "bash", "-c", BOOT],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        wait_for(lambda: self.sh("true", check=False).returncode == 0, 20, f"{self.name} starts")
+        wait_for(lambda: self.sh("true", timeout=5, check=False).returncode == 0, 30, f"{self.name} starts")
 
     @property
     def namespace(self) -> str:
@@ -118,12 +118,16 @@ class Host:
         ]  # fmt: skip
 
     def sh(self, command: str, timeout: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command in a login shell of this host."""
+        """Run a command in a login shell of this host.
+
+        Without `check`, a host that is not there, or a command that takes too long, returns 1: a shell that enters
+        while the host still starts may hang.
+        """
         try:
             done = subprocess.run(
                 self._inside(command), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
             )
-        except AssertionError:
+        except (AssertionError, subprocess.TimeoutExpired):
             if check:
                 raise
             return subprocess.CompletedProcess([], 1)
