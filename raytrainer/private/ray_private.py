@@ -18,6 +18,7 @@ from typing import Any
 __all__ = [
     "Demand",
     "client_address",
+    "clients_server_died",
     "demand",
     "free_on_nodes",
     "internal_blocks",
@@ -83,6 +84,16 @@ def client_address(client: Any) -> str:
     Without `client_worker._conn_str`: "?".
     """
     return str(getattr(getattr(client.get_context(), "client_worker", None), "_conn_str", "?"))
+
+
+def clients_server_died(error: BaseException) -> bool:
+    """Whether a Ray Client was refused since the server that Ray's proxy forks for it died as it started.
+
+    That happens now and then, and the next one lives. The proxy sends its traceback as text: psutil's exception where
+    it still looked for the server's command line, its own sentence otherwise. Where the text has changed: False.
+    """
+    words = ("Starting Ray client server failed", "ZombieProcess", "NoSuchProcess")
+    return isinstance(error, ConnectionAbortedError) and any(word in str(error) for word in words)
 
 
 def started_by_this_process() -> bool:

@@ -21,6 +21,9 @@ log = logging.getLogger("raytrainer")
 #: Seconds in which a cluster's port must accept a connection, and answer.
 REACH = 5.0
 
+#: How often a cluster is asked to serve a Ray Client.
+TRIES = 3
+
 
 def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
     """Connect this process to a cluster.
@@ -33,8 +36,6 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
         ConfigurationError: Nothing answers there; it does not let us in; it runs other versions of Python or Ray.
         ResourceError: Ray cannot attach for another reason.
     """
-    import ray
-
     place = host_and_port(address)
     if place is not None:
         if not answers(*place, REACH):
@@ -54,12 +55,26 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
         log.info("Workers get a copy of %s.", environment["working_dir"])
     began = time.monotonic()
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=True, logging_level=logging.WARNING)
+        _connect(address, environment)
     except ImportError as error:
         raise ConfigurationError(f"address={address!r}: {error} Install raytrainer[client].") from error
     except Exception as error:
         raise _explained(address, error) from error
     log.info("Attached to the Ray cluster at %s in %.1f s.", address, time.monotonic() - began)
+
+
+def _connect(address: str, environment: dict[str, Any]) -> None:
+    """`ray.init`, once more where only the process that the cluster started for this client has died."""
+    import ray
+
+    for tries_left in reversed(range(TRIES)):
+        try:
+            ray.init(address=address, runtime_env=environment, log_to_driver=True, logging_level=logging.WARNING)
+            return
+        except ConnectionAbortedError as error:
+            if not tries_left or not ray_private.clients_server_died(error):
+                raise
+            log.info("The process that the cluster started for this Ray Client died at once; asking for another one.")
 
 
 def answers(host: str, port: int, seconds: float) -> bool:
