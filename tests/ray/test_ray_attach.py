@@ -102,7 +102,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "90",  # what a loaded machine may take to start one
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray's proxy forks a server for each client. Now and then one died right after, and its log has gRPC's poller
-        # failing on a closed file: without handlers for forks gRPC starts no poller in the child
+        # failing on a closed file: without handlers for forks gRPC starts no poller in the child. That is not the whole
+        # cause, as one has died with this too; attaching asks for another server then
         "GRPC_ENABLE_FORK_SUPPORT": "0",
     }
     ray = Path(sys.executable).with_name("ray")

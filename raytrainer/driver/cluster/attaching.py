@@ -64,7 +64,7 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
 
 
 def _connect(address: str, environment: dict[str, Any]) -> None:
-    """`ray.init`, once more where only the process that the cluster started for this client has died."""
+    """`ray.init`, up to `TRIES` times where only the process that the cluster started for this client has died."""
     import ray
 
     for tries_left in reversed(range(TRIES)):

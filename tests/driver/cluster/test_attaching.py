@@ -14,7 +14,7 @@ DIED = "Initialization failure from server:\n...\nRuntimeError: Starting Ray cli
 
 @pytest.fixture
 def refused(monkeypatch):
-    """How often `ray.init` was called; it raises these errors in turn, and works after them."""
+    """Has `ray.init` raise given errors in turn, and work after them; gives the addresses it is called with."""
 
     def refusing(*errors: Exception) -> list[str]:
         calls: list[str] = []
