@@ -147,8 +147,9 @@ class AttachedModule(nn.Module):
             sync_dist: Average *step* values over workers; epoch values always are reduced over workers.
             sync_dist_group: Not supported: must be None.
             add_dataloader_idx: With several evaluation loaders, add "/dataloader_idx_i" to the name.
-            batch_size: Samples in the batch, the weight of the mean; default: the first dimension of the batch's first
-                tensor.
+            batch_size: Samples in the batch, the weight of the mean. Default: what the batch says of itself (graphs of
+                PyTorch Geometric, TensorDict), else the first dimension of its first tensor that has one; where neither
+                is to be had, 1, with a warning.
             metric_attribute: Accepted for compatibility.
             rank_zero_only: Only rank 0's value counts, also for epoch values.
 

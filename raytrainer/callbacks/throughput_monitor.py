@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from raytrainer.callbacks.callback import WorkerCallback
-from raytrainer.data.transfer import first_batch_size
+from raytrainer.data.batch_size import first_batch_size
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.peak import peak_flops
 from raytrainer.plan import argument_checks as checks

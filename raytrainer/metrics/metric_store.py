@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raytrainer.data.transfer import first_batch_size
 from raytrainer.errors import MetricError
 from raytrainer.messages import LogCall, MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.metrics.batch_weight import BatchWeight
 from raytrainer.metrics.device_fetch import begin_fetch
 from raytrainer.metrics.metric_objects import is_metric, path_of, reset, step_value
 from raytrainer.metrics.metric_slots import NEUTRAL, Ledger, LogOptions, Slot, spec_for
@@ -30,13 +30,12 @@ class MetricStore:
         self.root = root if root is not None else nn.Module()  # the module in which metric objects are found
         self.every = log_every_n_steps
         self.hook: str | None = None  # the hook that runs; None where logging is not allowed
-        self.batch: Any = None  # the batch that runs, for its size
+        self._weight = BatchWeight(tells=rank == 0)
+        self._whole_node = False
         self.moment = 0  # counts batches
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
         self.calls: Callable[[], list[LogCall]] = list  # what `self.logger` was asked to do since the last report
         self.first_of_node = True  # among workers that see the same batch of a node: the one whose values count
-        self._whole: int | None = None  # samples in the node's batch, while a hook runs that sees all of it
-        self._size: int | None = None
         self._samples: list[StepRow] = []
         self._begun: list[Callable[[], MetricReport]] = []  # what is being fetched, in order
         # a point in the device's work, as a function that waits for it
@@ -77,19 +76,24 @@ class MetricStore:
             if slot.metric is not None:
                 reset(slot.metric)
 
+    @property
+    def batch(self) -> Any:
+        """The batch that runs; None between batches."""
+        return self._weight.batch
+
     def begin_batch(self, batch: Any) -> None:
-        self.batch = batch
-        self._size = None
+        self._weight.begin(batch)
         self.moment += 1
 
     @contextmanager
     def whole_node(self, samples: int) -> Iterator[None]:
         """Inside, all workers of a node log the same values, of its whole batch: they count once, with that weight."""
-        self._whole = samples
+        self._whole_node = True
         try:
-            yield
+            with self._weight.whole_node(samples):
+                yield
         finally:
-            self._whole = None
+            self._whole_node = False
 
     def _is_first(self, spec: MetricSpec) -> bool:
         return self.first_of_node or not spec.once_per_node
@@ -132,9 +136,7 @@ class MetricStore:
             slot.last = value
         if spec.on_epoch:
             if batch_size is None:
-                batch_size = self._size if self._whole is None else self._whole
-                if batch_size is None:
-                    batch_size = self._size = first_batch_size(self.batch)
+                batch_size = self._weight.samples(name, self.hook, spec.reduce == "mean")
             slot.pending.append(value)
             slot.weight.append(batch_size)
             slot.recent += 1
@@ -181,7 +183,7 @@ class MetricStore:
         if sync_dist_group is not None:
             raise MetricError(f"self.log({name!r}, ..., sync_dist_group=...): metrics are reduced over all workers.")
         loader = self.loader_idx if options[-2] else None
-        spec = spec_for(name, options, self.hook, loader, once_per_node=self._whole is not None)
+        spec = spec_for(name, options, self.hook, loader, once_per_node=self._whole_node)
         slot = Slot(spec, options, options[4] if spec.reduce == "custom" else None)
         restored = self._slots.get((self.hook, name, loader))
         if restored is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from raytrainer.data.transfer import cast_floating, first_batch_size, map_leaves, move
+from raytrainer.data.transfer import cast_floating, map_leaves, move, to_cpu
 
 META = torch.device("meta")  # a device that every machine has, and that is not the CPU
 Point = namedtuple("Point", "x y")
@@ -47,6 +48,43 @@ class InPlace:
         self.device = device
 
 
+class Attributes:
+    """Moves itself, and is no container: what it holds is in its attributes."""
+
+    def __init__(self, x: Any, name: str = "a") -> None:
+        self.x, self.name = x, name
+
+    def to(self, device: torch.device) -> Attributes:
+        return Attributes(self.x.to(device), self.name)
+
+
+class Applies(Attributes):
+    """As PyTorch Geometric's data: changes itself."""
+
+    def apply(self, change: Any) -> Applies:
+        self.x = change(self.x)
+        return self
+
+
+@dataclass
+class Scaled:
+    """Would be scaled twice by `dataclasses.replace`."""
+
+    x: torch.Tensor
+    mask: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.x * 2
+        self.mask = self.x > 0
+
+
+class Moving(Scaled):
+    """A dataclass that moves itself."""
+
+    def to(self, device: torch.device) -> Moving:
+        return self
+
+
 class Encoding(UserDict):
     """As transformers' BatchEncoding: a mapping that moves itself."""
 
@@ -67,6 +105,7 @@ NESTED: list[tuple[Any, Any]] = [
     ([Movable(), {"m": Movable()}], lambda b: [b[0], b[1]["m"]]),
     ((InPlace(),), lambda b: [b[0]]),
     (Encoding(a=T), lambda b: [b["a"]]),
+    (Attributes(T), lambda b: [b.x]),
     ([Encoding(a=T)], lambda b: [b[0]["a"]]),
     (torch.nn.utils.rnn.pack_sequence([T]), lambda b: [b.data]),
 ]
@@ -101,7 +140,91 @@ def test_fields_that_init_does_not_take():
     sample.count = 7
     moved = move(sample, META)
     assert moved.image.device.type == "meta"
-    assert moved.count in (3, 7)  # not an error
+    assert moved.count == 7
+
+
+def test_a_dataclass_is_not_initialised_again():
+    scaled = Scaled(torch.ones(2))
+    cast = cast_floating(scaled, torch.float64)
+    assert cast.x.tolist() == [2.0, 2.0] and scaled.x.dtype == torch.float32
+    assert move(scaled, META).mask.device.type == "meta"
+
+
+def test_a_mapping_keeps_what_else_it_has():
+    batch = defaultdict(list, a=T)
+    moved = move(batch, META)
+    assert moved["a"].device.type == "meta" and moved["new"] == [] and list(batch) == ["a"]
+
+
+OBJECTS = [
+    (Attributes(T), lambda b: b.x),
+    (Attributes({"deep": [T]}), lambda b: b.x["deep"][0]),
+    ([Applies(T)], lambda b: b[0].x),
+    (Encoding(a=T), lambda b: b["a"]),
+    (Encoding(a=[T]), lambda b: b["a"][0]),
+    (Moving(T), lambda b: b.x),
+    ({"p": torch.nn.utils.rnn.pack_sequence([T])}, lambda b: b["p"].data),
+]
+
+
+@pytest.mark.parametrize(("batch", "tensor"), OBJECTS, ids=lambda v: type(v).__name__ if not callable(v) else "")
+def test_floating_tensors_in_objects_are_cast(batch, tensor):
+    cast = cast_floating(batch, torch.float64)
+    assert type(cast) is type(batch)
+    assert tensor(cast).dtype == torch.float64 and tensor(batch).dtype == torch.float32
+    assert tensor(to_cpu(batch)).data_ptr() != tensor(batch).data_ptr()
+
+
+def test_what_belongs_to_packed_sequences_besides_their_data():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+    cast = cast_floating(packed, torch.float64)
+    assert torch.equal(cast.sorted_indices, packed.sorted_indices)
+    unpacked, lengths = torch.nn.utils.rnn.pad_packed_sequence(cast)
+    assert unpacked.dtype == torch.float64 and lengths.tolist() == [1, 2]
+
+
+def test_objects_that_do_not_move_stay_themselves():
+    plain = SimpleNamespace(x=T)
+    assert cast_floating([plain], torch.float64)[0] is plain and plain.x.dtype == torch.float32
+
+
+def test_tensordict():
+    tensordict = pytest.importorskip("tensordict")
+    inner = {"i": torch.arange(2), "f": torch.ones(2)}
+    batch = tensordict.TensorDict({"x": torch.ones(2, 3), "inner": inner}, batch_size=[2])
+    cast = cast_floating((batch,), torch.bfloat16)[0]
+    assert type(cast) is tensordict.TensorDict and cast.batch_size == (2,)
+    assert (cast["x"].dtype, cast["inner", "f"].dtype, cast["inner", "i"].dtype) == (
+        torch.bfloat16, torch.bfloat16, torch.long,
+    )  # fmt: skip
+    assert batch["x"].dtype == torch.float32
+    assert move({"b": batch}, META)["b"]["inner", "f"].device.type == "meta"
+
+    @tensordict.tensorclass
+    class Record:
+        x: torch.Tensor
+        name: str
+
+    record = cast_floating(Record(x=torch.ones(2), name="a", batch_size=[2]), torch.float64)
+    assert record.x.dtype == torch.float64 and record.name == "a"
+
+
+def test_graphs():
+    data = pytest.importorskip("torch_geometric.data")
+    graph = data.Data(x=torch.ones(3, 2), edge_index=torch.zeros(2, 1, dtype=torch.long), y=torch.ones(1))
+    several = data.HeteroData()
+    several["paper"].x = torch.ones(3, 2)
+    for batch, x in [
+        (graph, lambda b: b.x),
+        (data.Batch.from_data_list([graph, graph]), lambda b: b.x),
+        (data.Batch.from_data_list([several, several]), lambda b: b["paper"].x),
+    ]:
+        cast = cast_floating(batch, torch.float64)
+        assert type(cast) is type(batch)
+        assert x(cast).dtype == torch.float64 and x(batch).dtype == torch.float32
+        assert "edge_index" not in cast or cast.edge_index.dtype == torch.long
+        assert getattr(cast, "num_graphs", None) == getattr(batch, "num_graphs", None)
+    assert move([graph.clone()], META)[0].x.device.type == "meta"
 
 
 def test_cast_floating():
@@ -115,25 +238,3 @@ def test_map_leaves_sees_every_leaf_once():
     seen: list[Any] = []
     map_leaves({"a": [1, (2, Point(3, 4))], "b": 5}, lambda leaf: seen.append(leaf) or leaf)
     assert sorted(seen) == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(5, 2), 5),
-        (torch.tensor(1.0), 1),
-        ([torch.zeros(3), torch.zeros(9)], 3),
-        ({"name": "x", "x": torch.zeros(4, 1)}, 4),
-        ([{"deep": [torch.zeros(6)]}], 6),
-        (Point(torch.zeros(2), None), 2),
-        (Sample(torch.zeros(7, 3)), 7),
-        (Encoding(a=torch.zeros(8)), 8),
-        ([], 1),
-        (None, 1),
-        ("text", 1),
-        (3, 1),
-        ([torch.zeros(1, 4), torch.zeros(9)], 1),
-    ],
-)
-def test_first_batch_size(batch, size):
-    assert first_batch_size(batch) == size
