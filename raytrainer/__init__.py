@@ -41,6 +41,7 @@ from raytrainer.errors import (
     RaytrainerError,
     ResourceError,
     SerializationError,
+    UnknownArgumentError,
     WorkerError,
     WorkerLostError,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Timer",
     "Trainer",
     "TuneReportCallback",
+    "UnknownArgumentError",
     "WandbLogger",
     "WorkerCallback",
     "WorkerError",

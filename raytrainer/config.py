@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import ConfigurationError, UnknownArgumentError
+from raytrainer.plan.argument_names import unknown_argument
 
 __all__ = ["check_names", "instantiate"]
 
@@ -53,13 +53,11 @@ def check_names(cls: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that `cls` does not take.
 
     Raises:
-        ConfigurationError: Says which, and what was probably meant.
+        UnknownArgumentError: Says which, and what was probably meant.
     """
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in arguments:
         if name not in parameters:
-            close = difflib.get_close_matches(name, parameters, n=1)
-            meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(parameters)}."
-            raise ConfigurationError(f"{cls.__name__} has no argument {name!r}: {meant}")
+            raise UnknownArgumentError(unknown_argument(cls.__name__, name, parameters))

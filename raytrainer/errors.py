@@ -2,6 +2,7 @@
 
     RaytrainerError
     ├── ConfigurationError (ValueError)   an argument or a hook's answer that cannot work; raised before training
+    │   └── UnknownArgumentError (TypeError)    an argument of a name that there is not
     ├── DataError                         a loader that cannot feed the run
     ├── MetricError                       a `self.log` call that cannot be honoured
     ├── SerializationError                something that must reach the workers cannot be pickled; names it
@@ -26,6 +27,7 @@ __all__ = [
     "RaytrainerError",
     "ResourceError",
     "SerializationError",
+    "UnknownArgumentError",
     "WorkerError",
     "WorkerLostError",
 ]
@@ -37,6 +39,10 @@ class RaytrainerError(Exception):
 
 class ConfigurationError(RaytrainerError, ValueError):
     """An argument, or what a hook returned, cannot work. Says what was received, what is allowed, what to do."""
+
+
+class UnknownArgumentError(ConfigurationError, TypeError):
+    """An argument of a name that there is not. Says what was probably meant, or what stands for it here."""
 
 
 class DataError(RaytrainerError):

@@ -48,7 +48,16 @@ class ModuleHooks(AttachedModule):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Predict for `batch`; by default `self(batch)`. Signature as `validation_step`."""
-        return self(args[0] if args else kwargs["batch"])
+        batch = args[0] if args else kwargs["batch"]
+        try:
+            return self(batch)
+        except Exception as error:
+            if isinstance(batch, (list, tuple, dict)):
+                error.add_note(
+                    f"{type(self).__name__} has no predict_step, so each batch is predicted by self(batch), and here a "
+                    f"batch is a {type(batch).__name__} of {len(batch)}. Write predict_step(self, batch, batch_idx)."
+                )
+            raise
 
     # ---------------------------------------------------------------- configuration
 

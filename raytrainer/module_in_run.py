@@ -47,7 +47,10 @@ class AttachedModule(nn.Module):
         """
         view = self.__dict__.get("_view")
         if view is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer; it is during fit, test, ...")
+            raise RuntimeError(
+                f"{type(self).__name__} is not attached to a Trainer: it is from setup() to teardown() of a run, so "
+                f"what needs self.trainer goes into setup(self, stage) or a later hook, not into __init__."
+            )
         return view  # type: ignore[no-any-return]
 
     @property

@@ -15,7 +15,7 @@ from raytrainer.config import check_names, instantiate
 from raytrainer.data.ray.ray_dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
-from raytrainer.driver.prepare.sources import require_data, require_methods, sources
+from raytrainer.driver.prepare.sources import require_data, require_methods, sources, tell_of_half_a_validation
 from raytrainer.driver.reporting.results import by_loader, outputs_by_loader, print_results, say_end
 from raytrainer.driver.saving.bring_home import bring_home
 from raytrainer.driver.saving.checkpoint_writer import idle_checkpoint
@@ -92,6 +92,7 @@ class Trainer(TrainerRuns, TuningVerbs):
         module, datamodule, loaders = sources(model, datamodule, train=train_dataloaders, val=val_dataloaders)
         require_methods("fit", module, "training_step", "configure_optimizers")
         require_data("fit", "train", loaders, module, datamodule)
+        tell_of_half_a_validation(module, loaders, datamodule)
         run = self._begin("fit", module, datamodule, loaders)
         checkpoint = self._read(ckpt_path)
         if checkpoint is None and not self.fast_dev_run:

@@ -136,8 +136,8 @@ def test_public_names():
         "ModelCheckpoint", "ModelSummary", "Module", "OnExceptionCheckpoint", "PredictionWriter", "Profiler",
         "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError", "RichModelSummary",
         "SerializationError", "SimpleProfiler", "StochasticWeightAveraging", "TensorBoardLogger", "ThroughputMonitor",
-        "Timer", "Trainer", "TuneReportCallback", "WandbLogger", "WorkerCallback", "WorkerError", "WorkerLostError",
-        "__version__", "seed_everything", "tune_resources",
+        "Timer", "Trainer", "TuneReportCallback", "UnknownArgumentError", "WandbLogger", "WorkerCallback",
+        "WorkerError", "WorkerLostError", "__version__", "seed_everything", "tune_resources",
     }  # fmt: skip
     public = {
         n

@@ -21,7 +21,7 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
     if given is None:
         chosen: list[Any] = []
     else:
-        chosen = list(given) if isinstance(given, Iterable) else [given]
+        chosen = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     for callback in chosen:
         _check(callback)
     kept = [c for c in others if not any(isinstance(g, type(c)) for g in chosen)]
@@ -39,6 +39,8 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
 
 
 def _check(callback: Any) -> None:
+    if isinstance(callback, type):
+        raise ConfigurationError(f"callback {callback.__name__}, a class: give an object, {callback.__name__}(...).")
     if isinstance(callback, WorkerCallback):
         return
     if not isinstance(callback, Callback):

@@ -17,6 +17,8 @@ __all__ = [
     "index_text",
     "is_free",
     "local_ordinal",
+    "require_cuda",
+    "require_gpu",
     "use_pci_order",
     "visible",
 ]
@@ -79,6 +81,36 @@ def check_present(chosen: Sequence[int], present: Sequence[int], where: str = "t
         raise ConfigurationError(f"gpus={list(chosen)}: {where} has {index_text(present)} (PCI order).")
 
 
+def require_gpu(gpus: object, nvml: Nvml | None) -> list[int]:
+    """PCI indices of the GPUs that this process sees.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    shown = [] if nvml is None else visible(nvml.uuids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not shown:
+        raise ConfigurationError(
+            f"gpus={gpus!r}: this machine has no NVIDIA GPU that can be used. num_processes=2, without gpus, trains in "
+            f"processes on its CPUs; address=... names a Ray cluster that has GPUs."
+        )
+    return shown
+
+
+def require_cuda() -> None:
+    """Refuse a torch that cannot use GPUs, where this process's own torch is what workers have.
+
+    Raises:
+        ConfigurationError: Says what to install.
+    """
+    import torch
+
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        raise ConfigurationError(
+            f"gpus: there are GPUs, but torch {torch.__version__} is built without CUDA. Install the build for their "
+            f"driver, as https://pytorch.org/get-started says."
+        )
+
+
 def count_all(nvml: Nvml | None) -> int:
     """How many GPUs `gpus=-1` means for a machine without a cluster.
 
@@ -122,10 +154,8 @@ def local_ordinal(gpus: int | tuple[int, ...], auto_select: bool, nvml: Nvml | N
         ConfigurationError: No such GPU.
         ResourceError: No GPU is free.
     """
+    shown = require_gpu(gpus, nvml)
     cards = [] if nvml is None else nvml.cards()
-    shown = visible([card.uuid for card in cards], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not shown:
-        raise ConfigurationError(f"gpus={gpus!r}: this machine has no NVIDIA GPU that can be used (PCI order).")
     if isinstance(gpus, tuple):
         check_present(gpus, shown)
         return shown.index(gpus[0])

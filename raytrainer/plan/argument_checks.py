@@ -5,6 +5,7 @@ So what forms an argument may have (durations, counts, GPUs, precisions) is deci
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -100,7 +101,10 @@ def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "", none: 
         if type(candidate) is type(value) and candidate == value:
             return value
     options = ", ".join(repr(a) for a in allowed)
-    raise ConfigurationError(f"{name}={value!r}: give one of {options}.{' ' + hint if hint else ''}")
+    names = [candidate for candidate in allowed if isinstance(candidate, str)]
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigurationError(f"{name}={value!r}: give one of {options}.{' ' + hint if hint else ''}{meant}")
 
 
 _REFUSED: Any = object()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, dataclass_transform
+
+from raytrainer.errors import UnknownArgumentError
+from raytrainer.plan.argument_names import unknown_argument
 
 __all__ = ["argument", "arguments", "checked", "documented", "meanings"]
 
@@ -76,10 +80,20 @@ def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:
 def documented(kind: type[T]) -> type[T]:
     """A class with its arguments in its docstring, where `help` and command lines look for them.
 
-    They come before what it raises. An error about a name that it does not have speaks of this class too, not of the
-    base that declares the arguments.
+    They come before what it raises. A name that it does not have is answered with what was probably meant.
     """
-    kind.__init__.__qualname__ = f"{kind.__qualname__}.__init__"
+    declared = kind.__init__
+    known = list(inspect.signature(declared).parameters)[1:]
+
+    @functools.wraps(declared)
+    def checking(self: T, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                raise UnknownArgumentError(unknown_argument(kind.__name__, name, known))
+        declared(self, **given)
+
+    checking.__qualname__ = f"{kind.__qualname__}.__init__"
+    kind.__init__ = checking  # type: ignore[method-assign, assignment]
     lines = []
     for name, text in meanings(kind).items():
         wrapped = textwrap.wrap(f"{name}: {text}", 112, subsequent_indent="    ")

@@ -102,7 +102,7 @@ def parse_strategy(value: Any) -> tuple[str, DDP]:
         return value.name, value
     if isinstance(value, type) and issubclass(value, DDP):
         raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
-    checks.choice("strategy", value, STRATEGIES, "or an object: DDP(...), DDP2(...), DP(...).")
+    checks.choice("strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...).")
     return value, _OBJECTS.get(value, DDP)()
 
 

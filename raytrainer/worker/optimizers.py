@@ -32,7 +32,7 @@ def parse_optimizers(answer: Any) -> tuple[list[Optimizer], list[SchedulerConfig
         return [answer], []
     if isinstance(answer, Mapping):
         return _from_dicts([answer])
-    if isinstance(answer, Sequence):
+    if isinstance(answer, Sequence) and not isinstance(answer, str):
         items = list(answer)
         if len(items) == 2 and isinstance(items[0], (list, tuple)):
             schedulers = items[1] if isinstance(items[1], (list, tuple)) else [items[1]]

@@ -128,6 +128,7 @@ def test_local_group_counts_in_pci_order(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(group_module, "open_nvml", lambda: Nvml(FakePynvml(("1", 9000, 1), ("2", 0, 0))))
     monkeypatch.setattr(group_module, "_used", [])
+    monkeypatch.setattr(group_module, "require_cuda", lambda: None)  # torch may be the build for CPUs here
     group = group_module.local_group(build_settings(gpus=[1], strategy="local"))
     assert group.worker.device == torch.device("cuda", 1) and group.describe() == "this process (cuda:1)"
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

@@ -127,9 +127,11 @@ def refuse_impossible(request: Request, reserver: Reserver) -> None:
     if len(able) >= request.nodes or reserver.grows:
         return
     each = "; ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus} GPU" for node in nodes)
+    without = request.gpu and not any(node.gpus for node in nodes)
+    remedy = "No node has a GPU: num_processes=2, without gpus, trains on CPUs" if without else "Ask for fewer workers"
     raise ResourceError(
         f"{request}: not to be had; the cluster has {reserver.describe()} in all ({each}), and nobody would add to "
-        f"it. Ask for fewer workers or nodes."
+        f"it. {remedy}{'' if without else ' or nodes'}."
     )
 
 

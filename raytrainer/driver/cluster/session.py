@@ -12,6 +12,8 @@ from typing import Any
 
 from raytrainer.driver.cluster.attaching import answers, attach, host_and_port
 from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.gpu.choice import require_cuda, require_gpu
+from raytrainer.gpu.nvml import open_nvml
 from raytrainer.private import ray_private
 
 __all__ = [
@@ -69,10 +71,15 @@ def own_reservation() -> Any | None:
     return ray.util.get_current_placement_group()
 
 
-def ensure_ray(cluster: Cluster, workers: int) -> None:
+def ensure_ray(cluster: Cluster, workers: int, gpus: object = None) -> None:
     """Use the Ray that is initialised, or attach to the one that is named or runs on this machine, or start one here.
 
     A Ray started here has at least one CPU more than there are workers, so that data tasks can run beside them.
+
+    Args:
+        cluster: What was named.
+        workers: How many there will be.
+        gpus: The Trainer's argument, if it asks for GPUs: a Ray is not started here where there are none.
 
     Raises:
         ConfigurationError: The named cluster is not there, lets us not in, or runs other versions; or this process is
@@ -85,12 +92,12 @@ def ensure_ray(cluster: Cluster, workers: int) -> None:
         return
     named = cluster.named
     if named == "local":
-        _start(workers)
+        _start(workers, gpus)
         return
     if named in (None, "auto"):
         running = _running_here()
         if running is None and named is None:
-            _start(workers)
+            _start(workers, gpus)
             return
         if running is None:
             raise ConfigurationError(
@@ -101,11 +108,20 @@ def ensure_ray(cluster: Cluster, workers: int) -> None:
     attach(named, cluster.runtime_env)
 
 
-def _start(workers: int) -> None:
+def _start(workers: int, gpus: object) -> None:
+    if gpus:
+        require_gpu(gpus, open_nvml())
+        require_cuda()
     import ray
 
-    cpus = max(os.cpu_count() or 1, workers + 1)
-    log.info("Starting Ray on this machine, with %d CPUs.", cpus)
+    there = os.cpu_count() or 1
+    cpus = max(there, workers + 1)
+    if workers > there and not gpus:
+        log.warning(
+            "%d workers share the %d CPU(s) of this machine: more workers than CPUs train slower.", workers, there
+        )
+    beside = f": one for each worker, and one for data; the machine has {there}" if cpus > there else ""
+    log.info("Starting Ray on this machine, with %d CPUs%s.", cpus, beside)
     # without FutureWarning about accelerator variables, which concerns tasks without GPUs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray gives its workers a low priority by default; here training is what the machine is for

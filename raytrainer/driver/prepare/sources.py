@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from raytrainer.datamodule import DataModule
@@ -10,17 +11,16 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
 from raytrainer.worker.hook_calls import overridden
 
-__all__ = ["require_data", "require_methods", "sources"]
+__all__ = ["require_data", "require_methods", "sources", "tell_of_half_a_validation"]
+
+log = logging.getLogger("raytrainer")
 
 
 def sources(
     model: Any, datamodule: DataModule | None, **given: Any
 ) -> tuple[Module, DataModule | None, dict[str, Any]]:
     """Module, DataModule and the loaders handed over, told apart and checked."""
-    if not isinstance(model, Module):
-        raise ConfigurationError(
-            f"model={type(model).__name__}: give a raytrainer.Module; a plain nn.Module needs a training_step."
-        )
+    _require_module(model)
     loaders = {}
     for stage, value in given.items():
         if isinstance(value, DataModule):
@@ -32,6 +32,39 @@ def sources(
     if datamodule is not None and not isinstance(datamodule, DataModule):
         raise ConfigurationError(f"datamodule={type(datamodule).__name__}: give a raytrainer.DataModule.")
     return model, datamodule, loaders
+
+
+def _require_module(model: Any) -> None:
+    if isinstance(model, type):
+        made = f"{model.__name__}()" if issubclass(model, Module) else "an object"
+        raise ConfigurationError(f"model={model.__name__}, a class: give an object of it, such as {made}.")
+    name = type(model).__name__
+    bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    if any(base.endswith(".LightningModule") and "lightning" in base.split(".")[0] for base in bases):
+        raise ConfigurationError(
+            f"model={name} is a LightningModule of Lightning's: derive it from raytrainer.Module instead. Its methods "
+            f"can stay as they are; the guide on Lightning lists what differs."
+        )
+    if not isinstance(model, Module):
+        what = f"model={name}"
+        if "torch.nn.modules.module.Module" in bases:
+            what += ", an nn.Module that does not say how it is trained"
+        raise ConfigurationError(f"{what}: give a raytrainer.Module, with training_step and configure_optimizers.")
+    if "_modules" not in vars(model):
+        raise ConfigurationError(f"{name}.__init__ does not call super().__init__(): call it first.")
+
+
+def tell_of_half_a_validation(module: Module, loaders: dict[str, Any], datamodule: DataModule | None) -> None:
+    """Say so where one of validation's two parts is missing, and so nothing is validated."""
+    owners = datamodule, module
+    step = overridden(module, "validation_step")
+    data = "val" in loaders or has_dataset("val", *owners)
+    data = data or any(owner is not None and overridden(owner, "val_dataloader") for owner in owners)
+    name = type(module).__name__
+    if data and not step:
+        log.warning("There is data for validation, but %s has no validation_step: nothing is validated.", name)
+    if step and not data:
+        log.info("%s has a validation_step, but no validation loader was given: nothing is validated.", name)
 
 
 def require_methods(verb: str, module: Module, *names: str) -> None:

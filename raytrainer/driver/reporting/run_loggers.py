@@ -29,10 +29,13 @@ def make_loggers(logger: Logger | Iterable[Logger] | bool | None, folder: str) -
         return []
     if logger is True:
         return [CSVLogger(folder, name="raytrainer_logs")]
-    given = [logger] if isinstance(logger, Logger) else list(logger)
+    given = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, (str, Logger)) else [logger]
     for item in given:
         if not isinstance(item, Logger):
-            raise ConfigurationError(f"logger={item!r}: give a raytrainer Logger, a list of them, True or False.")
+            raise ConfigurationError(
+                f"logger={item!r}: give a Logger, such as raytrainer.CSVLogger() or raytrainer.TensorBoardLogger(), a "
+                f"list of them, True or False."
+            )
     return given
 
 

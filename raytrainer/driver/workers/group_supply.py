@@ -32,7 +32,7 @@ class GroupSupply:
         """The workers that the settings ask for; of an elastic run as many of them as there are."""
         if settings.strategy == "local":
             return local_group(settings)
-        ensure_ray(self.cluster, settings.world_size)
+        ensure_ray(self.cluster, settings.world_size, settings.gpus)
         from raytrainer.driver.workers.ray_group import RayGroup
 
         return idle_pool.take(_requests(settings), self._placement_timeout, RayGroup)
@@ -54,7 +54,7 @@ class GroupSupply:
 
     def with_every_gpu(self, settings: Settings) -> Settings:
         """The settings with what gpus=-1 means on the cluster as it is now."""
-        ensure_ray(self.cluster, 1)
+        ensure_ray(self.cluster, 1, settings.gpus)
         from raytrainer.driver.cluster.reservation import all_gpus
 
         count = all_gpus(settings.num_nodes)

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from raytrainer.gpu.choice import local_ordinal, use_pci_order
+from raytrainer.gpu.choice import local_ordinal, require_cuda, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
 from raytrainer.plan.settings import Settings
@@ -87,6 +87,7 @@ def local_group(settings: Settings) -> LocalGroup:
     else:
         use_pci_order()
     ordinal = local_ordinal(settings.gpus, settings.auto_select_gpus, open_nvml(), own)
+    require_cuda()
     return LocalGroup(Worker(device=torch.device("cuda", ordinal), in_place=True))
 
 
