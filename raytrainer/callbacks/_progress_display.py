@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -20,11 +23,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from raytrainer.callbacks._notebook import NotebookDisplay
-from raytrainer.callbacks._numbers import format_metrics
+from raytrainer.callbacks._numbers import format_metrics, format_value
 
 __all__ = ["Display", "PlainDisplay", "RichDisplay", "is_live", "make_display"]
 
@@ -63,12 +66,14 @@ def make_display(refresh_rate: float, leave: bool) -> Display:
     return RichDisplay(console, refresh_rate, leave) if is_live(console) else PlainDisplay()
 
 
-class _Count(ProgressColumn):
+def count_text(task: Task) -> str:
     """ "12/240", or "12" when the total is unknown."""
+    return f"{int(task.completed)}" + ("" if task.total is None else f"/{int(task.total)}")
 
+
+class _Count(ProgressColumn):
     def render(self, task: Task) -> Text:
-        total = "" if task.total is None else f"/{int(task.total)}"
-        return Text(f"{int(task.completed)}{total}", style="progress.download", no_wrap=True)
+        return Text(count_text(task), style="progress.download", no_wrap=True)
 
 
 class _Speed(ProgressColumn):
@@ -79,6 +84,45 @@ class _Speed(ProgressColumn):
         speed = task.finished_speed or task.speed or (task.completed / task.elapsed if task.elapsed else 0)
         text = "-- it/s" if not speed else f"{speed:.1f} it/s" if speed >= 1 else f"{1 / speed:.1f} s/it"
         return Text(text, style="progress.data.speed", no_wrap=True)
+
+
+class _Bars(Progress):
+    """Bars that fit the terminal: what it is too narrow for goes, and metrics take lines of their own, whole ones."""
+
+    #: Columns that a line needs for all parts of a bar, and for all but the spinner and the time to come.
+    WHOLE, SHORT = 78, 56
+
+    def __init__(self, console: Console, refresh_per_second: float) -> None:
+        self._drawn_on = console
+        self._labels, self._counts = Column(no_wrap=True), Column(no_wrap=True, justify="right")
+        label, count = TextColumn("{task.description}", table_column=self._labels), _Count(self._counts)
+        time_left = TextColumn("<", style="dim"), TimeRemainingColumn()
+        self._whole = label, SpinnerColumn(), BarColumn(20), count, TimeElapsedColumn(), *time_left, _Speed()
+        self._short = label, BarColumn(10), count, TimeElapsedColumn(), _Speed()
+        self._bare = label, count
+        super().__init__(*self._whole, console=console, refresh_per_second=refresh_per_second)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Each bar, and below it its metrics, unless there is room beside it."""
+        console = self._drawn_on
+        width = console.width
+        self.columns = self._whole if width >= self.WHOLE else self._short if width >= self.SHORT else self._bare
+        for column, texts in (
+            (self._labels, [task.description for task in self.tasks]),
+            (self._counts, [count_text(task) for task in self.tasks]),
+        ):
+            column.min_width = max(map(len, texts), default=0)  # so that bars stand below each other
+        for task in self.tasks:
+            bar, metrics = self.make_tasks_table([task]), [Text(part) for part in task.fields["metrics"]]
+            beside = Table.grid(padding=(0, 2))
+            beside.add_row(bar, Text(" ").join(metrics))
+            if not metrics:
+                yield bar
+            elif Measurement.get(console, console.options.update(width=10_000), beside).maximum <= width:
+                yield beside
+            else:
+                yield bar
+                yield Padding(Columns(metrics, padding=(0, 2)), (0, 0, 0, 2))
 
 
 class RichDisplay:
@@ -92,32 +136,20 @@ class RichDisplay:
 
     def __init__(self, console: Console, refresh_rate: float, leave: bool) -> None:
         self._console, self._leave = console, leave
-        self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            SpinnerColumn(),
-            BarColumn(bar_width=20),
-            _Count(),
-            TimeElapsedColumn(),
-            TextColumn("<", style="dim"),
-            TimeRemainingColumn(),
-            _Speed(),
-            TextColumn("{task.fields[metrics]}", markup=False, table_column=Column(overflow="fold")),
-            console=console,
-            refresh_per_second=1 / refresh_rate,
-        )
+        self._progress = _Bars(console, 1 / refresh_rate)
         self._tasks: dict[str, TaskID] = {}
 
     def start(self, key: str, label: str, total: int | None) -> None:
         """Add a bar; the first one starts the live display."""
         self._remove(key)
         self._progress.start()
-        self._tasks[key] = self._progress.add_task(label, total=total, metrics="")
+        self._tasks[key] = self._progress.add_task(label, total=total, metrics=[])
 
     def update(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
         """Move a bar."""
         if key in self._tasks:
-            # with "=", a narrow terminal breaks lines between metrics only
-            self._progress.update(self._tasks[key], completed=done, metrics=format_metrics(metrics, "=", " "))
+            shown = [f"{name}={format_value(value)}" for name, value in metrics.items()]
+            self._progress.update(self._tasks[key], completed=done, metrics=shown)
 
     def end(self, key: str, done: int, metrics: Mapping[str, float], say: bool) -> None:
         """An epoch's bar stays until the next one's; an evaluation's goes."""

@@ -25,8 +25,8 @@ class TensorBoardLogger(DirectoryLogger):
         save_dir: A local folder.
         name: Name of the experiment.
         version: Number or label. None: the next free number.
-        default_hp_metric: Write a metric "hp_metric" of -1 beside the hyperparameters, because TensorBoard lists
-            hyperparameters only where there is a metric. Log "hp_metric" yourself to compare runs by it.
+        default_hp_metric: Write a metric "hp_metric" of -1 beside the hyperparameters, for TensorBoards that
+            list hyperparameters only where a metric is named with them. Others show all scalars of the run there.
         prefix: Put before every metric's name, with a "-".
 
     Raises:
@@ -38,7 +38,7 @@ class TensorBoardLogger(DirectoryLogger):
         save_dir: str | Path,
         name: str = "logs",
         version: int | str | None = None,
-        default_hp_metric: bool = True,
+        default_hp_metric: bool = False,
         prefix: str = "",
     ) -> None:
         super().__init__(save_dir, name, version)
@@ -74,7 +74,7 @@ class TensorBoardLogger(DirectoryLogger):
     def log_hyperparams(self, params: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write hyperparameters, nested ones as "outer/inner".
 
-        `metrics` (by default "hp_metric") are the columns beside them in TensorBoard's HPARAMS table.
+        `metrics` are the columns beside them in TensorBoard's HPARAMS table; without, every scalar of the run is one.
         """
         if metrics is None:
             metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
@@ -86,7 +86,9 @@ class TensorBoardLogger(DirectoryLogger):
 
         file_writer = self.experiment.file_writer
         assert file_writer is not None
-        for summary in hparams(values, dict(metrics)):
+        experiment, *session = hparams(values, dict(metrics))
+        # where no run says what the experiment's metrics are, TensorBoard finds them in the scalars
+        for summary in [experiment, *session] if metrics else session:
             file_writer.add_summary(summary)
         for name, value in metrics.items():
             self.experiment.add_scalar(name, float(value), 0)

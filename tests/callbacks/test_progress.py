@@ -170,6 +170,29 @@ def test_live_bars(trainer, terminal, leave, epochs):
     assert text.rstrip("\n").count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 160])
+def test_bars_fit_the_terminal(monkeypatch, width):
+    """A metric is never broken, and no line is longer than the terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    live, paper = (Console(file=Terminal(), width=width, force_terminal=True, color_system=None) for _ in range(2))
+    display = RichDisplay(live, 0.5, leave=False)
+    metrics = {"loss": 0.12345, "train_acc": 0.98, "val_loss": 0.25, "val_acc": 0.9, "lr-AdamW": 3e-4}
+    display.start("train", "Epoch 12/100", 1000)
+    display.update("train", 312, metrics)
+    display.start("evaluation", "Validation", 50)
+    display.update("evaluation", 12, {})
+    paper.print(*display._progress.get_renderables(), sep="\n")
+    display.close()
+    lines = paper.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for name, value in metrics.items():
+        assert any(f"{name}={format_value(value)}" in line for line in lines), name
+    (train,) = (line for line in lines if "Epoch 12/100" in line)
+    (evaluation,) = (line for line in lines if "Validation" in line)
+    assert train.index("312/1000") + len("312/1000") == evaluation.index("12/50") + len("12/50")
+    assert ("it/s" in train) == (width >= 60) and ("loss=" in train) == (width == 160)
+
+
 def test_live_bar_of_unknown_length(trainer, terminal):
     trainer.num_training_batches = None
     bar = ProgressBar()

@@ -71,7 +71,7 @@ def test_scalars_over_two_fits_in_the_same_second(tmp_path):
 
 
 def test_hyperparameters(tmp_path):
-    logger = TensorBoardLogger(tmp_path)
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=True)
     params = {"lr": 0.1, "net": {"depth": 3, "bias": True}, "name": "x", "layers": [1, 2], "none": None}
     logger.log_hyperparams(params)
     logger.log_hyperparams(params)  # a second fit says nothing new
@@ -83,10 +83,12 @@ def test_hyperparameters(tmp_path):
 
 
 def test_no_default_metric(tmp_path):
-    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    logger = TensorBoardLogger(tmp_path)
     logger.log_hyperparams({"lr": 0.1})
     logger.finalize("success")
     assert hyperparameters(logger.log_dir) == {"lr": 0.1} and scalars(logger.log_dir) == []
+    # with metrics of its own an experiment would show these alone, which here are none
+    assert b"_hparams_/experiment" not in b"".join(f.read_bytes() for f in Path(logger.log_dir).iterdir())
 
 
 def test_nothing_is_made_before_it_is_needed(tmp_path):
