@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from raytrainer.data.data_hooks import DataHooks
-from raytrainer.hparams import HyperparametersMixin, construct
+from raytrainer.hparams import HyperparametersMixin
 
 if TYPE_CHECKING:
+    from raytrainer.checkpointing.places import CheckpointPath
     from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["DataModule"]
@@ -63,14 +64,31 @@ class DataModule(HyperparametersMixin, DataHooks):
         )
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **overrides: Any) -> Self:
-        """Construct the DataModule from the hyperparameters in a checkpoint, and load its state."""
-        from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: CheckpointPath | IO[bytes],
+        map_location: Any = "cpu",
+        hparams_file: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Construct the DataModule from the hyperparameters in a checkpoint, and load its state.
 
-        checkpoint = read_checkpoint(str(checkpoint_path))
-        datamodule: Self = construct(cls, checkpoint.get("datamodule_hyper_parameters") or {}, overrides)
-        datamodule.load_state_dict(checkpoint.get("datamodule") or {})
-        return datamodule
+        Args:
+            checkpoint_path: As for `Module.load_from_checkpoint`, like the others.
+            map_location: Where to put tensors.
+            hparams_file: A file to take hyperparameters from instead.
+            weights_only: False: execute what a file of Lightning's asks for.
+            overrides: Arguments for `__init__` that the checkpoint lacks or that shall differ.
+
+        Raises:
+            CheckpointError: No checkpoint, or not a readable one.
+            ConfigurationError: An argument of `__init__` has no value.
+        """
+        from raytrainer.checkpointing.from_checkpoint import load_datamodule
+
+        made: Self = load_datamodule(cls, checkpoint_path, map_location, hparams_file, weights_only, overrides)
+        return made
 
 
 class _FromDatasets(DataModule):

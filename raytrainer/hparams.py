@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import FrameType
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.init_calls import Origin, find_call
 
-__all__ = ["AttributeDict", "HyperparametersMixin", "construct"]
+__all__ = ["AttributeDict", "HyperparametersMixin"]
+
+log = logging.getLogger("raytrainer")
 
 
 class AttributeDict(dict[str, Any]):
@@ -38,6 +42,7 @@ class HyperparametersMixin:
 
     _hparams: AttributeDict
     _hparams_initial: AttributeDict
+    _hparams_origin: Origin
     _log_hyperparams: bool
 
     @property
@@ -57,38 +62,66 @@ class HyperparametersMixin:
     def save_hyperparameters(
         self,
         *args: Any,
-        ignore: str | list[str] | tuple[str, ...] | None = None,
+        ignore: str | Collection[str] | None = None,
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
         """Remember the arguments of `__init__` in `self.hparams` and in checkpoints.
 
         Args:
-            args: Names of the arguments to save (default: all), or one mapping, Namespace or object to save instead.
-            ignore: Names to leave out, e.g. of submodules passed in.
-            frame: The frame of `__init__`; default: the caller's.
+            args: Names of the arguments to save (default: all), or one mapping, Namespace or object to save instead. If
+                that is an argument of `__init__`, `load_from_checkpoint` gives it again, as what it was.
+            ignore: Names to leave out, e.g. of submodules passed in; also what a base class has saved of that name.
+            frame: The frame of `__init__`, or of what it has called; default: the caller's.
             logger: Whether the loggers are given the hyperparameters at the start of `fit`.
+
+        Raises:
+            ConfigurationError: There are no such arguments.
         """
         if frame is None:
             current = inspect.currentframe()
             frame = current.f_back if current else None
-        given = _init_arguments(frame, self) if frame is not None else {}
+        call = find_call(frame, self)
+        origin: Origin = self.__dict__.setdefault("_hparams_origin", Origin())
         if len(args) == 1 and not isinstance(args[0], str):
             values = _as_mapping(args[0])
+            origin.take(name := call.name_of(args[0]), call.arguments.get(name or ""), list(values))
         elif args:
-            missing = [name for name in args if name not in given]
+            missing = [name for name in args if not isinstance(name, str) or name not in call.arguments]
             if missing:
                 raise ConfigurationError(
                     f"save_hyperparameters({', '.join(map(repr, args))}): {missing} are not arguments of "
-                    f"{type(self).__name__}.__init__, which has {sorted(given)}."
+                    f"{type(self).__name__}.__init__, which has {sorted(call.arguments)}."
                 )
-            values = {name: given[name] for name in args}
+            values = {name: call.arguments[name] for name in args}
+            origin.leave(values)
         else:
-            values = given
+            if not call.found:
+                log.warning(
+                    "%s: save_hyperparameters() finds no arguments outside of __init__; nothing is saved.",
+                    type(self).__name__,
+                )
+            values = call.arguments
+            origin.leave(values)
         left_out = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        self.hparams.update({name: value for name, value in values.items() if name not in left_out})
+        self.hparams.update(values)
+        for name in left_out:
+            self.hparams.pop(name, None)
+        origin.positional, origin.keywords = call.positional, call.keywords
         self.__dict__["_hparams_initial"] = AttributeDict(_copy(self.hparams))
         self.__dict__["_log_hyperparams"] = logger
+
+    def hyperparameters_to_save(self, prefix: str = "") -> dict[str, Any]:
+        """Entries of a checkpoint: the hyperparameters, and how `__init__` takes them.
+
+        Args:
+            prefix: Of the entries' names.
+        """
+        origin: Origin = self.__dict__.get("_hparams_origin") or Origin()
+        return {
+            f"{prefix}hyper_parameters": dict(self.hparams),
+            f"{prefix}hyper_parameters_origin": origin.entry(self.hparams),
+        }
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,43 +140,3 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, Namespace) or hasattr(value, "__dict__"):
         return dict(vars(value))
     raise ConfigurationError(f"save_hyperparameters({value!r}): give names, a mapping or a Namespace.")
-
-
-def _init_arguments(frame: FrameType, owner: object) -> dict[str, Any]:
-    """Arguments of every `__init__` of `owner` on the stack; a subclass's value wins over its base's."""
-    values: dict[str, Any] = {}
-    current: FrameType | None = frame
-    while current is not None and current.f_code.co_name == "__init__":
-        info = inspect.getargvalues(current)
-        if not info.args or info.locals.get(info.args[0]) is not owner:
-            break
-        names = [name for name in info.args[1:] if name in info.locals]
-        code = current.f_code
-        keyword_only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        values.update({name: info.locals[name] for name in (*names, *keyword_only) if name in info.locals})
-        if info.keywords and info.keywords in info.locals:
-            values.update(info.locals[info.keywords])
-        current = current.f_back
-    values.pop("__class__", None)
-    return values
-
-
-def construct(cls: type[Any], saved: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """Construct `cls` from saved hyperparameters and overrides, giving it those that its `__init__` names."""
-    parameters = inspect.signature(cls.__init__).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    arguments = {name: value for name, value in saved.items() if takes_any or name in parameters}
-    arguments.update(overrides)
-    required = [
-        name
-        for name, p in list(parameters.items())[1:]
-        if p.default is inspect.Parameter.empty
-        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and name not in arguments
-    ]
-    if required:
-        raise ConfigurationError(
-            f"{cls.__name__} needs {required}, which the checkpoint's hyperparameters {sorted(saved)} do not hold; "
-            f"pass them to load_from_checkpoint(...), or call self.save_hyperparameters() in __init__."
-        )
-    return cls(**arguments)

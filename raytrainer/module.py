@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
-from raytrainer.hparams import HyperparametersMixin, construct
+from raytrainer.hparams import HyperparametersMixin
 from raytrainer.module_hooks import ModuleHooks
 from raytrainer.strategies.strategy import clip_whole_gradients
 
@@ -140,35 +141,33 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: CheckpointPath,
+        checkpoint_path: CheckpointPath | IO[bytes],
         map_location: Any = "cpu",
-        hparams_file: None = None,
+        hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **overrides: Any,
     ) -> Self:
         """Construct the module from a checkpoint: its saved hyperparameters, then its weights. Needs no Ray.
 
         Args:
-            checkpoint_path: A checkpoint's directory, its URI, or Ray's object for it (`result.checkpoint` of a trial).
+            checkpoint_path: A checkpoint's directory, its URI, or Ray's object for it (`result.checkpoint` of a trial);
+                or a file of Lightning 2.x.
             map_location: Where to put the weights, as for `torch.load`.
-            hparams_file: Not supported: hyperparameters are read from the checkpoint.
+            hparams_file: A .yaml, .json or .csv file to take hyperparameters from instead.
             strict: Whether state-dict keys must match; default: the module's `strict_loading`.
+            weights_only: Nothing in a file is ever executed, unless this is False, and the file is one of Lightning's
+                that holds more than plain data.
             overrides: Arguments for `__init__` that the checkpoint lacks or that shall differ.
 
         Raises:
             CheckpointError: No checkpoint, or not a readable one.
-            ConfigurationError: An argument of `__init__` is in neither place.
+            ConfigurationError: An argument of `__init__` is in neither place, or cannot be given back as it was.
         """
-        from raytrainer.checkpointing.checkpoint_format import read_checkpoint
-        from raytrainer.checkpointing.weights import load_into
+        from raytrainer.checkpointing.from_checkpoint import load_module
 
-        checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
-        module: Self = construct(cls, checkpoint.get("hyper_parameters") or {}, overrides)
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
-        load_into(module, checkpoint["state_dict"], module.strict_loading if strict is None else strict)
-        device = next((value.device for value in checkpoint["state_dict"].values() if isinstance(value, Tensor)), None)
-        return module if device is None else module.to(device)
+        module: Self = load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, overrides)
+        return module
 
     def export_weights(self, path: str | Path) -> None:
         """Write the weights alone, for use without raytrainer.

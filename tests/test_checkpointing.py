@@ -268,26 +268,22 @@ def test_load_from_checkpoint_refuses(sized, tmp_path, local_trainer):
 
 def test_unusual_hyperparameters(local_trainer, tmp_path, caplog):
     numpy = pytest.importorskip("numpy")
-    from enum import Enum
     from pathlib import Path
-
-    class Kind(str, Enum):  # noqa: UP042
-        A = "a"
 
     class Odd(Tiny):
         def __init__(self, **options):
             super().__init__()
             self.save_hyperparameters()
 
-    options = {"f": numpy.float64(0.5), "i": numpy.int64(3), "b": numpy.bool_(True), "k": Kind.A, "p": Path("/x"),
+    options = {"f": numpy.float64(0.5), "i": numpy.int64(3), "b": numpy.bool_(True), "p": Path("/x"),
                "n": None, "l": [1, (2.0, "s")], "a": numpy.arange(3), "fn": len}  # fmt: skip
     module, trainer = Odd(**options), local_trainer(max_epochs=1)
     trainer.fit(module, data())
     trainer.save_checkpoint(tmp_path / "odd.ckpt")
     saved = read_checkpoint(tmp_path / "odd.ckpt")["hyper_parameters"]
     assert saved.pop("a").tolist() == [0, 1, 2]
-    assert saved == {"f": 0.5, "i": 3, "b": True, "k": "a", "p": "/x", "n": None, "l": [1, (2.0, "s")]}
-    assert {type(value) for value in saved.values()} == {float, int, bool, str, type(None), list}
+    options.pop("a")
+    assert saved == options and list(map(type, saved.values())) == list(map(type, options.values()))
 
 
 # ---------------------------------------------------------------- what is no checkpoint
@@ -365,7 +361,7 @@ def damaged(tmp_path, how):
         ("binary json", r"meta\.json is damaged"),
         ("list", "not a checkpoint of raytrainer"),
         ("foreign", "not a checkpoint of raytrainer"),
-        ("newer", r"version 99, this raytrainer reads up to 1.*Upgrade raytrainer"),
+        ("newer", r"version 99, this raytrainer reads up to 2.*Upgrade raytrainer"),
         ("no version", "not a checkpoint of raytrainer"),
         ("no size", "not a checkpoint of raytrainer"),
         ("escaping", "not a checkpoint of raytrainer"),

@@ -18,14 +18,17 @@ import platform
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, locate
-from raytrainer.checkpointing.plain_values import plain_hyperparameters, plain_value
+from raytrainer.checkpointing.lightning_files import read_lightning_file
+from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, is_file, locate
+from raytrainer.checkpointing.plain_values import plain_value
+from raytrainer.checkpointing.restored_values import unpack_hyperparameters
+from raytrainer.checkpointing.typed_values import pack_hyperparameters
 from raytrainer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT_VERSION", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "raytrainer-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2, hyperparameters have their types
 
 
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -47,10 +50,7 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: Something in it is neither; names it.
     """
-    state = {
-        name: plain_hyperparameters(value) if name.endswith("hyper_parameters") else plain_value(value, name)
-        for name, value in checkpoint.items()
-    }
+    state = {name: _packed(name, value) for name, value in checkpoint.items()}
     filesystem, directory = locate(path)
     filesystem.create_dir(directory, recursive=True)
     name = f"state-{uuid.uuid4().hex[:12]}.pt"
@@ -69,6 +69,18 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         stream.write(json.dumps(meta, indent=2).encode())
     filesystem.move(f"{directory}/{name}.json", f"{directory}/meta.json")
     _delete_other_states(filesystem, directory, name)
+
+
+#: Entries whose values keep their types: whether somebody is told what cannot be stored.
+TYPED = {
+    f"{prefix}hyper_parameters{suffix}": not suffix for prefix in ("", "datamodule_") for suffix in ("", "_origin")
+}
+
+
+def _packed(name: str, value: Any) -> Any:
+    if name in TYPED and isinstance(value, Mapping):
+        return pack_hyperparameters(value, TYPED[name])
+    return plain_value(value, name)
 
 
 def _write_state(filesystem: FileSystem, path: str, state: dict[str, Any]) -> int:
@@ -102,17 +114,33 @@ def _versions() -> dict[str, str]:
     return {"raytrainer": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def read_checkpoint(path: CheckpointPath, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: CheckpointPath | IO[bytes],
+    map_location: Any = "cpu",
+    owners: Sequence[type] = (),
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
     """Read a checkpoint, executing nothing from it.
+
+    Args:
+        path: Where it is: a directory, or a file of Lightning's, which may be an open one.
+        map_location: Where to put tensors, as for `torch.load`.
+        owners: The classes that are being loaded: hyperparameters may be classes and functions of their package.
+        weights_only: See `read_lightning_file`.
 
     Raises:
         CheckpointError: There is none, or it is truncated, foreign, newer than this version, or not plain data.
     """
     if isinstance(path, RayCheckpoint):
         with path.as_directory() as folder:
-            return read_checkpoint(folder, map_location)
+            return read_checkpoint(folder, map_location, owners)
+    if not isinstance(path, (str, os.PathLike)):
+        return read_lightning_file(path, "the file", map_location, weights_only)
     path = os.fspath(path)
     filesystem, directory = locate(path)
+    if is_file(filesystem, directory):
+        with filesystem.open_input_file(directory) as stream:
+            return read_lightning_file(io.BytesIO(stream.read()), path, map_location, weights_only)
     meta = _read_meta(filesystem, directory, str(path))
     try:
         with filesystem.open_input_stream(f"{directory}/{meta['state']}") as stream:
@@ -130,6 +158,8 @@ def read_checkpoint(path: CheckpointPath, map_location: Any = "cpu") -> dict[str
         raise CheckpointError(
             f"{path}: its state file is damaged, or holds more than plain data, which is never executed: {error}"
         ) from None
+    for name in TYPED.keys() & state.keys():
+        state[name] = unpack_hyperparameters(state[name], owners)
     return state
 
 

@@ -13,7 +13,8 @@ from raytrainer.plan.uris import split_query
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-__all__ = ["CheckpointPath", "RayCheckpoint", "checkpoint_exists", "find_checkpoints", "locate", "remove_checkpoint"]
+__all__ = ["CheckpointPath", "RayCheckpoint", "checkpoint_exists", "find_checkpoints", "is_file", "locate",
+           "remove_checkpoint"]  # fmt: skip
 
 
 @runtime_checkable
@@ -41,12 +42,17 @@ def locate(path: str | Path) -> tuple[FileSystem, str]:
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
 
 
-def checkpoint_exists(path: str | Path) -> bool:
-    """Whether a whole checkpoint is there."""
+def is_file(filesystem: FileSystem, path: str) -> bool:
+    """Whether there is a file, rather than a directory or nothing."""
     from pyarrow import fs
 
+    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+
+
+def checkpoint_exists(path: str | Path) -> bool:
+    """Whether a whole checkpoint is there."""
     filesystem, directory = locate(path)
-    return bool(filesystem.get_file_info(f"{directory}/meta.json").type == fs.FileType.File)
+    return is_file(filesystem, f"{directory}/meta.json")
 
 
 def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 
 from raytrainer.errors import CheckpointError
 
-__all__ = ["plain_hyperparameters", "plain_value"]
-
-log = logging.getLogger("raytrainer")
+__all__ = ["plain_value"]
 
 
 def plain_value(value: Any, where: str) -> Any:
@@ -48,17 +45,3 @@ def plain_value(value: Any, where: str) -> Any:
         f"checkpoint entry {where} is a {type(value).__name__}: store numbers, strings, tensors, and lists, tuples, "
         f"dicts or sets of them."
     )
-
-
-def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters, less those that cannot be stored as plain values."""
-    kept = {}
-    for name, value in values.items():
-        try:
-            kept[name] = plain_value(value, name)
-        except CheckpointError:
-            log.warning(
-                "Hyperparameter %r is a %s and is left out of checkpoints; pass it to load_from_checkpoint(...), or "
-                "ignore it in save_hyperparameters(ignore=[...]).", name, type(value).__name__,
-            )  # fmt: skip
-    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from raytrainer.errors import CheckpointError
 
 __all__ = ["export_weights", "load_into"]
 
+log = logging.getLogger("raytrainer")
+
 
 def load_into(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """`load_state_dict`, whose complaint says what to do.
@@ -21,12 +24,15 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
         CheckpointError: Keys or shapes do not match.
     """
     try:
-        module.load_state_dict(dict(state_dict), strict=strict)
+        keys = module.load_state_dict(dict(state_dict), strict=strict)
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint's weights do not fit {type(module).__name__}: {error}\nConstruct the module as it was "
             f"when saved, or set strict_loading = False on it to load what matches."
         ) from None
+    for keys_of, names in (("the module", keys.missing_keys), ("the checkpoint", keys.unexpected_keys)):
+        if names:
+            log.warning("%s: weights that only %s has were left as they are: %s", type(module).__name__, keys_of, names)
 
 
 def export_weights(module: nn.Module, path: str | Path) -> None:

@@ -21,7 +21,8 @@ from raytrainer.driver.reporting.run_loggers import Logs
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.init_calls import same_value
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.messages import LogCall
 from raytrainer.task import Task
@@ -66,6 +67,7 @@ class Run:
     def started(self) -> Iterator[Coordinator]:
         """Workers, the interrupt handler, and the orderly end."""
         task, state, status = self.task, self.state, "failed"
+        self.check_hyperparameters()
         prepare_datasets(task, task.settings, self.groups.cluster)
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
@@ -166,12 +168,31 @@ class Run:
         return [callback for callback in self.callbacks if isinstance(callback, Callback)]
 
     def _log_hyperparameters(self) -> None:
-        values: dict[str, Any] = {}
-        for owner in (self.task.datamodule, self.task.module):
-            if owner is not None and owner.__dict__.get("_log_hyperparams", False):
-                values.update(owner.hparams_initial)
+        values = {name: value for given in self._hyperparameters() for name, value in given.items()}
         if values and self.task.stage == "fit":
             self.logs.each("log_hyperparams", values)
+
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        """Those of the DataModule and of the module that loggers are given."""
+        owners = [owner for owner in (self.task.datamodule, self.task.module) if owner is not None]
+        return [owner.hparams_initial if owner.__dict__.get("_log_hyperparams") else {} for owner in owners]
+
+    def check_hyperparameters(self) -> None:
+        """Module and DataModule may have hyperparameters of one name, if these are equal.
+
+        Raises:
+            ConfigurationError: They are not.
+        """
+        if self.task.datamodule is None or self.task.stage != "fit":
+            return
+        theirs, ours = self._hyperparameters()
+        for name in theirs.keys() & ours.keys():
+            if not same_value(theirs[name], ours[name]):
+                raise ConfigurationError(
+                    f"hyperparameter {name}: {ours[name]!r} in {type(self.task.module).__name__}, {theirs[name]!r} in "
+                    f"{type(self.task.datamodule).__name__}: loggers could show only one. Make them equal, rename one, "
+                    f"or call save_hyperparameters(logger=False) in one of both."
+                )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -186,7 +207,14 @@ class Run:
                 f"{checkpoint['path']}: it holds weights only, so training cannot go on from it; load it with "
                 f"{type(self.task.module).__name__}.load_from_checkpoint(...) and fit that."
             )
-        self.state.resumed_from = checkpoint.pop("path")
+        self.state.resumed_from = path = checkpoint.pop("path")
+        if "made_by" in checkpoint:
+            log.info(
+                "%s is a checkpoint of %s: going on with its weights, %d optimizer(s), %d scheduler(s), epoch %d, step "
+                "%d. Left out: %s.", path, checkpoint["made_by"], len(checkpoint["optimizer_states"]),
+                len(checkpoint["lr_schedulers"]), checkpoint["epoch"], checkpoint["global_step"],
+                ", ".join(checkpoint.pop("left_out")),
+            )  # fmt: skip
         coordinator.take_up(checkpoint)
         self.emit("on_load_checkpoint", checkpoint)
         self.restore_callbacks(checkpoint.get("callbacks") or {})

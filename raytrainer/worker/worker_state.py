@@ -34,7 +34,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
         "epoch": view.current_epoch,
         "global_step": view.global_step,
         "state_dict": run.strategy.module_state(module),
-        "hyper_parameters": dict(module.hparams),
+        **module.hyperparameters_to_save(),
     }
     if not weights_only:
         state["optimizer_states"] = [run.strategy.optimizer_state(module, o) for o in view.optimizers]
@@ -44,7 +44,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
         state["worker_callbacks"] = {c.state_key: c.state_dict() for c in run.task.callbacks}
     if run.datamodule is not None:
         state["datamodule"] = run.datamodule.state_dict()
-        state["datamodule_hyper_parameters"] = dict(run.datamodule.hparams)
+        state |= run.datamodule.hyperparameters_to_save("datamodule_")
     for callback in run.task.callbacks:
         callback.on_save_checkpoint(view, module, state)
     module.on_save_checkpoint(state)
@@ -82,7 +82,9 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     module.on_load_checkpoint(checkpoint)
     run.strategy.load_module(module, checkpoint["state_dict"], module.strict_loading)
     if run.datamodule is not None:
-        run.datamodule.load_state_dict(checkpoint.get("datamodule") or {})
+        # Lightning has it under the class's name
+        own = checkpoint.get(type(run.datamodule).__qualname__) if "made_by" in checkpoint else None
+        run.datamodule.load_state_dict(checkpoint.get("datamodule") or own or {})
     run.configure()
     if run.task.stage != "fit" or "optimizer_states" not in checkpoint:
         return

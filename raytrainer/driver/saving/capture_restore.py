@@ -77,7 +77,7 @@ class RunCapture:
         """Put the driver's counters where a checkpoint has them; the workers' verb `restore` does so for them."""
         state, task = self._state, self._task
         state.progress = Progress(**checkpoint["progress"])
-        if checkpoint["seed"] != task.seed:
+        if checkpoint.get("seed", task.seed) != task.seed:
             if task.settings.seed is not None:
                 log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], task.settings.seed)
             task.seed = checkpoint["seed"]

@@ -26,6 +26,7 @@ def read_to_resume(
     callbacks: Sequence[Callback | WorkerCallback],
     loggers: Sequence[Logger],
     default_root_dir: str,
+    weights_only: bool | None = None,
 ) -> dict[str, Any] | None:
     """The checkpoint, with where it was found as "path"; None: there is none to use.
 
@@ -34,6 +35,7 @@ def read_to_resume(
         callbacks: Those of the run.
         loggers: They say where checkpoints go that have no folder of their own.
         default_root_dir: Where those go without a logger.
+        weights_only: False: execute what a file of Lightning's asks for.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -54,7 +56,7 @@ def read_to_resume(
             log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
             return None
     assert path is not None
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     checkpoint["path"] = path
     return checkpoint
 

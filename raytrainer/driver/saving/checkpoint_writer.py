@@ -25,7 +25,7 @@ def idle_checkpoint(module: Module, progress: Progress) -> dict[str, Any]:
         "epoch": progress.epoch,
         "global_step": progress.step,
         "state_dict": module.state_dict(),
-        "hyper_parameters": dict(module.hparams),
+        **module.hyperparameters_to_save(),
     }
     module.on_save_checkpoint(state)
     return state
