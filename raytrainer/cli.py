@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 from raytrainer.module import Module
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
@@ -28,7 +29,9 @@ _TITLES = {
     "data": "the data: a DataModule (its own options: --data.help=my_project.Digits)",
     "trainer": "the Trainer",
 }
-_EPILOG = """example of a file for --config:
+_EPILOG = """python -m raytrainer doctor says what this machine has for training, and what is wrong with it.
+
+example of a file for --config:
 
   seed_everything: 1
   model: {class_path: my_project.Classifier, init_args: {lr: 0.01}}
@@ -47,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     Raises:
         SystemExit: Arguments are wrong, or help or a configuration was asked for.
     """
-    parser = _parser()
+    try:
+        parser = _parser()
+    except ConfigurationError as error:
+        sys.exit(f"error: {error}")
     config = parser.parse_args(arguments)
     verb = config.command
     chosen = config[verb]
@@ -73,9 +79,7 @@ def _parser() -> ArgumentParser:
     try:
         from jsonargparse import ArgumentParser
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "the command line needs jsonargparse, which is not installed: pip install 'raytrainer[cli]'"
-        ) from error
+        raise not_installed("the command line", "jsonargparse", "cli") from error
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import DefaultHelpFormatter
@@ -88,6 +92,7 @@ def _parser() -> ArgumentParser:
         description="Train, validate, test and predict with raytrainer.",
         epilog=_EPILOG,
         formatter_class=Formatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command", metavar="{" + ",".join(_VERBS) + "}")
     for verb, text in _VERBS.items():
@@ -99,7 +104,9 @@ def _verb_parser(verb: str, text: str, formatter: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     usage = f"python -m raytrainer {verb} [--config FILE] [--option=value ...]"
-    parser = ArgumentParser(usage=usage, description=text, epilog=_EPILOG, formatter_class=formatter)
+    parser = ArgumentParser(
+        usage=usage, description=text, epilog=_EPILOG, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of these options; may be repeated.")
     parser.add_argument("--seed_everything", type=int | None, default=None, help="Seeds everything first.")
     parser.add_argument(

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Rooms and files of the top level, from the ground up: each imports from its own row and from those above it here.
 FLOORS = [
-    ["errors", "version", "messages"],
+    ["errors", "version", "messages", "extras"],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding"],
     ["checkpointing", "data", "metrics"],
@@ -32,7 +32,7 @@ FLOORS = [
     ["driver"],
     ["trainer_tuning", "trainer_runs"],
     ["trainer"],
-    ["cli", "reference", "__init__", "__main__"],
+    ["cli", "doctor", "reference", "__init__", "__main__"],
 ]
 
 #: Where ray is imported: the driver's side of it, what runs in its actors, data and callbacks of its own.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,9 +147,7 @@ def _figure_type() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "plot needs matplotlib, which is not installed: pip install 'raytrainer[plot]'"
-        ) from error
+        raise not_installed("plot", "matplotlib", "plot") from error
 
     class MetricFigure(Figure):
         """A figure that pyplot does not know, so that a notebook shows it once and nothing needs closing."""

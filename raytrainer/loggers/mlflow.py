@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 from raytrainer.loggers.logger import Logger, displayable, flatten
 from raytrainer.loggers.media import as_images, as_values
 
@@ -156,10 +156,7 @@ def _client_class() -> Any:
     try:
         from mlflow.tracking import MlflowClient
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "MLFlowLogger needs mlflow-skinny (or mlflow), which is not installed: pip install 'raytrainer[mlflow]', "
-            "or use CSVLogger"
-        ) from error
+        raise not_installed("MLFlowLogger", "mlflow-skinny (or mlflow)", "mlflow", "use CSVLogger") from error
     return MlflowClient
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 from raytrainer.loggers.logger import DirectoryLogger, displayable, flatten
 from raytrainer.loggers.media import as_images, as_values
 
@@ -129,8 +129,5 @@ def _tensorboardx() -> Any:
     try:
         import tensorboardX
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "TensorBoardLogger needs tensorboardX, which is not installed: pip install 'raytrainer[tensorboard]', "
-            "or use CSVLogger"
-        ) from error
+        raise not_installed("TensorBoardLogger", "tensorboardX", "tensorboard", "use CSVLogger") from error
     return tensorboardX

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 from raytrainer.loggers.logger import Logger, as_mapping
 from raytrainer.loggers.media import as_captions, as_images, as_values
 
@@ -134,7 +135,5 @@ def _wandb() -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "WandbLogger needs wandb, which is not installed: pip install 'raytrainer[wandb]', or use CSVLogger"
-        ) from error
+        raise not_installed("WandbLogger", "wandb", "wandb", "use CSVLogger") from error
     return wandb

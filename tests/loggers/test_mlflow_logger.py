@@ -107,5 +107,5 @@ def test_a_copy_goes_on_with_the_same_run(uri):
 
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
-    with pytest.raises(ConfigurationError, match=r"raytrainer\[mlflow\]"):
+    with pytest.raises(ConfigurationError, match=r"extra 'mlflow'"):
         MLFlowLogger()

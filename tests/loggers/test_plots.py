@@ -106,5 +106,5 @@ def test_without_matplotlib(logger, monkeypatch):
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ConfigurationError, match=r"pip install 'raytrainer\[plot\]'"):
+    with pytest.raises(ConfigurationError, match=r"extra 'plot'"):
         logger.plot()

@@ -112,7 +112,7 @@ def test_a_copy_opens_its_own_file(tmp_path):
 
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigurationError, match=r"raytrainer\[tensorboard\]"):
+    with pytest.raises(ConfigurationError, match=r"extra 'tensorboard'"):
         TensorBoardLogger(tmp_path)
 
 

@@ -139,5 +139,5 @@ def test_wrong_arguments(monkeypatch):
     with pytest.raises(ConfigurationError, match="'sometimes'"):
         WandbLogger(mode="sometimes")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigurationError, match=r"raytrainer\[wandb\]"):
+    with pytest.raises(ConfigurationError, match=r"extra 'wandb'"):
         WandbLogger()

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrainer.driver.cluster.shipping import runtime_environment
 from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.extras import not_installed
 from raytrainer.private import ray_private
 
 __all__ = ["answers", "attach", "host_and_port"]
@@ -57,7 +58,7 @@ def attach(address: str, runtime_env: Mapping[str, Any] | None) -> None:
     try:
         _connect(address, environment)
     except ImportError as error:
-        raise ConfigurationError(f"address={address!r}: {error} Install raytrainer[client].") from error
+        raise not_installed(f"address={address!r}", "Ray's client", "cluster") from error
     except Exception as error:
         raise _explained(address, error) from error
     log.info("Attached to the Ray cluster at %s in %.1f s.", address, time.monotonic() - began)
