@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from forge import forge, forge_meta
 from tiny import Tiny, data, weights
 
 from raytrainer import Callback, CheckpointError, ConfigurationError, DataModule, ModelCheckpoint, WorkerCallback
@@ -308,10 +309,7 @@ def damaged(tmp_path, how):
     path = tmp_path / "x.ckpt"
     write_checkpoint(path, {"epoch": 1, "state_dict": {"w": torch.ones(100)}})
     meta = json.loads((path / "meta.json").read_text())
-    state_file = path / meta["state"]
-
-    def rewrite(**changes):
-        (path / "meta.json").write_text(json.dumps({**meta, **changes}))
+    state_file, record = path / meta["state"], meta["files"][meta["state"]]
 
     match how:
         case "missing":
@@ -334,17 +332,23 @@ def damaged(tmp_path, how):
         case "list":
             (path / "meta.json").write_text("[]")
         case "foreign":
-            rewrite(format="something-else")
+            forge_meta(path, format="something-else")
         case "newer":
-            rewrite(version=99)
+            forge_meta(path, version=99)
         case "no version":
-            rewrite(version=None)
+            forge_meta(path, version=None)
         case "no size":
-            rewrite(bytes=None)
+            forge_meta(path, files={meta["state"]: {**record, "bytes": None}})
+        case "no checksum":
+            forge_meta(path, files={meta["state"]: {**record, "checksum": "0"}})
+        case "not sealed":
+            (path / "meta.json").write_text(json.dumps({**meta, "epoch": 3}))
         case "escaping":
-            rewrite(state="../../etc/passwd")
+            forge_meta(path, state="../../etc/passwd", files={"../../etc/passwd": record})
         case "dots":
-            rewrite(state="..")
+            forge_meta(path, state="..", files={"..": record})
+        case "unnamed":
+            forge_meta(path, state="state-000000000000.pt")
     return path
 
 
@@ -354,8 +358,8 @@ def damaged(tmp_path, how):
         ("missing", "no checkpoint there"),
         ("file", "no checkpoint there"),
         ("directory", "no checkpoint there"),
-        ("truncated", r"bytes instead of .*truncated; use another"),
-        ("flipped", "damaged"),
+        ("truncated", r"state-\w+\.pt: .* bytes instead of .*truncated; use another"),
+        ("flipped", r"state-\w+\.pt: the file is damaged"),
         ("no state", "state file .* is missing"),
         ("no json", r"meta\.json is damaged"),
         ("binary json", r"meta\.json is damaged"),
@@ -364,6 +368,9 @@ def damaged(tmp_path, how):
         ("newer", r"version 99, this raytrainer reads up to 2.*Upgrade raytrainer"),
         ("no version", "not a checkpoint of raytrainer"),
         ("no size", "not a checkpoint of raytrainer"),
+        ("no checksum", "not a checkpoint of raytrainer"),
+        ("not sealed", r"meta\.json is damaged"),
+        ("unnamed", "not a checkpoint of raytrainer"),
         ("escaping", "not a checkpoint of raytrainer"),
         ("dots", "not a checkpoint of raytrainer"),
     ],
@@ -390,13 +397,8 @@ class Malicious:
 def test_nothing_is_executed(form, tmp_path):
     path, trap = tmp_path / "x.ckpt", tmp_path / "trap"
     write_checkpoint(path, {"epoch": 1})
-    meta = json.loads((path / "meta.json").read_text())
-    if form == "torch":
-        torch.save({"state_dict": {}, "x": Malicious(str(trap))}, path / meta["state"])
-    else:
-        (path / meta["state"]).write_bytes(pickle.dumps(Malicious(str(trap)), protocol=2))
-    meta["bytes"] = (path / meta["state"]).stat().st_size
-    (path / "meta.json").write_text(json.dumps(meta))
+    malicious = Malicious(str(trap))
+    forge(path, {"state_dict": {}, "x": malicious} if form == "torch" else pickle.dumps(malicious, protocol=2))
     with pytest.raises(CheckpointError, match="never executed"):
         read_checkpoint(path)
     assert not trap.exists()

@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import quote
 
+from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
+from raytrainer.checkpointing.checkpoint_meta import META, written_by_us
+from raytrainer.checkpointing.storage import ArrowStorage, LocalStorage
 from raytrainer.plan.uris import split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-__all__ = ["CheckpointPath", "RayCheckpoint", "checkpoint_exists", "find_checkpoints", "is_file", "locate",
-           "remove_checkpoint"]  # fmt: skip
+__all__ = [
+    "CheckpointPath",
+    "RayCheckpoint",
+    "checkpoint_exists",
+    "find_checkpoints",
+    "folder_at",
+    "is_file",
+    "locate",
+    "remove_checkpoint",
+]
 
 
 @runtime_checkable
@@ -49,32 +60,42 @@ def is_file(filesystem: FileSystem, path: str) -> bool:
     return bool(filesystem.get_file_info(path).type == fs.FileType.File)
 
 
-def checkpoint_exists(path: str | Path) -> bool:
-    """Whether a whole checkpoint is there."""
-    filesystem, directory = locate(path)
-    return is_file(filesystem, f"{directory}/meta.json")
+def folder_at(path: str | os.PathLike[str]) -> CheckpointFolder:
+    """The place of a checkpoint at a path or URI."""
+    from pyarrow import fs
+
+    filesystem, directory = locate(os.fspath(path))
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    return CheckpointFolder(LocalStorage() if local else ArrowStorage(filesystem), directory, str(path))
+
+
+def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is one of this package's checkpoints."""
+    folder = folder_at(path)
+    try:
+        return written_by_us(folder.storage.read(folder.inside(META)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
-    """(time of writing in seconds, path) of every checkpoint in a directory tree."""
+    """(time of writing in seconds, path) of every checkpoint in a directory tree, damaged ones included."""
     from pyarrow import fs
 
     filesystem, directory = locate(root)
     base, query = split_query(str(root))
     base = base.rstrip("/")
     entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
-    return [
+    found = [
         (entry.mtime_ns / 1e9, base + entry.path.removesuffix("/meta.json").removeprefix(directory) + query)
         if "://" in base
         else (entry.mtime_ns / 1e9, entry.path.removesuffix("/meta.json"))
         for entry in entries
-        if entry.base_name == "meta.json"
+        if entry.base_name == META and entry.type == fs.FileType.File
     ]
+    return [(moment, path) for moment, path in found if checkpoint_exists(path)]
 
 
-def remove_checkpoint(path: str | Path) -> None:
-    """Delete a checkpoint, if it is there. Never deletes a directory that is not one."""
-    if checkpoint_exists(path):
-        filesystem, directory = locate(path)
-        filesystem.delete_file(f"{directory}/meta.json")  # from here on it is no checkpoint any more
-        filesystem.delete_dir(directory)
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Delete a checkpoint, if it is there. What is not of this package is left as it is, and so is its folder."""
+    folder_at(path).remove()

@@ -21,6 +21,7 @@ import numpy
 import own_config
 import pytest
 import torch
+from forge import as_first_version, forge
 from own_config import Config, Kind, Old, Outer, Pair, Parts, Size, Text
 from torch import nn
 
@@ -177,12 +178,7 @@ def forged(path, packed):
     """The checkpoint with another value in its file."""
     content = torch.load(next(path.glob("state-*.pt")), weights_only=True)
     content["hyper_parameters"]["value"] = packed
-    meta = (path / "meta.json").read_text()
-    state = next(path.glob("state-*.pt"))
-    size = state.stat().st_size
-    torch.save(content, state)
-    (path / "meta.json").write_text(meta.replace(f'"bytes": {size}', f'"bytes": {state.stat().st_size}'))
-    return path
+    return forge(path, content)
 
 
 @pytest.mark.parametrize(
@@ -479,8 +475,6 @@ def test_a_class_without_an_init(tmp_path):
 
 def test_files_of_the_first_version(tmp_path):
     path = saved(One(5), tmp_path / "x.ckpt")
-    text = (path / "meta.json").read_text()
-    assert '"version": 2' in text
-    (path / "meta.json").write_text(text.replace('"version": 2', '"version": 1'))
+    as_first_version(path)
     assert One.load_from_checkpoint(path).value == 5 and read_checkpoint(path)["hyper_parameters"] == {"value": 5}
     assert raytrainer.CheckpointError is CheckpointError

@@ -1,0 +1,256 @@
+"""The files of a checkpoint, whatever is in them: written, published in one move, checked, deleted.
+
+    meta-<id>.json     while a save is under way: says that files with <id> in their names are parts of it
+    <name>-<id>.*      the files of the save <id>, never written over
+    meta.json          of the newest whole save: names its files, with size and checksum, and has a checksum of its own
+
+Each file is on the disk before `meta.json` is put in place, in one move, and only then the files of the save before
+are deleted: at every moment, and after a power cut at any, the folder holds one whole checkpoint, or none.
+
+What may be overwritten or deleted is known by content: files that a `meta.json` or `meta-<id>.json` of this format
+names. All else in the folder is somebody else's, and stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from raytrainer.checkpointing.checkpoint_meta import (
+    META,
+    id_under_way,
+    meta_bytes,
+    named_files,
+    read_meta,
+    under_way_bytes,
+    written_by_us,
+)
+from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
+from raytrainer.checkpointing.storage import Storage
+from raytrainer.errors import CheckpointError
+
+__all__ = ["CheckpointFolder", "NewCheckpoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A place where a checkpoint is, or may be.
+
+    Args:
+        storage: The filesystem.
+        path: The folder on it.
+        shown: Its path or URI as the user knows it.
+    """
+
+    storage: Storage
+    path: str
+    shown: str
+
+    def inside(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    # ---------------------------------------------------------------- reading
+
+    def meta(self) -> dict[str, Any]:
+        """What `meta.json` says.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged, foreign, or of a newer version.
+        """
+        try:
+            data = self.storage.read(self.inside(META))
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(
+                f"{self.shown}: no checkpoint there (a checkpoint is a directory with a meta.json)."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{self.shown}/{META}: the file cannot be read: {error}") from error
+        return read_meta(data, self.shown)
+
+    @contextmanager
+    def open(self, name: str, record: FileRecord) -> Iterator[BinaryIO]:
+        """One of its files, from its beginning, found to be what was written.
+
+        Args:
+            name: The file.
+            record: What `meta.json` says of it.
+
+        Raises:
+            CheckpointError: It is missing, or another one.
+        """
+        shown = f"{self.shown}/{name}"
+        try:
+            with self.storage.open(self.inside(name)) as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                if size != record.bytes:
+                    raise CheckpointError(
+                        f"{shown}: the file has {size} bytes instead of {record.bytes}: it is "
+                        f"{'truncated' if size < record.bytes else 'another one'}; use another checkpoint."
+                    )
+                if self.storage.is_local:
+                    check_file(file, record, shown)
+                    file.seek(0)
+                    yield file
+                    return
+                from pyarrow import BufferReader, allocate_buffer
+
+                buffer = allocate_buffer(size)
+                check_file(file, record, shown, memoryview(buffer).cast("B"))
+            yield BufferReader(buffer)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.shown}: its state file {name} is missing; use another checkpoint.") from None
+        except OSError as error:
+            raise CheckpointError(f"{shown}: the file cannot be read: {error}") from error
+
+    # ---------------------------------------------------------------- writing and deleting
+
+    def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> FileRecord:
+        """Write one new file, durably.
+
+        Args:
+            name: Has the id of its save in it: "state-<id>.pt".
+            save: Is given the file to write to.
+
+        Raises:
+            CheckpointError: It cannot be written; names the file and the bytes. Nothing of it is left.
+        """
+        writer: ChecksummedWriter | None = None
+        try:
+            with self.storage.create(self.inside(name)) as sink:
+                writer = ChecksummedWriter(sink)
+                save(writer)
+                return writer.record()
+        except OSError as error:
+            raise self.failure(error, name, writer.bytes if writer else 0) from error
+
+    def failure(self, error: OSError, name: str = "", written: int = 0) -> CheckpointError:
+        """What is told of a file that could not be written."""
+        shown = f"{self.shown}/{name}" if name else self.shown
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = self.storage.free_bytes(self.path)
+            return CheckpointError(
+                f"{shown}: the disk is full. {written:,} bytes of this file had been written, and are removed again"
+                + ("" if free is None else f"; {free:,} bytes are free now")
+                + ". Make room, keep fewer checkpoints (save_top_k), or save elsewhere."
+            )
+        return CheckpointError(f"{shown}: cannot be written: {error}")
+
+    def remove(self) -> None:
+        """Delete the checkpoint, and the folder if nothing else is in it. Where there is none, nothing happens."""
+        data = self._present()
+        if data is None or not written_by_us(data):
+            return
+        with self.storage.locked(self.path) as alone:
+            self.storage.delete(self.inside(META))  # from here on it is no checkpoint any more
+            self.delete(named_files(data))
+            if alone:
+                self.delete_leftovers()
+            self.storage.remove_folder(self.path)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete some of its files."""
+        for name in names:
+            self.storage.delete(self.inside(name))
+
+    def delete_leftovers(self) -> None:
+        """Delete what saves have left that were not finished. No other process may be saving here."""
+        names = self.storage.files(self.path)
+        for name in names:
+            found = id_under_way(name, lambda name=name: self.storage.read(self.inside(name)))  # type: ignore[misc]
+            if found:
+                self.delete(part for part in names if f"-{found}" in part and part != name)
+                self.storage.delete(self.inside(name))
+
+    def refuse_foreign(self) -> bytes | None:
+        """The `meta.json` that is there, if there is one.
+
+        Raises:
+            CheckpointError: It is somebody else's.
+        """
+        data = self._present()
+        if data is not None and not written_by_us(data):
+            raise CheckpointError(
+                f"{self.shown}/{META}: this file is not raytrainer's, and a checkpoint here would replace it; "
+                "save to another path."
+            )
+        return data
+
+    def _present(self) -> bytes | None:
+        try:
+            return self.storage.read(self.inside(META))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+class NewCheckpoint:
+    """A save under way, for the length of a `with` block: what is not published by its end is deleted again.
+
+    Args:
+        folder: Where it goes. It is made, if need be.
+
+    Raises:
+        CheckpointError: There is a `meta.json` of somebody else's, or nothing can be written there.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder, self._storage = folder, folder.storage
+        self.id = uuid.uuid4().hex[:12]
+        self.files: dict[str, FileRecord] = {}
+        self._marker = f"meta-{self.id}.json"
+        self._published = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        folder = self.folder
+        try:
+            folder.refuse_foreign()
+            self._storage.make_folder(folder.path)
+            if self._stack.enter_context(self._storage.locked(folder.path)):
+                folder.delete_leftovers()
+            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id)))
+        except OSError as error:
+            self._stack.close()
+            raise folder.failure(error) from error
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if not self._published:
+                self.folder.delete([*self.files, self._marker])
+                self._storage.remove_folder(self.folder.path)
+
+    def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> None:
+        """Write one of its files; see `CheckpointFolder.write`."""
+        self.files[name] = self.folder.write(name, save)
+
+    def publish(self, meta: Mapping[str, Any]) -> None:
+        """Put all its files in place of the checkpoint that was there.
+
+        Args:
+            meta: What else `meta.json` is to say.
+        """
+        storage, folder = self._storage, self.folder
+        marker = folder.inside(self._marker)
+        try:
+            before = folder.refuse_foreign()
+            storage.delete(marker)
+            folder.write(self._marker, lambda file: file.write(meta_bytes(meta, self.files)))
+            storage.sync_folder(folder.path)
+            storage.replace(marker, folder.inside(META))
+            self._published = True
+            storage.sync_folder(folder.path)
+            if before is not None:
+                folder.delete(name for name in named_files(before) if name not in self.files)
+        except OSError as error:
+            raise folder.failure(error) from error

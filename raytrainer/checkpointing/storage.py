@@ -1,0 +1,208 @@
+"""`Storage`: what checkpoints ask of a filesystem, and nothing more; on local disks and on what pyarrow knows by URI.
+
+Local files are on the disk, not only in memory, when the calls below return that say so. On remote filesystems a file
+that was closed is as durable as their service makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from raytrainer.checkpointing.checksums import Sink
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+__all__ = ["ArrowStorage", "LocalStorage", "Storage"]
+
+
+class Storage(ABC):
+    """Files and folders; paths are absolute, with "/" between their parts."""
+
+    #: Whether reading a file twice costs little.
+    is_local: bool
+
+    @abstractmethod
+    def make_folder(self, path: str) -> None:
+        """Make it and those above it, where they are missing.
+
+        Raises:
+            OSError: It cannot be made, a file of this name included.
+        """
+
+    @abstractmethod
+    def create(self, path: str) -> AbstractContextManager[Sink]:
+        """A new file to be written. At the end of the block its content is durable; after a failure it is gone."""
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO:
+        """A file to be read. Raises FileNotFoundError, and what else keeps it from being read as OSError."""
+
+    @abstractmethod
+    def replace(self, path: str, target: str) -> None:
+        """Rename a file, in one move, over one that may be there."""
+
+    @abstractmethod
+    def sync_folder(self, path: str) -> None:
+        """Make durable which files are in the folder, by which names."""
+
+    @abstractmethod
+    def files(self, path: str) -> list[str]:
+        """Names of what is in a folder, folders included; [] where there is none."""
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+
+    @abstractmethod
+    def remove_folder(self, path: str) -> None:
+        """Remove a folder, if it is empty."""
+
+    @abstractmethod
+    def free_bytes(self, path: str) -> int | None:
+        """How much more can be written there; None: nobody knows."""
+
+    def locked(self, path: str) -> AbstractContextManager[bool]:
+        """Whether, for the length of the block, nobody else has this folder locked. Never waits.
+
+        False also where locks are not to be had.
+        """
+        return contextlib.nullcontext(False)
+
+    def read(self, path: str) -> bytes:
+        """A small file's content."""
+        with self.open(path) as file:
+            return file.read()
+
+
+class LocalStorage(Storage):
+    """A filesystem of this machine, network mounts included."""
+
+    is_local = True
+
+    def make_folder(self, path: str) -> None:
+        os.makedirs(path, exist_ok=True)
+        # which of these are new is not known here: names may have been reserved before
+        with contextlib.suppress(OSError):  # a folder above may be one that we may not read
+            while (parent := os.path.dirname(path)) != path:
+                self.sync_folder(parent)
+                path = parent
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[Sink]:
+        file = open(path, "xb")  # noqa: SIM115
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            self.delete(path)
+            raise
+
+    def open(self, path: str) -> BinaryIO:
+        return open(path, "rb", buffering=0)
+
+    def replace(self, path: str, target: str) -> None:
+        os.replace(path, target)
+
+    def sync_folder(self, path: str) -> None:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # folders need no such call there
+                raise
+        finally:
+            os.close(folder)
+
+    def files(self, path: str) -> list[str]:
+        try:
+            return os.listdir(path)
+        except FileNotFoundError:
+            return []
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def remove_folder(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+    def free_bytes(self, path: str) -> int | None:
+        try:
+            found = os.statvfs(path)
+        except (OSError, AttributeError):
+            return None
+        return found.f_bavail * found.f_frsize
+
+    @contextmanager
+    def locked(self, path: str) -> Iterator[bool]:
+        with contextlib.ExitStack() as stack:
+            try:
+                import fcntl
+
+                folder = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                got = True
+            except (ImportError, OSError):  # somebody has it; Windows; some network filesystems
+                got = False
+            yield got
+
+
+class ArrowStorage(Storage):
+    """A filesystem of pyarrow's. Its services publish a file when it is closed."""
+
+    is_local = False
+
+    def __init__(self, filesystem: FileSystem) -> None:
+        self._filesystem = filesystem
+
+    def make_folder(self, path: str) -> None:
+        self._filesystem.create_dir(path, recursive=True)
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[Sink]:
+        try:
+            with self._filesystem.open_output_stream(path) as stream:
+                yield stream
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.delete(path)
+            raise
+
+    def open(self, path: str) -> BinaryIO:
+        file: Any = self._filesystem.open_input_file(path)
+        return file  # type: ignore[no-any-return]
+
+    def replace(self, path: str, target: str) -> None:
+        self._filesystem.move(path, target)
+
+    def sync_folder(self, path: str) -> None:
+        pass
+
+    def files(self, path: str) -> list[str]:
+        from pyarrow import fs
+
+        selector = fs.FileSelector(path, allow_not_found=True)
+        return [entry.base_name for entry in self._filesystem.get_file_info(selector)]
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_file(path)
+
+    def remove_folder(self, path: str) -> None:
+        if not self.files(path):
+            with contextlib.suppress(OSError):
+                self._filesystem.delete_dir(path)
+
+    def free_bytes(self, path: str) -> int | None:
+        return None

@@ -1,0 +1,41 @@
+"""Checkpoints with other content, and checksums to match: what somebody who means it can do to a file."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytrainer.checkpointing.checksums import ChecksummedWriter, seal
+
+
+def forge(path: Path, state: Any) -> Path:
+    """Put another state into a checkpoint: bytes, or what `torch.save` is to write."""
+    meta = json.loads((path / "meta.json").read_text())
+    content = io.BytesIO()
+    writer = ChecksummedWriter(content)
+    if isinstance(state, bytes):
+        writer.write(state)
+    else:
+        torch.save(state, writer)  # type: ignore[arg-type]
+    (path / meta["state"]).write_bytes(content.getvalue())
+    return forge_meta(path, files={meta["state"]: writer.record().as_json()})
+
+
+def forge_meta(path: Path, **changes: Any) -> Path:
+    """Change what `meta.json` says."""
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_bytes(seal({**meta, **changes}))
+    return path
+
+
+def as_first_version(path: Path, **changes: Any) -> Path:
+    """Make it one of the format's first version, which had no checksums."""
+    meta = json.loads((path / "meta.json").read_text())
+    size = meta.pop("files")[meta["state"]]["bytes"]
+    del meta["checksum"]
+    (path / "meta.json").write_text(json.dumps({**meta, "version": 1, "bytes": size, **changes}, indent=2))
+    return path
