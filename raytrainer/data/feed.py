@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import logging
 import weakref
@@ -11,11 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 
+from raytrainer.data.epoch_state import EpochState
 from raytrainer.data.loader_processes import garbage_left_alone
-from raytrainer.data.sharding import IndexShard, SeededDataset, ShardedBatches, Share
+from raytrainer.data.look_ahead import END, LookAhead
+from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
+from raytrainer.data.sharded_loader import length_of, shard_loader
+from raytrainer.data.sharding import ShardedBatches, Share
+from raytrainer.data.streams import Requests
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
@@ -54,42 +57,44 @@ class Feed:
         share: This worker's part.
         seed: The run's seed.
         settings: For the limit, and whether samplers are replaced.
+        epoch: The first to be read, on which a sampler's length may depend.
 
     Attributes:
-        length: Batches to read of this worker's part, after the limit; None: until it ends.
+        length: Batches to read of this worker's part in this epoch, after the limit; None: until it ends.
         ends_unannounced: Whether the end is only known by reaching it.
 
     Raises:
         DataError: No iterable, or no batch for this worker in training.
     """
 
-    def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings) -> None:
+    def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> None:
         if not hasattr(loader, "__iter__"):
             raise DataError(
                 f"the {stage} loader is {loader!r}: return a DataLoader, or an iterable of batches, from "
                 f"{stage}_dataloader()."
             )
-        self.stage, self.share, self.seed = stage, share, seed
-        self.source = loader
+        self.stage, self.share, self.seed, self.settings = stage, share, seed, settings
+        self.source = self.loader = loader
         self.batches: ShardedBatches | None = None
         self.iterable_dataset = isinstance(getattr(loader, "dataset", None), IterableDataset)
-        self.loader = self._sharded(loader, settings) if isinstance(loader, DataLoader) else loader
-        own = _length(self.loader)
-        # fractions are of the longest part, so that all workers agree on them
-        longest = own if self.batches is None or own is None else -(-self.batches.total // self.batches.share.count)
-        self._limit = limit = resolve_limit(f"limit_{stage}_batches", settings.limit(stage), longest)
-        self.length = limit if own is None else own if limit is None else min(own, limit)
-        self._replay = 0
+        if isinstance(loader, DataLoader):
+            sharded = shard_loader(loader, stage, share, seed, settings, epoch)
+            self.loader, self.batches = sharded.loader, sharded.batches
+        self._state = EpochState(self.loader, self.batches, seed)
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
-        self.ends_unannounced = own is None or self.iterable_dataset
-        if own == 0 and settings.limit(stage) != 0:
+        self._epoch: int | None = None
+        self._before: Past = ()
+        self.length: int | None = None
+        self.begin(epoch)
+        self.ends_unannounced = self._own is None or self.iterable_dataset
+        if self._own == 0 and settings.limit(stage) != 0:
             self._refuse_empty(settings)
 
     def _refuse_empty(self, settings: Settings) -> None:
         """No batch at all for this worker: an error, but for evaluation with fewer batches than workers."""
         if self.batches is not None and not self.batches.pad and self.batches.total > 0:
             return
-        size = _length(getattr(self.source, "dataset", None))
+        size = length_of(getattr(self.source, "dataset", None))
         batch_size = getattr(self.source, "batch_size", None)
         drop_last = getattr(self.source, "drop_last", False)
         raise DataError(
@@ -107,98 +112,121 @@ class Feed:
             f"can be read once only, return a DataLoader or an object whose __iter__ starts anew."
         )
 
-    # ---------------------------------------------------------------- sharding
+    # ---------------------------------------------------------------- an epoch's batches
 
-    def _sharded(self, loader: DataLoader[Any], settings: Settings) -> DataLoader[Any]:
-        """A copy of the loader with samplers of ours."""
-        # a copy: the user's loader stays as it is. __dict__, since DataLoader refuses to set samplers
-        copied = copy.copy(loader)
-        forget_iterator(copied)
-        if settings.on_gpu and loader.num_workers > 0:
-            # done by a thread of the loader's, it costs the training loop nothing
-            copied.__dict__["pin_memory"] = True
-        if self.iterable_dataset:
-            if self.share.count > 1 and not settings.fast_dev_run:
-                log.info(
-                    "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
-                    "self.trainer.global_rank (by node_rank for ddp2).", self.stage,
-                )  # fmt: skip
-            return copied
-        batched = loader.batch_sampler is not None
-        outer: Any = loader.batch_sampler if batched else loader.sampler
-        inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
-        own_sharding = isinstance(inner, DistributedSampler) or isinstance(loader.sampler, DistributedSampler)
-        train = self.stage == "train"
-        if train and settings.overfit:
-            inner = torch.utils.data.SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-        share, redraw = Share(0, 1), False
-        seeded = batched and loader.num_workers > 0
-        if settings.use_distributed_sampler and not own_sharding:
-            share = self.share
-            if (not batched or type(outer) is BatchSampler) and _length(inner) is not None:
-                # training shards samples; evaluation whole batches, so that each is what one process would see
-                shard = IndexShard(inner, share if train else Share(0, 1), self.seed)
-                outer = BatchSampler(shard, outer.batch_size, outer.drop_last) if batched else shard
-                share = Share(0, 1) if train else share
-            else:
-                redraw = _length(outer) is not None
-        self.batches = ShardedBatches(outer, share, self.seed, pad=train, seeded=seeded, redraw=redraw)
-        self.batches.rank = self.share.index
-        if _length(outer) is None and share.count > 1:
-            raise DataError(
-                f"the {self.stage} loader's batch sampler {type(outer).__name__} has no length, so it cannot be "
-                f"sharded over {share.count} workers; give it __len__, or use_distributed_sampler=False."
-            )
-        copied.__dict__["batch_sampler" if batched else "sampler"] = self.batches
-        if seeded:
-            copied.__dict__["dataset"] = SeededDataset(loader.dataset)
-        return copied
+    def begin(self, epoch: int, before: Past = ()) -> None:
+        """Take up an epoch: tell it to whatever takes that, and what groups of other sizes have done of it.
 
-    # ---------------------------------------------------------------- reading
+        Nothing is drawn yet, so that hooks may still change a sampler.
+        """
+        self._epoch, self._before = epoch, before
+        self._state.begin(epoch)
+        if self.batches is not None:
+            self.batches.begin_epoch(epoch)
+        for owner in (getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None), self.loader):
+            set_epoch = getattr(owner, "set_epoch", None)
+            if callable(set_epoch) and owner is not self.batches:
+                set_epoch(epoch)
+        self._restart_processes()
+        self._leave_out(before)
+        self._measure()
 
-    def rebase(self, before: Past) -> None:
+    def draw(self) -> int | None:
+        """Have samplers draw the epoch's order; return its length, which may be known by that only."""
+        self._state.starts()
+        if self.batches is not None:
+            self.batches.draw()
+        self._measure()
+        return self.length
+
+    def length_in(self, epoch: int) -> int | None:
+        """`length` of another epoch, whole, as far as it can be told without drawing it."""
+        batches, name = self.batches, f"limit_{self.stage}_batches"
+        if batches is None or length_of(self.loader) is None or not depends_on_epoch(batches.users):
+            return self.length
+        own = batches.length_in(epoch)
+        limit = resolve_limit(name, self.settings.limit(self.stage), own)
+        return own if limit is None else min(own, limit)
+
+    def _measure(self) -> None:
+        self._own = own = length_of(self.loader)
+        # fractions are of the longest part, so that all workers agree on them
+        longest = own if self.batches is None or own is None else self.batches.longest_part()
+        offset, count = batches_before(self._before), self.share.count
+        limit = resolve_limit(f"limit_{self.stage}_batches", self.settings.limit(self.stage), longest)
+        if limit is not None and offset:
+            limit = max(0, -(-(limit * count - offset) // count))
+        self.length = limit if own is None else own if limit is None else min(own, limit)
+
+    def _leave_out(self, before: Past) -> None:
         """Leave out the epoch's first batches, which groups of other sizes have done."""
         offset, count = batches_before(before), self.share.count
         if self.batches is None:
-            self._replay = offset // count
-        elif isinstance(shard := getattr(self.batches.source, "sampler", self.batches.source), IndexShard):
-            shard.begin = offset * (getattr(self.source, "batch_size", None) or 1)
+            if offset:
+                log.warning(
+                    "The %s loader is read as it is on each worker (a stream, or an iterable of batches), and its "
+                    "epoch was begun by another number of workers: the epoch begins anew.", self.stage,
+                )  # fmt: skip
+        elif self.batches.shard is not None and self.batches.share.count == 1:
+            self.batches.shard.begin = offset * (getattr(self.source, "batch_size", None) or 1)
         else:
             # batches of an own DistributedSampler are this worker's alone
             self.batches.begin = offset if self.batches.share.count > 1 else offset // count
-        if offset or self.length is not None:
-            own = _length(self.loader)
-            left = None if self._limit is None else max(0, -(-(self._limit * count - offset) // count))
-            self.length = left if own is None else own if left is None else min(own, left)
+
+    def _restart_processes(self) -> None:
+        """Processes that persist have copies of a dataset, which do not hear of the epoch, and count on."""
+        loader = self.loader
+        if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+            return
+        dataset = loader.dataset
+        if library_of(dataset) in STREAMS:
+            return
+        changes = self.iterable_dataset and (has_state(dataset) or has_generators(dataset))
+        if changes or callable(getattr(dataset, "set_epoch", None)):
+            self.close()
+
+    # ---------------------------------------------------------------- reading
 
     def start(self, epoch: int, skip: int = 0, agree: Callable[[bool], bool] | None = None) -> Iterator[Any]:
         """Batches of `epoch` from batch `skip` on.
 
         `agree` makes parts of unknown length end together: see `LookAhead`.
         """
+        if epoch != self._epoch:
+            self.begin(epoch)
+        self.draw()
+        position = self._state.resume(epoch, skip)
         if self.batches is not None:
-            self.batches.set_epoch(epoch, skip)
-            skip = 0
-        else:
-            skip += self._replay
-            dataset = getattr(self.loader, "dataset", None)
-            for owner in (dataset, getattr(self.loader, "sampler", None)):
-                set_epoch = getattr(owner, "set_epoch", None)
-                if callable(set_epoch):
-                    set_epoch(epoch)
+            self.batches.skip = position = skip
         if isinstance(self.loader, DataLoader):
             # seeds the loader's processes; the global generators are left to the training
             seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
             self.loader.generator = torch.Generator().manual_seed(seed)
-        iterator = self._read_alike(epoch) if self.share.readers > 1 else self._iterate()
-        for _ in range(skip):  # a loader that cannot skip is replayed
-            if next(iterator, _END) is _END:
+            if self.batches is None:
+                self._seed_requests(self.loader, seed, position)
+        read = self._read_alike(epoch, position) if self.share.readers > 1 else self._iterate()
+        iterator = self._state.read(read)
+        for _ in range(position, skip):  # a loader that cannot skip is replayed
+            if next(iterator, END) is END:
                 break
-        return LookAhead(iterator, agree) if self.ends_unannounced else iterator
+        if not self.ends_unannounced and self._state.stream is None:
+            return iterator
+        self._state.about_to_read()
+        return LookAhead(iterator, agree if self.ends_unannounced else None, self._state.keep, skip)
+
+    def _seed_requests(self, loader: DataLoader[Any], seed: int, position: int) -> None:
+        """Have the processes that read an iterable dataset draw from (seed, process, batch)."""
+        reader = type(loader).__iter__
+        if not loader.num_workers or (reader is not DataLoader.__iter__ and "torchdata." not in reader.__module__):
+            return
+        batched = loader.batch_sampler is not None
+        size = loader.batch_size if batched else None
+        counts = self._state.counts(position)
+        loader.__dict__["batch_sampler" if batched else "sampler"] = Requests(size, seed, counts)
 
     def _iterate(self) -> Iterator[Any]:
         with garbage_left_alone():
-            iterator = iter(self.loader)
+            iterator: Iterator[Any] = iter(self.loader)
         with contextlib.suppress(TypeError):
             self._reading = weakref.ref(iterator)
         return iterator
@@ -213,60 +241,28 @@ class Feed:
         if isinstance(self.loader, DataLoader):
             forget_iterator(self.loader)
 
-    def _read_alike(self, epoch: int) -> Iterator[Any]:
+    def _read_alike(self, epoch: int, begin: int) -> Iterator[Any]:
         """Batches that are random in the same way on all readers of the share.
 
         What is drawn in this process (by samplers, and by datasets without loader processes) depends on (seed, share,
         epoch, batch) alone, and leaves the generators of the training (dropout) as they are.
         """
         iterator: Iterator[Any] | None = None
-        begin = 0 if self.batches is None else self.batches.skip
         for position in itertools.count(begin):
             with host_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position)):
                 if iterator is None:
                     iterator = self._iterate()
-                batch = next(iterator, _END)
-            if batch is _END:
+                batch = next(iterator, END)
+            if batch is END:
                 return
             yield batch
 
+    # ---------------------------------------------------------------- state
 
-_END = object()
+    def state(self) -> dict[str, Any] | None:
+        """What a run that goes on from here needs besides the cursor, as plain values; None: nothing."""
+        return self._state.state()
 
-
-class LookAhead(Iterator[Any]):
-    """Reads one batch ahead, so that the last one is known when it is handed out.
-
-    With `agree`, the end comes for all workers as soon as it comes for one.
-    """
-
-    def __init__(self, iterator: Iterator[Any], agree: Callable[[bool], bool] | None) -> None:
-        self.iterator = iterator
-        self.agree = agree
-        self.ended = False  # here, rather than for another worker
-        self.ahead = self._read()
-
-    def _read(self) -> Any:
-        item = next(self.iterator, _END)
-        self.ended = item is _END
-        if self.agree is not None and not self.agree(item is not _END):
-            return _END
-        return item
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the batch handed out latest was the last."""
-        return self.ahead is _END
-
-    def __next__(self) -> Any:
-        if self.ahead is _END:
-            raise StopIteration
-        item, self.ahead = self.ahead, self._read()
-        return item
-
-
-def _length(thing: Any) -> int | None:
-    try:
-        return len(thing)
-    except (TypeError, NotImplementedError):
-        return None
+    def take_state(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` gave, when the epoch that it was taken in, or the next one, begins."""
+        self._state.take(state, self.stage)

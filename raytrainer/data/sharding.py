@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler, get_worker_info
 
+from raytrainer.data.memories import seed_own_generators, tell_epoch
 from raytrainer.plan.seeds import derive_seed
-from raytrainer.seeding import rng_untouched, seed_generators
+from raytrainer.seeding import capture_rng, restore_rng, rng_untouched, seed_generators
 
-__all__ = ["IndexShard", "SeededDataset", "SeededIndices", "ShardedBatches", "Share"]
+__all__ = ["IndexShard", "SeededIndices", "ShardedBatches", "Share", "is_plain_batching", "is_plain_shuffle"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,58 @@ class Share:
     index: int
     count: int
     readers: int = 1
+
+
+def is_plain_shuffle(sampler: Any) -> bool:
+    """Whether it is torch's or torchdata's `RandomSampler`, over all samples once."""
+    known = type(sampler) is RandomSampler or _is_torchdatas(sampler, "RandomSampler")
+    return known and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+
+
+def is_plain_batching(sampler: Any) -> bool:
+    """Whether it is torch's or torchdata's `BatchSampler` itself, which fills batches one after the other."""
+    return type(sampler) is torch.utils.data.BatchSampler or _is_torchdatas(sampler, "BatchSampler")
+
+
+def _is_torchdatas(sampler: Any, name: str) -> bool:
+    kind = type(sampler)
+    return kind.__name__ == name and kind.__module__.startswith("torchdata.")
+
+
+def drawn(source: Any, seed: int, global_seed: int) -> list[Any]:
+    """All that a sampler gives in one epoch, with its own generators and the global ones seeded anew.
+
+    As much as its length says, where there is no end to it.
+    """
+    with rng_untouched():
+        seed_own_generators(source, seed)
+        seed_generators(global_seed)
+        iterator = iter(source)
+        found = list(itertools.islice(iterator, len(source)))
+        # a length may be known better now that batches have been made; and one more lets a sampler come to its end
+        found += itertools.islice(iterator, max(0, len(source) - len(found)))
+        next(iterator, None)
+        return found
+
+
+def drawn_lazily(source: Any, seed: int, global_seed: int) -> Iterator[Any]:
+    """The same of a sampler without a length, one by one, leaving the generators of the training alone."""
+    seed_own_generators(source, seed)
+    state: Any = None
+    iterator: Any = None
+    while True:
+        with rng_untouched():
+            if iterator is None:
+                seed_generators(global_seed)
+                iterator = iter(source)
+            else:
+                restore_rng(state)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            state = capture_rng()
+        yield item
 
 
 class IndexShard(Sampler[Any]):
@@ -42,9 +95,22 @@ class IndexShard(Sampler[Any]):
         self.source, self.share, self.seed = source, share, seed
         self.epoch = 0
         self.begin = 0  # samples at the front that are done already, by a group of another size
+        self.drawn: list[Any] | None = None  # a user's sampler's indices of this epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forget what was drawn for another one."""
+        self.epoch, self.drawn = epoch, None
+        tell_epoch(self.source, epoch)
+
+    def draw(self) -> None:
+        """Have a user's sampler draw this epoch's indices; then their number is known too."""
+        if self.drawn is None and type(self.source) is not SequentialSampler and not is_plain_shuffle(self.source):
+            seed = derive_seed(self.seed, "sampler", self.epoch)
+            self.drawn = drawn(self.source, seed, seed)
 
     def __len__(self) -> int:
-        return -(-max(0, len(self.source) - self.begin) // self.share.count)
+        total = len(self.source if self.drawn is None else self.drawn)
+        return -(-max(0, total - self.begin) // self.share.count)
 
     def __iter__(self) -> Iterator[Any]:
         indices: Any = self._all()[self.begin :]
@@ -60,48 +126,103 @@ class IndexShard(Sampler[Any]):
         source = self.source
         if type(source) is SequentialSampler:
             return range(len(source))
-        plain_shuffle = type(source) is RandomSampler and not source.replacement
-        if plain_shuffle and source.num_samples == len(source.data_source):
+        if is_plain_shuffle(source):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", self.epoch))
             order: list[Any] = torch.randperm(len(source), generator=generator).tolist()
             return order
-        with rng_untouched():
-            seed_generators(derive_seed(self.seed, "sampler", self.epoch))
-            _set_epoch(source, self.epoch)
-            return list(source)
+        self.draw()
+        assert self.drawn is not None
+        return self.drawn
 
 
 class ShardedBatches(Sampler[list[Any]]):
     """One worker's batches of a batch sampler: every `count`-th batch, from batch `skip` on.
 
     Args:
-        source: A batch sampler, or any sampler of indices where the loader does not batch.
+        source: A batch sampler, or any sampler of indices where the loader does not batch; over an `IndexShard` where
+            this package orders and shards the indices.
         share: This worker's part of the *batches*. `Share(0, 1)` where the indices are sharded already.
         seed: The run's seed.
         pad: Repeat batches so that every worker has equally many; for training.
-        seeded: Hand out batches as `SeededIndices`, for a loader with processes over a `SeededDataset`.
-        redraw: Draw `source`'s order from (seed, epoch) rather than from wherever the generators are.
+        seeded: Hand out batches as `SeededIndices`, for a loader with processes.
+        rank: Whose augmentation in those processes this is; also of the order where `alone`.
+        alone: `source` is for this worker alone, so that global generators need not be alike on all workers.
     """
 
     def __init__(
-        self, source: Any, share: Share, seed: int, *, pad: bool, seeded: bool = False, redraw: bool = False
+        self,
+        source: Any,
+        share: Share,
+        seed: int,
+        *,
+        pad: bool,
+        seeded: bool = False,
+        rank: int = 0,
+        alone: bool = False,
     ) -> None:
         self.source, self.share, self.seed, self.pad, self.seeded = source, share, seed, pad, seeded
-        self.redraw = redraw or share.count > 1
+        self.rank, self.alone = rank, alone
+        inner = getattr(source, "sampler", source) if is_plain_batching(source) else source
+        self.shard: IndexShard | None = inner if isinstance(inner, IndexShard) else None
         self.epoch = 0
         self.skip = 0
         self.begin = 0  # batches at the front that are done already, by a group of another size
-        self.rank = share.index
+        self.drawn: list[Any] | None = None  # a user's batch sampler's batches of this epoch
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Begin at batch `skip` of `epoch` when next iterated."""
-        self.epoch, self.skip = epoch, skip
-        _set_epoch(self.source, epoch)
+    @property
+    def users(self) -> Any:
+        """The sampler that the user gave."""
+        return self.source if self.shard is None else self.shard.source
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the samplers, whose length and order may change."""
+        self.epoch, self.skip, self.drawn = epoch, 0, None
+        if self.shard is None:
+            tell_epoch(self.source, epoch)
+        else:
+            self.shard.begin_epoch(epoch)
+
+    def draw(self) -> None:
+        """Have a user's sampler draw the epoch, if it has an end."""
+        if self.shard is not None:
+            self.shard.draw()
+        elif self.drawn is None and _has_length(self.source):
+            self.drawn = drawn(self.source, *self._seeds())
+
+    def _seeds(self) -> tuple[int, int]:
+        seed = derive_seed(self.seed, "batches", self.epoch)
+        return seed, derive_seed(self.seed, "batches", self.rank, self.epoch) if self.alone else seed
 
     @property
     def total(self) -> int:
         """Batches of all workers together."""
-        return max(0, len(self.source) - self.begin)
+        return max(0, len(self.source if self.drawn is None else self.drawn) - self.begin)
+
+    def longest_part(self) -> int:
+        """Batches of the worker with most, had nobody begun the epoch."""
+        begun = self.begin, 0 if self.shard is None else self.shard.begin
+        self._begin_at(0, 0)
+        longest = -(-self.total // self.share.count)
+        self._begin_at(*begun)
+        return longest
+
+    def length_in(self, epoch: int) -> int:
+        """`len` of another epoch, as far as it can be told without drawing it."""
+        parts = [self] if self.shard is None else [self, self.shard]
+        kept = [dict(vars(part)) for part in parts]
+        try:
+            self.begin_epoch(epoch)
+            self._begin_at(0, 0)
+            return len(self)
+        finally:
+            for part, attributes in zip(parts, kept, strict=True):
+                vars(part).update(attributes)
+            tell_epoch(self.users, self.epoch)
+
+    def _begin_at(self, batch: int, sample: int) -> None:
+        self.begin = batch
+        if self.shard is not None:
+            self.shard.begin = sample
 
     def __len__(self) -> int:
         index, count = self.share.index, self.share.count
@@ -110,77 +231,50 @@ class ShardedBatches(Sampler[list[Any]]):
         return max(0, -(-(self.total - index) // count))
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for position, batch in enumerate(self._shard()):
-            if position < self.skip:
-                continue
-            if self.seeded:
-                seed = derive_seed(self.seed, "loader", self.rank, self.epoch, position)
-                yield SeededIndices(batch, seed)
+        for position, batch in enumerate(itertools.islice(self._shard(), self.skip, None), self.skip):
+            if self.seeded and isinstance(batch, list):
+                yield SeededIndices(batch, derive_seed(self.seed, "loader", self.rank, self.epoch, position))
             else:
                 yield batch
 
     def _shard(self) -> Iterator[list[Any]]:
         index, count = self.share.index, self.share.count
-        if not self.redraw:
-            yield from itertools.islice(self.source, self.begin, None)
-            return
-        with rng_untouched():  # a custom batch sampler draws its order here, alike on all workers
-            seed_generators(derive_seed(self.seed, "batches", self.epoch))
-            batches = list(self.source)[self.begin :]
+        self.draw()
+        if self.shard is not None:
+            return itertools.islice(self.source, self.begin + index, None, count)
+        if self.drawn is None:
+            return itertools.islice(drawn_lazily(self.source, *self._seeds()), self.begin, None)
+        batches = self.drawn[self.begin :]
         missing = -len(batches) % count if self.pad else 0
         if missing and batches:
             batches += (batches * -(-missing // len(batches)))[:missing]
-        yield from batches[index::count]
+        return iter(batches[index::count])
 
 
 class SeededIndices(list[Any]):
-    """Indices of a batch, with the seed for the randomness of its samples."""
+    """Indices of a batch on their way to a loader's process, whose generators are seeded when they arrive.
 
-    def __init__(self, indices: Any, seed: int) -> None:
+    So augmentation there depends on (seed, rank, epoch, batch) alone, however many processes there are and wherever a
+    run was resumed; and dataset, `worker_init_fn` and `collate_fn` are the user's own.
+    """
+
+    def __init__(self, indices: list[Any], seed: int) -> None:
         super().__init__(indices)
         self.seed = seed
 
     def __reduce__(self) -> Any:
-        return SeededIndices, (list(self), self.seed)
+        return _arrive, (list(self), self.seed)
 
 
-class SeededDataset(Dataset[Any]):
-    """A dataset whose random augmentation in loader processes depends on (seed, rank, epoch, batch) alone.
-
-    So it does not matter how many loader processes there are, or where a run was resumed.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not yet set, while unpickling
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
-        if isinstance(indices, SeededIndices):
-            seed_generators(indices.seed)
-        fetch_all = getattr(self.dataset, "__getitems__", None)
-        if callable(fetch_all):
-            fetched: list[Any] = fetch_all(indices)
-            return fetched
-        return [self.dataset[index] for index in indices]
+def _arrive(indices: list[Any], seed: int) -> list[Any]:
+    if get_worker_info() is not None:
+        seed_generators(seed)
+    return indices
 
 
-def _set_epoch(sampler: Any, epoch: int) -> None:
-    """Tell a sampler, and the sampler inside it, which epoch it is, in whichever way it takes that."""
-    seen = 0
-    while sampler is not None and seen < 8:
-        if isinstance(sampler, (IndexShard, ShardedBatches)):
-            sampler.epoch = epoch
-        elif callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
-        sampler = getattr(sampler, "source", None) or getattr(sampler, "sampler", None)
-        seen += 1
+def _has_length(sampler: Any) -> bool:
+    try:
+        len(sampler)
+    except (TypeError, NotImplementedError):
+        return False
+    return True

@@ -65,6 +65,7 @@ class TrainerView:
     metrics: MetricStore = None  # type: ignore[assignment]  # set right after construction, since it needs the view
     loader_source: Callable[[str], Any] = lambda stage: None
     length_source: Callable[[str], Any] = lambda stage: None
+    epoch_length_source: Callable[[int], int | None] = lambda epoch: None
     manual_backward: Callable[..., None] = lambda *args: None
     forward_epoch: Callable[[], None] = lambda: None
     unscale: Callable[[Optimizer], None] = lambda optimizer: None
@@ -210,10 +211,10 @@ class TrainerView:
             return settings.max_steps
         if settings.max_epochs is None:
             return float("inf")
-        batches = self.num_training_batches
-        if batches == float("inf"):
-            return batches
-        return sum(-(-int(batches) // settings.accumulated(epoch)) for epoch in range(settings.max_epochs))
+        if self.num_training_batches == float("inf"):
+            return float("inf")
+        batches = [self.epoch_length_source(epoch) or 0 for epoch in range(settings.max_epochs)]
+        return sum(-(-count // settings.accumulated(epoch)) for epoch, count in enumerate(batches))
 
     @property
     def loggers(self) -> list[Logger]:

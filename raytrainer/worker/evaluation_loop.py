@@ -37,9 +37,9 @@ class EvaluationLoop:
         self.run, self.stage, self.sanity = run, stage, sanity
         self.view = run.view
         self.feeds = run.data.feeds(_LOADER[stage])
-        self.lengths = [feed.length for feed in self.feeds]
-        if sanity is not None and sanity >= 0:
-            self.lengths = [sanity if n is None else min(n, sanity) for n in self.lengths]
+        for feed in self.feeds:
+            feed.begin(self.view.current_epoch)
+        self.lengths: list[int | None] = []
         self.name = _HOOK[stage]
         self.several = len(self.feeds) > 1
         step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
@@ -73,6 +73,9 @@ class EvaluationLoop:
             getattr(self.run.module, f"on_{name}_model_eval")()
             hooks.call(f"on_{name}_start")
             hooks.call(f"on_{name}_epoch_start")
+        self.lengths = [feed.draw() for feed in self.feeds]
+        if self.sanity is not None and self.sanity >= 0:
+            self.lengths = [self.sanity if n is None else min(n, self.sanity) for n in self.lengths]
         return EvaluationStart(self.lengths)
 
     def evaluate(self, batches: int) -> EvaluationReport:

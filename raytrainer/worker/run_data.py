@@ -35,6 +35,8 @@ class RunData:
         self._owners = task.datamodule, task.module
         self._feeds: dict[str, list[AnyFeed]] = {}
         self._sources: dict[str, Any] = dict(task.loaders)
+        self._states: list[dict[str, Any] | None] = []
+        self.epoch: Callable[[], int] = lambda: 0  # the one in progress, or the first
 
     def bind_transfer(self, hooks: Hooks, cast: Callable[[Any], Any] | None) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's `cast` as one function; None if nothing is to be done."""
@@ -96,8 +98,20 @@ class RunData:
             if not loaders:
                 raise ConfigurationError(f"{stage}_dataloader() returned {self.loader(stage)!r}: return a loader.")
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
-            self._feeds[stage] = [Feed(loader, stage, share, seed, settings) for loader in loaders]
+            feeds = [Feed(loader, stage, share, seed, settings, self.epoch()) for loader in loaders]
+            self._feeds[stage] = [*feeds]
+            for feed, state in zip(feeds, self._states, strict=False) if stage == "train" else ():
+                feed.take_state(state)
         return self._feeds[stage]
+
+    def states(self) -> list[dict[str, Any] | None]:
+        """What training goes on from besides the cursor, loader by loader."""
+        feeds = self._feeds.get("train")
+        return self._states if feeds is None else [feed.state() for feed in feeds]
+
+    def take_states(self, states: list[dict[str, Any] | None]) -> None:
+        """Go on from what `states` gave, once there are training loaders."""
+        self._states = states
 
     def _close_feeds(self, stage: str) -> None:
         for feed in self._feeds.pop(stage, []):
@@ -113,6 +127,10 @@ class RunData:
     def lengths(self, stage: str) -> Any:
         lengths = [feed.length for feed in self.feeds(stage)]
         return lengths[0] if stage == "train" else lengths
+
+    def length_in(self, epoch: int) -> int | None:
+        """Training batches of another epoch."""
+        return self.feeds("train")[0].length_in(epoch)
 
     def close(self) -> None:
         """End what loaders have begun."""

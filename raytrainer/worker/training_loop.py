@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raytrainer.data.feed import LookAhead
+from raytrainer.data.look_ahead import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
 from raytrainer.plan.steps_and_epochs import Past
@@ -96,13 +96,14 @@ class TrainingLoop:
         self.view.running = "train"
         self._iterator = None
         self._before = bool(before)
-        self.feed.rebase(before)
+        self.feed.begin(epoch, before)
         if skip == 0:
             self.run.resume_generators()
         self.run.hooks.call("on_train_epoch_start")
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._prepare_again()
+        self.feed.draw()
         return self.describe()
 
     def _prepare_again(self) -> None:
@@ -116,7 +117,8 @@ class TrainingLoop:
         run = self.run
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
-        self.feed.rebase(())
+        self.feed.begin(self.epoch)
+        self.feed.draw()
         # a loader may go on for ever, in epochs that other limits have ended
         length = self._longest or self.feed.length
         batches = itertools.islice(self.feed.start(self.epoch, 0, agree), length)
@@ -164,6 +166,8 @@ class TrainingLoop:
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
         for left in range(batches, 0, -1):
             asked = clock()
+            if look_ahead is not None:
+                look_ahead.keeping = left == 1 or (stop_at_step is not None and view.global_step + 1 >= stop_at_step)
             try:
                 batch = next_batch()
             except StopIteration:

@@ -65,7 +65,9 @@ class WorkerRun:
         self.view.metrics.calls, self.view.metrics.mark = self.recorder.take, self.mark
         self.slices = Slices(strategy, self.view.metrics)
         self.data = RunData(task, strategy)
+        self.data.epoch = lambda: self.view.current_epoch
         self.view.loader_source, self.view.length_source = self.data.loader, self.data.lengths
+        self.view.epoch_length_source = self.data.length_in
         self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
         self.precision = Precision(settings.precision, strategy.device)
         # Whether a chunk is reported while the device is still at its last batch, which comes with the next report.

@@ -65,6 +65,7 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
     own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
     own["evaluated"] = dict(run.evaluated)
     own["metric_objects"] = states_of(run.module)
+    own["loaders"] = run.data.states()
     if run.accumulating:
         own["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
     return own
@@ -122,6 +123,7 @@ def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
     run.rng = own["rng"]
     run.evaluated.update(own["evaluated"])
     load_states(run.module, own.get("metric_objects") or {})
+    run.data.take_states(own.get("loaders") or [])
     run.view.metrics.take_sums(own["metrics"])
     gradients = own.get("gradients") or {}
     for name, parameter in run.module.named_parameters():

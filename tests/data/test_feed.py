@@ -22,7 +22,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.feed import Feed, LookAhead, as_list
+from raytrainer.data.feed import Feed, as_list
+from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.sharding import Share
 from raytrainer.errors import ConfigurationError, DataError
 from raytrainer.plan.settings import build_settings
@@ -220,7 +221,7 @@ def test_another_number_of_workers_goes_on(own):
         for rank in range(world):
             options = {"sampler": DistributedSampler(range(60), world, rank, shuffle=False)} if own else {}
             feed = Feed(loader(60, **options), "train", Share(rank, world), SEED, build_settings())
-            feed.rebase(before)
+            feed.begin(0, before)
             seen += flat(read(feed)[:batches])
     assert sorted(seen) == list(range(60))
 

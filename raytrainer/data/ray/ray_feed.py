@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raytrainer.data.feed import LookAhead
+from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.ray.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
 from raytrainer.data.ray.dealing import (
     Span,
@@ -78,9 +78,9 @@ class RayFeed:
         self._pin = settings.on_gpu
         self._starts = 0
         self.length: int | None
-        self.rebase(())
+        self.begin(0)
 
-    def rebase(self, before: Past) -> None:
+    def begin(self, epoch: int, before: Past = ()) -> None:
         """Leave out what groups of other sizes have done of the epoch."""
         self._before = tuple(before)
         offset = batches_before(before)
@@ -102,6 +102,20 @@ class RayFeed:
                 f"batch_size={self.source.batch_size}, drop_last={self.source.drop_last}. Give it more data, a smaller "
                 f"batch_size, drop_last=False or fewer workers."
             )
+
+    def draw(self) -> int | None:
+        """The epoch's length; its order is drawn as it is read."""
+        return self.length
+
+    def length_in(self, epoch: int) -> int | None:
+        """`length` of another epoch: the same."""
+        return self.length
+
+    def state(self) -> None:
+        """The cursor (epoch, batch) is enough to go on from."""
+
+    def take_state(self, state: Any) -> None:
+        """See `state`."""
 
     def _rows_left(self, rows: int) -> int:
         """Rows of the epoch that groups of other sizes have left."""

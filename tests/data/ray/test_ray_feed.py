@@ -60,7 +60,7 @@ def read(blocks: Any, workers: int, before: Any, most: int, skip: int = 0) -> tu
     rows: list[int] = []
     read = []
     for feed in feeds:
-        feed.rebase(before)
+        feed.begin(0, before)
         length = most if feed.length is None else min(most, feed.length)
         batches = list(feed.start(2, skip))[:length]
         read.append(len(batches))

@@ -1,0 +1,158 @@
+"""What a resumed run needs besides the data cursor (epoch, batch) to read what an undisturbed one reads."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from raytrainer.checkpointing.plain_values import plain_value
+from raytrainer.data.memories import STREAMS, Memory, library_of, recall, remembered, seed_own_generators
+from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
+from raytrainer.data.streams import stream_of
+from raytrainer.errors import CheckpointError
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.seeding import capture_rng, restore_rng
+
+__all__ = ["EpochState"]
+
+log = logging.getLogger("raytrainer")
+
+
+class EpochState:
+    """The state of one loader on one worker.
+
+    Three things: where a stream is, as of the last batch handed out; where the generators were before the next batch
+    was read ahead; and what samplers, loader and dataset have counted up to this epoch's beginning.
+
+    Args:
+        loader: A copy of the user's loader, or the user's iterable.
+        batches: What decides on a DataLoader's batches, if anything does.
+        seed: The run's seed.
+    """
+
+    def __init__(self, loader: Any, batches: ShardedBatches | None, seed: int) -> None:
+        self.stream, self.seed = stream_of(loader), seed
+        self._roots = _remembering(loader, batches)
+        self._new = [remembered(root) for root in self._roots]
+        self._began: list[Memory] = [{} for _ in self._roots]
+        self._epoch = 0
+        self._started = False
+        self._kept: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._rng: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- an epoch
+
+    def begin(self, epoch: int) -> None:
+        """An epoch begins, or goes on: put back what a resumed run's objects had counted by then."""
+        self._epoch, self._kept, self._started = epoch, None, False
+        found = self._resumed
+        if found is None:
+            return
+        memories = {found["epoch"]: found["began"], found["epoch"] + 1: found["now"]}.get(epoch)
+        if memories is not None and len(memories) == len(self._roots):
+            for root, memory in zip(self._roots, memories, strict=True):
+                recall(root, memory)
+        if epoch != found["epoch"]:
+            self._resumed = None
+
+    def starts(self) -> None:
+        """Right before the order of the epoch is drawn, or its loader is iterated."""
+        if not self._started:
+            self._started = True
+            self._began = self._memories()
+            for root in self._roots:
+                # those of samplers are seeded when they draw
+                if not isinstance(root, (Sampler, DataLoader)) and library_of(root) not in STREAMS:
+                    seed_own_generators(root, derive_seed(self.seed, "stream", self._epoch))
+
+    def resume(self, epoch: int, skip: int) -> int:
+        """Put the stream back for an epoch that goes on at batch `skip`; return the batch that it is at."""
+        found, self._resumed, self._rng = self._resumed, None, None
+        if self.stream is not None:
+            self.stream.begin()
+        if found is None or found["epoch"] != epoch or not 0 < found["batch"] <= skip:
+            return 0
+        if found.get("anew"):
+            return skip
+        self._kept = {name: found[name] for name in ("batch", "rng", "stream")}
+        if found["batch"] == skip:
+            self._rng = found["rng"]
+        if self.stream is None or found["stream"] is None:
+            return 0
+        self.stream.load(copy.deepcopy(found["stream"]))
+        position: int = found["batch"]
+        return position
+
+    def counts(self, position: int) -> list[int]:
+        """Batches that each of the loader's processes has made before."""
+        stream = self.stream
+        if stream is None:
+            return []
+        if stream.kind == "processes":
+            return list(getattr(stream, "counts", ()))
+        return [-(-max(0, position - process) // stream.processes) for process in range(stream.processes)]
+
+    def read(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        return iterator if self.stream is None else self.stream.read(iterator)
+
+    def about_to_read(self) -> None:
+        """The batch after the cursor is read next, with the generators as they were when it was read before."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+            self._rng = None
+
+    # ---------------------------------------------------------------- state
+
+    def keep(self, batch: int) -> None:
+        """So many batches of the epoch have been read, all of which are handed out by now: see `LookAhead`."""
+        stream = None
+        if self.stream is not None:
+            try:
+                stream = plain_value(self.stream.state(), "the loader's state")
+            except CheckpointError as error:
+                log.warning("A resumed run will read this epoch again up to where it was: %s", error)
+                self.stream = None if self.stream.kind != "processes" else self.stream
+        self._kept = {"batch": batch, "rng": capture_rng(), "stream": stream}
+
+    def state(self) -> dict[str, Any] | None:
+        now = self._memories()
+        if self._kept is None and not any(self._began) and not any(now):
+            return None
+        kept = self._kept or {"batch": 0, "rng": None, "stream": None}
+        stream = self.stream
+        form = None if stream is None else [stream.kind, stream.processes]
+        return {"epoch": self._epoch, "began": self._began, "now": now, "form": form, **kept}
+
+    def take(self, state: dict[str, Any] | None, stage: str) -> None:
+        if state is None:
+            return
+        state = dict(state)
+        stream = self.stream
+        form = None if stream is None else [stream.kind, stream.processes]
+        if state["stream"] is not None and list(state["form"]) != form:
+            log.warning(
+                "The %s loader's state was taken with %s loader process(es) by %s, and does not fit what there is now; "
+                "the epoch begins anew.", stage, state["form"][1], state["form"][0],
+            )  # fmt: skip
+            state["anew"] = True
+        self._resumed = state
+
+    def _memories(self) -> list[Memory]:
+        return [remembered(root, new) for root, new in zip(self._roots, self._new, strict=True)]
+
+
+def _remembering(loader: Any, batches: ShardedBatches | None) -> list[Any]:
+    """What of a user's may count epochs: samplers, a dataset that is a stream, a loader of an own class."""
+    roots: list[Any] = []
+    if library_of(loader) not in ("torch", "torchdata", "builtins"):
+        roots.append(loader)
+    if batches is not None and not is_plain_shuffle(batches.users):
+        roots.append(batches.users)
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        roots.append(loader.dataset)
+    return roots

@@ -1,0 +1,204 @@
+"""What a user's samplers and streams carry from epoch to epoch: generators, counters, states of their own.
+
+A run that resumes has new objects, which begin where they were made. So generators are seeded anew in each epoch, and
+the rest is part of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from raytrainer.checkpointing.plain_values import plain_value
+from raytrainer.errors import CheckpointError
+from raytrainer.plan.seeds import derive_seed
+
+__all__ = [
+    "STREAMS",
+    "Memory",
+    "depends_on_epoch",
+    "has_generators",
+    "has_state",
+    "library_of",
+    "recall",
+    "remembered",
+    "seed_own_generators",
+    "tell_epoch",
+]
+
+#: What objects remembered: by the way from the root, changed counters (".inner.epoch") and states (".inner()").
+Memory = dict[str, Any]
+
+#: Objects to look into at most: a sampler that holds more than that holds data.
+MOST = 256
+
+#: Items of a list or dict to look into at most.
+FEW = 16
+
+#: Libraries of streams, which draw their order from seeds and epochs of their own.
+STREAMS = ("datasets", "litdata", "streaming", "webdataset", "torchdata")
+
+#: What neither is a sampler nor holds one.
+NO_PARTS = (Dataset, DataLoader, torch.Tensor, nn.Module, type)
+FOREIGN = {
+    "numpy",
+    "threading",
+    "multiprocessing",
+    "queue",
+    "logging",
+    "pathlib",
+    "torch",
+    "pandas",
+    "pyarrow",
+    *STREAMS,
+}
+
+
+def has_state(thing: Any) -> bool:
+    """Whether `thing` has the usual `state_dict()`, without arguments, and `load_state_dict(state)`."""
+    if isinstance(thing, (nn.Module, type)) or not callable(getattr(thing, "load_state_dict", None)):
+        return False
+    method = getattr(thing, "state_dict", None)
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):  # litdata's and mosaicml's datasets want to be told how far a loader has read
+        return False
+    return True
+
+
+def library_of(thing: Any) -> str:
+    """The package that its class comes from."""
+    return type(thing).__module__.split(".")[0]
+
+
+def tell_epoch(sampler: Any, epoch: int) -> None:
+    """Call `set_epoch` of a sampler, and of all samplers inside it."""
+    for _, part in _parts(sampler):
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch) and not isinstance(part, type):
+            set_epoch(epoch)
+
+
+def depends_on_epoch(sampler: Any) -> bool:
+    """Whether a sampler, or one inside it, is told the epoch."""
+    return any(callable(getattr(part, "set_epoch", None)) for _, part in _parts(sampler))
+
+
+def has_generators(root: Any) -> bool:
+    """Whether `seed_own_generators` would find any."""
+    return any(_is_generator(part) for _, part in _parts(root))
+
+
+def seed_own_generators(sampler: Any, seed: int) -> None:
+    """Seed every generator (torch's, NumPy's, Python's) that a sampler, or one inside it, has as an attribute."""
+    numpy = sys.modules.get("numpy")
+    for path, generator in _parts(sampler):
+        own = derive_seed(seed, "generator", path)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(own)
+        elif isinstance(generator, random.Random):
+            generator.seed(own)
+        elif numpy is not None and isinstance(generator, numpy.random.RandomState):
+            generator.seed(own % 2**32)
+        elif numpy is not None and isinstance(generator, (numpy.random.Generator, numpy.random.BitGenerator)):
+            bits = getattr(generator, "bit_generator", generator)
+            bits.state = type(bits)(own).state
+
+
+def remembered(root: Any, beginning: Memory | None = None) -> Memory:
+    """Counters (plain numbers, texts and the like) of `root` and of samplers in it, and states of samplers.
+
+    Args:
+        root: A sampler, or what gives batches or samples, whose own state would be a position. Of a DataLoader: what
+            it has itself.
+        beginning: What this gave when it was new. What is as it was then is left out.
+    """
+    found: Memory = {}
+    for path, part in _parts(root, deep=not isinstance(root, DataLoader)):
+        if _keeps_itself(path, part):
+            with contextlib.suppress(CheckpointError):  # it cannot be kept
+                found[f"{path}()"] = plain_value(part.state_dict(), f"the state of {type(part).__name__}")
+        else:
+            found |= {name: vars(part)[name.rpartition(".")[2]] for name in _counters(path, part)}
+    if beginning is None:
+        return found
+    return {key: value for key, value in found.items() if key not in beginning or _differ(beginning[key], value)}
+
+
+def recall(root: Any, memory: Memory) -> None:
+    """Put back what `remembered` gave."""
+    for path, part in list(_parts(root, deep=not isinstance(root, DataLoader))):
+        if f"{path}()" in memory and _keeps_itself(path, part):
+            part.load_state_dict(copy.deepcopy(memory[f"{path}()"]))
+        for name, value in memory.items():
+            owner, _, attribute = name.rpartition(".")
+            if owner == path and not name.endswith("()") and hasattr(part, "__dict__") and hasattr(part, attribute):
+                part.__dict__[attribute] = value
+
+
+def _keeps_itself(path: str, part: Any) -> bool:
+    return (bool(path) or isinstance(part, Sampler)) and has_state(part)
+
+
+def _counters(path: str, part: Any) -> list[str]:
+    """Names of attributes, after their owner's path, that may count."""
+    if not hasattr(part, "__dict__") or (path and not isinstance(part, Sampler) and not hasattr(part, "__iter__")):
+        return []
+    return [f"{path}.{name}" for name, v in vars(part).items() if v is None or type(v) in (bool, int, float, str)]
+
+
+def _is_generator(part: Any) -> bool:
+    return isinstance(part, (torch.Generator, random.Random)) or type(part).__module__.startswith("numpy.random")
+
+
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return bool(one != other)
+    except (RuntimeError, ValueError):  # tensors and arrays in it, which compare one by one
+        return True
+
+
+def _parts(root: Any, deep: bool = True) -> Iterator[tuple[str, Any]]:
+    """(way to it, object): the root, and the samplers, generators and helpers that it holds, but no data."""
+    seen: set[int] = set()
+    waiting: deque[tuple[str, Any]] = deque([("", root)])
+    while waiting and len(seen) < MOST:
+        path, part = waiting.popleft()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield path, part
+        if not deep:
+            return
+        for name, value in list(getattr(part, "__dict__", {}).items()):
+            items: list[tuple[Any, Any]] = [("", value)]
+            if isinstance(value, (list, tuple)) and len(value) <= FEW:
+                items = [(f"[{index}]", item) for index, item in enumerate(value)]
+            elif isinstance(value, dict) and len(value) <= FEW:
+                items = [(f"[{key!r}]", item) for key, item in value.items()]
+            waiting += [(f"{path}.{name}{key}", item) for key, item in items if _is_part(item)]
+
+
+def _is_part(value: Any) -> bool:
+    if isinstance(value, Sampler) or _is_generator(value):
+        return True
+    kind = type(value)
+    if isinstance(value, NO_PARTS) or hasattr(kind, "__next__") or callable(value):
+        return False
+    return (
+        library_of(value) not in (*FOREIGN, *STREAMS)
+        and hasattr(value, "__dict__")
+        and not hasattr(kind, "__getitem__")
+    )

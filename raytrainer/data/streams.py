@@ -1,0 +1,214 @@
+"""Streams that know where they are: their states are taken and put back, instead of reading from the beginning again.
+
+A state is always that after the batches handed out so far, whatever processes have read ahead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+
+from raytrainer.data.memories import has_state
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.seeding import seed_generators
+
+__all__ = ["DatasetStream", "LoaderStream", "ProcessesStream", "Requests", "Stream", "stream_of"]
+
+
+class LoaderStream:
+    """A loader with a state of its own: torchdata's, litdata's, a user's."""
+
+    kind = "loader"
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.processes = getattr(loader, "num_workers", 0)
+
+    def begin(self) -> None:
+        """An epoch begins where the loader begins."""
+
+    def state(self) -> Any:
+        return self.loader.state_dict()
+
+    def load(self, state: Any) -> None:
+        self.loader.load_state_dict(state)
+
+    def read(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        return iterator
+
+
+class DatasetStream:
+    """An iterable dataset with a state, read in this process."""
+
+    kind = "dataset"
+    processes = 0
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def begin(self) -> None:
+        """An epoch begins where the dataset begins."""
+
+    def state(self) -> Any:
+        return self.dataset.state_dict()
+
+    def load(self, state: Any) -> None:
+        self.dataset.load_state_dict(state)
+
+    def read(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        return iterator
+
+
+class ProcessesStream:
+    """An iterable dataset with a state, read by a loader's processes: each has a copy, which sends its state along.
+
+    Args:
+        loader: A copy of the user's, which this may change.
+    """
+
+    kind = "processes"
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.processes = loader, loader.num_workers
+        self._init = loader.worker_init_fn
+        loader.collate_fn = _CollateWithState(loader.collate_fn)
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins where each process's dataset begins."""
+        self.states: list[Any] = [None] * self.processes
+        self.counts = [0] * self.processes
+
+    def state(self) -> Any:
+        return {"states": list(self.states), "counts": list(self.counts)}
+
+    def load(self, state: Any) -> None:
+        self.states, self.counts = list(state["states"]), list(state["counts"])
+        self.loader.worker_init_fn = _LoadState(self._init, self.states)
+
+    def read(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Take the states off the batches; after `load`, also put them in the order that they would have had."""
+        self.loader.worker_init_fn = self._init  # the processes have been started
+        for batch, worker, state in self._in_turn(iterator):
+            self.states[worker] = state
+            self.counts[worker] += 1
+            yield batch
+
+    def _in_turn(self, tagged: Iterator[Any]) -> Iterator[Any]:
+        """A loader begins with its first process, also where some others are still to give a batch of this round."""
+        most = max(self.counts)
+        before = {worker for worker, count in enumerate(self.counts) if count == most and most}
+        if len(before) == self.processes:
+            before = set()
+        held: list[Any] = []  # of the next round, from processes that were through with the last one
+        latest = -1
+        for item in tagged:
+            worker = item[1]
+            if worker <= latest:
+                yield from held
+                held = []
+            latest = worker
+            if worker in before:
+                held.append(item)
+            else:
+                yield item
+        yield from held
+
+
+Stream = LoaderStream | DatasetStream | ProcessesStream
+
+
+def stream_of(loader: Any) -> Stream | None:
+    """What keeps the position of a loader (a copy of the user's); None: nothing that can be asked for it."""
+    if not isinstance(loader, DataLoader):
+        return LoaderStream(loader) if has_state(loader) else None
+    dataset = loader.dataset
+    if not isinstance(dataset, IterableDataset) or _forgets(dataset):
+        return None
+    if has_state(loader):
+        return LoaderStream(loader)
+    if not has_state(dataset):
+        return None
+    return ProcessesStream(loader) if loader.num_workers else DatasetStream(dataset)
+
+
+def _forgets(dataset: Any) -> bool:
+    """Whether the state lacks samples: those in the shuffle buffer of a Hugging Face dataset."""
+    part, seen = getattr(dataset, "_ex_iterable", None), 0
+    while part is not None and seen < 64:
+        if "BufferShuffled" in type(part).__name__:
+            return True
+        part, seen = getattr(part, "ex_iterable", None), seen + 1
+    return False
+
+
+class _CollateWithState:
+    """A user's `collate_fn`, in a loader's process, and what the dataset's state is after the batch."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> tuple[Any, int, Any]:
+        info = get_worker_info()
+        assert info is not None
+        dataset: Any = info.dataset
+        state = copy.deepcopy(dataset.state_dict())
+        return self.collate(samples), info.id, state
+
+
+class _LoadState:
+    """A user's `worker_init_fn`, and then the dataset's state put back."""
+
+    def __init__(self, init: Callable[[int], Any] | None, states: list[Any]) -> None:
+        self.init, self.states = init, states
+
+    def __call__(self, worker: int) -> None:
+        if self.init is not None:
+            self.init(worker)
+        info = get_worker_info()
+        if info is not None and self.states[worker] is not None:
+            dataset: Any = info.dataset
+            dataset.load_state_dict(self.states[worker])
+
+
+class Requests(Sampler[Any]):
+    """What a loader asks its processes for where the dataset is iterable: so many samples, with a seed.
+
+    A process's randomness depends on (`seed`, process, batches that it has made), so that it can go on anywhere.
+
+    Args:
+        samples: In a batch; None where the loader does not batch.
+        seed: Of this epoch.
+        counts: Batches that each process has made before.
+    """
+
+    def __init__(self, samples: int | None, seed: int, counts: list[int]) -> None:
+        self.request = _Request(samples, seed, counts)
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.request
+
+
+class _Request:
+    def __init__(self, samples: int | None, seed: int, counts: list[int]) -> None:
+        self.content = samples, seed, counts
+
+    def __reduce__(self) -> Any:
+        return _arrive, self.content
+
+
+_served = (0, 0)  # in a loader's process: (seed, requests with it)
+
+
+def _arrive(samples: int | None, seed: int, counts: list[int]) -> Any:
+    global _served
+    info = get_worker_info()
+    if info is not None:
+        _served = seed, _served[1] + 1 if _served[0] == seed else 1
+        before = counts[info.id] if info.id < len(counts) else 0
+        seed_generators(derive_seed(seed, info.id, before + _served[1]))
+    return None if samples is None else [None] * samples

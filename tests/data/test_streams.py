@@ -1,0 +1,231 @@
+"""Streams that know where they are: a resumed run reads what an undisturbed one reads, and reads nothing again."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from raytrainer.data.feed import Feed
+from raytrainer.data.look_ahead import LookAhead
+from raytrainer.data.sharding import Share
+from raytrainer.plan.settings import build_settings
+from raytrainer.seeding import capture_rng, restore_rng
+
+SAMPLES = 26
+
+
+class Numbers(IterableDataset[Any]):
+    """A stream with a state, and noisy samples. `read` counts those read in this process."""
+
+    read = 0
+
+    def __init__(self) -> None:
+        self.start = self.at = 0
+        self.rng = random.Random(1)
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        begin, self.start = self.start or worker, 0
+        for number in range(begin, SAMPLES, workers):
+            self.at = number + workers
+            Numbers.read += 1
+            yield torch.tensor([float(number), torch.rand(()).item(), self.rng.random()])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "rng": self.rng.getstate()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["at"]
+        version, words, gauss = state["rng"]
+        self.rng.setstate((version, tuple(words), gauss))
+
+
+class Stateless(IterableDataset[Any]):
+    """A stream that cannot be asked for its place; it shuffles, and counts epochs."""
+
+    epochs = 0
+
+    def __init__(self) -> None:
+        self.rng = random.Random(1)
+
+    def __iter__(self):
+        self.epochs += 1
+        order = list(range(SAMPLES))
+        self.rng.shuffle(order)
+        info = get_worker_info()
+        for number in order if info is None else order[info.id :: info.num_workers]:
+            yield torch.tensor([number + 100.0 * self.epochs, torch.rand(()).item(), random.random()])
+
+
+class OwnLoader:
+    """A user's loader with a state, and no torch in it."""
+
+    def __init__(self, known: bool) -> None:
+        self.start = self.at = 0
+        if known:
+            self.__class__ = OfKnownLength
+
+    def __iter__(self):
+        begin, self.start = self.start, 0
+        for number in range(begin, SAMPLES):
+            self.at = number + 1
+            yield torch.tensor([number, random.random()])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["at"]
+
+
+class OfKnownLength(OwnLoader):
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+class Shuffles:
+    """An iterable of batches that shuffles with a generator of its own, or by counting its epochs."""
+
+    def __init__(self, counts: bool) -> None:
+        self.rng, self.epoch, self.counts = torch.Generator().manual_seed(5), 0, counts
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self):
+        self.epoch += 1
+        rng = torch.Generator().manual_seed(self.epoch) if self.counts else self.rng
+        return iter([torch.tensor([i]) for i in torch.randperm(SAMPLES, generator=rng).tolist()])
+
+
+def torchdatas(processes: int, dataset: type = Numbers) -> Any:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    return module.StatefulDataLoader(dataset(), batch_size=2, num_workers=processes)
+
+
+def nodes() -> Any:
+    nodes = pytest.importorskip("torchdata.nodes")
+    return nodes.Loader(nodes.Batcher(nodes.IterableWrapper(range(SAMPLES)), 2))
+
+
+def hugging_face(processes: int) -> Any:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=4)
+    return DataLoader(whole.map(lambda row: {"y": row["x"] + 1}), batch_size=2, num_workers=processes)
+
+
+def shuffled_by_hugging_face() -> Any:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=2)
+    return DataLoader(whole.shuffle(seed=3, buffer_size=8), batch_size=2)
+
+
+#: kind of stream: how it is made, and how many samples at most are read again
+STREAMS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "dataset": (lambda: DataLoader(Numbers(), 2), True),
+    "dataset, unbatched": (lambda: DataLoader(Numbers(), None), True),
+    "dataset, process": (lambda: DataLoader(Numbers(), 2, num_workers=1), True),
+    "dataset, 3 processes": (lambda: DataLoader(Numbers(), 2, num_workers=3, persistent_workers=True), True),
+    "own loader": (lambda: OwnLoader(False), True),
+    "own loader of known length": (lambda: OwnLoader(True), True),
+    "torchdata": (lambda: torchdatas(0), True),
+    "torchdata, 2 processes": (lambda: torchdatas(2), True),
+    "torchdata.nodes": (nodes, True),
+    "Hugging Face": (lambda: hugging_face(0), True),
+    "Hugging Face, 2 processes": (lambda: hugging_face(2), True),
+    "Hugging Face, shuffled": (shuffled_by_hugging_face, False),
+    "stateless": (lambda: DataLoader(Stateless(), 2), False),
+    "stateless, 2 processes": (lambda: DataLoader(Stateless(), 2, num_workers=2), False),
+    "iterable": (lambda: Shuffles(False), False),
+    "iterable that counts": (lambda: Shuffles(True), False),
+}
+
+
+def feed(loader: Any) -> Feed:
+    return Feed(loader, "train", Share(0, 1), 3, build_settings())
+
+
+class Reader:
+    """Reads as the training loop does: state and generators are taken between chunks."""
+
+    def __init__(self, source: Feed) -> None:
+        self.source = source
+        self.marks: dict[int, tuple[Any, Any]] = {}
+
+    def read(self, epoch: int, skip: int = 0, keep: bool = True) -> list[Any]:
+        source, found = self.source, []
+        source.begin(epoch)
+        source.draw()
+        kept = capture_rng() if skip else None
+        batches = source.start(epoch, skip)
+        if kept is not None:
+            restore_rng(kept)
+        while True:
+            if isinstance(batches, LookAhead):
+                batches.keeping = keep
+            batch = next(batches, None)
+            if batch is None:
+                return found
+            found.append(plain(batch))
+            torch.rand(1)  # training draws too
+            self.marks[skip + len(found)] = copy.deepcopy(source.state()), capture_rng()
+
+
+def plain(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.tolist()
+    return {name: plain(value) for name, value in batch.items()} if isinstance(batch, dict) else batch
+
+
+@pytest.fixture
+def generators():
+    before = capture_rng()
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+    restore_rng(before)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_resumed_run_reads_the_very_samples(kind, generators):
+    make, _ = STREAMS[kind]
+    undisturbed = Reader(feed(make()))
+    first = undisturbed.read(0)
+    before_second = undisturbed.source.state(), capture_rng()
+    whole = undisturbed.read(1)
+    after = undisturbed.read(2)
+    assert len(whole) == len(first) > 5
+    assert first != whole or "nodes" in kind or "Hugging Face" in kind
+    undisturbed = Reader(feed(make()))
+    restore_rng(before_second[1])
+    undisturbed.source.take_state(before_second[0])
+    assert undisturbed.read(1) == whole  # from an epoch's beginning
+    for skip in (1, 2, 3, 5, len(whole) - 1):
+        state, rng = undisturbed.marks[skip]
+        again = Reader(feed(make()))
+        again.source.take_state(state)
+        restore_rng(rng)
+        assert again.read(1, skip) == whole[skip:], skip
+        assert again.read(2) == after, skip
+    undisturbed.source.close()
+
+
+@pytest.mark.parametrize("kind", [k for k in STREAMS if k in ("dataset", "own loader", "torchdata")])
+def test_nothing_is_read_again(kind):
+    make, _ = STREAMS[kind]
+    reader = Reader(feed(make()))
+    reader.read(0)
+    batches = len(reader.marks)
+    again = feed(make())
+    again.take_state(reader.marks[batches - 1][0])
+    Numbers.read = 0
+    again.begin(0)
+    assert len(list(again.start(0, batches - 1))) == 1
+    assert Numbers.read <= 2
