@@ -7,6 +7,7 @@
     ├── MetricError                       a `self.log` call that cannot be honoured
     ├── SerializationError                something that must reach the workers cannot be pickled; names it
     ├── CheckpointError                   a checkpoint that is missing, truncated, foreign or too new
+    ├── DisagreementError                 workers that were to do, or to hold, the same have not
     ├── ResourceError                     the cluster cannot give what was asked
     ├── WorkerError                       user code failed in a worker: carries rank, node and its traceback
     └── WorkerLostError                   a worker process or its node is gone
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DataError",
+    "DisagreementError",
     "MetricError",
     "RaytrainerError",
     "ResourceError",
@@ -51,6 +53,10 @@ class DataError(RaytrainerError):
 
 class MetricError(RaytrainerError):
     """A `self.log` call that cannot be honoured, or workers that logged different names."""
+
+
+class DisagreementError(RaytrainerError):
+    """Workers that were to do the same, or to hold the same, have not: names the ranks and what differs."""
 
 
 class SerializationError(RaytrainerError):

@@ -131,7 +131,8 @@ def test_public_names():
     assert set(raytrainer.__all__) == {
         "DDP", "DDP2", "DP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder",
         "CSVLogger", "Callback", "CheckpointError", "ConfigurationError", "DataError", "DataModule",
-        "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler", "LambdaCallback",
+        "DeviceStatsMonitor", "DisagreementError", "EMAWeightAveraging", "EarlyStopping",
+        "GradientAccumulationScheduler", "LambdaCallback",
         "LambdaWorkerCallback", "LearningRateFinder", "LearningRateMonitor", "Logger", "MLFlowLogger", "MetricError",
         "ModelCheckpoint", "ModelSummary", "Module", "OnExceptionCheckpoint", "PredictionWriter", "Profiler",
         "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError", "RichModelSummary",

@@ -20,6 +20,7 @@ from raytrainer.errors import ConfigurationError
 
 __all__ = [
     "BATCH_NORMS",
+    "all_averaged",
     "compile_call",
     "drop_compiled",
     "fix_buckets",
@@ -71,6 +72,21 @@ def fix_buckets(ddp: DistributedDataParallel) -> None:
         return
     push()
     rebuild()
+
+
+def all_averaged(ddp: DistributedDataParallel) -> bool:
+    """Whether the backward pass just done has brought DDP every gradient that it waits for.
+
+    Without the reducer's `_check_reducer_finalized`: True, and DDP's own error with the next batch, if there is one.
+    """
+    check = getattr(ddp.reducer, "_check_reducer_finalized", None)
+    if check is None:
+        return True
+    try:
+        check()
+    except RuntimeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- compiled modules

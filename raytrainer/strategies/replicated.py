@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,39 +13,19 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from raytrainer.errors import ConfigurationError, DisagreementError
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
-from raytrainer.private.torch_private import fix_buckets
+from raytrainer.private.torch_private import all_averaged, fix_buckets
+from raytrainer.strategies.averaging import average_gradients
+from raytrainer.strategies.joining import JoinedStep, leaves_of
+from raytrainer.strategies.meeting import END, NEXT, Meeting
+from raytrainer.strategies.step_result import StepResult
 from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["ReplicatedStrategy"]
 
 _COMPRESSION = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
-
-
-class _Step(nn.Module):
-    """What DDP wraps: its forward is the training step, so that DDP sees the pass from its beginning."""
-
-    def __init__(self, module: nn.Module, step: Callable[[Any, int, int], Any], backwards: bool) -> None:
-        super().__init__()
-        if backwards:  # DDP numbers parameters as it finds them, and finds these first
-            self.backwards = nn.ParameterList(reversed(list(module.parameters())))
-        self.module = module
-        self.__dict__["step"] = step
-
-    def forward(self, batch: Any, batch_idx: int) -> Any:
-        output = self.__dict__["step"](batch, batch_idx, 0)
-        if output is None and self.module.automatic_optimization:
-            # a rank that skips its batch must still take part in the averaging: with zero gradients
-            return _Skipped(sum(p.sum() * 0.0 for p in self.module.parameters() if p.requires_grad))
-        return output
-
-
-class _Skipped(dict[str, Any]):
-    """The output of a rank that skipped: a loss whose gradients are zero."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__(loss=loss)
 
 
 class _Gather(torch.autograd.Function):
@@ -79,7 +60,11 @@ class ReplicatedStrategy(Strategy):
         super().__init__(ranks, device)
         self.control = control
         self.settings = settings or DDP()
+        self.meeting = Meeting(control, ranks.world_size)
         self._ddp: DistributedDataParallel | None = None
+        self._step: JoinedStep | None = None
+        self._gave = False  # whether this worker had a loss in the window in progress
+        self._absent: list[nn.Parameter] = []  # had no gradient before this worker joined in with zeros
 
     def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
         trainable = any(p.requires_grad for p in module.parameters())
@@ -92,41 +77,75 @@ class ReplicatedStrategy(Strategy):
         # The sum of three or more numbers depends, in its last bit, on the order in which they are added, and that on
         # a gradient's place in DDP's buckets. With more than two workers the places are therefore fixed.
         fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters
-        self._ddp = DistributedDataParallel(_Step(module, step, backwards=fixed), **self.settings.options)
+        waits = not self.settings.find_unused_parameters
+        self._step = JoinedStep(module, step, backwards=fixed, all_needed=waits)
+        self._ddp = DistributedDataParallel(self._step, **self.settings.options)
         if fixed:
             fix_buckets(self._ddp)
         if self.settings.gradient_compression is not None:
             self._ddp.register_comm_hook(None, _COMPRESSION[self.settings.gradient_compression])
-        ddp = self._ddp
-        return lambda batch, batch_idx, dataloader_idx: ddp(batch, batch_idx)
+        return partial(self._joined_step, self._ddp, self._step)
+
+    def _joined_step(
+        self, ddp: DistributedDataParallel, step: JoinedStep, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> StepResult:
+        joined: Tensor | None = ddp(batch, batch_idx)
+        result = step.result
+        step.forget()
+        if joined is None:
+            return result
+        if step.skipped:
+            if not ddp.require_backward_grad_sync:
+                return result
+            if self.settings.static_graph:
+                raise ConfigurationError(
+                    f"training_step returned no loss in batch {batch_idx} of rank {self.ranks.rank}: with "
+                    f"DDP(static_graph=True) every worker uses the same parameters in each step. Leave static_graph "
+                    f"out, or return a loss of zero that depends on them, such as 0.0 * self(x).sum()."
+                )
+            return result._replace(join=partial(self._join, step, joined))
+        self._gave = True
+        return result._replace(loss=joined)
+
+    def _join(self, step: JoinedStep, joined: Tensor) -> None:
+        self._absent = step.without_gradient()
+        joined.backward()  # type: ignore[no-untyped-call]
 
     def sync_next(self, sync: bool) -> None:
         if self._ddp is not None and self._ddp.require_backward_grad_sync is not sync:
             self._ddp.require_backward_grad_sync = sync
 
-    @torch.no_grad()
-    def sync_manual(self, module: nn.Module) -> None:
-        """Average gradients over workers, in one collective per dtype.
+    def settle(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> bool:
+        ddp, step = self._ddp, self._step
+        if ddp is None or step is None:
+            return True
+        if not all_averaged(ddp):
+            self._refuse_unused(module, loss, batch_idx)
+        # whoever had a loss knows the vote's outcome; only others need wait for the device
+        given = self._gave or bool(step.vote.grad)
+        if not given:
+            for parameter in self._absent:
+                parameter.grad = None
+        step.vote.grad, self._gave, self._absent = None, False, []
+        return given
 
-        Averaging what earlier passes had already averaged leaves it as it is, so several backward passes before a step
-        are right too. A gradient that no worker has stays None.
-        """
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        dist.all_reduce(present)
-        kinds: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter, count in zip(parameters, present.tolist(), strict=True):
-            if count:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                kinds.setdefault(parameter.grad.dtype, []).append(parameter)
-        for members in kinds.values():
-            gradients = [p.grad for p in members if p.grad is not None]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            flat /= self.ranks.world_size
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+    def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> None:
+        reached = set() if loss is None else leaves_of(loss)
+        unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
+        names = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise DisagreementError(
+            f"the loss of rank {self.ranks.rank} in batch {batch_idx} does not depend on {names or 'all parameters'}: "
+            f"the other workers wait for their gradients. Use strategy=DDP(find_unused_parameters=True), freeze what "
+            f"is never used (requires_grad_(False)), or return None to skip a batch."
+        )
+
+    def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
+        self.meeting.batch, self.meeting.calls = batch_idx, call
+        average_gradients(module, self.meeting)
+
+    def end_manual(self, batch_idx: int) -> None:
+        self.meeting.batch = batch_idx
+        self.meeting.meet(END)
 
     @torch.no_grad()
     def sync_buffers(self, module: nn.Module) -> None:
@@ -136,9 +155,7 @@ class ReplicatedStrategy(Strategy):
             dist.broadcast(buffer.data, src=0)
 
     def all_agree(self, flag: bool) -> bool:
-        vote = torch.tensor([int(flag)])
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.control)
-        return bool(vote.item())
+        return bool(self.meeting.meet(NEXT, int(flag))[0])
 
     def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
         tensor = tensor.contiguous()

@@ -27,7 +27,7 @@ class SingleStrategy(Strategy):
     def sync_next(self, sync: bool) -> None:
         pass
 
-    def sync_manual(self, module: nn.Module) -> None:
+    def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
         pass
 
     def sync_buffers(self, module: nn.Module) -> None:

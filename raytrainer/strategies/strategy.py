@@ -5,7 +5,8 @@ a run comes to them:
 
     shape                   the module, between `configure_model` and the optimizers
     prepare                 the training step, with whatever synchronises gradients
-    sync_next, sync_manual  each backward pass
+    sync_next, settle       each backward pass that the loop runs
+    sync_manual, end_manual with manual optimization: each backward pass, and a chunk's end
     clip_gradients          before an optimizer's step
     begin_evaluation, evaluation_step, out_of_batches, end_evaluation
     module_state, load_module, optimizer_state, load_optimizer, holds_common
@@ -92,15 +93,38 @@ class Strategy(ABC):
 
     @abstractmethod
     def prepare(self, module: nn.Module, step: Step) -> Step:
-        """Ready the module for training; return the training step to call, forward synchronisation included."""
+        """Ready the module for training; return the training step to call, forward synchronisation included.
+
+        With automatic optimization `step` returns a `StepResult`, and so must what is returned here.
+        """
 
     @abstractmethod
     def sync_next(self, sync: bool) -> None:
         """Whether the next backward pass synchronises gradients; False on accumulating batches."""
 
+    def settle(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> bool:
+        """After each backward pass that synchronises (or `StepResult.join`): see that it has.
+
+        Returns:
+            Whether any worker had a loss since gradients were zeroed. Where none had, they are as if there had been no
+            backward pass.
+
+        Raises:
+            DisagreementError: Other workers wait for gradients that this one's loss does not depend on.
+        """
+        return True
+
     @abstractmethod
-    def sync_manual(self, module: nn.Module) -> None:
-        """Synchronise the gradients that a manual backward pass has left."""
+    def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
+        """Synchronise the gradients that a manual backward pass has left: the `call`-th of this batch, from 0.
+
+        Raises:
+            DisagreementError: Other workers are at another one.
+        """
+
+    def end_manual(self, batch_idx: int) -> None:
+        """A chunk of manual optimization is through, with this batch: see that nobody waits in `sync_manual`."""
+        return None
 
     def clip_gradients(self, parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
         """Clip gradients by their total norm over all workers that hold parts of it ("norm"), or each ("value")."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +9,47 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.strategies.step_result import StepResult, loss_of, require_graph
+from raytrainer.worker.accumulation_window import Window
+from raytrainer.worker.closures import Closure, takes_closure
 from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["AutomaticOptimization"]
+__all__ = ["AutomaticOptimization", "with_loss"]
+
+Step = Callable[[Any, int, int], Any]
+
+
+def with_loss(run: WorkerRun, step: Step) -> Callable[[Any, int, int], StepResult]:
+    """`training_step`, returning its loss beside what it returned.
+
+    It refuses losses that have no backward pass, unless the user's own `backward` may have some use for them.
+    """
+    own_backward = overridden(run.module, "backward")
+    rank = f" of rank {run.strategy.ranks.rank}" if run.strategy.ranks.world_size > 1 else ""
+
+    def stepped(batch: Any, batch_idx: int, dataloader_idx: int) -> StepResult:
+        outputs = step(batch, batch_idx, dataloader_idx)
+        loss = loss_of(outputs)
+        if loss is not None and not own_backward:
+            plain = loss.requires_grad and loss.numel() == 1 and not loss.is_complex()
+            if not plain:
+                require_graph(loss, f"batch {batch_idx}{rank}")
+        return StepResult(loss, outputs)
+
+    return stepped
 
 
 class AutomaticOptimization:
     """Forward, backward and, on stepping batches, the optimizer's step."""
 
-    def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], Any]) -> None:
+    def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], StepResult]) -> None:
         self.run, self.view, self.module, self.step = run, run.view, run.module, step
+        self.several = run.strategy.ranks.world_size > 1
+        # whether workers have losses of their own slices of a node's batch, rather than all of the whole one
+        self.weighs = run.slices.active and not overridden(run.module, "training_step_end")
+        self.given_any = False  # whether any worker had a loss in the latest window
         settings = run.view.settings
         self.accumulate, self.accumulates = run.view.accumulate_grad_batches, settings.accumulates
         self.strategy, self.precision = run.strategy, run.precision
@@ -45,33 +73,39 @@ class AutomaticOptimization:
         if self.clip is None and settings.gradient_clip_val is not None:
             self.clip = module.configure_gradient_clipping
         self.clipping = settings.gradient_clip_val, settings.gradient_clip_algorithm
-        # the user's own optimizer_step, or an optimizer such as LBFGS that evaluates several times, gets a closure
+        # the user's own optimizer_step, or an optimizer that may evaluate several times, gets a closure
         self.optimizer_step = _own(run, "optimizer_step")
-        closing = self.optimizer is not None and _needs_closure(self.optimizer)
-        if self.optimizer_step is None and closing:
+        own_step = self.optimizer_step is not None
+        takes = Closure.NEVER if self.optimizer is None else takes_closure(self.optimizer)
+        if not own_step and takes is not Closure.NEVER:
             self.optimizer_step = module.optimizer_step
         self.given: Any = self.optimizer  # what optimizer_step is given
         if run.precision.scaler is not None and self.optimizer is not None:
-            if closing:
+            if takes is Closure.REQUIRED:
                 raise ConfigurationError(
                     f'precision="16-mixed" with {type(self.optimizer).__name__}: an optimizer that evaluates a closure '
                     f'several times cannot work with scaled gradients; use "bf16-mixed".'
                 )
             self.given = ScaledOptimizer(self.optimizer, run.precision)
+        self.window = Window(run.view, run.recorder, several=takes is Closure.REQUIRED)
         self.batch: Any = None
         self.index = 0
+        self.syncs = True  # whether the next backward pass is the window's last
         self.outputs: Any = None
 
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
-        self.batch, self.index = batch, index
+        self.batch, self.index, self.syncs = batch, index, stepping
         if self.accumulates:
             self.strategy.sync_next(stepping)
         if not stepping or self.optimizer is None:
-            self._forward_backward()
+            loss = self._forward_backward()
+            if self.optimizer_step is not None:
+                self.window.add(batch, index, self._weighted(loss))
         elif self.optimizer_step is not None:
             self.optimizer_step(self.view.current_epoch, index, self.given, self._closure)
+            self.window.end()
         else:
-            self._closure()
+            self._evaluate()
             self.step_optimizer(self.optimizer)
         if stepping:
             # also where infinite gradients were left out: only the device knows, and all else is counted in steps
@@ -79,7 +113,36 @@ class AutomaticOptimization:
         outputs, self.outputs, self.batch = self.outputs, None, None
         return outputs
 
+    def end_chunk(self) -> None:
+        """Nothing is left to wait for."""
+
     def _closure(self) -> Any:
+        """The window's loss and its gradients, at the weights of now; the same on all workers."""
+        batch, index = self.batch, self.index
+        for earlier in self.window.evaluate():
+            self.batch, self.index = earlier
+            self.syncs = False
+            self.strategy.sync_next(False)
+            with self.window.unheard():
+                self.window.losses.append(self._weighted(self._forward_backward()))
+        self.batch, self.index, self.syncs = batch, index, True
+        if self.accumulates:
+            self.strategy.sync_next(True)
+        last = self._weighted(self._evaluate())
+        if not self.given_any:
+            return None
+        total = self.window.total(last, self.strategy.device)
+        # of one dtype on all workers, since they are to take the same decisions by it
+        return self.strategy.all_gather(total.double()).mean(0) if self.several else total
+
+    def _weighted(self, loss: Tensor | None) -> Tensor | None:
+        """A worker's loss, detached, as it counts in the mean over workers."""
+        if loss is None:
+            return None
+        return loss.detach() * self.run.slices.weight if self.weighs else loss.detach()
+
+    def _evaluate(self) -> Tensor | None:
+        """Forward and backward of the window's last batch, up to the optimizer's step."""
         loss = self._forward_backward()
         optimizer = self.optimizer
         assert optimizer is not None
@@ -91,8 +154,7 @@ class AutomaticOptimization:
         return loss
 
     def _forward_backward(self) -> Tensor | None:
-        outputs = self.outputs = self.step(self.batch, self.index, 0)
-        loss = _loss(outputs)
+        loss, self.outputs, join = self.step(self.batch, self.index, 0)
         optimizer = self.optimizer
         if optimizer is not None and (self.accumulate == 1 or self.index % self.accumulate == 0):
             if self.on_before_zero_grad is not None:
@@ -101,18 +163,24 @@ class AutomaticOptimization:
                 self.zero_grad(self.view.current_epoch, self.index, optimizer)
             else:
                 optimizer.zero_grad()
-        if loss is None:
-            return None
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
-        scaled = self.precision.scale(loss)
-        if self.on_before_backward is not None:
-            self.on_before_backward(scaled)
-        if self.backward is not None:
-            self.backward(scaled)
-        else:
-            scaled.backward()
-        if self.on_after_backward is not None:
+        if loss is not None:
+            if self.accumulate > 1:
+                loss = loss / self.accumulate
+            scaled = self.precision.scale(loss)
+            if self.on_before_backward is not None:
+                self.on_before_backward(scaled)
+            if self.backward is not None:
+                self.backward(scaled)
+            else:
+                scaled.backward()
+        if join is not None:
+            self.precision.adjust()
+            join()
+        if self.several and self.syncs:
+            self.given_any = self.strategy.settle(self.module, loss, self.index)
+        elif loss is not None:
+            self.given_any = True
+        if loss is not None and self.on_after_backward is not None:
             self.on_after_backward()
         return loss
 
@@ -120,20 +188,3 @@ class AutomaticOptimization:
 def _own(run: WorkerRun, name: str) -> Callable[..., Any] | None:
     """The module's own version of a hook that has a default, or None."""
     return run.hooks.guarded(name, getattr(run.module, name)) if overridden(run.module, name) else None
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _loss(outputs: Any) -> Tensor | None:
-    if outputs is None or isinstance(outputs, Tensor):
-        return outputs
-    loss = outputs.get("loss") if isinstance(outputs, dict) else None
-    if isinstance(loss, Tensor):
-        return loss
-    raise ConfigurationError(
-        f"training_step returned {type(outputs).__name__}{sorted(outputs) if isinstance(outputs, dict) else ''}: "
-        f'return the loss as a tensor, a dict with a tensor under "loss", or None to skip the batch.'
-    )

@@ -19,8 +19,9 @@ class ManualOptimization:
     """The user's step does it all; steps are counted at the optimizers."""
 
     def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], Any]) -> None:
-        self.step = step
+        self.step, self.strategy = step, run.strategy
         self.accumulate = 1
+        self.index, self.calls = 0, 0  # of the batch in progress, and `manual_backward`s in it
         settings = run.view.settings
         if settings.accumulates or settings.gradient_clip_val is not None:
             raise ConfigurationError(
@@ -49,11 +50,17 @@ class ManualOptimization:
             if before_backward is not None:
                 before_backward(loss)
             module.backward(loss, *args, **kwargs)
-            strategy.sync_manual(module)
+            strategy.sync_manual(module, self.index, self.calls)
+            self.calls += 1
             if after_backward is not None:
                 after_backward()
 
         view.manual_backward = manual_backward
 
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
+        self.index, self.calls = index, 0
         return self.step(batch, index, 0)
+
+    def end_chunk(self) -> None:
+        """A chunk is through: see that all workers are."""
+        self.strategy.end_manual(self.index)

@@ -73,13 +73,18 @@ class Slices:
 
         return whole
 
+    @property
+    def weight(self) -> float:
+        """That of its loss of the latest slice in the mean over workers."""
+        return self.strategy.split.count * self.rows / self._total
+
     def _weighted(self, output: Any) -> Any:
         """The output, its loss's gradient weighted so that DDP's mean over workers is the mean over nodes.
 
         See `strategies/node_strategy.py`: the weight is workers x samples in the slice / samples in the batch. The
         value stays.
         """
-        weight = self.strategy.split.count * self.rows / self._total
+        weight = self.weight
         if weight == 1.0 or not torch.is_grad_enabled():
             return output
         if isinstance(output, Tensor):

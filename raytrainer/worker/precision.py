@@ -86,7 +86,7 @@ class Precision:
     def scale(self, loss: Tensor) -> Tensor:
         if self.scaler is None:
             return loss
-        self._adjust()
+        self.adjust()
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -123,7 +123,7 @@ class Precision:
         if isinstance(found, Tensor):
             self._found = found
 
-    def _adjust(self) -> None:
+    def adjust(self) -> None:
         """Let the scale follow what the last steps have found. Later than their steps, for all optimizers at once."""
         if self.scaler is not None and self._unscaled:
             self._unscaled.clear()
@@ -153,7 +153,7 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         if self.scaler is None:
             return {}
-        self._adjust()
+        self.adjust()
         return {**self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.messages import MetricReport, TrainReport, TrainStart
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
-from raytrainer.worker.automatic_optimization import AutomaticOptimization
+from raytrainer.worker.automatic_optimization import AutomaticOptimization, with_loss
 from raytrainer.worker.manual_optimization import ManualOptimization
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ class TrainingLoop:
         run, module = self.run, self.run.module
         self._trained = _trained(module)
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
-        step = run.strategy.prepare(module, step)
         if module.automatic_optimization:
-            return AutomaticOptimization(run, step)
-        return ManualOptimization(run, step)
+            return AutomaticOptimization(run, run.strategy.prepare(module, with_loss(run, step)))
+        return ManualOptimization(run, run.strategy.prepare(module, step))
 
     def describe(self) -> TrainStart:
         run = self.run
@@ -211,6 +210,7 @@ class TrainingLoop:
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 behind = False
                 break
+        self._run_batch.end_chunk()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
         behind = behind and not exhausted

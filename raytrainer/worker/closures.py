@@ -1,0 +1,35 @@
+"""Which optimizers are given a closure: those that may evaluate the loss on their own account."""
+
+from __future__ import annotations
+
+import inspect
+from enum import Enum
+
+from torch.optim import Optimizer
+
+__all__ = ["Closure", "takes_closure"]
+
+
+class Closure(Enum):
+    """What an optimizer's `step` does with a closure.
+
+    NEVER: `step` takes none, or calls it once, first of all, as those of torch.optim do: so it may as well be called
+    before. OPTIONAL: somebody else's, that may call it as often as it likes. REQUIRED: it does not work without, since
+    it evaluates several times.
+    """
+
+    NEVER = "never"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
+def takes_closure(optimizer: Optimizer) -> Closure:
+    """What an optimizer's `step` does with a closure, by its signature and by where it comes from."""
+    step = type(optimizer).step
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is None:
+        return Closure.NEVER
+    if closure.default is inspect.Parameter.empty:
+        return Closure.REQUIRED
+    ours = getattr(step, "__module__", "").startswith("torch.optim.")
+    return Closure.NEVER if ours else Closure.OPTIONAL
