@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "Difference",
     "EvaluationReport",
     "EvaluationStart",
+    "Fingerprints",
     "FinishReport",
     "LogCall",
     "MetricReport",
@@ -171,6 +173,29 @@ class TrainReport:
     metrics: MetricReport
     skipped_steps: int = 0
     behind: bool = False
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Numbers for what a worker holds, by the tensor's name. Buffers may differ where each worker changes its own."""
+
+    parameters: dict[str, int]
+    buffers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a tensor differs from that of rank 0.
+
+    Attributes:
+        largest: Of all its elements' differences; not a number where one has no number.
+        scale: Rank 0's largest element.
+        rounding: How large a difference may come of rounding, relative to `scale`.
+    """
+
+    largest: float
+    scale: float
+    rounding: float
 
 
 @dataclass

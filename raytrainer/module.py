@@ -15,7 +15,7 @@ from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
 from raytrainer.hparams import HyperparametersMixin
 from raytrainer.module_hooks import ModuleHooks
-from raytrainer.strategies.strategy import clip_whole_gradients
+from raytrainer.strategies.clipping import clip_whole_gradients
 
 if TYPE_CHECKING:
     from raytrainer.checkpointing.places import CheckpointPath

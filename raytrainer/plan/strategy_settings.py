@@ -27,6 +27,8 @@ class DDP:
         bucket_cap_mb: MiB of gradients that are averaged together [torch's: 25].
         gradient_as_bucket_view: Gradients live in the buckets, which saves memory and a copy.
         broadcast_buffers: Every forward pass in training begins with rank 0's buffers.
+        check_replicas: At the end of epochs, compare the workers' weights, and raise `DisagreementError` where they
+            differ (a checksum; at most about 0.1 % of a run's time, so that short epochs share one).
         gradient_compression: Send gradients as "bf16" (GPUs only) or "fp16": half the bytes, rounded. None: as they
             are.
         process_group_timeout: Seconds, or a timedelta, that a collective waits for the other workers.
@@ -42,11 +44,14 @@ class DDP:
     bucket_cap_mb: float | None = None
     gradient_as_bucket_view: bool = True
     broadcast_buffers: bool = True
+    check_replicas: bool = True
     gradient_compression: str | None = None
     process_group_timeout: float | timedelta = 1800.0
 
     def __post_init__(self) -> None:
-        for name in ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers"):
+        for name in (
+            "find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers", "check_replicas",
+        ):  # fmt: skip
             checks.boolean(f"{type(self).__name__}: {name}", getattr(self, name))
         checks.number("bucket_cap_mb", self.bucket_cap_mb, above=0.0)
         checks.choice("gradient_compression", self.gradient_compression, (None, "bf16", "fp16"))

@@ -147,6 +147,11 @@ class ReplicatedStrategy(Strategy):
         self.meeting.batch = batch_idx
         self.meeting.meet(END)
 
+    def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        # a buffer that nobody broadcasts is each worker's own
+        buffers = dict(module.named_buffers()) if self.settings.broadcast_buffers else {}
+        return dict(module.named_parameters()), buffers
+
     @torch.no_grad()
     def sync_buffers(self, module: nn.Module) -> None:
         if not self.settings.broadcast_buffers:

@@ -31,8 +31,9 @@ from raytrainer.checkpointing.weights import load_into
 from raytrainer.data.sharding import Share
 from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
+from raytrainer.strategies.clipping import clip_whole_gradients
 
-__all__ = ["NOTHING", "Step", "Strategy", "clip_whole_gradients"]
+__all__ = ["NOTHING", "Step", "Strategy"]
 
 #: What a worker whose slice of a batch is empty has to gather.
 NOTHING: Any = object()
@@ -149,6 +150,10 @@ class Strategy(ABC):
         """After an evaluation's last hook, on every worker."""
         return None
 
+    def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters, and buffers, of which every worker is to hold the same. None, where workers hold pieces."""
+        return {}, {}
+
     @abstractmethod
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every worker the buffers of rank 0 (running statistics), so that all evaluate one and the same model."""
@@ -212,11 +217,3 @@ class Strategy(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Wait until all workers are here."""
-
-
-def clip_whole_gradients(parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
-    """Clip gradients that this process has all of, by their total norm ("norm") or each ("value")."""
-    if algorithm == "value":
-        nn.utils.clip_grad_value_(parameters, value)
-    else:
-        nn.utils.clip_grad_norm_(parameters, value)

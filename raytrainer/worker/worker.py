@@ -11,8 +11,10 @@ import torch
 
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
+    Difference,
     EvaluationReport,
     EvaluationStart,
+    Fingerprints,
     FinishReport,
     MetricReport,
     MetricSpec,
@@ -27,6 +29,7 @@ from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup
+from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.verbs import Wait, verb, verb_of
@@ -160,6 +163,16 @@ class Worker:
     @verb(Wait.USER_CODE)
     def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
         return self.run.compute_metrics(specs)
+
+    @verb(Wait.TRAINING)
+    def fingerprints(self, parameters: bool = True) -> Fingerprints:
+        """Of what all workers are to hold alike; without `parameters`: of buffers alone."""
+        return fingerprints_of(self.run, parameters)
+
+    @verb(Wait.TRAINING)
+    def compare(self, names: list[str]) -> list[Difference]:
+        """How these tensors differ from those of rank 0."""
+        return [difference(self.run, name) for name in names]
 
     @verb(Wait.USER_CODE)
     def end_epoch(self) -> MetricReport:

@@ -10,6 +10,7 @@ from ray_models import Net, assert_close, assert_same, loader, moved, table
 from torch import nn
 from torch.utils.data import DataLoader
 
+import raytrainer as rt
 from raytrainer import Module
 
 
@@ -144,6 +145,35 @@ def test_a_rank_that_skips_takes_part_with_zero_gradients(ray_trainer):
         assert trainer.global_step == 8
     assert moved(Net(), one)
     assert_close(one, other)
+
+
+class Drifts(Net):
+    """What rank 1 does to its own weights, and nobody else."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 1:
+            with torch.no_grad():
+                self.body[3].weight.add_(0.5)
+
+
+class Normalised(Net):
+    """Running statistics differ between workers, as they should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_workers_that_drift_apart_are_told(ray_trainer):
+    with pytest.raises(rt.DisagreementError, match=r"after epoch 0 rank\(s\) \[1\] have another body\.3\.weight.*0\.5"):
+        ray_trainer(max_epochs=2).fit(Drifts(), loader(32, 4))
+    ray_trainer(max_epochs=2, strategy=rt.DDP(check_replicas=False)).fit(Drifts(), loader(32, 4))
+    normalised = Normalised()
+    ray_trainer(max_epochs=3).fit(normalised, loader(32, 4))
+    assert normalised.norm.num_batches_tracked == 12
 
 
 def test_step_values_are_averaged_where_asked(ray_trainer):

@@ -32,7 +32,7 @@ def test_every_wait_has_a_limit(hang_timeout):
 
 def test_what_counts_as_training():
     counting = {name for name, method in METHODS.items() if name not in OWN and verb_of(method).wait is Wait.TRAINING}
-    assert counting == {"train", "report_steps", "evaluate", "prepare_capture"}
+    assert counting == {"train", "report_steps", "evaluate", "prepare_capture", "fingerprints", "compare"}
 
 
 def test_what_is_no_verb_is_refused():

@@ -23,6 +23,7 @@ from raytrainer.driver.loop.chunks import Chunks
 from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.recovery import WorkerRecovery
+from raytrainer.driver.loop.replica_check import ReplicaCheck
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import longest, shortest
@@ -80,6 +81,7 @@ class Coordinator:
         self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings.max_failures)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
+        self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
 
@@ -122,6 +124,7 @@ class Coordinator:
                 if self._recovery.may_grow(self.group):
                     raise _MoreWorkers
                 self._epoch()
+            self._replicas.check(self.group, self.state.progress.epoch - 1)
             self._emit_once("on_train_end")
             self.group.call(Worker.end_training, self.state.interrupted)
         self.group.call(Worker.end_fit)
@@ -177,6 +180,7 @@ class Coordinator:
             log.info("%s", size)
         state.num_batches["validate"] = longest([start.val_batches for start in starts])
         self._emit_once("on_train_start")
+        self._replicas.begin(self.group)
         self._chunks.begin()
         self.snapshots.restart(state.progress.step)
         self._recovery.note(self.group.size)
@@ -236,6 +240,7 @@ class Coordinator:
     def _end_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         reports = self.group.call(Worker.end_epoch)
+        self._replicas.after_epoch(self.group, progress.epoch)
         self._journal.replay(reports[0].calls)
         compute = partial(compute_metrics, self.group)
         values = state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=compute)

@@ -1,0 +1,118 @@
+"""Whether all workers have the same weights: asked at the end of epochs, and told when they have not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from raytrainer.driver.workers.worker_group import WorkerGroup
+from raytrainer.errors import DisagreementError
+from raytrainer.messages import Difference, Fingerprints
+from raytrainer.worker.worker import Worker
+
+__all__ = ["ReplicaCheck"]
+
+log = logging.getLogger("raytrainer")
+
+#: Time between two checks, in times of what one takes: they cost at most a thousandth of the run.
+SELDOM = 1000.0
+
+
+class ReplicaCheck:
+    """Compares checksums of what workers hold: an epoch's first check is due at once, later ones as time allows.
+
+    Gradients are averaged in the backward pass. What changes weights or gradients after that, on one worker or on each
+    in its own way, lets them drift apart without a word: rank 0's are then those that are saved, with the others'
+    gradients for other weights.
+
+    Buffers that workers change (running statistics) differ as they should: each normalises its own batches, and the
+    next forward pass begins with rank 0's. One that rank 0 has left as it was, and another worker has not, is compared.
+
+    Args:
+        wanted: Whether to compare at all.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._due = 0.0  # when the next check may be
+        self._pending = False  # an epoch has ended since the latest one
+        self._buffers: dict[str, int] = {}  # of rank 0, at the latest check
+        self._told = False  # of differences that are rounding
+
+    def begin(self, group: WorkerGroup) -> None:
+        """Training is about to begin, or to go on."""
+        self._pending = False
+        if self._active(group):
+            self._buffers = group.call(Worker.fingerprints, parameters=False)[0].buffers
+
+    def after_epoch(self, group: WorkerGroup, epoch: int) -> None:
+        """An epoch has ended.
+
+        Raises:
+            DisagreementError: Workers have different weights.
+        """
+        self._pending = True
+        if time.monotonic() >= self._due:
+            self.check(group, epoch)
+
+    def check(self, group: WorkerGroup, epoch: int) -> None:
+        """Compare, unless this has been done since the latest epoch.
+
+        Raises:
+            DisagreementError: Workers have different weights.
+        """
+        if not self._pending or not self._active(group):
+            return
+        self._pending = False
+        begun = time.monotonic()
+        reports: list[Fingerprints] = group.call(Worker.fingerprints)
+        changed = {name for name, number in reports[0].buffers.items() if self._buffers.get(name, number) != number}
+        self._buffers = reports[0].buffers
+        names = _differing(reports, changed)
+        if names:
+            self._tell(names, group.call(Worker.compare, names[:100]), epoch, len(names))
+        ended = time.monotonic()
+        self._due = ended + SELDOM * (ended - begun)
+
+    def _active(self, group: WorkerGroup) -> bool:
+        return self._wanted and group.size > 1
+
+    def _tell(self, names: Sequence[str], found: Sequence[Sequence[Difference]], epoch: int, count: int) -> None:
+        """Raise, or warn where it is rounding."""
+        serious = [
+            (name, rank, difference)
+            for place, name in enumerate(names[:100])
+            for rank, differences in enumerate(found)
+            if not (difference := differences[place]).largest <= difference.rounding * difference.scale
+        ]
+        if not serious:
+            if not self._told:
+                log.warning(
+                    "After epoch %d, workers have weights that differ by rounding, first in %s: their machines compute "
+                    "differently. This is harmless as long as it stays small.", epoch, names[0],
+                )  # fmt: skip
+            self._told = True
+            return
+        name, _, _ = serious[0]
+        ranks = sorted({rank for other, rank, _ in serious if other == name})
+        largest, scale = max((d.largest, d.scale) for other, _, d in serious if other == name)
+        more = f", and {count - 1} more tensor{'s' if count > 2 else ''}" if count > 1 else ""
+        raise DisagreementError(
+            f"after epoch {epoch} rank(s) {ranks} have another {name} than rank 0: it differs by up to {largest:.3g}, "
+            f"and rank 0's largest element is {scale:.3g}{more}. Gradients are averaged in the backward pass; what "
+            f"changes weights or .grad later must do the same on all workers. Look for an optimizer that writes .grad "
+            f"itself, in-place changes on one rank, or random numbers in them. With "
+            f"strategy=DDP(check_replicas=False) nobody looks."
+        )
+
+
+def _differing(reports: Sequence[Fingerprints], changed: set[str]) -> list[str]:
+    """Names of what is not the same everywhere, in the module's order."""
+    first = reports[0]
+    names = [n for n, number in first.parameters.items() if any(r.parameters.get(n) != number for r in reports)]
+    return names + [
+        n
+        for n, number in first.buffers.items()
+        if n not in changed and any(r.buffers.get(n) != number for r in reports)
+    ]

@@ -1,0 +1,49 @@
+"""What a worker says of the tensors that all workers are to hold alike."""
+
+from __future__ import annotations
+
+import torch
+
+from raytrainer.messages import Difference, Fingerprints
+from raytrainer.strategies.fingerprints import fingerprints
+from raytrainer.worker.worker_run import WorkerRun
+
+__all__ = ["difference", "fingerprints_of"]
+
+#: Numbers that are gathered together.
+_AT_ONCE = 1 << 22
+
+
+def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
+    """See `Worker.fingerprints`."""
+    weights, buffers = run.strategy.replicas(run.module)
+    if not parameters:
+        weights = {}
+    numbers = fingerprints([*weights.values(), *buffers.values()])
+    return Fingerprints(
+        dict(zip(weights, numbers, strict=False)), dict(zip(buffers, numbers[len(weights) :], strict=True))
+    )
+
+
+@torch.no_grad()
+def difference(run: WorkerRun, name: str) -> Difference:
+    """See `Worker.compare`. All workers must call it together."""
+    weights, buffers = run.strategy.replicas(run.module)
+    own = {**weights, **buffers}[name].detach()
+    wide = torch.complex128 if own.is_complex() else torch.float64
+    largest, scale = [0.0], [0.0]
+    for part in own.reshape(-1).split(_AT_ONCE):
+        first = run.strategy.all_gather(part)[0].to(wide)
+        largest.append(float((part.to(wide) - first).abs().max()))
+        scale.append(float(first.abs().max()))
+    exact = not (own.is_floating_point() or own.is_complex())
+    return Difference(_largest(largest), _largest(scale), 0.0 if exact else _rounding(own.dtype))
+
+
+def _largest(parts: list[float]) -> float:
+    return float(torch.tensor(parts, dtype=torch.float64).max())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """What many steps of rounding come to, in a type that has few digits: a few units in the last place."""
+    return torch.finfo(dtype).eps * (4 if dtype.itemsize <= 2 else 256)
