@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, Self
 
@@ -155,8 +156,9 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
     def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
         return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir)
 
-    def _emit(self, hook: str, *args: Any) -> None:
-        """Call a hook of the driver's callbacks; those that save run last."""
+    def _emit(self, hook: str, *args: Any, around: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Call a hook of the driver's callbacks, those that save last; each inside what `around` makes of its name."""
         for callback in self._callbacks:
             if isinstance(callback, Callback):
-                getattr(callback, hook)(self, self._module, *args)
+                with around(f"{type(callback).__name__}.{hook}"):
+                    getattr(callback, hook)(self, self._module, *args)

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Rooms and files of the top level, from the ground up: each imports from its own row and from those above it here.
 FLOORS = [
-    ["errors", "version", "messages", "extras"],
+    ["errors", "version", "messages", "signals", "ending", "extras"],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding"],
     ["checkpointing", "data", "metrics"],

@@ -21,10 +21,13 @@ from raytrainer.driver.reporting.run_loggers import Logs
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.ending import Ending
+from raytrainer.errors import CheckpointError, ConfigurationError, WorkerError
 from raytrainer.init_calls import same_value
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.messages import LogCall
+from raytrainer.profilers import Profiler
+from raytrainer.signals import shield, terminate
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState, nothing
 
@@ -60,80 +63,113 @@ class Run:
     quiet: bool = False
     coordinator: Coordinator | None = field(default=None, init=False)
     failing: bool = field(default=False, init=False)
+    _held: list[WorkerGroup] = field(default_factory=list, init=False)  # to be given back
+    _interrupt: Interrupt = field(default_factory=Interrupt, init=False)
 
     # ---------------------------------------------------------------- start and end
 
     @contextmanager
     def started(self) -> Iterator[Coordinator]:
-        """Workers, the interrupt handler, and the orderly end."""
-        task, state, status = self.task, self.state, "failed"
+        """Workers, the handlers of signals, and the orderly end.
+
+        Raises:
+            BaseException: The first error, also where the end has met others.
+        """
+        ending = Ending()
+        with Interrupt() as self._interrupt:
+            # twice, as a signal may strike on the way out of the first
+            with ending.step("the run"), ending.step("the run"):
+                coordinator = self._begin()
+                yield coordinator
+                self.state.interrupted |= self._interrupt.requested
+            with ending.step("ending the run"), shield():
+                self._interrupt.begin_end()
+                self._end(ending)
+        if self._interrupt.terminated and not isinstance(ending.error, SystemExit):
+            raise terminate() from ending.error
+        ending.tell()
+
+    def _begin(self) -> Coordinator:
+        """Data and workers; before there is anything to lose, Ctrl-C ends it at once."""
+        task, interrupt = self.task, self._interrupt
         self.check_hyperparameters()
-        prepare_datasets(task, task.settings, self.groups.cluster)
+        with interrupt.at_once():
+            prepare_datasets(task, task.settings, self.groups.cluster)
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
-        try:
-            with Interrupt() as interrupt:
-                self.coordinator = coordinator = Coordinator(task, group, state, self, interrupt, marks)
-                if not self.quiet:
-                    log.info("%s on %s", task.stage, group.describe())
-                self._log_hyperparameters()
-                yield coordinator
-                state.interrupted |= interrupt.requested
-            status = "interrupted" if state.interrupted else "success"
-            if task.profiler is not None:
-                folder = Path(first_log_dir(self.logs.loggers) or task.default_root_dir)
-                name = "profile" if task.stage == "fit" else f"profile_{task.stage}"
-                write_profiles(task.profiler, state.profiles, folder / name)
-        except BaseException as error:
-            self._fail(error, self._latest(group))
-            raise
-        finally:
-            self._end(status, self._latest(group))
+        self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
+        if not self.quiet:
+            log.info("%s on %s", task.stage, group.describe())
+        self._log_hyperparameters()
+        return coordinator
 
-    def _latest(self, first: WorkerGroup) -> WorkerGroup:
-        """The group in use, which need not be the one that the run began with."""
-        return first if self.coordinator is None else self.coordinator.group
+    def _end(self, ending: Ending) -> None:
+        """Everything that is to be done at the end, however it comes; see `Ending`."""
+        task, state, error = self.task, self.state, ending.error
+        if error is not None:
+            self._fail(error, ending)
+        status = "failed" if state.trainer.status == "failed" else "interrupted" if state.interrupted else "success"
+        if error is None and task.profiler is not None:
+            with ending.step("writing the profiles"):
+                self._write_profiles(task.profiler)
+        self.coordinator, state.catch_up = None, nothing
+        self._flush(ending)  # before callbacks' teardown, which may want to see the files
+        self.emit("teardown", task.stage, around=ending.hook)
+        self.logs.finalize(status, ending.hook)
+        self._flush(ending)
+        for group in self._held:
+            with ending.step("giving workers back"):
+                self.groups.give_back(group)
+        self._held = []
+        with ending.step("closing datasets"):
+            release_datasets(task)
+        if task.stage == "fit":
+            state.time_report = state.clock.report()
+        if error is None and ending.error is not None:
+            self._say_failed(ending.error)
 
-    def _fail(self, error: BaseException, group: WorkerGroup) -> None:
+    def _say_failed(self, error: BaseException) -> None:
         interrupted = isinstance(error, KeyboardInterrupt)
         self.state.trainer.status = "interrupted" if interrupted else "failed"
         self.state.interrupted |= interrupted
-        self.failing = True
-        try:
-            self._catch_up_after(error, group)
-            self.emit("on_exception", error)
-        finally:
-            self.failing = False
-            if isinstance(error, Exception):
-                group.call_off()
-            else:
-                group.abort()
-        lost = None if group.in_process else explain_lost(error)
-        if lost is not None:
-            raise lost from error
 
-    def _catch_up_after(self, error: BaseException, group: WorkerGroup) -> None:
+    def _fail(self, error: BaseException, ending: Ending) -> None:
+        self._say_failed(error)
+        with ending.step("taking up what was logged last"):
+            self._catch_up_after(error)
+        self.failing = True
+        self.emit("on_exception", error, around=ending.hook)
+        self.failing = False
+        # after an error of user code workers are between verbs; after Ctrl-C they may be anywhere
+        well = isinstance(error, Exception) or isinstance(error.__cause__, WorkerError)
+        for group in self._held:
+            with ending.step("ending the workers' run"):
+                if well:
+                    group.call_off()
+                else:
+                    group.abort()
+        lost = None if all(group.in_process for group in self._held) else explain_lost(error)
+        if lost is not None:
+            lost.__cause__, ending.error = error, lost
+
+    def _catch_up_after(self, error: BaseException) -> None:
         """Workers that are well still report what has been logged up to the error."""
-        well = group.in_process or (isinstance(error, Exception) and not group.broken)
-        if self.coordinator is not None and self.state.trainer.has_begun and well:
-            with suppress(Exception):
-                self.coordinator.catch_up(failed=True)
+        coordinator = self.coordinator
+        if coordinator is not None and self.state.trainer.has_begun:
+            group = coordinator.group
+            if group.in_process or (isinstance(error, Exception) and not group.broken):
+                with suppress(Exception):
+                    coordinator.catch_up(failed=True)
         self.state.catch_up = nothing
 
-    def _end(self, status: str, group: WorkerGroup) -> None:
-        self.coordinator, self.state.catch_up = None, nothing
-        self.emit("teardown", self.task.stage)
-        self.logs.each("finalize", status)
-        try:
-            with self.state.clock.phase("saving"):
-                self.writer.flush()  # from workers that may not stay
-        finally:
-            try:
-                self.groups.give_back(group)
-            finally:
-                release_datasets(self.task)
-        if self.task.stage == "fit":
-            self.state.time_report = self.state.clock.report()
+    def _flush(self, ending: Ending) -> None:
+        with ending.step("writing checkpoints"), self.state.clock.phase("saving"):
+            self.writer.flush()  # from workers that may not stay
+
+    def _write_profiles(self, profiler: Profiler) -> None:
+        folder = Path(first_log_dir(self.logs.loggers) or self.task.default_root_dir)
+        name = "profile" if self.task.stage == "fit" else f"profile_{self.task.stage}"
+        write_profiles(profiler, self.state.profiles, folder / name)
 
     # ---------------------------------------------------------------- what the coordinator asks for
 
@@ -156,8 +192,13 @@ class Run:
                 callback.load_state_dict(states[callback.state_key])
 
     def regroup(self) -> WorkerGroup:
-        """Workers to begin with, or in place of others."""
-        return self.groups.take(self.task.settings)
+        """Workers to begin with, or in place of others. They may be long in coming, so Ctrl-C ends that at once."""
+        with self._interrupt.at_once():
+            self.groups.prepare(self.task.settings)
+            with shield():
+                self._held = [group for group in self._held if not group.broken]
+                self._held.append(group := self.groups.take(self.task.settings))
+        return group
 
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether there could be more workers than `group` has."""

@@ -17,9 +17,11 @@ from typing import Any
 
 __all__ = [
     "Demand",
+    "asked_to_end",
     "client_address",
     "clients_server_died",
     "demand",
+    "end_half_started",
     "free_on_nodes",
     "internal_blocks",
     "lasting_blocks",
@@ -108,6 +110,35 @@ def started_by_this_process() -> bool:
     except GONE as error:
         _without("who started it", error)
         return False
+
+
+def end_half_started(error: BaseException) -> None:
+    """End the processes of a Ray whose start `error` has ended; Ray itself forgets them until this process ends.
+
+    Without `ray._private.node.Node.kill_all_processes`: just that.
+    """
+    try:
+        from ray._private.node import Node
+    except GONE as changed:
+        _without("its processes", changed)
+        return
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    for node in {id(own): own for frame in frames if isinstance(own := frame.f_locals.get("self"), Node)}.values():
+        try:
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        except Exception as changed:
+            _without("its processes", changed)
+
+
+def asked_to_end(error: BaseException) -> bool:
+    """Whether a worker's SystemExit is Ray's: for SIGTERM, or the actor's end, rather than user code's `sys.exit`.
+
+    Without the note that Ray makes on the exception: False, and the driver ends as if user code had exited.
+    """
+    return isinstance(error, SystemExit) and hasattr(error, "ray_terminate_msg")
 
 
 def log_folder() -> Path:

@@ -74,7 +74,7 @@ class Hooks:
         for callback in self.callbacks:
             try:
                 callback.on_exception(self.view, self.module, error)
-            except Exception as another:  # must not take the place of the one that is to be told
+            except BaseException as another:  # must not take the place of the one that is to be told
                 log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
 
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

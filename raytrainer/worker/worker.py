@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from raytrainer.ending import Ending
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
     Difference,
@@ -241,8 +242,13 @@ class Worker:
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
         run, module = self.run, self.run.module
-        report = FinishReport(profile=None if run.profiler is None else run.profiler.stop())
-        run.teardown()
+        report, ending = FinishReport(), Ending()
+        if run.profiler is not None:
+            with ending.step("stopping the profiler"):
+                report.profile = run.profiler.stop()
+        with ending.step("teardown"):
+            run.teardown()
+        ending.tell()
         if trained and not self.in_place:
             report.state_dict = run.strategy.home_state(module)
         if trained and not self.in_place and self.ranks.rank == 0:
@@ -266,9 +272,10 @@ class Worker:
     @verb(Wait.AT_ONCE)
     def abandon(self) -> None:
         """Drop the run without any further hook."""
-        if self._run is not None:
-            self._run.release()
-        self._forget()
+        run = self._run
+        self._forget()  # first: a run whose undoing raises must not be met again by the next one
+        if run is not None:
+            run.release()
 
     @verb(Wait.AT_ONCE)
     def rest(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raytrainer.ending import Ending
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.memory import MemorySampler, own_index
 from raytrainer.gpu.nvml import open_nvml
@@ -247,22 +248,27 @@ class WorkerRun:
             self.rng = None
 
     def teardown(self) -> None:
-        """Run the last hooks and leave the process as it was found."""
-        try:
-            if self.datamodule is not None:
+        """Run the last hooks and leave the process as it was found; each, whatever the others raise."""
+        ending = Ending()
+        if self.datamodule is not None:
+            with ending.step("the DataModule's teardown"):
                 self.datamodule.teardown(self.task.stage)
+        with ending.step("teardown"):
             self.hooks.call("teardown", self.task.stage)
-        finally:
+        with ending.step("undoing the run"):
             self.release()
+        ending.tell()
 
     def release(self) -> None:
-        """Undo what the run changed in this process; also after a failure."""
+        """Undo what the run changed in this process, also after a failure; each change, whatever the others raise."""
+        ending = Ending()
         if self.profiler is not None:
-            self.profiler.stop()
-        self.data.close()
-        self.view.metrics.close()
-        self._undo_flags()
-        self._undo_compile()
+            with ending.step("stopping the profiler"):
+                self.profiler.stop()
+        for undo in (self.data.close, self.view.metrics.close, self._undo_flags, self._undo_compile):
+            with ending.step("undoing the run"):
+                undo()
         self._attach(None)
         if self.datamodule is not None:
             self.datamodule.__dict__.pop("trainer", None)
+        ending.tell()

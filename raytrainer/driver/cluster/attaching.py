@@ -14,6 +14,7 @@ from raytrainer.driver.cluster.shipping import runtime_environment
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.extras import not_installed
 from raytrainer.private import ray_private
+from raytrainer.signals import shield, sigterm_kept
 
 __all__ = ["answers", "attach", "host_and_port"]
 
@@ -70,8 +71,13 @@ def _connect(address: str, environment: dict[str, Any]) -> None:
 
     for tries_left in reversed(range(TRIES)):
         try:
-            ray.init(address=address, runtime_env=environment, log_to_driver=True, logging_level=logging.WARNING)
+            with sigterm_kept():
+                ray.init(address=address, runtime_env=environment, log_to_driver=True, logging_level=logging.WARNING)
             return
+        except KeyboardInterrupt:
+            with shield():
+                ray.shutdown()
+            raise
         except ConnectionAbortedError as error:
             if not tries_left or not ray_private.clients_server_died(error):
                 raise

@@ -103,9 +103,11 @@ def _claim_node(request: Request, reserver: Reserver, node: ClusterNode) -> tupl
         return [], describe_loads(cards) if cards else "NVML cannot be asked there"
     # all of the node's GPUs must fit at once
     cpus = request.cpus if node.cpus >= node.gpus * request.cpus else 0.0
-    groups = [reserver.reserve(node, cpus) for _ in range(node.gpus)]
+    groups: list[Any] = []
     kept: list[Any] = []
     try:
+        for _ in range(node.gpus):
+            groups.append(reserver.reserve(node, cpus))
         ready = reserver.ready(groups, SETTLE)
         by_index = dict(zip(reserver.held(ready), ready, strict=True)) if ready else {}
         if request.indices:

@@ -25,11 +25,15 @@ from raytrainer.driver.cluster.placement_rules import (
 from raytrainer.driver.cluster.session import may_grow, own_reservation, resources_text
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.nvml import Card, open_nvml
+from raytrainer.signals import wait_until
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
 
 __all__ = ["RayReserver", "all_gpus", "place"]
 
 log = logging.getLogger("raytrainer")
+
+#: Seconds between questions whether a reservation has been given.
+LOOK_EVERY = 0.03
 
 #: Seconds for a small task to start and answer.
 PATIENCE = 60.0
@@ -61,7 +65,7 @@ class RayReserver:
     def ready(self, groups: Sequence[Any], seconds: float) -> list[Any]:
         deadline = time.monotonic() + seconds
         # waiting for one is waiting for all; when time is up, each is only asked
-        return [group for group in groups if group.wait(max(0.01, deadline - time.monotonic()))]
+        return [group for group in groups if _wait(group, max(0.0, deadline - time.monotonic()))]
 
     def held(self, groups: Sequence[Any]) -> list[int]:
         def given() -> list[str]:
@@ -80,9 +84,8 @@ class RayReserver:
         """The answer of a task in each reservation. Its process may serve again: it does not touch the GPU."""
         task = ray.remote(num_cpus=0, num_gpus=1, max_calls=0)(function)
         places = [PlacementGroupSchedulingStrategy(group, 0) for group in groups]
-        answers: list[list[Any]] = ray.get(
-            [task.options(scheduling_strategy=place).remote() for place in places], timeout=PATIENCE
-        )
+        asked = [task.options(scheduling_strategy=place).remote() for place in places]
+        answers: list[list[Any]] = _get(asked)
         return answers
 
     def give_back(self, groups: Sequence[Any]) -> None:
@@ -93,7 +96,7 @@ class RayReserver:
         ask = ray.remote(num_cpus=0)(_cards)
         answer = ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote()
         try:
-            found: list[Card] = ray.get(answer, timeout=PATIENCE)
+            found: list[Card] = _get([answer])[0]
         except RayError as error:
             log.warning("NVML of %s: %s", node.address, error)
             return []
@@ -107,6 +110,21 @@ class RayReserver:
         return resources_text()
 
 
+def _get(asked: list[Any]) -> list[Any]:
+    """The answers of small tasks, heard of within `PATIENCE`."""
+    wait_until(lambda piece: not ray.wait(asked, num_returns=len(asked), timeout=piece)[1], PATIENCE)
+    answers: list[Any] = ray.get(asked, timeout=0.1)
+    return answers
+
+
+def _pause(seconds: float) -> None:
+    def nothing_comes(piece: float) -> bool:
+        time.sleep(piece)
+        return False
+
+    wait_until(nothing_comes, seconds)
+
+
 def _cards() -> list[Card]:
     nvml = open_nvml()
     return [] if nvml is None else nvml.cards()
@@ -118,7 +136,7 @@ def all_gpus(nodes: int) -> int:
 
 
 def place(request: Request, timeout: float) -> list[Slot]:
-    """One slot a worker, node by node.
+    """One slot a worker, node by node. To be called within a `shield`.
 
     Raises:
         ResourceError: Not to be had, ever or within `timeout` seconds.
@@ -129,24 +147,52 @@ def place(request: Request, timeout: float) -> list[Slot]:
         return _place_within(own, request)
     reserver = RayReserver()
     if request.indices or request.free:
-        return claim(request, reserver, timeout)
+        return claim(request, reserver, timeout, sleep=_pause)
     refuse_impossible(request, reserver)
     # one bundle a node, so that ranks of a node stay together
     bundle: dict[str, float] = {"CPU": request.cpus * request.per_node}
     if request.gpu:
         bundle["GPU"] = request.per_node
-    group = placement_group([bundle] * request.nodes, strategy="STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK")
-    began = time.monotonic()
-    if not group.wait(min(timeout, 5.0)):
-        log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
-        if not group.wait(max(0.0, timeout - (time.monotonic() - began))):
-            have = resources_text()
-            remove_placement_group(group)
-            raise ResourceError(
-                f"{request}: not to be had within {timeout:.0f} s; the cluster has {have}. Ask for fewer workers, "
-                f"free what other jobs hold, or add nodes."
-            )
+    strategy = "STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK"
+    group = placement_group([bundle] * request.nodes, strategy=strategy)
+    try:
+        _wait_for(group, request, timeout)
+    except BaseException:
+        remove_placement_group(group)  # it would wait for ever, and take what it gets
+        raise
     return [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
+
+
+def _wait_for(group: Any, request: Request, timeout: float) -> None:
+    """Wait until Ray has given what a placement group asks for.
+
+    Raises:
+        ResourceError: Not within `timeout` seconds.
+    """
+    began = time.monotonic()
+    if _wait(group, min(timeout, 5.0)):
+        return
+    log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
+    if not _wait(group, timeout - (time.monotonic() - began)):
+        raise ResourceError(
+            f"{request}: not to be had within {timeout:.0f} s; the cluster has {resources_text()}. Ask for fewer "
+            f"workers, free what other jobs hold, or add nodes."
+        )
+
+
+def _wait(group: Any, seconds: float) -> bool:
+    """Whether Ray gives what a placement group asks for within so many seconds.
+
+    It is asked again and again: its own way of waiting is deaf to signals, and counts whole seconds only.
+    """
+
+    def given(at_most: float) -> bool:
+        if group.wait(0):
+            return True
+        time.sleep(min(at_most, LOOK_EVERY))
+        return False
+
+    return wait_until(given, seconds)
 
 
 def _place_within(group: Any, request: Request) -> list[Slot]:

@@ -15,6 +15,7 @@ from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.choice import require_cuda, require_gpu
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.private import ray_private
+from raytrainer.signals import shield, sigterm_kept
 
 __all__ = [
     "Cluster",
@@ -127,7 +128,14 @@ def _start(workers: int, gpus: object) -> None:
     # Ray gives its workers a low priority by default; here training is what the machine is for
     os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    try:
+        with sigterm_kept():
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    except BaseException as error:  # Ctrl-C, say
+        with shield():
+            ray_private.end_half_started(error)
+            ray.shutdown()
+        raise
 
 
 def _running_here() -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
@@ -57,6 +58,12 @@ class Logs:
         """Call a method of every logger."""
         for logger in self.loggers:
             self._safely(logger, method, args, {})
+
+    def finalize(self, status: str, around: Callable[[str], AbstractContextManager[None]]) -> None:
+        """Call `finalize` of every logger, each inside what `around` makes of its name."""
+        for logger in self.loggers:
+            with around(f"{type(logger).__name__}.finalize"):
+                self._safely(logger, "finalize", (status,), {})
 
     def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
         """Give rows (step, values) to every logger."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
@@ -13,6 +14,7 @@ from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.errors import StateLostError
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
+from raytrainer.signals import PIECE, hear, shield
 
 __all__ = ["Captured", "CheckpointWriter", "idle_checkpoint"]
 
@@ -54,8 +56,17 @@ class Captured:
         return {**main, **({"own": own} if own else {}), **self.driver}
 
 
+@dataclass(eq=False)
+class _Job:
+    """Something to be done to a path; afterwards it `exists`, or does not."""
+
+    path: str
+    exists: bool
+    do: Callable[[], None]
+
+
 class CheckpointWriter:
-    """Writes and removes checkpoints in order, in one background thread.
+    """Writes and removes checkpoints in order, in one background thread, which lives as long as there is work.
 
     A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently. Until it has been raised,
     older checkpoints are not removed either. One case is only logged: the state is gone with workers that have been
@@ -63,46 +74,63 @@ class CheckpointWriter:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[str, bool, Callable[[], None]] | None] = queue.Queue()
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()  # the first is being done
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self._pending: dict[str, bool] = {}  # path -> whether it will exist
 
     def save(self, path: str, resolve: Callable[[], dict[str, Any]]) -> None:
         """Write what `resolve` returns; it is called in the background."""
         # at most one state waits while another is written, so that memory stays bounded
-        if self._jobs.qsize() > 1:
-            self._jobs.join()
-        self._submit(path, True, lambda: write_checkpoint(path, resolve()))
+        self._wait(lambda: sum(job.exists for job in self._jobs) <= 1)
+        self._submit(_Job(path, True, lambda: write_checkpoint(path, resolve())))
 
     def remove(self, path: str) -> None:
         """Delete a checkpoint, after everything asked for before."""
-        self._submit(path, False, lambda: remove_checkpoint(path))
+        self._submit(_Job(path, False, lambda: remove_checkpoint(path)))
 
     def exists(self, path: str) -> bool:
         """Whether it is there, or will be."""
-        with self._lock:
-            if path in self._pending:
-                return self._pending[path]
-        return checkpoint_exists(path)
+        with self._changed:
+            pending = [job.exists for job in self._jobs if job.path == path]
+        return pending[-1] if pending else checkpoint_exists(path)
 
     def flush(self) -> None:
-        """Wait until all is done; raise what failed; end the thread."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+        """Wait until all is done; raise what failed.
+
+        The first Ctrl-C, or a SIGTERM, is heard when what has been announced is on the disk; another Ctrl-C ends the
+        wait, and the thread goes on by itself.
+        """
+        asked_to_end: BaseException | None = None
+        while True:
+            try:
+                self._wait(lambda: not self._jobs)
+                break
+            except (KeyboardInterrupt, SystemExit) as error:
+                if asked_to_end is not None:
+                    raise
+                asked_to_end = error
+                log.warning("A checkpoint is still being written. Ctrl-C (once more) leaves without waiting for it.")
+        if asked_to_end is not None:
+            raise asked_to_end
         self._raise()
 
-    def _submit(self, path: str, exists: bool, job: Callable[[], None]) -> None:
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait in short pieces, so that Ctrl-C is heard in each."""
+        while True:
+            with self._changed:
+                if self._changed.wait_for(condition, PIECE):
+                    return
+            hear()
+
+    def _submit(self, job: _Job) -> None:
         self._raise()
-        with self._lock:
-            self._pending[path] = exists
-        self._jobs.put((path, exists, job))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
-            self._thread.start()
+        with shield(), self._changed:
+            self._jobs.append(job)
+            if self._thread is None:
+                # no daemon: what has been announced is written even where the driver's process ends
+                self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
+                self._thread.start()
 
     def _raise(self) -> None:
         error, self._error = self._error, None
@@ -113,17 +141,18 @@ class CheckpointWriter:
 
     def _work(self) -> None:
         while True:
-            item = self._jobs.get()
-            try:
-                if item is None:
+            with self._changed:
+                if not self._jobs:
+                    self._thread = None
                     return
-                path, exists, job = item
-                if exists or self._error is None:
-                    job()
+                job = self._jobs[0]
+            try:
+                if job.exists or self._error is None:
+                    job.do()
             except BaseException as error:
                 self._error = self._error or error
             finally:
-                self._jobs.task_done()
-            with self._lock:
-                if not any(path == waiting[0] for waiting in list(self._jobs.queue) if waiting):
-                    self._pending.pop(path, None)
+                with self._changed:
+                    self._jobs.popleft()
+                    del job  # and with it the state
+                    self._changed.notify_all()

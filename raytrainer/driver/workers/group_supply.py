@@ -28,11 +28,18 @@ class GroupSupply:
         self.cluster = cluster
         self._placement_timeout, self._idle_timeout = placement_timeout, idle_timeout
 
+    def prepare(self, settings: Settings) -> None:
+        """Find or start what workers are taken from: Ray, if they are its."""
+        if settings.strategy != "local":
+            ensure_ray(self.cluster, settings.world_size, settings.gpus)
+
     def take(self, settings: Settings) -> WorkerGroup:
-        """The workers that the settings ask for; of an elastic run as many of them as there are."""
+        """The workers that the settings ask for; of an elastic run as many of them as there are.
+
+        To be called after `prepare`, and within a `shield`, with what keeps the answer.
+        """
         if settings.strategy == "local":
             return local_group(settings)
-        ensure_ray(self.cluster, settings.world_size, settings.gpus)
         from raytrainer.driver.workers.ray_group import RayGroup
 
         return idle_pool.take(_requests(settings), self._placement_timeout, RayGroup)

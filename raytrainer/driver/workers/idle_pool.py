@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from raytrainer.driver.cluster.placement_rules import Request
 from raytrainer.driver.cluster.session import free_by_node, own_reservation, somebody_waits
 from raytrainer.errors import ResourceError
+from raytrainer.signals import shield
 
 __all__ = ["IdleGroup", "close_idle", "kept", "put_back", "set_idle_timeout", "take"]
 
@@ -77,7 +78,8 @@ def set_idle_timeout(seconds: float) -> None:
 def take(requests: Sequence[Request], timeout: float, make: Callable[[Request, float], G]) -> G:
     """An idle group with the first of these resources, or a new one with the first that can be had.
 
-    Groups that idle with other resources stay where there is room for the new one beside them.
+    Groups that idle with other resources stay where there is room for the new one beside them. To be called within a
+    `shield`, with what keeps the answer.
 
     Args:
         requests: What would do, best first.
@@ -147,7 +149,7 @@ def put_back(group: IdleGroup) -> None:
     if _timeout <= 0:
         group.abort()
         return
-    with _changed:
+    with shield(), _changed:
         _idle.append((group, time.monotonic() + _timeout))
         _changed.notify_all()
         if _watcher is None:
@@ -204,9 +206,10 @@ def _release(groups: Sequence[IdleGroup]) -> None:
 
 def close_idle() -> None:
     """Release every idle group now."""
-    with _changed:
-        groups = [group for group, _ in _idle]
-    _release(groups)
+    with shield():
+        with _changed:
+            groups = [group for group, _ in _idle]
+        _release(groups)
 
 
 def _end(groups: Sequence[IdleGroup]) -> None:

@@ -55,8 +55,10 @@ class LocalGroup:
         return lambda: [staged]
 
     def call_off(self) -> None:
-        self.worker.abandon()
-        self._bring_back()
+        try:
+            self.worker.abandon()
+        finally:
+            self._bring_back()
 
     def abort(self) -> None:
         self.call_off()

@@ -12,6 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from raytrainer.errors import WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
+from raytrainer.signals import PIECE, hear
 from raytrainer.worker.actor.actor import Failure, Place
 
 __all__ = ["Answers"]
@@ -62,9 +63,13 @@ class Answers:
         deadline = time.monotonic() + patience
         failed = False
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(PIECE, left)))
             if not ready:
-                break
+                hear()
+                if left <= PIECE:
+                    break
+                continue
             answer = self._answer(ready[0], of[ready[0]])
             answers[ready[0]] = answer
             if isinstance(answer, WorkerLostError):

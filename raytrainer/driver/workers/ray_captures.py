@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.errors import CheckpointError, StateLostError
+from raytrainer.signals import wait_until
 from raytrainer.tensor_packing import unpack
 from raytrainer.worker.actor.actor import Failure
 from raytrainer.worker.verbs import Wait
@@ -106,4 +107,6 @@ class RayCaptures:
         """Give workers that live this time to hand over the newest state, whatever else they wait for."""
         if self._handing:
             with contextlib.suppress(RayError):
-                ray.wait(self._handing, num_returns=len(self._handing), timeout=seconds)
+                wait_until(
+                    lambda piece: not ray.wait(self._handing, num_returns=len(self._handing), timeout=piece)[1], seconds
+                )

@@ -23,6 +23,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences
+from raytrainer.signals import shield, wait_until
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.actor import ASIDE, Place, RemoteWorker, StagingWorker, own_versions
@@ -68,12 +69,14 @@ class RayGroup:
         self.places: list[Place] = []
         self._answers = Answers(self)
         self._captures: RayCaptures | None = None  # once there are workers
-        self._slots = place(request, timeout)
-        try:
-            self._start()
-        except BaseException:
-            self.abort()
-            raise
+        self._actors: list[Any] = []
+        with shield():
+            self._slots = place(request, timeout)
+            try:
+                self._start()
+            except BaseException:
+                self.abort()
+                raise
 
     # ---------------------------------------------------------------- start
 
@@ -83,16 +86,10 @@ class RayGroup:
             actor_class = ray.remote(concurrency_groups={ASIDE: 1})(StagingWorker)
         else:
             actor_class = ray.remote(RemoteWorker)
-        self._actors = [
-            actor_class.options(
-                num_cpus=slot.cpus,
-                num_gpus=1 if request.gpu else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    slot.group, placement_group_bundle_index=slot.bundle
-                ),
-            ).remote()
-            for slot in self._slots
-        ]
+        for slot in self._slots:
+            strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
+            options = {"num_cpus": slot.cpus, "num_gpus": 1 if request.gpu else 0, "scheduling_strategy": strategy}
+            self._actors.append(actor_class.options(**options).remote())
         self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
         places: list[Place] = self._answers.all(
             [actor.where.remote(request.gpu) for actor in self._actors], START, "starting"
@@ -214,12 +211,18 @@ class RayGroup:
             return False
         try:
             if self._resting:
-                ray.wait(self._resting, num_returns=len(self._resting), timeout=PATIENCE)
-            ray.get([actor.obey.remote(Worker.abandon.__name__) for actor in self._actors], timeout=5.0)
+                self._wait(self._resting, PATIENCE)
+            asked = [actor.obey.remote(Worker.abandon.__name__) for actor in self._actors]
+            self._wait(asked, 5.0)
+            ray.get(asked, timeout=0.1)
         except RayError:
             self.abort()
             return False
         return True
+
+    @staticmethod
+    def _wait(refs: list[Any], seconds: float) -> None:
+        wait_until(lambda piece: not ray.wait(refs, num_returns=len(refs), timeout=piece)[1], seconds)
 
     def _ray_is_there(self) -> bool:
         """Whether the Ray in use is the one that this group is of."""
@@ -231,21 +234,22 @@ class RayGroup:
 
     def abort(self) -> None:
         """Kill the actors and give the resources back."""
-        if self.broken:
-            return  # Ray never answers when a placement group is removed for a second time
-        self.broken = True
-        if not self._ray_is_there():
-            return  # it went with its Ray
-        try:
-            if self._captures is not None:
-                self._captures.wait_handed_over(PATIENCE)
-        finally:
-            for actor in getattr(self, "_actors", []):
-                with contextlib.suppress(RayError):
-                    ray.kill(actor)
-            for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
-                with contextlib.suppress(RayError):
-                    remove_placement_group(group)
+        with shield():
+            if self.broken:
+                return  # Ray never answers when a placement group is removed for a second time
+            self.broken = True
+            if not self._ray_is_there():
+                return  # it went with its Ray
+            try:
+                if self._captures is not None:
+                    self._captures.wait_handed_over(PATIENCE)
+            finally:
+                for actor in self._actors:
+                    with contextlib.suppress(RayError):
+                        ray.kill(actor)
+                for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
+                    with contextlib.suppress(RayError):
+                        remove_placement_group(group)
 
     def release(self) -> None:
         """Have the workers drop the run, without waiting for that."""
