@@ -127,7 +127,12 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         self._logs = Logs(self._loggers)
         if stage != "fit":  # counters of the last fit stay visible
             self._state.progress = previous
-        given = None if self._probing else module.configure_callbacks()
+        try:
+            given = None if self._probing else module.configure_callbacks()
+        except BaseException as error:
+            self._state.interrupted = isinstance(error, KeyboardInterrupt)
+            self._state.trainer.status = "interrupted" if self._state.interrupted else "failed"
+            raise
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
         self._take_settings(with_accumulation(self._settings, self._callbacks))
         task = self._task(stage, module, datamodule, loaders)

@@ -64,6 +64,7 @@ class Run:
     coordinator: Coordinator | None = field(default=None, init=False)
     failing: bool = field(default=False, init=False)
     _held: list[WorkerGroup] = field(default_factory=list, init=False)  # to be given back
+    _impatient: bool = field(default=False, init=False)
     _interrupt: Interrupt = field(default_factory=Interrupt, init=False)
 
     # ---------------------------------------------------------------- start and end
@@ -81,7 +82,8 @@ class Run:
             with ending.step("the run"), ending.step("the run"):
                 coordinator = self._begin()
                 yield coordinator
-                self.state.interrupted |= self._interrupt.requested
+                if self._interrupt.requested:
+                    self._say_ended("interrupted")
             with ending.step("ending the run"), shield():
                 self._interrupt.begin_end()
                 self._end(ending)
@@ -126,15 +128,16 @@ class Run:
         if task.stage == "fit":
             state.time_report = state.clock.report()
         if error is None and ending.error is not None:
-            self._say_failed(ending.error)
+            self._say_ended(ending.error)
 
-    def _say_failed(self, error: BaseException) -> None:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        self.state.trainer.status = "interrupted" if interrupted else "failed"
-        self.state.interrupted |= interrupted
+    def _say_ended(self, how: str | BaseException) -> None:
+        if isinstance(how, BaseException):
+            how = "interrupted" if isinstance(how, KeyboardInterrupt) else "failed"
+        self.state.trainer.status = how
+        self.state.interrupted |= how == "interrupted"
 
     def _fail(self, error: BaseException, ending: Ending) -> None:
-        self._say_failed(error)
+        self._say_ended(error)
         with ending.step("taking up what was logged last"):
             self._catch_up_after(error)
         self.failing = True
@@ -163,8 +166,15 @@ class Run:
         self.state.catch_up = nothing
 
     def _flush(self, ending: Ending) -> None:
+        """Wait for checkpoints from workers that may not stay, unless the user has been too impatient for that."""
+        if self._impatient and self.writer.busy:
+            return
         with ending.step("writing checkpoints"), self.state.clock.phase("saving"):
-            self.writer.flush()  # from workers that may not stay
+            try:
+                self.writer.flush()
+            except (KeyboardInterrupt, SystemExit):
+                self._impatient = True
+                raise
 
     def _write_profiles(self, profiler: Profiler) -> None:
         folder = Path(first_log_dir(self.logs.loggers) or self.task.default_root_dir)

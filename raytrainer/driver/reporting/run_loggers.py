@@ -84,7 +84,7 @@ class Logs:
             kwargs = dict(call.kwargs)
             if "step" in kwargs and kwargs["step"] is None:
                 kwargs["step"] = step if call.step is None else call.step
-            heard = [logger for logger in self.loggers if logger.supports(call.name)]
+            heard = [logger for logger in self.loggers if self._safely(logger, "supports", (call.name,), {})]
             if not heard and call.name not in self._unheard:
                 self._unheard.add(call.name)
                 names = ", ".join(type(logger).__name__ for logger in self.loggers)
@@ -92,18 +92,19 @@ class Logs:
             for logger in heard:
                 self._safely(logger, call.name, call.args, kwargs)
 
-    def _safely(self, logger: Logger, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _safely(self, logger: Logger, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a method of a logger returns; None where it fails."""
         began = time.perf_counter()
         if began < self._resting.get(id(logger), 0.0) and method != "finalize":
-            return
+            return None
         try:
-            getattr(logger, method)(*args, **kwargs)
+            return getattr(logger, method)(*args, **kwargs)
         except Exception as error:
             # a server that answers no more must not take a minute of each second
             ended = time.perf_counter()
             self._resting[id(logger)] = ended + _REST * (ended - began)
             if id(logger) in self._failed:
-                return
+                return None
             self._failed.add(id(logger))
             name = type(logger).__name__
             log.warning(

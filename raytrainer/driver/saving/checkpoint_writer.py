@@ -95,6 +95,11 @@ class CheckpointWriter:
             pending = [job.exists for job in self._jobs if job.path == path]
         return pending[-1] if pending else checkpoint_exists(path)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is something left to do."""
+        return bool(self._jobs)
+
     def flush(self) -> None:
         """Wait until all is done; raise what failed.
 
