@@ -47,7 +47,7 @@ def test_wherever_it_strikes(fault: str, everywhere: list[str], local_trainer: A
                 assert Bench(plan, local_trainer).check() != "not called"
         except BaseException as error:
             failed[place] = repr(error)
-    assert failed == {}
+    assert not failed, "\n".join(f"{place}: {error}" for place, error in failed.items())
     assert set(threading.enumerate()) == before
 
 

@@ -210,6 +210,14 @@ class Run:
                 self._held.append(group := self.groups.take(self.task.settings))
         return group
 
+    def grow(self, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
+        """See `GroupSupply.grow`."""
+        with shield():
+            larger = self.groups.grow(self.task.settings, group, ready)
+            if larger is not None:
+                self._held = [*(held for held in self._held if not held.broken), larger]
+        return larger
+
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether there could be more workers than `group` has."""
         return self.groups.can_grow(self.task.settings, group)

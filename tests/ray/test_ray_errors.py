@@ -189,15 +189,19 @@ def test_a_worker_that_dies(ray_trainer, tmp_path):
     check_next_fit(ray_trainer)
 
 
-def test_a_worker_that_leaves(ray_trainer):
-    """By sys.exit: it is lost, and said to be."""
+def test_user_code_that_exits(ray_trainer, tmp_path):
+    """By sys.exit, as in one process: it is the run's end, with its code, and no worker is lost by it."""
 
-    class Leaves(Net):
+    class Leaves(Where):
         def on_train_start(self):
             raise SystemExit(3)
 
-    failing_fit(ray_trainer, Leaves(), WorkerLostError, max_failures=0)
-    check_next_fit(ray_trainer)
+    module, well = Leaves(tmp_path / "where"), Where(tmp_path / "where")
+    caught, where = failing_fit(ray_trainer, module, SystemExit)
+    assert caught.code == 3 and where.rank == 0
+    pids = module.taken()
+    ray_trainer(max_epochs=1).fit(well, loader(16, 4))
+    assert well.taken() == pids
 
 
 # ---------------------------------------------------------------- what cannot be sent

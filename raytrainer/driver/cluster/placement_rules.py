@@ -16,6 +16,7 @@ __all__ = [
     "Request",
     "Reserver",
     "Slot",
+    "additions",
     "fits",
     "gpus_of_every_node",
     "refuse_impossible",
@@ -113,6 +114,24 @@ def fits(nodes: int, per_node: int, free: Mapping[str, float], held: Mapping[str
         held: Present workers, by node.
     """
     return sum(free[node] + held.get(node, 0) >= per_node for node in free) >= nodes
+
+
+def additions(
+    nodes: int, per_node: int, free: Mapping[str, float], held: Mapping[str, int]
+) -> dict[str, tuple[int, int]] | None:
+    """Where a group of so many workers would be: by node, how many of those present stay, and how many are added.
+
+    Args: As for `fits`.
+
+    Returns:
+        None if there is no room. Nodes that have workers come first, so that few have to be added.
+    """
+    able = [node for node in {**held, **free} if free.get(node, 0.0) + held.get(node, 0) >= per_node]
+    if len(able) < nodes:
+        return None
+    chosen = sorted(able, key=lambda node: -min(held.get(node, 0), per_node))[:nodes]
+    staying = {node: min(held.get(node, 0), per_node) for node in chosen}
+    return {node: (stay, per_node - stay) for node, stay in staying.items()}
 
 
 def refuse_impossible(request: Request, reserver: Reserver) -> None:

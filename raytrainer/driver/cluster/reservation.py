@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,7 +30,7 @@ from raytrainer.gpu.nvml import Card, open_nvml
 from raytrainer.signals import wait_until
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
 
-__all__ = ["RayReserver", "all_gpus", "place"]
+__all__ = ["RayReserver", "all_gpus", "place", "place_more", "remove"]
 
 log = logging.getLogger("raytrainer")
 
@@ -54,10 +56,8 @@ class RayReserver:
             if node["Alive"]
         ]
 
-    def reserve(self, node: ClusterNode, cpus: float) -> Any:
-        bundle: dict[str, float] = {"GPU": 1.0}
-        if cpus:
-            bundle["CPU"] = cpus
+    def reserve(self, node: ClusterNode, cpus: float, gpus: int = 1) -> Any:
+        bundle = {name: float(amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
         if "bundle_label_selector" in inspect.signature(placement_group).parameters:
             return placement_group([bundle], bundle_label_selector=[{"ray.io/node-id": node.id}])
         return placement_group([{**bundle, f"node:{node.address}": 0.001}])
@@ -163,6 +163,32 @@ def place(request: Request, timeout: float) -> list[Slot]:
     return [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
 
 
+def place_more(request: Request, counts: Mapping[str, int], seconds: float) -> list[Slot]:
+    """Slots for further workers of a group: so many on each node, by its id. To be called within a `shield`.
+
+    Raises:
+        ResourceError: Not to be had within so many seconds.
+    """
+    reserver = RayReserver()
+    if request.indices or request.free:
+        if any(count != request.per_node for count in counts.values()):
+            raise ResourceError(f"{request}: GPUs are chosen for whole nodes only, once there are workers on a node.")
+        return claim(replace(request, nodes=len(counts)), reserver, seconds, sleep=_pause)
+    nodes = {node.id: node for node in reserver.nodes()}
+    groups: list[Any] = []
+    try:
+        for node, count in counts.items():
+            if node not in nodes:
+                raise ResourceError(f"{request}: a node has gone meanwhile.")
+            groups.append(reserver.reserve(nodes[node], request.cpus * count, count if request.gpu else 0))
+        if len(reserver.ready(groups, seconds)) < len(groups):
+            raise ResourceError(f"{request}: what looked free is not; the cluster has {resources_text()}.")
+    except BaseException:
+        reserver.give_back(groups)
+        raise
+    return [Slot(g, 0, request.cpus) for g, count in zip(groups, counts.values(), strict=True) for _ in range(count)]
+
+
 def _wait_for(group: Any, request: Request, timeout: float) -> None:
     """Wait until Ray has given what a placement group asks for.
 
@@ -193,6 +219,13 @@ def _wait(group: Any, seconds: float) -> bool:
         return False
 
     return wait_until(given, seconds)
+
+
+def remove(slots: Sequence[Slot]) -> None:
+    """Give reservations back, but for those that are somebody else's."""
+    for group in {slot.group.id: slot.group for slot in slots if not slot.borrowed}.values():
+        with contextlib.suppress(RayError):
+            remove_placement_group(group)
 
 
 def _place_within(group: Any, request: Request) -> list[Slot]:

@@ -31,7 +31,7 @@ from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.errors import WorkerLostError
+from raytrainer.errors import StateLostError, WorkerLostError
 from raytrainer.messages import FinishReport
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.strategy_settings import effective_batch
@@ -45,7 +45,11 @@ log = logging.getLogger("raytrainer")
 
 
 class _MoreWorkers(Exception):
-    """An elastic run can have more workers now."""
+    """An elastic run has more workers now: `group`, which goes on from `state`."""
+
+    def __init__(self, group: WorkerGroup, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.group, self.state = group, state
 
 
 class Coordinator:
@@ -89,25 +93,22 @@ class Coordinator:
 
     def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
-        resumed, lost, growing = checkpoint, None, False
+        resumed, lost = checkpoint, None
         while True:
             try:
                 self.state.clock.switch("starting")
-                # in here, since workers may be lost while others are being replaced or added
+                # in here, since workers may be lost while others are being replaced
                 if lost is not None:
                     self.group = self._recovery.regroup(lost)
                     resumed, lost = self._recovery.go_back(checkpoint), None
-                elif growing:
-                    self.group, resumed = self._recovery.grow(self.group)
-                growing = False
                 return self._attempt(resumed)
-            except WorkerLostError as error:
+            except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
                 self.group.abort()
                 if not self._recovery.allowed():
                     raise
                 lost = error
-            except _MoreWorkers:
-                growing = True
+            except _MoreWorkers as more:
+                self.group, resumed = more.group, more.state
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)
@@ -122,7 +123,9 @@ class Coordinator:
                 self._epoch()
             while not self._done():
                 if self._recovery.may_grow(self.group):
-                    raise _MoreWorkers
+                    more = self._recovery.grow(self.group)
+                    if more is not None:
+                        raise _MoreWorkers(*more)
                 self._epoch()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
             self._emit_once("on_train_end")

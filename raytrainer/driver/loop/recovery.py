@@ -13,7 +13,7 @@ from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.errors import WorkerLostError
+from raytrainer.errors import StateLostError, WorkerLostError
 from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
@@ -41,14 +41,14 @@ class WorkerRecovery:
         self._allowed = max_failures if snapshots.enabled else 0
         self._callbacks_before = services.callback_states()
         self._grown_in = -1  # the epoch that began with an attempt to get more workers
-        self._failed: tuple[WorkerLostError, float, Progress] | None = None  # until training goes on
+        self._failed: tuple[WorkerLostError | StateLostError, float, Progress] | None = None  # until training goes on
 
     def allowed(self) -> bool:
         """Whether to recover from one more failure."""
         self._allowed -= 1
         return self._allowed >= 0
 
-    def regroup(self, error: WorkerLostError) -> WorkerGroup:
+    def regroup(self, error: WorkerLostError | StateLostError) -> WorkerGroup:
         """New workers in place of those lost."""
         if self._failed is None:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), self._state.progress
@@ -90,12 +90,15 @@ class WorkerRecovery:
         progress = self._state.progress
         return bool(progress.total_batches and progress.epoch != self._grown_in and self._services.can_grow(group))
 
-    def grow(self, group: WorkerGroup) -> tuple[WorkerGroup, dict[str, Any]]:
-        """A larger group, and the state to restore in it, so that training goes on from right here."""
-        epoch = self._state.progress.epoch
-        checkpoint = self._capture.capture(group).resolve()
-        self._grown_in = epoch
-        group.abort()
-        larger = self._services.regroup()
+    def grow(self, group: WorkerGroup) -> tuple[WorkerGroup, dict[str, Any]] | None:
+        """A larger group, and the state to restore in it, so that training goes on from right here.
+
+        None: `group` is as well as before, and others were faster in taking what looked free.
+        """
+        self._grown_in = epoch = self._state.progress.epoch
+        states: list[dict[str, Any]] = []
+        larger = self._services.grow(group, lambda: states.append(self._capture.capture(group).resolve()))
+        if larger is None:
+            return None
         log.info("Epoch %d begins with %d workers instead of %d.", epoch, larger.size, group.size)
-        return larger, checkpoint
+        return larger, states.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -33,6 +33,9 @@ class RunServices(Protocol):
 
     def regroup(self) -> WorkerGroup:
         """New workers, in place of the group's."""
+
+    def grow(self, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
+        """A larger group in place of `group`, which ends after `ready` has been called; None: no more workers now."""
 
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether an elastic run could have more workers than `group` has."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
-from raytrainer.driver.cluster.placement_rules import Request, fits
+from raytrainer.driver.cluster.placement_rules import Request, additions, fits
 from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_by_node, own_reservation
 from raytrainer.driver.workers import idle_pool
 from raytrainer.driver.workers.local_group import LocalGroup, local_group
 from raytrainer.driver.workers.worker_group import WorkerGroup
+from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.settings import Settings
 
 __all__ = ["GroupSupply"]
+
+log = logging.getLogger("raytrainer")
+
+#: Seconds to reserve what looks free, beside workers that wait.
+BRIEFLY = 3.0
 
 
 class GroupSupply:
@@ -58,6 +66,41 @@ class GroupSupply:
             return False
         free = free_by_node("GPU" if settings.on_gpu else "CPU")
         return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
+
+    def grow(self, settings: Settings, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
+        """More workers for an elastic run: those of `group`, which ends, and others, once these are sure.
+
+        To be called within a `shield`, with what keeps the answer.
+
+        Args:
+            settings: Of the run.
+            group: Stays as it is where no more are to be had.
+            ready: Called when they are, and before `group` ends.
+
+        Returns:
+            A larger group; None: there is none.
+        """
+        from raytrainer.driver.cluster.reservation import place_more, remove
+        from raytrainer.driver.workers.ray_group import RayGroup
+
+        assert isinstance(group, RayGroup)
+        free = free_by_node("GPU" if settings.on_gpu else "CPU")
+        for request in _requests(settings):
+            by_node = additions(request.nodes, request.per_node, free, group.by_node)
+            if by_node is None or request.nodes * request.per_node <= group.size:
+                continue
+            try:
+                more = place_more(request, {node: count for node, (_, count) in by_node.items() if count}, BRIEFLY)
+            except (ResourceError, ConfigurationError) as error:  # others were faster
+                log.info("No more workers for now: %s", error)
+                continue
+            try:
+                ready()
+            except BaseException:
+                remove(more)
+                raise
+            return group.grown(request, more, {node: stay for node, (stay, _) in by_node.items()})
+        return None
 
     def with_every_gpu(self, settings: Settings) -> Settings:
         """The settings with what gpus=-1 means on the cluster as it is now."""

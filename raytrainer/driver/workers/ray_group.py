@@ -10,11 +10,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrainer.driver.cluster.placement_rules import Request
-from raytrainer.driver.cluster.reservation import place
+from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
@@ -50,6 +49,7 @@ class RayGroup:
     Args:
         request: What to ask Ray for.
         timeout: Seconds to wait for the resources.
+        slots: Places for all workers, where they have been reserved already.
 
     Raises:
         ResourceError: The cluster does not give them within `timeout`.
@@ -57,7 +57,7 @@ class RayGroup:
 
     in_process = False
 
-    def __init__(self, request: Request, timeout: float = 60.0) -> None:
+    def __init__(self, request: Request, timeout: float = 60.0, slots: list[Slot] | None = None) -> None:
         self.request = request
         self.size = request.nodes * request.per_node
         self._resting: list[Any] = []  # answered when nothing is left of the latest run
@@ -71,7 +71,7 @@ class RayGroup:
         self._captures: RayCaptures | None = None  # once there are workers
         self._actors: list[Any] = []
         with shield():
-            self._slots = place(request, timeout)
+            self._slots = place(request, timeout) if slots is None else slots
             try:
                 self._start()
             except BaseException:
@@ -97,6 +97,7 @@ class RayGroup:
         # node by node in the order of addresses, and by GPU on each
         order = sorted(range(self.size), key=lambda i: (_numbers(places[i].address), places[i].node_id, places[i].gpus))
         self._actors = [self._actors[i] for i in order]
+        self._slots = [self._slots[i] for i in order]
         self.places = [places[i] for i in order]
         self.ranks = assign_ranks([place.node_id for place in self.places])
         self._captures = RayCaptures(self, self._actors, self._answers, self.stages)
@@ -247,9 +248,26 @@ class RayGroup:
                 for actor in self._actors:
                     with contextlib.suppress(RayError):
                         ray.kill(actor)
-                for group in {slot.group.id: slot.group for slot in self._slots if not slot.borrowed}.values():
-                    with contextlib.suppress(RayError):
-                        remove_placement_group(group)
+                remove(self._slots)
+
+    def grown(self, request: Request, more: Sequence[Slot], stay: Mapping[str, int]) -> RayGroup:
+        """A larger group, of this one's places and further ones; this one ends.
+
+        Args:
+            request: The larger one's.
+            more: Places that it has already.
+            stay: How many of this one's places it takes up on each node.
+        """
+        left, kept = Counter(stay), list[Slot]()
+        for slot, where in zip(self._slots, self.places, strict=True):
+            if left[where.node_id] > 0:
+                left[where.node_id] -= 1
+                kept.append(slot)
+        reserved = {slot.group.id for slot in kept}
+        self._slots = [slot for slot in self._slots if slot.group.id not in reserved]  # what goes with this one
+        with shield():
+            self.abort()
+            return RayGroup(request, slots=[*kept, *more])
 
     def release(self) -> None:
         """Have the workers drop the run, without waiting for that."""

@@ -20,6 +20,7 @@ from ray import cloudpickle
 from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
 from raytrainer.plan.ranks import Ranks
+from raytrainer.private.ray_private import asked_to_end
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.version import __version__
 from raytrainer.worker.actor.output import Output
@@ -192,9 +193,9 @@ class RemoteWorker:
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except (SystemExit, KeyboardInterrupt):
-            raise  # the process is asked to end
         except BaseException as error:
+            if asked_to_end(error):
+                raise
             pickled = None
             with contextlib.suppress(Exception):
                 pickled = cloudpickle.dumps(error)
