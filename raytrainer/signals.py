@@ -121,11 +121,13 @@ def terminate() -> SystemExit:
 
 
 def ends_process(handler: Any) -> bool:
-    """Whether a handler of SIGTERM is Python's default, or Ray's, which `ray.init` puts in the place of any other.
+    """Whether a handler of SIGTERM but ends the process: Python's default, ours, or Ray's.
 
-    Ray's calls `sys.exit(15)`, and has the process aborted three seconds later, whatever it may be doing by then.
+    `ray.init` puts Ray's in the place of any other. It calls `sys.exit(15)`, and has the process aborted three seconds
+    later, whatever it may be doing by then.
     """
-    return handler in (None, signal.SIG_DFL) or str(getattr(handler, "__module__", "")).partition(".")[0] == "ray"
+    rays = str(getattr(handler, "__module__", "")).partition(".")[0] == "ray"
+    return rays or handler in (None, signal.SIG_DFL, exit_in_order)
 
 
 def exit_in_order(number: int, frame: FrameType | None) -> None:

@@ -16,14 +16,14 @@ from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.run_services import Rows
 from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_datasets
+from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.driver.reporting.results import write_profiles
 from raytrainer.driver.reporting.run_loggers import Logs
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
-from raytrainer.errors import CheckpointError, ConfigurationError, WorkerError
-from raytrainer.init_calls import same_value
+from raytrainer.errors import CheckpointError, WorkerError
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.messages import LogCall
 from raytrainer.profilers import Profiler
@@ -94,7 +94,7 @@ class Run:
     def _begin(self) -> Coordinator:
         """Data and workers; before there is anything to lose, Ctrl-C ends it at once."""
         task, interrupt = self.task, self._interrupt
-        self.check_hyperparameters()
+        hyperparameters = logged_hyperparameters(task)
         with interrupt.at_once():
             prepare_datasets(task, task.settings, self.groups.cluster)
         group = self.regroup()
@@ -102,7 +102,8 @@ class Run:
         self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())
-        self._log_hyperparameters()
+        if hyperparameters:
+            self.logs.each("log_hyperparams", hyperparameters)
         return coordinator
 
     def _end(self, ending: Ending) -> None:
@@ -225,33 +226,6 @@ class Run:
     @property
     def _driver_callbacks(self) -> list[Callback]:
         return [callback for callback in self.callbacks if isinstance(callback, Callback)]
-
-    def _log_hyperparameters(self) -> None:
-        values = {name: value for given in self._hyperparameters() for name, value in given.items()}
-        if values and self.task.stage == "fit":
-            self.logs.each("log_hyperparams", values)
-
-    def _hyperparameters(self) -> list[dict[str, Any]]:
-        """Those of the DataModule and of the module that loggers are given."""
-        owners = [owner for owner in (self.task.datamodule, self.task.module) if owner is not None]
-        return [owner.hparams_initial if owner.__dict__.get("_log_hyperparams") else {} for owner in owners]
-
-    def check_hyperparameters(self) -> None:
-        """Module and DataModule may have hyperparameters of one name, if these are equal.
-
-        Raises:
-            ConfigurationError: They are not.
-        """
-        if self.task.datamodule is None or self.task.stage != "fit":
-            return
-        theirs, ours = self._hyperparameters()
-        for name in theirs.keys() & ours.keys():
-            if not same_value(theirs[name], ours[name]):
-                raise ConfigurationError(
-                    f"hyperparameter {name}: {ours[name]!r} in {type(self.task.module).__name__}, {theirs[name]!r} in "
-                    f"{type(self.task.datamodule).__name__}: loggers could show only one. Make them equal, rename one, "
-                    f"or call save_hyperparameters(logger=False) in one of both."
-                )
 
     # ---------------------------------------------------------------- checkpoints
 

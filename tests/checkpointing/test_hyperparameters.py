@@ -28,6 +28,7 @@ from torch import nn
 import raytrainer
 from raytrainer import CheckpointError, ConfigurationError, DataModule, Module
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.hparams import AttributeDict
 
 
@@ -398,12 +399,12 @@ def test_equal_names_with_other_values_in_module_and_datamodule(local_trainer):
             self.save_hyperparameters()
 
     with pytest.raises(ConfigurationError, match=r"width: 1 in Secret, 2 in D"):
-        local_trainer(max_epochs=1)._begin("fit", Secret(1), D(2, 0.1), {}).check_hyperparameters()
-    local_trainer(max_epochs=1)._begin("fit", Secret(1), D(1, 0.1), {}).check_hyperparameters()
+        logged_hyperparameters(local_trainer(max_epochs=1)._begin("fit", Secret(1), D(2, 0.1), {}).task)
+    logged_hyperparameters(local_trainer(max_epochs=1)._begin("fit", Secret(1), D(1, 0.1), {}).task)
     one, two = One(torch.ones(2)), One(torch.ones(2))
     data = D(1, 0.1)
     data.save_hyperparameters({"value": two.hparams.value})
-    local_trainer(max_epochs=1)._begin("fit", one, data, {}).check_hyperparameters()
+    logged_hyperparameters(local_trainer(max_epochs=1)._begin("fit", one, data, {}).task)
 
 
 # ---------------------------------------------------------------- load_from_checkpoint's other arguments

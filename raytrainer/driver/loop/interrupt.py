@@ -58,7 +58,8 @@ class Interrupt:
         while self._previous:
             number, handler = self._previous.popitem()
             # a process that has come to use Ray meanwhile has more to end than SIGTERM's default would
-            signal.signal(number, handler if callable(handler) or "ray" not in sys.modules else exit_in_order)
+            uses_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+            signal.signal(number, exit_in_order if uses_ray and handler is signal.SIG_DFL else handler)
 
     @contextmanager
     def at_once(self, when: bool = True) -> Iterator[None]:
