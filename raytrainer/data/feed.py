@@ -16,8 +16,9 @@ from raytrainer.data.epoch_state import EpochState
 from raytrainer.data.loader_processes import garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
+from raytrainer.data.own_readers import kept_readers
 from raytrainer.data.sharded_loader import length_of, shard_loader
-from raytrainer.data.sharding import ShardedBatches, Share
+from raytrainer.data.sharding import Share
 from raytrainer.data.streams import Requests
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
@@ -74,13 +75,14 @@ class Feed:
                 f"{stage}_dataloader()."
             )
         self.stage, self.share, self.seed, self.settings = stage, share, seed, settings
-        self.source = self.loader = loader
-        self.batches: ShardedBatches | None = None
-        self.iterable_dataset = isinstance(getattr(loader, "dataset", None), IterableDataset)
-        if isinstance(loader, DataLoader):
-            sharded = shard_loader(loader, stage, share, seed, settings, epoch)
-            self.loader, self.batches = sharded.loader, sharded.batches
-        self._state = EpochState(self.loader, self.batches, seed)
+        self.source = loader
+        sharded = shard_loader(loader, stage, share, seed, settings, epoch)
+        self.loader, self.reader, self._stand_in = sharded.loader, sharded.reader, sharded.stand_in
+        self._drawing = sharded.batches
+        self.batches = sharded.batches if sharded.in_step else None
+        reading = loader if self.reader is None else self.reader
+        self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
+        self._state = EpochState(self.loader, self._drawing, seed)
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self._epoch: int | None = None
         self._before: Past = ()
@@ -121,11 +123,13 @@ class Feed:
         """
         self._epoch, self._before = epoch, before
         self._state.begin(epoch)
-        if self.batches is not None:
-            self.batches.begin_epoch(epoch)
-        for owner in (getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None), self.loader):
+        if self._drawing is not None:
+            self._drawing.begin_epoch(epoch)
+        reading = self.reader if self.reader is not None else self.loader
+        owners = getattr(reading, "dataset", None), getattr(reading, "sampler", None), reading, self.loader
+        for owner in {id(owner): owner for owner in owners if owner is not self._drawing}.values():
             set_epoch = getattr(owner, "set_epoch", None)
-            if callable(set_epoch) and owner is not self.batches:
+            if callable(set_epoch):
                 set_epoch(epoch)
         self._restart_processes()
         self._leave_out(before)
@@ -134,8 +138,8 @@ class Feed:
     def draw(self) -> int | None:
         """Have samplers draw the epoch's order; return its length, which may be known by that only."""
         self._state.starts()
-        if self.batches is not None:
-            self.batches.draw()
+        if self._drawing is not None:
+            self._drawing.draw()
         self._measure()
         return self.length
 
@@ -175,8 +179,13 @@ class Feed:
 
     def _restart_processes(self) -> None:
         """Processes that persist have copies of a dataset, which do not hear of the epoch, and count on."""
-        loader = self.loader
-        if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        loader = self.reader
+        if loader is None:
+            return
+        for name in set(kept_readers(self.loader)):  # made by the loader itself, in the epoch before
+            self.close()
+            self.loader.__dict__[name] = vars(self.source).get(name)
+        if not loader.persistent_workers:
             return
         dataset = loader.dataset
         if library_of(dataset) in STREAMS:
@@ -194,16 +203,19 @@ class Feed:
         """
         if epoch != self._epoch:
             self.begin(epoch)
+        if self._drawing is not None:
+            self._drawing.skip_to(0)
         self.draw()
         position = self._state.resume(epoch, skip)
         if self.batches is not None:
-            self.batches.skip = position = skip
-        if isinstance(self.loader, DataLoader):
+            position = skip
+            self.batches.skip_to(skip)
+        if self.reader is not None:
             # seeds the loader's processes; the global generators are left to the training
             seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
-            self.loader.generator = torch.Generator().manual_seed(seed)
-            if self.batches is None:
-                self._seed_requests(self.loader, seed, position)
+            self.reader.generator = torch.Generator().manual_seed(seed)
+            if self._drawing is None:
+                self._seed_requests(self.reader, seed, position)
         read = self._read_alike(epoch, position) if self.share.readers > 1 else self._iterate()
         iterator = self._state.read(read)
         for _ in range(position, skip):  # a loader that cannot skip is replayed
@@ -226,20 +238,24 @@ class Feed:
 
     def _iterate(self) -> Iterator[Any]:
         with garbage_left_alone():
+            reading: Iterator[Any] | None = None
+            if self._stand_in is not None and self.reader is not None:
+                self._stand_in.source = reading = iter(self.reader)
             iterator: Iterator[Any] = iter(self.loader)
         with contextlib.suppress(TypeError):
-            self._reading = weakref.ref(iterator)
+            self._reading = weakref.ref(iterator if reading is None else reading)
         return iterator
 
     def close(self) -> None:
         """End the loader's processes. Left to garbage collection, each may take 5 s, at any time."""
-        kept = take_iterator(self.loader) if isinstance(self.loader, DataLoader) else None
-        for iterator in (self._reading(), kept):
+        kept = take_iterator(self.reader) if self.reader is not None else None
+        own = [vars(self.loader)[name] for name in kept_readers(self.loader)] if self.reader is not None else []
+        for iterator in (self._reading(), kept, *own):
             shutdown = getattr(iterator, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
-        if isinstance(self.loader, DataLoader):
-            forget_iterator(self.loader)
+        if self.reader is not None:
+            forget_iterator(self.reader)
 
     def _read_alike(self, epoch: int, begin: int) -> Iterator[Any]:
         """Batches that are random in the same way on all readers of the share.

@@ -11,7 +11,16 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.memories import tell_epoch
+from raytrainer.data.memories import has_state, tell_epoch
+from raytrainer.data.own_readers import (
+    StandIn,
+    finite_loader,
+    front_of,
+    inner_loader,
+    kept_readers,
+    part_at,
+    with_part,
+)
 from raytrainer.data.sharding import IndexShard, ShardedBatches, Share, is_plain_batching
 from raytrainer.errors import DataError
 from raytrainer.plan.settings import Settings
@@ -24,27 +33,87 @@ log = logging.getLogger("raytrainer")
 
 @dataclass
 class ShardedLoader:
-    """What a worker reads in place of a user's DataLoader.
+    """What a worker reads in place of a user's loader.
 
     Attributes:
-        loader: A copy of the user's loader, of the same class.
-        batches: What decides on its batches; None where the dataset does.
+        loader: What to iterate: a copy of the user's loader, of the same class.
+        reader: The DataLoader that reads for it, mostly the same object; None: an iterable without one.
+        batches: What decides on the reader's batches; None where its dataset does.
+        stand_in: Is to read from `reader`, where `loader` keeps a reader of its own.
+        in_step: Whether each of the reader's batches becomes one batch.
     """
 
-    loader: DataLoader[Any]
-    batches: ShardedBatches | None
+    loader: Any
+    reader: DataLoader[Any] | None = None
+    batches: ShardedBatches | None = None
+    stand_in: StandIn | None = None
+    in_step: bool = True
+
+    @property
+    def splits(self) -> bool:
+        """Whether workers get different parts by `batches`."""
+        batches = self.batches
+        if batches is None:
+            return False
+        return batches.share.count > 1 or (batches.shard is not None and batches.shard.share.count > 1)
 
 
-def shard_loader(
-    loader: DataLoader[Any], stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0
-) -> ShardedLoader:
-    """Put samplers into a copy of the loader, so that the user's stays as it is.
+def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> ShardedLoader:
+    """Put samplers into a copy of the loader, or of the one that it wraps, so that the user's stays as it is.
 
     Samplers are told the `epoch` first, on which their lengths may depend.
 
     Raises:
-        DataError: A batch sampler without a length is to be sharded.
+        DataError: It cannot be sharded.
     """
+    arguments = stage, share, seed, settings, epoch
+    if kept := kept_readers(loader):
+        return _with_kept_reader(loader, kept[0], *arguments)
+    if isinstance(loader, DataLoader):
+        return _sharded(loader, *arguments)
+    way = inner_loader(loader)
+    if way is None:
+        return ShardedLoader(loader)
+    inner = part_at(loader, way)
+    sharded = shard_loader(inner, *arguments)
+    if sharded.reader is None or sharded.batches is None:
+        return ShardedLoader(with_part(loader, way, sharded.loader), sharded.reader, in_step=False)
+    in_step = sharded.in_step and length_of(loader) is not None and length_of(loader) == length_of(inner)
+    if sharded.splits and not in_step:
+        raise DataError(
+            f"the {stage} loader {type(loader).__name__} reads a DataLoader (its .{'.'.join(way)}), but does not say "
+            f"that it gives one batch for each of the loader's, so that it cannot be sharded over {share.count} "
+            f"workers: give it a __len__ that returns the loader's; or shard it yourself, with a DistributedSampler "
+            f"in that loader or with use_distributed_sampler=False."
+        )
+    front = with_part(loader, way, sharded.loader)
+    return ShardedLoader(front, sharded.reader, sharded.batches, sharded.stand_in, in_step and not has_state(loader))
+
+
+def _with_kept_reader(
+    loader: Any, name: str, stage: str, share: Share, seed: int, settings: Settings, epoch: int
+) -> ShardedLoader:
+    found = (
+        f"the {stage} loader {type(loader).__name__} keeps a reader of its own (its .{name}), and what that reads "
+        f"cannot be told"
+    )
+    plain = finite_loader(loader) if isinstance(loader, DataLoader) else None
+    if plain is not None:
+        sharded = _sharded(plain, stage, share, seed, settings, epoch)
+        if sharded.batches is not None:
+            stand_in = StandIn()
+            front = front_of(loader, sharded.batches, stand_in)
+            return ShardedLoader(front, sharded.reader, sharded.batches, stand_in)
+    instead = "use torch's DataLoader with persistent_workers=True, which keeps its processes too"
+    if share.count > 1 and settings.use_distributed_sampler:
+        raise DataError(f"{found}, so that it cannot be sharded over {share.count} workers: {instead}.")
+    log.warning("%s: it is read as it is, and a resumed run may read other samples; %s.", found, instead)
+    return ShardedLoader(loader)
+
+
+def _sharded(
+    loader: DataLoader[Any], stage: str, share: Share, seed: int, settings: Settings, epoch: int
+) -> ShardedLoader:
     copied = copy.copy(loader)
     forget_iterator(copied)
     # __dict__, since DataLoader refuses to set samplers
@@ -57,7 +126,7 @@ def shard_loader(
                 "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
                 "self.trainer.global_rank (by node_rank for ddp2).", stage,
             )  # fmt: skip
-        return ShardedLoader(copied, None)
+        return ShardedLoader(copied, copied)
     batched = loader.batch_sampler is not None
     outer: Any = loader.batch_sampler if batched else loader.sampler
     inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
@@ -90,7 +159,7 @@ def shard_loader(
             f"sharded over {of_batches.count} workers; give it __len__, or use_distributed_sampler=False."
         )
     copied.__dict__["batch_sampler" if batched else "sampler"] = batches
-    return ShardedLoader(copied, batches)
+    return ShardedLoader(copied, copied, batches)
 
 
 def length_of(thing: Any) -> int | None:

@@ -224,11 +224,17 @@ class ShardedBatches(Sampler[list[Any]]):
         if self.shard is not None:
             self.shard.begin = sample
 
+    def skip_to(self, batch: int) -> None:
+        """Begin there when next iterated; from then on, this epoch's length is what is left of it.
+
+        For loaders of the users', which may ask for as many batches as `len` says.
+        """
+        self.skip = batch
+
     def __len__(self) -> int:
         index, count = self.share.index, self.share.count
-        if self.pad:
-            return -(-self.total // count)
-        return max(0, -(-(self.total - index) // count))
+        whole = -(-self.total // count) if self.pad else -(-(self.total - index) // count)
+        return max(0, whole - self.skip)
 
     def __iter__(self) -> Iterator[list[Any]]:
         for position, batch in enumerate(itertools.islice(self._shard(), self.skip, None), self.skip):

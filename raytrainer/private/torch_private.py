@@ -26,6 +26,7 @@ __all__ = [
     "fix_buckets",
     "forget_iterator",
     "is_compiled",
+    "is_loader_iterator",
     "set_group_timeout",
     "take_iterator",
     "without_compiled",
@@ -149,3 +150,11 @@ def take_iterator(loader: DataLoader[Any]) -> Any:
     Without `_iterator`: None, and Python's collector ends the processes some time later.
     """
     return loader.__dict__.pop("_iterator", None)
+
+
+def is_loader_iterator(thing: Any) -> bool:
+    """Whether it is what a DataLoader reads with.
+
+    Without `_BaseDataLoaderIter`: never, so that loaders which keep such a reader are not noticed.
+    """
+    return any(kind.__name__ == "_BaseDataLoaderIter" for kind in type(thing).__mro__)

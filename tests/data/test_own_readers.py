@@ -1,0 +1,247 @@
+"""Loaders with an `__iter__` of their own: those that keep a reader, and those that wrap a loader."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from raytrainer.data.feed import Feed
+from raytrainer.data.sharding import Share
+from raytrainer.errors import DataError
+from raytrainer.plan.settings import build_settings
+
+SAMPLES = 16
+MADE: list[Any] = []  # readers of the users', which end with their loaders
+
+
+@pytest.fixture(autouse=True)
+def end_users_readers():
+    yield
+    while MADE:
+        shutdown = getattr(MADE.pop(), "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+class RepeatSampler:
+    """timm's and Ultralytics'."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from iter(self.sampler)
+
+
+class MultiEpochsDataLoader(DataLoader[Any]):
+    """timm's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._DataLoader__initialized = False
+        if self.batch_sampler is None:
+            self.sampler = RepeatSampler(self.sampler)
+        else:
+            self.batch_sampler = RepeatSampler(self.batch_sampler)
+        self._DataLoader__initialized = True
+        self.iterator = super().__iter__()
+        MADE.append(self.iterator)
+
+    def __len__(self) -> int:
+        return len(self.sampler) if self.batch_sampler is None else len(self.batch_sampler.sampler)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+class Endless:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        while True:
+            yield from self.inner
+
+
+class Keep(DataLoader[Any]):
+    """Its `__iter__` changes the batches, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", Endless(self.batch_sampler))
+        self.reader = super().__iter__()
+        MADE.append(self.reader)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield next(self.reader) + 100
+
+
+class KeepLater(DataLoader[Any]):
+    """Makes its reader when it is first iterated."""
+
+    reader: Any = None
+
+    def __iter__(self):
+        if self.reader is None:
+            self.reader = super().__iter__()
+        for _ in range(len(self)):
+            yield next(self.reader)
+
+
+class Around(DataLoader[Any]):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch + 1
+
+
+class Prefetcher:
+    """Reads one batch ahead of a loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        ahead = next(batches, None)
+        while ahead is not None:
+            batch, ahead = ahead, next(batches, None)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+class Silent(Prefetcher):
+    """Does not know its length."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
+class Joins(Prefetcher):
+    """Makes one batch of two."""
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        for batch in batches:
+            yield torch.cat([batch, next(batches)])
+
+    def __len__(self) -> int:
+        return len(self.loader) // 2
+
+
+def make(kind: type, processes: int = 0) -> Any:
+    if issubclass(kind, DataLoader):
+        return kind(range(SAMPLES), batch_size=2, shuffle=True, num_workers=processes)
+    return kind(make(DataLoader, processes))
+
+
+def nested() -> Any:
+    return Prefetcher(Prefetcher(make(MultiEpochsDataLoader)))
+
+
+LOADERS: dict[str, Any] = {
+    "MultiEpochsDataLoader": lambda: make(MultiEpochsDataLoader),
+    "MultiEpochsDataLoader, process": lambda: make(MultiEpochsDataLoader, 1),
+    "keeps, and changes batches": lambda: make(Keep),
+    "keeps, and changes batches, process": lambda: make(Keep, 1),
+    "keeps when iterated": lambda: make(KeepLater),
+    "keeps when iterated, process": lambda: make(KeepLater, 1),
+    "around": lambda: make(Around),
+    "prefetcher": lambda: make(Prefetcher),
+    "prefetcher, process": lambda: make(Prefetcher, 1),
+    "prefetchers": nested,
+}
+
+
+def feeds(loader: Any, world: int, **options: Any) -> list[Feed]:
+    return [Feed(loader(), "train", Share(rank, world), 3, build_settings(**options)) for rank in range(world)]
+
+
+def read(source: Feed, epoch: int, skip: int = 0) -> list[Any]:
+    source.begin(epoch)
+    source.draw()
+    found: list[Any] = []
+    for index, batch in enumerate(source.start(epoch, skip), skip):
+        if index == source.length:
+            break
+        found.append((batch % 100).tolist() if isinstance(batch, torch.Tensor) else batch)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_each_sample_once_and_resumed_exactly(kind, world):
+    parts = feeds(LOADERS[kind], world)
+    epochs = [[read(part, epoch) for part in parts] for epoch in range(3)]
+    for part in parts:
+        part.close()
+    assert epochs[0] != epochs[1] != epochs[2]
+    for epoch in epochs:
+        samples = [i for part in epoch for batch in part for i in (batch if isinstance(batch, list) else [batch])]
+        assert sorted(i - ("around" in kind) for i in samples) == list(range(SAMPLES))
+        assert len({len(part) for part in epoch}) == 1
+    for skip in (1, 3):
+        again = feeds(LOADERS[kind], world)
+        assert [read(part, 1, skip) for part in again] == [part[skip:] for part in epochs[1]]
+        assert [read(part, 2) for part in again] == epochs[2]
+        for part in again:
+            part.close()
+
+
+@pytest.mark.parametrize("kind", [Silent, Joins])
+def test_wrappers_that_are_not_in_step_with_their_loader(kind):
+    """Alone they are read again; on several workers it is an error that says what to do."""
+
+    def loader() -> Any:
+        return make(kind)
+
+    (alone,) = feeds(loader, 1)
+    whole = [read(alone, epoch) for epoch in range(2)]
+    assert whole[0] != whole[1]
+    assert sorted(i for batch in whole[1] for i in batch) == list(range(SAMPLES))
+    (again,) = feeds(loader, 1)
+    assert read(again, 1, 2) == whole[1][2:]
+    with pytest.raises(DataError, match=rf"{kind.__name__} reads a DataLoader \(its \.loader\).*2 workers.*__len__"):
+        feeds(loader, 2)
+    assert [len(read(part, 0)) for part in feeds(loader, 2, use_distributed_sampler=False)] == [len(whole[0])] * 2
+
+
+def test_a_reader_over_what_cannot_be_told(caplog):
+    class Odd(MultiEpochsDataLoader):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.batch_sampler.other = Sampler()
+
+    def loader() -> Any:
+        return make(Odd)
+
+    with pytest.raises(DataError, match=r"Odd keeps a reader.*\.iterator.*2 workers.*persistent_workers=True"):
+        feeds(loader, 2)
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        (alone,) = feeds(loader, 1)
+    assert "persistent_workers=True" in caplog.text
+    assert sorted(i for batch in read(alone, 0) for i in batch) == list(range(SAMPLES))
+
+
+def test_the_users_loader_stays_as_it_is():
+    for kind in LOADERS.values():
+        loader = kind()
+        before = dict(vars(loader))
+        for rank in range(2):
+            part = Feed(loader, "train", Share(rank, 2), 3, build_settings())
+            read(part, 0)
+            part.close()
+        assert dict(vars(loader)) == before
