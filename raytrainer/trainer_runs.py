@@ -134,12 +134,21 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             self._state.trainer.status = "interrupted" if self._state.interrupted else "failed"
             raise
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
+        if stage == "fit":
+            self._require_writable()
         self._take_settings(with_accumulation(self._settings, self._callbacks))
         task = self._task(stage, module, datamodule, loaders)
         self._run = run = Run(
             task, self._state, self._callbacks, self._emit, self._logs, self._groups, self._writer, self._probing
         )
         return run
+
+    def _require_writable(self) -> None:
+        """See to the folders that will be written to while training."""
+        self._logs.require_writable()
+        for callback in self._callbacks:
+            if isinstance(callback, ModelCheckpoint) and not self.fast_dev_run:
+                callback.require_writable()
 
     def _task(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
         seed = self._settings.seed

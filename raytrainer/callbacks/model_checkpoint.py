@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from raytrainer.callbacks.callback import Callback
+from raytrainer.checkpointing.reservations import release, require_writable, reserve
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.monitoring import Moment, MonitorMoment
 from raytrainer.plan.retention import (
@@ -65,8 +66,8 @@ class ModelCheckpoint(Callback):
         current_score: The score at the last look (0-dim tensor), or None.
 
     Raises:
-        ConfigurationError: Arguments that are out of range or contradict each other; a monitored metric that nobody
-            logs (when it is first needed and can no longer come).
+        ConfigurationError: Arguments that are out of range or contradict each other; a folder that cannot be written
+            to (before training); a monitored metric that nobody logs (when it is first needed and can no longer come).
     """
 
     runs_last: ClassVar[bool] = True
@@ -129,7 +130,8 @@ class ModelCheckpoint(Callback):
         if stage != "fit":
             return
         self._moment.begin()
-        self._folder(trainer)
+        if "://" not in self._folder(trainer) and self._active(trainer):
+            self.require_writable()
 
     def on_train_start(self, trainer: RunningTrainer, module: Module) -> None:
         """What a resumed run starts from has been saved already."""
@@ -238,7 +240,7 @@ class ModelCheckpoint(Callback):
 
         def taken(name: str) -> bool:
             path = join_path(folder, name)
-            return path != self.last_model_path and trainer.checkpoint_exists(path)
+            return path != self.last_model_path and (trainer.checkpoint_exists(path) or not reserve(path))
 
         path = join_path(folder, free_name("last", ".ckpt", taken))
         before = self._record()
@@ -277,9 +279,15 @@ class ModelCheckpoint(Callback):
         def taken(name: str) -> bool:
             path = join_path(folder, name)
             # The one that has to go may be overwritten: a fixed filename then stays one checkpoint.
-            return path != drop and (path in self.best_k_models or trainer.checkpoint_exists(path))
+            new = path not in self.best_k_models and not trainer.checkpoint_exists(path)
+            return path != drop and not (new and reserve(path))
 
         return join_path(folder, free_name(stem, ".ckpt", taken))
+
+    def require_writable(self) -> None:
+        """Find out whether the folder, if it is known by now, can be written to; see `Raises` above."""
+        if self.dirpath is not None and (self.save_top_k != 0 or self.save_last):
+            require_writable(self.dirpath, "ModelCheckpoint")
 
     def _may_remove(self, trainer: RunningTrainer, path: str) -> bool:
         resumed_from = trainer.ckpt_path
@@ -303,6 +311,7 @@ class ModelCheckpoint(Callback):
         try:
             trainer.save_checkpoint(path, weights_only=self.save_weights_only)
         except BaseException:
+            release(path)
             for name, value in record.items():
                 setattr(self, name, value)
             raise

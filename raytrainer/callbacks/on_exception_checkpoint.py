@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from raytrainer.callbacks.callback import Callback
+from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.uris import join_path
 
@@ -31,7 +32,7 @@ class OnExceptionCheckpoint(Callback):
         filename: Its name, without ".ckpt".
 
     Raises:
-        ConfigurationError: An empty name.
+        ConfigurationError: An empty name; a folder that cannot be written to (before training).
     """
 
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
@@ -45,6 +46,11 @@ class OnExceptionCheckpoint(Callback):
     def ckpt_path(self) -> str:
         """Where the checkpoint goes."""
         return join_path(self.dirpath, f"{self.filename}.ckpt")
+
+    def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
+        """Find out in time whether the folder can be written to."""
+        if stage == "fit":
+            require_writable(self.dirpath, "OnExceptionCheckpoint")
 
     def on_exception(self, trainer: RunningTrainer, module: Module, exception: BaseException) -> None:
         """Save it. If that fails too, say so, and leave the first exception to be raised."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.checkpointing.places import locate
+from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.data.ray.columns import prediction_columns
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
@@ -36,10 +38,10 @@ class PredictionWriter(WorkerCallback):
             ("fsspec+memory://x").
         write_interval: "epoch": one file a worker, `part-<rank>.parquet`, written as batches come; "batch": one a
             batch, `part-<rank>-<loader>-<batch>.parquet`.
-        overwrite: Delete Parquet files that are there; otherwise they are an error.
+        overwrite: Delete predictions that are there; otherwise they are an error. Parquet files of others always are.
 
     Raises:
-        ConfigurationError: Another interval, or files that are there.
+        ConfigurationError: Another interval, files that are there, or a folder that cannot be written to.
         DataError: A step's output is not one row a sample.
     """
 
@@ -74,12 +76,18 @@ class PredictionWriter(WorkerCallback):
                 f"PredictionWriter({self.path!r}): there are Parquet files, such as {files[0]!r}; give another folder, "
                 f"or overwrite=True."
             )
+        foreign = [name for name in files if not _is_prediction(self.path, name)]
+        if foreign:
+            raise ConfigurationError(
+                f"PredictionWriter({self.path!r}, overwrite=True): {foreign[0]!r} holds no predictions of a "
+                f"PredictionWriter, and is not deleted; give another folder."
+            )
         if not trainer.is_global_zero:
             return
         filesystem, folder = locate(self.path)
         for name in files:
             filesystem.delete_file(f"{folder}/{name}")
-        filesystem.create_dir(folder, recursive=True)
+        require_writable(self.path, "PredictionWriter")
 
     def on_predict_batch_end(
         self, trainer: TrainerView, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -145,6 +153,23 @@ def _arrow(values: Any) -> pa.Array:
     for size in values.shape[:0:-1]:
         array = pa.FixedSizeListArray.from_arrays(array, int(size))
     return array
+
+
+def _is_prediction(path: str, name: str) -> bool:
+    """Whether a Parquet file is one of a `PredictionWriter`: it has the columns that say where a row belongs.
+
+    Of a run that was killed there are files without an end, which say nothing but their names.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filesystem, folder = locate(path)
+    try:
+        return set(_PLACE) <= set(pq.read_schema(f"{folder}/{name}", filesystem=filesystem).names)
+    except FileNotFoundError:
+        return True  # rank 0 has deleted it
+    except pa.ArrowInvalid:
+        return re.fullmatch(r"part-\d{5}(-\d+-\d{6,})?\.parquet", name) is not None
 
 
 def _parquet_files(path: str) -> list[str]:

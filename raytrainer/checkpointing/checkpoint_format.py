@@ -28,6 +28,7 @@ from raytrainer.checkpointing.checksums import ChecksummedWriter
 from raytrainer.checkpointing.lightning_files import read_lightning_file
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, folder_at, is_file, locate
 from raytrainer.checkpointing.plain_values import plain_value
+from raytrainer.checkpointing.reservations import release
 from raytrainer.checkpointing.restored_values import unpack_hyperparameters
 from raytrainer.checkpointing.typed_values import pack_hyperparameters
 from raytrainer.errors import CheckpointError
@@ -45,8 +46,10 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: Something in it is neither; names it. Or it cannot be written; names the file.
     """
-    state = {name: _packed(name, value) for name, value in checkpoint.items()}
-    with NewCheckpoint(folder_at(path)) as new:
+    with ExitStack() as stack:
+        stack.callback(release, os.fspath(path))
+        state = {name: _packed(name, value) for name, value in checkpoint.items()}
+        new = stack.enter_context(NewCheckpoint(folder_at(path)))
         name = f"state-{new.id}.pt"
         new.write(name, lambda file: _save(state, file))
         new.publish(

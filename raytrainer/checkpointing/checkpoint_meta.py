@@ -14,6 +14,8 @@ __all__ = [
     "FORMAT_VERSION",
     "META",
     "id_under_way",
+    "is_own_name",
+    "is_readable",
     "meta_bytes",
     "named_files",
     "read_meta",
@@ -59,6 +61,16 @@ def written_by_us(data: bytes) -> bool:
         return False
     checksum = meta.get("checksum")
     return meta.get("format") == FORMAT or (isinstance(checksum, str) and re.fullmatch(CHECKSUM, checksum) is not None)
+
+
+def is_readable(data: bytes) -> bool:
+    """Whether a `meta.json`, of anybody's, is JSON."""
+    return _parse(data) is not None
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a file is named as those of a checkpoint are: no proof that it is one."""
+    return name != META and _OWN_FILE.fullmatch(name) is not None
 
 
 def named_files(data: bytes) -> list[str]:

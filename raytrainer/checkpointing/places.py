@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import quote
 
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
-from raytrainer.checkpointing.checkpoint_meta import META, written_by_us
+from raytrainer.checkpointing.checkpoint_meta import META, is_own_name, is_readable, written_by_us
 from raytrainer.checkpointing.storage import ArrowStorage, LocalStorage
 from raytrainer.plan.uris import split_query
 
@@ -24,6 +26,7 @@ __all__ = [
     "folder_at",
     "is_file",
     "locate",
+    "newest_checkpoint",
     "remove_checkpoint",
 ]
 
@@ -80,20 +83,48 @@ def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
 
 def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
     """(time of writing in seconds, path) of every checkpoint in a directory tree, damaged ones included."""
+    return [(moment, path) for moment, path in _candidates(root) if _is_checkpoint(path)]
+
+
+def newest_checkpoint(roots: Iterable[str | Path]) -> str | None:
+    """The path of the checkpoint that was written last, damaged ones included, in one of several directory trees."""
+    candidates = sorted((found for root in roots for found in _candidates(root)), reverse=True)
+    return next((path for _, path in candidates if _is_checkpoint(path)), None)
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a folder with a `meta.json` is one of this package's, or was before it was damaged."""
+    folder = folder_at(path)
+    try:
+        data = folder.storage.read(folder.inside(META))
+    except OSError:
+        return False
+    if written_by_us(data):
+        return True
+    # where meta.json can no longer be read, the names of the other files tell
+    return not is_readable(data) and any(is_own_name(name) for name in folder.storage.files(folder.path))
+
+
+def _candidates(root: str | Path) -> list[tuple[float, str]]:
+    """Folders with a `meta.json` of anybody's, and when it was written."""
     from pyarrow import fs
 
     filesystem, directory = locate(root)
+    found: list[tuple[float, str]] = []
+    if isinstance(filesystem, fs.LocalFileSystem):  # pyarrow would follow links, and end at what may not be read
+        for path, _, files in os.walk(directory):
+            if META in files:
+                with contextlib.suppress(OSError):
+                    found.append((os.stat(f"{path}/{META}").st_mtime, path))
+        return found
     base, query = split_query(str(root))
     base = base.rstrip("/")
     entries = filesystem.get_file_info(fs.FileSelector(directory, allow_not_found=True, recursive=True))
-    found = [
-        (entry.mtime_ns / 1e9, base + entry.path.removesuffix("/meta.json").removeprefix(directory) + query)
-        if "://" in base
-        else (entry.mtime_ns / 1e9, entry.path.removesuffix("/meta.json"))
+    return [
+        (entry.mtime_ns / 1e9, base + entry.path.removesuffix(f"/{META}").removeprefix(directory) + query)
         for entry in entries
         if entry.base_name == META and entry.type == fs.FileType.File
     ]
-    return [(moment, path) for moment, path in found if checkpoint_exists(path)]
 
 
 def remove_checkpoint(path: str | os.PathLike[str]) -> None:

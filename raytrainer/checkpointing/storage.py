@@ -152,6 +152,8 @@ class LocalStorage(Storage):
                 folder = os.open(path, os.O_RDONLY)
                 stack.callback(os.close, folder)
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # closing is not enough: a process that was forked meanwhile has it too
+                stack.callback(fcntl.flock, folder, fcntl.LOCK_UN)
                 got = True
             except (ImportError, OSError):  # somebody has it; Windows; some network filesystems
                 got = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrainer.checkpointing.exported_file import put_in_place
 from raytrainer.errors import CheckpointError
 
 __all__ = ["export_weights", "load_into"]
@@ -39,15 +40,17 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
     """Write the module's state dict alone: as safetensors if `path` ends in ".safetensors", else with torch.save.
 
     Raises:
-        CheckpointError: The safetensors package is missing.
+        CheckpointError: The safetensors package is missing, the file cannot be written, or another one is there that
+            holds no weights.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     if not str(path).endswith(".safetensors"):
-        torch.save(state, path)
+        put_in_place(str(path), lambda new: torch.save(state, new))
         return
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise CheckpointError(f"{path}: install the package safetensors to write this format.") from None
     # the format refuses tensors that share memory, such as tied weights: each gets its own
-    save_file({name: tensor.clone() for name, tensor in state.items()}, str(path))
+    own = {name: tensor.clone() for name, tensor in state.items()}
+    put_in_place(str(path), lambda new: save_file(own, new))

@@ -27,7 +27,7 @@ class CSVLogger(DirectoryLogger):
 
     One line for each call; columns "epoch" and "step" first, the others in the order in which they appeared. A name
     that turns up later gets a column at the right, for which the file is rewritten once. A file that exists already
-    (a `version` given by hand, a second `fit`) is continued.
+    (a `version` given by hand, a second `fit`) is continued; one of somebody else's is left as it is, and said so.
 
     Args:
         save_dir: A local folder.
@@ -85,6 +85,7 @@ class CSVLogger(DirectoryLogger):
         self._hparams.update(as_mapping(params))
         path = Path(self.log_dir) / "hparams.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._hparams = {**_earlier(path), **self._hparams}
         path.write_text(json.dumps(self._hparams, indent=2, default=_json_value, skipkeys=True) + "\n")
 
     def save(self) -> None:
@@ -129,6 +130,11 @@ class CSVLogger(DirectoryLogger):
         if self.path.is_file() and self.path.stat().st_size:
             with self.path.open(newline="") as file:
                 header = next(csv.reader(file), [])
+            if header[:2] != ["epoch", "step"]:
+                raise ConfigurationError(
+                    f"CSVLogger: {self.path} was not written by a CSVLogger, since its columns are {header[:5]}; give "
+                    f"another name or version."
+                )
             self._in_file = len(header)
             self._columns = dict.fromkeys([*header, *self._columns])
             _end_last_line(self.path)
@@ -167,6 +173,19 @@ def _json_value(value: Any) -> Any:
         return as_mapping(value)
     except ConfigurationError:
         return str(value)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Hyperparameters that are there already: they stay, unless they are given anew."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"CSVLogger: {path} was not written by a CSVLogger; give another name or version.")
+    return found
 
 
 def _end_last_line(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from argparse import Namespace
@@ -98,8 +99,8 @@ class DirectoryLogger(Logger):
     Args:
         save_dir: A local folder.
         name: Name of the experiment; "" leaves that level out.
-        version: A number gives "version_<n>", a string is taken as it is. None: the next number that is free, looked up
-            when it is first needed.
+        version: A number gives "version_<n>", a string is taken as it is. None: the next number that is free; its
+            folder is made when it is first asked for, so that no other process takes it too.
 
     Raises:
         ConfigurationError: `save_dir` is a URI.
@@ -124,7 +125,7 @@ class DirectoryLogger(Logger):
     def version(self) -> int | str:
         """Number or label of this version."""
         if self._version is None:
-            self._version = next_version(Path(self.root_dir))
+            self._version = reserve_version(Path(self.root_dir), type(self).__name__)
         return self._version
 
     @property
@@ -134,17 +135,60 @@ class DirectoryLogger(Logger):
 
     @property
     def log_dir(self) -> str:
-        """`<save_dir>/<name>/version_<n>`; made when something is written."""
+        """`<save_dir>/<name>/version_<n>`."""
         version = self.version
         return str(Path(self.root_dir) / (version if isinstance(version, str) else f"version_{version}"))
 
+    def require_writable(self) -> None:
+        """Make this version's folder, if need be.
+
+        Raises:
+            ConfigurationError: It cannot be made or written to.
+        """
+        folder = Path(self.log_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write")
+        except OSError as error:
+            raise unwritable(type(self).__name__, folder, error) from error
+
+
+def unwritable(whose: str, folder: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{whose}: {folder} cannot be written to: {error}. Give another folder (save_dir, or the Trainer's "
+        f"default_root_dir), or logger=False."
+    )
+
 
 def next_version(root: Path) -> int:
-    """One more than the highest n of the folders version_<n> in `root`."""
+    """One more than the highest n of what is called version_<n> in `root`."""
     if not root.is_dir():
         return 0
     found = (re.fullmatch(r"version_(\d+)", entry.name) for entry in root.iterdir())
     return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def reserve_version(root: Path, whose: str) -> int:
+    """Make the folder version_<n> in `root`, where n is one more than the highest there, and return n.
+
+    The folder is made here and now, so that no other process gets the same.
+
+    Raises:
+        ConfigurationError: It cannot be made; `whose` it was to be is named.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        version = next_version(root)
+        while True:
+            try:
+                (root / f"version_{version}").mkdir()
+            except FileExistsError:  # another process has been faster
+                version += 1
+            else:
+                return version
+    except OSError as error:
+        raise unwritable(whose, root, error) from error
 
 
 def as_mapping(params: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger, Logger
+from raytrainer.loggers.logger import DirectoryLogger
 from raytrainer.messages import LogCall
 
 __all__ = ["Logs", "make_loggers"]
@@ -53,6 +54,16 @@ class Logs:
         self._resting: dict[int, float] = {}  # until when a logger that has failed is left alone
         self._unheard: set[str] = set()
         self._seen: dict[str | None, tuple[int, ...]] = {}  # how far the calls of each hook have come
+
+    def require_writable(self) -> None:
+        """See to the folders of those that write files.
+
+        Raises:
+            ConfigurationError: One cannot be written to.
+        """
+        for logger in self.loggers:
+            if isinstance(logger, DirectoryLogger):
+                logger.require_writable()
 
     def each(self, method: str, *args: Any) -> None:
         """Call a method of every logger."""

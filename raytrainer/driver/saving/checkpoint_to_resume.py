@@ -12,7 +12,7 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
-from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, find_checkpoints
+from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, newest_checkpoint
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers import Logger
 
@@ -68,5 +68,4 @@ def _newest(savers: Sequence[ModelCheckpoint], loggers: Sequence[Logger], defaul
         # each process has a log directory of its own, side by side
         roots = [logger.root_dir for logger in loggers if logger.log_dir and logger.root_dir]
         places.add(roots[0] if roots else f"{default_root_dir}/checkpoints")
-    found = [item for place in places for item in find_checkpoints(place)]
-    return max(found)[1] if found else None
+    return newest_checkpoint(places)

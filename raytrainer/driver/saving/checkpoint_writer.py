@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
+from raytrainer.checkpointing.reservations import release
 from raytrainer.errors import StateLostError
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
@@ -81,9 +82,16 @@ class CheckpointWriter:
 
     def save(self, path: str, resolve: Callable[[], dict[str, Any]]) -> None:
         """Write what `resolve` returns; it is called in the background."""
+
+        def write() -> None:
+            try:
+                write_checkpoint(path, resolve())
+            finally:
+                release(path)
+
         # at most one state waits while another is written, so that memory stays bounded
         self._wait(lambda: sum(job.exists for job in self._jobs) <= 1)
-        self._submit(_Job(path, True, lambda: write_checkpoint(path, resolve())))
+        self._submit(_Job(path, True, write))
 
     def remove(self, path: str) -> None:
         """Delete a checkpoint, after everything asked for before."""
