@@ -48,6 +48,7 @@ from raytrainer.errors import (
 )
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
+from raytrainer.place_in_run import data_part, rank, world_size
 from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
@@ -106,8 +107,11 @@ __all__ = [
     "WorkerError",
     "WorkerLostError",
     "__version__",
+    "data_part",
+    "rank",
     "seed_everything",
     "tune_resources",
+    "world_size",
 ]
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "MetricReport",
     "MetricSpec",
     "Partial",
+    "ReadSample",
     "SetupReport",
     "StepRow",
     "TrainReport",
@@ -87,6 +88,25 @@ class LogCall:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class ReadSample:
+    """Fingerprints of the first batches that a worker has read from a loader which it shares out itself.
+
+    Attributes:
+        loader: As in "the train loader".
+        part: Which part of the data it is to read.
+        batches: How many batches.
+        leaves: The batches' hashes by leaf, of those that say enough to tell parts apart.
+        advice: What to write if workers read the same.
+    """
+
+    loader: str
+    part: int
+    batches: int
+    leaves: dict[str, tuple[int, ...]]
+    advice: str
+
+
 @dataclass
 class MetricReport:
     """What was logged since the last report.
@@ -102,6 +122,7 @@ class MetricReport:
     samples: list[StepRow] = field(default_factory=list)  # of this worker alone
     idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
     calls: list[LogCall] = field(default_factory=list)
+    reads: tuple[ReadSample, ...] = ()  # what loaders gave first
 
     def add(self, later: MetricReport) -> None:
         """Take up a report on steps that follows this one."""
@@ -200,9 +221,15 @@ class Difference:
 
 @dataclass
 class EvaluationStart:
-    """An evaluation's loaders on this worker: batches of each after limits, None where unknown."""
+    """An evaluation's loaders on this worker.
+
+    Attributes:
+        batches: Of each loader, after limits; None where unknown.
+        nothing: No worker has any batch, so there is no evaluation.
+    """
 
     batches: list[int | None]
+    nothing: bool = False
 
 
 @dataclass

@@ -20,6 +20,7 @@ __all__ = [
     "last_seed",
     "restore_rng",
     "rng_untouched",
+    "same_rng",
     "seed_everything",
     "seed_generators",
 ]
@@ -91,6 +92,17 @@ def restore_rng(state: dict[str, Any]) -> None:
         numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def same_rng(one: Any, other: Any) -> bool:
+    """Whether two states of `capture_rng` are the same."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_rng(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(same_rng(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
 
 
 @contextmanager

@@ -206,7 +206,8 @@ class Trainer(TrainerRuns, TuningVerbs):
         run.task.ask_predictions = ask_predictions
         with run.started() as coordinator:
             values, predictions = coordinator.evaluate(stage, checkpoint)
-        results = by_loader(values, len(self._state.num_batches[stage]))
+        batches = self._state.num_batches[stage]
+        results = by_loader(values, len(batches)) if any(n != 0 for n in batches) else []
         if verbose:
             print_results(stage, results)
         return results, predictions, len(self._state.num_batches[stage])

@@ -9,7 +9,7 @@ import torch
 from tiny import Tiny, data, weights
 from torch.utils.data import DataLoader
 
-from raytrainer import Callback, ConfigurationError, DataError, DataModule
+from raytrainer import Callback, ConfigurationError, DataModule
 
 Pair = namedtuple("Pair", "x y")
 
@@ -148,9 +148,36 @@ def test_what_is_needed(verb, local_trainer):
             getattr(local_trainer(), verb)(module, data(4))
 
 
-def test_empty_loader(local_trainer):
-    with pytest.raises(DataError, match=r"test loader has no batch.*limit_test_batches=0"):
-        local_trainer().test(Tiny(), DataLoader([], batch_size=2))
+def test_empty_loader(local_trainer, caplog):
+    empty = DataLoader([], batch_size=2)
+    trainer = local_trainer()
+    assert trainer.test(Tiny(), empty) == [] == trainer.validate(Tiny(), empty)
+    assert trainer.predict(Tiny(), empty) == []
+    assert [r.getMessage() for r in caplog.records if "test loader has no batch" in r.getMessage()]
+
+
+def test_one_of_several_loaders_is_empty(local_trainer):
+    class Several(Tiny):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            self.log("mean", batch.mean())
+
+    results = local_trainer().test(Several(), [DataLoader([]), numbers(8)], verbose=False)
+    assert results == [{}, {"mean/dataloader_idx_1": 3.5}]
+
+
+def test_fit_without_a_batch(local_trainer, caplog):
+    """As in Lightning, a warning says so: nothing is trained, or nothing validated."""
+    module = Tiny()
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(module, DataLoader([]), data(4))
+    assert (trainer.global_step, trainer.current_epoch, trainer.state.status) == (0, 0, "finished")
+    assert "The train loader has no batch" in caplog.text
+    assert set(module.events) == {"s", "t"} - {"t"}
+    module = Tiny()
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(module, data(4), DataLoader([]))
+    assert (trainer.global_step, set(module.events)) == (4, {"t", "|"})
+    assert "The val loader has no batch" in caplog.text
 
 
 def test_printed_table(local_trainer, capsys):

@@ -7,10 +7,11 @@ import random
 import signal
 import time
 
+import numpy
 import pytest
 import torch
 from tiny import Tiny, data, weights
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from raytrainer import Callback, ConfigurationError, DataError, EarlyStopping, WorkerCallback
 
@@ -271,6 +272,48 @@ def test_sanity_check_leaves_no_trace(local_trainer):
         assert torch.equal(trained, runs[0][1])
         assert torch.equal(module.states[0], runs[0][0].states[0]) and module.states[1] == runs[0][0].states[1]
     assert Watching.seen == [({}, {}, {})] * 3
+
+
+def test_the_sanity_check_leaves_no_trace_of_hooks_that_draw(local_trainer):
+    """Random data of loaders, and the generators that training finds, are the same without it."""
+
+    class Random(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.batches = []
+
+        def train_dataloader(self):
+            random.random()
+            return DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8, 2)), 2)
+
+        def val_dataloader(self):
+            numpy.random.rand()
+            return self.train_dataloader()
+
+        def training_step(self, batch, batch_idx):
+            self.batches += [*batch, torch.rand(1), torch.tensor([random.random(), numpy.random.rand()])]
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                self.batches += batch
+
+    class Drawing(Callback):
+        def on_sanity_check_start(self, trainer, module):
+            torch.rand(1)
+
+        def on_sanity_check_end(self, trainer, module):
+            numpy.random.rand()
+
+    runs = []
+    for steps in (0, 1, 2, -1):
+        torch.manual_seed(5)
+        random.seed(5)
+        numpy.random.seed(5)
+        module = Random()
+        local_trainer(max_epochs=2, num_sanity_val_steps=steps, callbacks=Drawing()).fit(module)
+        runs.append(torch.cat([tensor.flatten() for tensor in module.batches]))
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     ["errors", "version", "messages", "signals", "ending", "extras"],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
-    ["private", "seeding"],
+    ["private", "seeding", "place_in_run"],
     ["checkpointing", "data", "metrics"],
     ["strategies"],
     ["view/trainer_view", "view/scheduler_config", "view/learning_rates", "view/run_state", "module_in_run"],
@@ -138,7 +138,8 @@ def test_public_names():
         "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError", "RichModelSummary",
         "SerializationError", "SimpleProfiler", "StochasticWeightAveraging", "TensorBoardLogger", "ThroughputMonitor",
         "Timer", "Trainer", "TuneReportCallback", "UnknownArgumentError", "WandbLogger", "WorkerCallback",
-        "WorkerError", "WorkerLostError", "__version__", "seed_everything", "tune_resources",
+        "WorkerError", "WorkerLostError", "__version__", "data_part", "rank", "seed_everything", "tune_resources",
+        "world_size",
     }  # fmt: skip
     public = {
         n

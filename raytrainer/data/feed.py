@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from raytrainer.data.epoch_state import EpochState
+from raytrainer.data.first_batches import Fingerprint
 from raytrainer.data.loader_processes import garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
 from raytrainer.data.own_readers import kept_readers
+from raytrainer.data.own_sharding import remedy
 from raytrainer.data.sharded_loader import length_of, shard_loader
 from raytrainer.data.sharding import Share
 from raytrainer.data.streams import Requests
@@ -63,9 +65,12 @@ class Feed:
     Attributes:
         length: Batches to read of this worker's part in this epoch, after the limit; None: until it ends.
         ends_unannounced: Whether the end is only known by reaching it.
+        nothing: No worker has any batch.
+        watched: Takes the first batches, where it is not known that workers read different ones.
+        may_miss: Whether batches may be None: not with torch's own way of collating.
 
     Raises:
-        DataError: No iterable, or no batch for this worker in training.
+        DataError: No iterable, or in training samples, but no batch of them for this worker.
     """
 
     def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> None:
@@ -83,28 +88,38 @@ class Feed:
         reading = loader if self.reader is None else self.reader
         self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
         self._state = EpochState(self.loader, self._drawing, seed)
+        dealt = share.count == 1 or sharded.splits
+        self.watched = None if dealt else Fingerprint(stage, share.index, remedy(loader))
+        self.may_miss = (
+            getattr(self.reader, "collate_fn", None) is not default_collate or self.loader is not self.reader
+        )
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self._epoch: int | None = None
         self._before: Past = ()
         self.length: int | None = None
         self.begin(epoch)
         self.ends_unannounced = self._own is None or self.iterable_dataset
+        self.nothing = self._own == 0 and (self.batches is None or self.batches.total == 0)
         if self._own == 0 and settings.limit(stage) != 0:
-            self._refuse_empty(settings)
+            self._say_empty()
 
-    def _refuse_empty(self, settings: Settings) -> None:
-        """No batch at all for this worker: an error, but for evaluation with fewer batches than workers."""
+    def _say_empty(self) -> None:
+        """No batch at all for this worker: an error where training has samples, but too few to make batches of."""
         if self.batches is not None and not self.batches.pad and self.batches.total > 0:
             return
         size = length_of(getattr(self.source, "dataset", None))
         batch_size = getattr(self.source, "batch_size", None)
         drop_last = getattr(self.source, "drop_last", False)
-        raise DataError(
+        message = (
             f"the {self.stage} loader has no batch for rank {self.share.index} of {self.share.count}: its dataset has "
             f"{'an unknown number of' if size is None else size} sample(s), batch_size={batch_size}, "
             f"drop_last={drop_last}. Give it more data, a smaller batch_size, drop_last=False or fewer workers, or "
             f"switch the stage off with limit_{self.stage}_batches=0."
         )
+        if self.stage == "train" and size:
+            raise DataError(message)
+        if self.share.index == 0:
+            log.warning("%s%s Without any, this stage does nothing.", message[0].upper(), message[1:])
 
     def refuse_nothing(self, epoch: int) -> None:
         """The loader ended before its first batch of a training epoch, which would otherwise train for ever."""

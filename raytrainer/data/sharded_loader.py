@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
-from torch.utils.data.distributed import DistributedSampler
 
 from raytrainer.data.memories import has_state, tell_epoch
 from raytrainer.data.own_readers import (
@@ -21,6 +20,7 @@ from raytrainer.data.own_readers import (
     part_at,
     with_part,
 )
+from raytrainer.data.own_sharding import at_its_place, own_part
 from raytrainer.data.sharding import IndexShard, ShardedBatches, Share, is_plain_batching
 from raytrainer.errors import DataError
 from raytrainer.plan.settings import Settings
@@ -121,20 +121,18 @@ def _sharded(
         # done by a thread of the loader's, it costs the training loop nothing
         copied.__dict__["pin_memory"] = True
     if isinstance(loader.dataset, IterableDataset):
-        if share.count > 1 and not settings.fast_dev_run:
-            log.info(
-                "The %s loader reads an IterableDataset: each worker reads what it yields there; shard it by "
-                "self.trainer.global_rank (by node_rank for ddp2).", stage,
-            )  # fmt: skip
         return ShardedLoader(copied, copied)
     batched = loader.batch_sampler is not None
     outer: Any = loader.batch_sampler if batched else loader.sampler
     inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
     for sampler in (outer, inner):
         tell_epoch(sampler, epoch)
-    own_sharding = isinstance(inner, DistributedSampler) or isinstance(loader.sampler, DistributedSampler)
     train = stage == "train"
-    if train and settings.overfit:
+    overfit = train and settings.overfit
+    own_sharding = not overfit and own_part(outer) is not None
+    if own_sharding and settings.use_distributed_sampler:
+        outer = at_its_place(outer, share, stage)
+    if overfit:
         inner = torch.utils.data.SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     of_batches = Share(0, 1)
     if settings.use_distributed_sampler and not own_sharding:

@@ -129,6 +129,12 @@ class ReplicatedStrategy(Strategy):
         step.vote.grad, self._gave, self._absent = None, False, []
         return given
 
+    def may_skip_alone(self, module: nn.Module) -> bool:
+        # where DDP averages it takes part with zero gradients; but what waits for others in user code is not known, and
+        # SyncBatchNorm does so in forward passes
+        synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+        return bool(module.automatic_optimization) and not synchronised
+
     def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> None:
         reached = set() if loss is None else leaves_of(loss)
         unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]

@@ -127,6 +127,10 @@ class Strategy(ABC):
         """A chunk of manual optimization is through, with this batch: see that nobody waits in `sync_manual`."""
         return None
 
+    def may_skip_alone(self, module: nn.Module) -> bool:
+        """Whether a worker may leave out a training step that others take: nobody would wait for it."""
+        return True
+
     def clip_gradients(self, parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
         """Clip gradients by their total norm over all workers that hold parts of it ("norm"), or each ("value")."""
         clip_whole_gradients(parameters, value, algorithm)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytrainer.data.transfer import to_cpu
-from raytrainer.messages import EvaluationReport, EvaluationStart
+from raytrainer.messages import EvaluationReport, EvaluationStart, ReadSample
 from raytrainer.seeding import capture_rng, restore_rng
+from raytrainer.worker.missing_batches import MissingBatches
 
 if TYPE_CHECKING:
     from raytrainer.worker.worker_run import WorkerRun
@@ -36,6 +37,7 @@ class EvaluationLoop:
     def __init__(self, run: WorkerRun, stage: str, sanity: int | None = None) -> None:
         self.run, self.stage, self.sanity = run, stage, sanity
         self.view = run.view
+        self._rng = capture_rng() if sanity is not None else None  # before the loaders' hooks
         self.feeds = run.data.feeds(_LOADER[stage])
         for feed in self.feeds:
             feed.begin(self.view.current_epoch)
@@ -53,7 +55,7 @@ class EvaluationLoop:
         self.done = 0
         self.by_loader = [0] * len(self.feeds)
         self._iterator: Iterator[Any] | None = None
-        self._rng = capture_rng() if sanity is not None else None
+        self._missing = MissingBatches(_LOADER[stage])
         self._outer_running = self.view.running
         self.metrics = run.view.metrics
         run.recorder.evaluation = self
@@ -62,6 +64,9 @@ class EvaluationLoop:
         return torch.inference_mode() if self.view.settings.inference_mode else torch.no_grad()
 
     def start(self, within_fit: bool) -> EvaluationStart:
+        if all(feed.nothing for feed in self.feeds):
+            self._leave()
+            return EvaluationStart(self.lengths, nothing=True)
         view, hooks, name = self.view, self.run.hooks, self.name
         self.metrics.switch("evaluate")
         view.running = "sanity" if self.sanity is not None else self.stage
@@ -92,6 +97,15 @@ class EvaluationLoop:
                 batch = self._next()
                 if batch is None:
                     continue
+                watched = self.feeds[self.loader].watched
+                if watched is not None:
+                    watched.add(batch[0])
+                if batch[0] is None:
+                    self._missing.checked(None)
+                    self.batch += 1
+                    self.done += 1
+                    left -= 1
+                    continue
                 if left == 1 and self.run.ahead:
                     self.metrics.begin_report()
                     behind = True
@@ -108,8 +122,16 @@ class EvaluationLoop:
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
         report = self.metrics.finish_report() if behind else self.metrics.report()
+        report.reads = tuple(self._reads())
         seconds = time.perf_counter() - start
         return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)
+
+    def _reads(self) -> Iterator[ReadSample]:
+        for feed in self.feeds:
+            if feed.watched is not None:
+                yield feed.watched.sample()
+                if feed.watched.complete:
+                    feed.watched = None
 
     def _answers(self) -> bool:
         """Whether this worker has had samples of the batch, and is the one to tell of them."""
@@ -165,11 +187,16 @@ class EvaluationLoop:
                 getattr(module, f"on_{name}_model_train")()
         self.run.strategy.end_evaluation(module)
         self.view.modes = {}
-        self.run.recorder.evaluation = None
         if self.sanity is not None:
             self.metrics.clear()
         self.metrics.switch("train")
+        self._leave()
+        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
+
+    def _leave(self) -> None:
+        self.run.recorder.evaluation = None
         self.view.running = self._outer_running
         if self._rng is not None:
+            # loaders whose hooks have drawn numbers are made when training would have made them
+            self.run.data.forget_drawn(_LOADER[self.stage])
             restore_rng(self._rng)
-        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)

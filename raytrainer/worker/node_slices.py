@@ -41,9 +41,14 @@ class Slices:
 
         Raises:
             DataError: It cannot be split.
+
+        A batch that is None is one without samples.
         """
         if not self.active:
             return batch
+        if batch is None:  # for all workers of the node
+            self.rows = 0
+            return None
         split = self.strategy.split
         self._total = rows_of(batch)
         begin, end = span_of(self._total, split.index, split.count)
@@ -64,6 +69,8 @@ class Slices:
         end = step_end
 
         def whole(batch: Any, batch_idx: int, loader_idx: int) -> Any:
+            if batch is None:
+                return None
             output = step(batch, batch_idx, loader_idx) if self.rows else NOTHING
             parts = self.strategy.gather(output)
             if all(part is None for part in parts):

@@ -9,6 +9,7 @@ from raytrainer.data.data_hooks import DataHooks
 from raytrainer.data.feed import Feed, as_list
 from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
+from raytrainer.seeding import capture_rng, same_rng
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
 from raytrainer.worker.hook_calls import Hooks, overridden
@@ -37,6 +38,7 @@ class RunData:
         self._sources: dict[str, Any] = dict(task.loaders)
         self._states: list[dict[str, Any] | None] = []
         self.epoch: Callable[[], int] = lambda: 0  # the one in progress, or the first
+        self._drawn: set[str] = set()  # stages whose hook has drawn random numbers
 
     def bind_transfer(self, hooks: Hooks, cast: Callable[[Any], Any] | None) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's `cast` as one function; None if nothing is to be done."""
@@ -83,7 +85,10 @@ class RunData:
                 raise ConfigurationError(
                     f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
                 )
+            before = capture_rng()
             self._sources[stage] = hook()
+            if not same_rng(before, capture_rng()):
+                self._drawn.add(stage)
         return self._sources[stage]
 
     def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
@@ -112,6 +117,13 @@ class RunData:
     def take_states(self, states: list[dict[str, Any] | None]) -> None:
         """Go on from what `states` gave, once there are training loaders."""
         self._states = states
+
+    def forget_drawn(self, stage: str) -> None:
+        """Have the stage's hook called anew when next needed, if it has drawn random numbers."""
+        if stage in self._drawn:
+            self._drawn.remove(stage)
+            self._sources.pop(stage, None)
+            self._close_feeds(stage)
 
     def _close_feeds(self, stage: str) -> None:
         for feed in self._feeds.pop(stage, []):

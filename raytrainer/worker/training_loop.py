@@ -26,6 +26,7 @@ from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
 from raytrainer.worker.automatic_optimization import AutomaticOptimization, with_loss
 from raytrainer.worker.manual_optimization import ManualOptimization
+from raytrainer.worker.missing_batches import MissingBatches, unless_missing
 
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
@@ -59,12 +60,15 @@ class TrainingLoop:
         self.view.forward_epoch = self.forward_epoch
         self._longest = 0  # batches of the longest epoch so far
         self._before = False  # groups of other sizes have done part of the epoch
-        self._idle = False  # has had no sample in this epoch, since batches had fewer than the node has workers
+        self._idle = False  # has had no sample in this epoch: batches were None, or had fewer than the node has workers
 
     def _bind_optimization(self) -> AutomaticOptimization | ManualOptimization:
         run, module = self.run, self.run.module
         self._trained = _trained(module)
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
+        step = unless_missing(step)
+        alone = run.strategy.may_skip_alone(module) or not self.feed.may_miss
+        self._missing = MissingBatches("train", None if alone else run.strategy.all_agree)
         if module.automatic_optimization:
             return AutomaticOptimization(run, run.strategy.prepare(module, with_loss(run, step)))
         return ManualOptimization(run, run.strategy.prepare(module, step))
@@ -91,7 +95,7 @@ class TrainingLoop:
                 self.run.data.feeds("val", reload=True)
         self.batch = skip
         self._epoch_scheduled = False
-        self._idle = self.run.slices.active
+        self._idle = skip == 0 or self.run.slices.active
         self.view.running = "train"
         self._iterator = None
         self._before = bool(before)
@@ -125,6 +129,8 @@ class TrainingLoop:
         try:
             with torch.no_grad():
                 for index, batch in enumerate(batches):
+                    if batch is None:
+                        continue
                     batch = run.slices.take(batch)
                     if run.transfer is not None:
                         batch = run.transfer(batch, 0)
@@ -156,7 +162,7 @@ class TrainingLoop:
         clock = time.perf_counter
         start = clock()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
-        slices = run.slices
+        slices, watched = run.slices, self.feed.watched
         view.running = "train"
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
@@ -176,16 +182,21 @@ class TrainingLoop:
                 break
             waited += clock() - asked
             index = self.batch
+            if watched is not None:
+                watched.add(batch)
+            if batch is None or self._missing.agree is not None:
+                batch = self._missing.checked(batch)
             if slices.active:
                 batch = slices.take(batch)
-                self._idle = self._idle and not slices.rows
-            if transfer is not None:
+            there = batch is not None
+            self._idle = self._idle and not (there and slices.rows)
+            if transfer is not None and there:
                 batch = transfer(batch, 0)
             if left == 1 and more and run.ahead:
                 metrics.begin_report()
                 behind = True
             metrics.begin_batch(batch)
-            if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
+            if self._on_batch_start is not None and there and self._on_batch_start(batch, index) == -1:
                 exhausted = True
                 break
             last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
@@ -195,7 +206,7 @@ class TrainingLoop:
                 self._step_schedulers()
                 if last:
                     self.step_epoch_schedulers()
-            if self._on_batch_end is not None:
+            if self._on_batch_end is not None and there:
                 self._on_batch_end(_visible(outputs), batch, index)
             self.batch = index + 1
             if stepping:
@@ -215,6 +226,10 @@ class TrainingLoop:
         metrics.begin_batch(None)
         behind = behind and not exhausted
         report = metrics.finish_report() if behind else metrics.report()
+        if watched is not None:
+            report.reads = (watched.sample(),)
+            if watched.complete:
+                self.feed.watched = None
         return TrainReport(
             batches=self.batch - first,
             batch=self.batch,

@@ -23,6 +23,7 @@ from raytrainer.messages import (
     TrainReport,
     TrainStart,
 )
+from raytrainer.place_in_run import advise
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
@@ -80,6 +81,7 @@ class Worker:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
+            advise(error)
             if self._run is not None:
                 self._run.hooks.tell(error)
             raise

@@ -16,6 +16,7 @@ from raytrainer.messages import MetricSpec, SetupReport
 from raytrainer.metrics.metric_objects import compute, reset, states_of
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
+from raytrainer.place_in_run import take_place
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
@@ -83,6 +84,7 @@ class WorkerRun:
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
         self._undo_flags = apply_flags(settings)
         self._undo_compile: Callable[[], None] = lambda: None
+        self._leave_place = take_place(strategy.ranks, strategy.share.index, strategy.share.count)
 
     # ---------------------------------------------------------------- set-up
 
@@ -265,7 +267,7 @@ class WorkerRun:
         if self.profiler is not None:
             with ending.step("stopping the profiler"):
                 self.profiler.stop()
-        for undo in (self.data.close, self.view.metrics.close, self._undo_flags, self._undo_compile):
+        for undo in (self.data.close, self.view.metrics.close, self._undo_flags, self._leave_place, self._undo_compile):
             with ending.step("undoing the run"):
                 undo()
         self._attach(None)

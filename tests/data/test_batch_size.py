@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import Tiny
 from torch.nn.utils.rnn import pack_sequence
 
 import raytrainer as rt
 from raytrainer.data.batch_size import batch_size_of, batch_sizes_in, first_batch_size
-from tests.tiny import Tiny
 
 Point = namedtuple("Point", "x y")
 SCALAR = torch.tensor(0.7)

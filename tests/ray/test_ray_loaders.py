@@ -10,7 +10,8 @@ import torch
 from ray_models import Net, alive, assert_same, eventually, loader, moved, numbers, table
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from raytrainer import DataModule
+import raytrainer
+from raytrainer import DataModule, Module
 from raytrainer.errors import ConfigurationError, DataError, MetricError
 
 
@@ -216,11 +217,50 @@ def test_iterable_datasets_of_unequal_length_end_together(options, ray_trainer):
     assert trainer.global_step == (4 if options else 10)
 
 
-def test_iterable_datasets_in_evaluation_are_read_to_the_end(ray_trainer):
-    class Counts(Net):
-        def validation_step(self, batch, batch_idx):
-            self.log("count", float(len(batch)), reduce_fx="sum")
+class Counts(Records):
+    def validation_step(self, batch, batch_idx):
+        self.log("count", float(len(batch)), reduce_fx="sum")
 
+
+class Numbers(IterableDataset):
+    """Numbers up to 23: all of them, or this process's part."""
+
+    def __init__(self, divided):
+        self.divided = divided
+
+    def __iter__(self):
+        part, parts = raytrainer.data_part() if self.divided else (0, 1)
+        yield from (torch.tensor([float(i)]) for i in range(part, 24, parts))
+
+
+@pytest.mark.parametrize("processes", [None, "fork", "spawn"])
+def test_streams_that_ask_which_part_is_theirs(processes, ray_trainer, caplog):
+    module, options = Records(), {"num_workers": 2, "multiprocessing_context": processes} if processes else {}
+    ray_trainer(max_epochs=1).fit(module, DataLoader(Numbers(True), batch_size=2, **options))
+    assert sorted(x for part in module.epochs[0] for x in part) == list(range(24))
+    assert "Workers read the same" not in caplog.text
+
+
+def test_streams_that_workers_read_alike(ray_trainer, caplog):
+    trainer = ray_trainer(max_epochs=2)
+    stream = DataLoader(Numbers(False), batch_size=2)
+    trainer.validate(Counts(), stream, verbose=False)
+    trainer.fit(Counts(), stream)
+    assert raytrainer.rank() == 0 and raytrainer.world_size() == 1
+    said = [r.getMessage() for r in caplog.records if "Workers read the same" in r.getMessage()]
+    assert ["from the val loader" in text for text in said] == [True, False]
+    assert all("ranks 0 and 1" in text and "rt.data_part()" in text for text in said)
+
+
+def test_a_distributed_sampler_made_on_the_driver(ray_trainer):
+    data = torch.arange(12.0).unsqueeze(1)
+    sampler = DistributedSampler(data, raytrainer.world_size(), raytrainer.rank(), shuffle=False)
+    module = Records()
+    ray_trainer(max_epochs=1).fit(module, DataLoader(data, batch_size=2, sampler=sampler))
+    assert module.epochs == [[[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]]
+
+
+def test_iterable_datasets_in_evaluation_are_read_to_the_end(ray_trainer):
     (metrics,) = ray_trainer().validate(Counts(), DataLoader(Stream(3, 8), batch_size=2), verbose=False)
     assert metrics["count"] == 11
 
@@ -239,6 +279,56 @@ def test_nothing_for_some_rank(ray_trainer):
     assert trainer.callback_metrics["samples"] == 3
     (metrics,) = trainer.validate(Net(), loader(3, 4), verbose=False)
     assert metrics["samples"] == 3
+
+
+class Some(Module):
+    """The mean of its inputs is the gradient; batches of small numbers are None."""
+
+    def __init__(self, manual=False):
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.layer = torch.nn.Linear(4, 1)
+        torch.nn.init.zeros_(self.layer.weight)
+
+    def training_step(self, batch, batch_idx):
+        self.log("seen", batch.mean(), on_epoch=True)
+        loss = self.layer(batch[:, None].expand(-1, 4)).mean()
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", batch.mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def some(samples):
+    batch = torch.stack(samples)
+    return None if bool((batch < 10).any()) else batch
+
+
+# by worker: [None, 10], [20, None], [None, None], [30, 40]; with manual optimization none may be alone
+@pytest.mark.parametrize(
+    ("strategy", "manual", "seen", "weight"),
+    [
+        ("ddp", False, (10 + 20 + 30 + 40) / 4, -(10 + 20 + 30 + 40) / 2),
+        ("ddp", True, (30 + 40) / 2, -(30 + 40) / 2),
+    ],
+)
+def test_a_batch_is_missing_on_one_rank(strategy, manual, seen, weight, ray_trainer):
+    numbers = torch.tensor([0.0, 10.0, 20.0, 1.0, 2.0, 3.0, 30.0, 40.0])
+    module = Some(manual)
+    trainer = ray_trainer(max_epochs=1, strategy=strategy, num_sanity_val_steps=0)
+    source = DataLoader(numbers, 1, collate_fn=some)
+    trainer.fit(module, source, DataLoader(numbers[:3], 1, collate_fn=some))  # rank 0 validates two, rank 1 one
+    assert trainer.callback_metrics["seen_epoch"] == seen
+    assert trainer.callback_metrics["val"] == 15
+    assert module.layer.weight.flatten().tolist() == [weight] * 4
 
 
 def test_ranks_that_log_different_names(ray_trainer):

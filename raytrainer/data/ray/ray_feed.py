@@ -6,6 +6,7 @@ would cost several times what their copying does.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,9 +34,12 @@ from raytrainer.plan.settings import Settings
 from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
 
 if TYPE_CHECKING:
+    from raytrainer.data.first_batches import Fingerprint
     from raytrainer.data.ray.blocks import KeptBlocks, StreamedBlocks
 
 __all__ = ["RayFeed"]
+
+log = logging.getLogger("raytrainer")
 
 T = TypeVar("T")
 
@@ -72,8 +76,11 @@ class RayFeed:
         self.blocks, self.stage, self.share, self.seed = blocks, stage, share, seed
         self.source = blocks.source
         self.training = stage == "train"
+        self.watched: Fingerprint | None = None  # rows are dealt out here, so there is nothing to find out
         self.shuffle = self.source.shuffle if self.training and not settings.overfit else False
         self.ends_unannounced = blocks.total is None
+        self.nothing = blocks.total == 0  # on any worker
+        self.may_miss = self.source.collate_fn is not None  # batches may be None
         self._limit = settings.limit(stage)
         self._pin = settings.on_gpu
         self._starts = 0
@@ -96,7 +103,9 @@ class RayFeed:
             limit = max(0, -(-(limit * self.share.count - offset) // self.share.count))
         own = None if total is None else self._batches_of(self._rows_left(total), self.share.index)
         self.length = own if limit is None else limit if own is None else min(own, limit)
-        if self.training and own == 0 and self._limit != 0 and not offset:
+        if self.nothing and self._limit != 0 and self.share.index == 0:
+            log.warning("The %s dataset has no row. Without any, this stage does nothing.", self.stage)
+        elif self.training and own == 0 and self._limit != 0 and not offset:
             raise DataError(
                 f"the training dataset has no batch for each of {self.share.count} worker(s): it has {total} row(s), "
                 f"batch_size={self.source.batch_size}, drop_last={self.source.drop_last}. Give it more data, a smaller "

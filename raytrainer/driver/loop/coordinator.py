@@ -35,6 +35,7 @@ from raytrainer.errors import StateLostError, WorkerLostError
 from raytrainer.messages import FinishReport
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.strategy_settings import effective_batch
+from raytrainer.seeding import rng_untouched
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
@@ -121,7 +122,7 @@ class Coordinator:
             self._start_training()
             if unfinished:
                 self._epoch()
-            while not self._done():
+            while self.state.num_training_batches != 0 and not self._done():
                 if self._recovery.may_grow(self.group):
                     more = self._recovery.grow(self.group)
                     if more is not None:
@@ -163,7 +164,7 @@ class Coordinator:
         state.sanity_checking = True
         state.trainer.stage = "sanity"
         try:
-            with state.clock.phase("validating"):
+            with state.clock.phase("validating"), rng_untouched():
                 self.services.emit("on_sanity_check_start")
                 self._evaluation.run(self.group, "validate", self.settings.num_sanity_val_steps)
                 self.services.emit("on_sanity_check_end")

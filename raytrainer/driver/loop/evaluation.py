@@ -43,6 +43,8 @@ class Evaluation:
         state, name = self._state, _HOOK[stage]
         starts = group.call(Worker.start_evaluation, stage, sanity)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
+        if all(start.nothing for start in starts):
+            return {}, []
         self._services.emit(f"on_{name}_start")
         self._services.emit(f"on_{name}_epoch_start")
         finished, predictions = self._chunks(group, stage, sanity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raytrainer.driver.loop.run_services import RunServices
+from raytrainer.driver.reporting.same_data import SameData
 from raytrainer.messages import LogCall, MetricReport
 from raytrainer.view.run_state import RunState
 
@@ -21,6 +22,7 @@ class Journal:
 
     def __init__(self, state: RunState, services: RunServices) -> None:
         self._state, self._services = state, services
+        self._same_data = SameData()
         self._fresh = False
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
@@ -31,6 +33,7 @@ class Journal:
 
     def steps(self, kind: str, reports: Sequence[MetricReport]) -> None:
         """Take up what a chunk has logged by step."""
+        self._same_data.check(reports)
         rows = self._state.board.step_values(reports)
         logged = self._logged.get(kind, -1)
         fresh = [(step, {**values, "epoch": epoch}) for step, epoch, values in rows if step > logged]

@@ -19,6 +19,7 @@ from ray import cloudpickle
 
 from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
+from raytrainer.place_in_run import take_place
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.ray_private import asked_to_end
 from raytrainer.tensor_packing import pack, unpack, without_tensors
@@ -106,6 +107,7 @@ class RemoteWorker:
 
     def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
         self.ranks = ranks
+        take_place(ranks)
         with contextlib.suppress(OSError, AttributeError):  # only root may; on clusters that somebody else started
             os.setpriority(os.PRIO_PROCESS, 0, 0)
         if self.worker is not None and self.worker.group is not None:

@@ -1,0 +1,40 @@
+"""`SameData`: says once where workers read the same though they are to read different parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from raytrainer.data.first_batches import read_alike
+from raytrainer.messages import MetricReport, ReadSample
+
+__all__ = ["SameData"]
+
+log = logging.getLogger("raytrainer")
+
+
+class SameData:
+    """Compares what workers have read first from loaders that share data out in ways of their own."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def check(self, reports: Sequence[MetricReport]) -> None:
+        """Take up what workers report, by rank."""
+        for loader in sorted({sample.loader for report in reports for sample in report.reads} - self._said):
+            samples: list[ReadSample | None] = [
+                next((sample for sample in report.reads if sample.loader == loader), None) for report in reports
+            ]
+            found = read_alike(samples)
+            if found is None:
+                continue
+            self._said.add(loader)
+            one, other, leaf = found
+            sample = samples[other]
+            assert sample is not None
+            log.warning(
+                "Workers read the same data from the %s loader: in the first %d batches, batch%s is the same on ranks "
+                "%d and %d, so samples count several times, and more workers bring nothing. This loader's data is not "
+                "dealt out for you. So that each worker reads its part: %s.",
+                loader, sample.batches, leaf, one, other, sample.advice,
+            )  # fmt: skip
