@@ -35,7 +35,6 @@ from raytrainer.errors import StateLostError, WorkerLostError
 from raytrainer.messages import FinishReport
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.strategy_settings import effective_batch
-from raytrainer.seeding import rng_untouched
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
@@ -164,10 +163,8 @@ class Coordinator:
         state.sanity_checking = True
         state.trainer.stage = "sanity"
         try:
-            with state.clock.phase("validating"), rng_untouched():
-                self.services.emit("on_sanity_check_start")
-                self._evaluation.run(self.group, "validate", self.settings.num_sanity_val_steps)
-                self.services.emit("on_sanity_check_end")
+            with state.clock.phase("validating"):
+                self._evaluation.check(self.group, self.settings.num_sanity_val_steps)
         finally:
             state.sanity_checking = False
 

@@ -13,6 +13,7 @@ from raytrainer.driver.reporting.merged_counts import in_order, longest
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
 from raytrainer.plan import steps_and_epochs as schedule
+from raytrainer.seeding import rng_untouched
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
 
@@ -63,6 +64,13 @@ class Evaluation:
         self._services.emit(f"on_{name}_epoch_end")
         self._services.emit(f"on_{name}_end")
         return values, in_order(predictions)
+
+    def check(self, group: WorkerGroup, batches: int) -> None:
+        """The sanity check, of so many batches: callbacks that draw random numbers leave no trace here either."""
+        with rng_untouched():
+            self._services.emit("on_sanity_check_start")
+            self.run(group, "validate", batches)
+            self._services.emit("on_sanity_check_end")
 
     def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
         """Evaluate chunk by chunk; return whether that came to the end, and what the workers sent."""
