@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.hparams import HyperparametersMixin
+from raytrainer.view.last_trainer import last_trainer
 
 if TYPE_CHECKING:
     from raytrainer.checkpointing.places import CheckpointPath
@@ -21,13 +22,21 @@ __all__ = ["DataModule"]
 class DataModule(HyperparametersMixin, DataHooks):
     """Override `prepare_data`, `setup`, the `*_dataloader` hooks and, where needed, the transfer hooks.
 
-    Loaders are built inside the workers. `self.trainer` is the worker's view of the run while it lasts.
+    Loaders are built inside the workers.
     """
 
-    trainer: TrainerView | None = None
+    @property
+    def trainer(self) -> TrainerView | None:
+        """The worker's view of the run while it lasts; after it, the driver's Trainer. None where there was none."""
+        view: TrainerView | None = self.__dict__.get("_view") or last_trainer(self)
+        return view
+
+    @trainer.setter
+    def trainer(self, view: TrainerView | None) -> None:
+        self.__dict__["_view"] = view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "trainer"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_view", "_trainer")}
 
     def state_dict(self) -> dict[str, Any]:
         """State to put into checkpoints: plain values and tensors. Taken from rank 0."""

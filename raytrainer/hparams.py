@@ -7,15 +7,42 @@ import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.init_calls import Origin, find_call
 
-__all__ = ["AttributeDict", "HyperparametersMixin"]
+__all__ = ["HYPERPARAMETERS", "AttributeDict", "HyperparametersMixin", "keep_types", "kept"]
 
 log = logging.getLogger("raytrainer")
+
+
+#: Entries of a checkpoint whose values keep their types.
+HYPERPARAMETERS = tuple(
+    f"{prefix}hyper_parameters{suffix}" for prefix in ("", "datamodule_") for suffix in ("", "_origin")
+)
+
+
+@dataclass
+class _Kept:
+    """What copying and packing of states take for one value, and so leave as it is."""
+
+    values: dict[str, Any]
+
+
+def keep_types(state: dict[str, Any]) -> None:
+    """Have the hyperparameters in a state leave a worker as what they are."""
+    for name in HYPERPARAMETERS:
+        if name in state:
+            values = {key: value.cpu() if hasattr(value, "is_cuda") else value for key, value in state[name].items()}
+            state[name] = _Kept(_copy(values))
+
+
+def kept(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it was before `keep_types`."""
+    return {name: value.values if isinstance(value, _Kept) else value for name, value in state.items()}
 
 
 class AttributeDict(dict[str, Any]):

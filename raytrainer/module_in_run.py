@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raytrainer.loggers.logger import Logger
 from raytrainer.private.torch_private import without_compiled
+from raytrainer.view.last_trainer import last_trainer
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["AttachedModule"]
@@ -28,7 +29,7 @@ class AttachedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # the view and compiled code belong to one process
-        return without_compiled(self.__dict__) | {"_view": None}
+        return without_compiled(self.__dict__) | {"_view": None, "_trainer": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result: Self = super()._apply(fn, recurse)
@@ -40,12 +41,12 @@ class AttachedModule(nn.Module):
 
     @property
     def trainer(self) -> TrainerView:
-        """The run as the module may see it: ranks, counters, limits, metrics.
+        """The run as the module may see it: ranks, counters, limits, metrics. After it, the driver's Trainer.
 
         Raises:
-            RuntimeError: The module is not attached to a run.
+            RuntimeError: The module is not attached to a run, and was not, or that Trainer is gone.
         """
-        view = self.__dict__.get("_view")
+        view = self.__dict__.get("_view") or last_trainer(self)
         if view is None:
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a Trainer: it is from setup() to teardown() of a run, so "
@@ -80,14 +81,14 @@ class AttachedModule(nn.Module):
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done in this run; 0 outside a run."""
-        view = self.__dict__.get("_view")
+        """Optimizer steps done in this run, or the last one; 0 before any."""
+        view = self.__dict__.get("_view") or last_trainer(self)
         return 0 if view is None else view.global_step
 
     @property
     def current_epoch(self) -> int:
-        """Index of the epoch in progress; 0 outside a run."""
-        view = self.__dict__.get("_view")
+        """Index of the epoch in progress; after a fit, the number of epochs completed; 0 before any."""
+        view = self.__dict__.get("_view") or last_trainer(self)
         return 0 if view is None else view.current_epoch
 
     @property

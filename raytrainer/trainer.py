@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from raytrainer.callbacks import Tuner
-from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.config import check_names, instantiate
 from raytrainer.data.ray.ray_dataset import as_ray_datasets
@@ -18,14 +16,14 @@ from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
 from raytrainer.driver.prepare.sources import require_data, require_methods, sources, tell_of_half_a_validation
 from raytrainer.driver.reporting.results import by_loader, outputs_by_loader, print_results, say_end
 from raytrainer.driver.saving.bring_home import bring_home
-from raytrainer.driver.saving.checkpoint_writer import idle_checkpoint
 from raytrainer.driver.workers import idle_pool
-from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger
 from raytrainer.module import Module
 from raytrainer.plan.declaring import documented
 from raytrainer.strategies.driver_side import driver_side
-from raytrainer.trainer_runs import TrainerRuns
+from raytrainer.trainer_checkpoints import CheckpointVerbs
+from raytrainer.trainer_runs import Fitted
 from raytrainer.trainer_tuning import TuningVerbs
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ log = logging.getLogger("raytrainer")
 
 
 @documented
-class Trainer(TrainerRuns, TuningVerbs):
+class Trainer(CheckpointVerbs, TuningVerbs):
     """Trains a Module on the driver's process, or on Ray workers that form a torch.distributed group.
 
     All counts of batches are per worker; a *step* is one optimizer step; steps take precedence over epochs, and a
@@ -72,6 +70,7 @@ class Trainer(TrainerRuns, TuningVerbs):
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
         ckpt_path: CheckpointPath | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Train. Afterwards `model` holds the trained weights, buffers and hyperparameters.
 
@@ -82,7 +81,10 @@ class Trainer(TrainerRuns, TuningVerbs):
             datamodule: Where loaders come from that are not given here.
             ckpt_path: A checkpoint to go on from: its path or URI; "last": the newest that this trainer's
                 `ModelCheckpoint` finds, in an earlier process too (none: begin at the beginning); "best"; or what
-                `ray.tune.get_checkpoint()` gives, when `TuneReportCallback` has reported it.
+                `ray.tune.get_checkpoint()` gives, when `TuneReportCallback` has reported it. A file of Lightning 2.x
+                too: a log line says what of it is left out.
+            weights_only: Nothing in a file is ever executed, unless this is False, and the file is one of Lightning's
+                that holds more than plain data.
 
         Raises:
             Exception: Whatever user code raised; from a worker, with a `WorkerError` as its cause.
@@ -94,7 +96,7 @@ class Trainer(TrainerRuns, TuningVerbs):
         require_data("fit", "train", loaders, module, datamodule)
         tell_of_half_a_validation(module, loaders, datamodule)
         run = self._begin("fit", module, datamodule, loaders)
-        checkpoint = self._read(ckpt_path)
+        checkpoint = self._read(ckpt_path, weights_only)
         if checkpoint is None and not self.fast_dev_run:
             for callback in self._callbacks:
                 if isinstance(callback, Tuner):
@@ -103,6 +105,7 @@ class Trainer(TrainerRuns, TuningVerbs):
             if checkpoint is not None:
                 run.resume(checkpoint, coordinator)
             report = coordinator.fit(checkpoint)
+            self._fitted = Fitted(module, coordinator.end_state)
             bring_home(module, datamodule, report, coordinator.group, driver_side(self._settings))
             self._emit("on_fit_end")
         if not self._probing:
@@ -115,20 +118,23 @@ class Trainer(TrainerRuns, TuningVerbs):
         ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run one validation epoch.
 
         Args:
             model: The module; default: the one of the last run.
             dataloaders: One loader, a list of them, or a DataModule.
-            ckpt_path: A checkpoint whose weights to use; default: the module's own.
+            ckpt_path: A checkpoint whose weights to use. Default: the module's own; without `model`, after a `fit`, the
+                best one of that fit, if its `ModelCheckpoint` has one.
             verbose: Print the metrics.
             datamodule: Where loaders come from that are not given here.
+            weights_only: As for `fit`.
 
         Returns:
             A list with one dict of metrics for each loader.
         """
-        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)[0]
+        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
     def test(
         self,
@@ -137,9 +143,10 @@ class Trainer(TrainerRuns, TuningVerbs):
         ckpt_path: CheckpointPath | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run one test epoch; arguments and result as for `validate`."""
-        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)[0]
+        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
     def predict(
         self,
@@ -148,6 +155,7 @@ class Trainer(TrainerRuns, TuningVerbs):
         datamodule: DataModule | None = None,
         return_predictions: bool = True,
         ckpt_path: CheckpointPath | None = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Predict every batch, on all workers.
 
@@ -157,26 +165,30 @@ class Trainer(TrainerRuns, TuningVerbs):
             `ray.data.Dataset` that is computed when it is read or written: each row's columns, and the columns that
             `predict_step` returned for it as a dict ("prediction" where it returned a tensor).
         """
-        lazy = self._predict_lazily(model or self._module, dataloaders, datamodule, ckpt_path)
+        lazy = self._predict_lazily(model, dataloaders, datamodule, ckpt_path, weights_only)
         if lazy is not None:
             return lazy
         outputs, loaders = self._evaluate(
-            "predict", model, dataloaders, ckpt_path, False, datamodule, return_predictions
+            "predict", model, dataloaders, ckpt_path, False, datamodule, weights_only, return_predictions
         )[1:]
         return outputs_by_loader(outputs, loaders) if return_predictions else None
 
-    def _predict_lazily(self, model: Any, data: Any, datamodule: DataModule | None, ckpt_path: Any) -> Any:
+    def _predict_lazily(
+        self, given: Module | None, data: Any, datamodule: DataModule | None, ckpt_path: Any, weights_only: bool | None
+    ) -> Any:
         """Predictions for Ray Datasets; None if it is something else that shall be predicted."""
+        model = given or self._module
         if model is not None and datamodule is None and data is None and model is self._module:
             datamodule = self._datamodule
-        given = isinstance(data, DataModule) or data is None
-        if model is None or (not given and as_ray_datasets(data) is None):
+        no_loader = isinstance(data, DataModule) or data is None
+        if model is None or (not no_loader and as_ray_datasets(data) is None):
             return None
         module, datamodule, loaders = sources(model, datamodule, predict=data)
         if not loaders and not has_dataset("predict", datamodule, module):
             return None
+        chosen = self._chosen("predict", given, ckpt_path)
         run = self._begin("predict", module, datamodule, loaders)
-        return lazy_predictions(run.task, self._settings, self._groups.cluster, self._read(ckpt_path))
+        return lazy_predictions(run.task, self._settings, self._groups.cluster, self._read(chosen, weights_only))
 
     def _evaluate(
         self,
@@ -186,8 +198,10 @@ class Trainer(TrainerRuns, TuningVerbs):
         ckpt_path: CheckpointPath | None,
         verbose: bool,
         datamodule: DataModule | None,
+        weights_only: bool | None,
         ask_predictions: bool = False,
     ) -> tuple[list[dict[str, float]], list[Any], int]:
+        chosen = self._chosen(stage, model, ckpt_path)
         model = model if model is not None else self._module
         if model is None:
             raise ConfigurationError(f"{stage}() needs a model: this trainer has not run one yet.")
@@ -201,8 +215,9 @@ class Trainer(TrainerRuns, TuningVerbs):
         if self._settings.limit(name) == 0:
             log.info("limit_%s_batches=0: nothing to %s.", name, stage)
             return [], [], 1
-        checkpoint = self._read(ckpt_path)
+        checkpoint = self._read(chosen, weights_only)
         run = self._begin(stage, module, datamodule, loaders)
+        self._state.resumed_from = None if checkpoint is None else checkpoint.pop("path")
         run.task.ask_predictions = ask_predictions
         with run.started() as coordinator:
             values, predictions = coordinator.evaluate(stage, checkpoint)
@@ -235,36 +250,6 @@ class Trainer(TrainerRuns, TuningVerbs):
                 "plot: this trainer keeps no metrics to plot; give it a CSVLogger, as logger=True (the default) does."
             )
         return logger.plot(names)
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False) -> None:
-        """Save a checkpoint: a directory, replaced in one move if it exists.
-
-        Args:
-            filepath: A path, or a URI that pyarrow knows ("s3://bucket/name.ckpt").
-            weights_only: Leave out what only resuming needs.
-            wait: Return when it is written; otherwise writing goes on in the background while there is a run.
-
-        Raises:
-            CheckpointError: There is nothing to save, or something in it is no plain value.
-        """
-        if self._module is None:
-            raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
-        path = os.fspath(filepath)
-        if self._run is None or not self._run.save(path, weights_only, wait):
-            state = idle_checkpoint(self._module, self._state.progress)
-            self._emit("on_save_checkpoint", state)
-            write_checkpoint(path, state)
-
-    def remove_checkpoint(self, filepath: str) -> None:
-        """Delete a checkpoint, but never the one that this run went on from."""
-        if filepath != self.ckpt_path:
-            self._writer.remove(filepath)
-
-    def checkpoint_exists(self, filepath: str) -> bool:
-        """Whether a whole checkpoint is there."""
-        return self._writer.exists(filepath)
 
     # ---------------------------------------------------------------- end
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -14,14 +14,12 @@ import torch
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
-from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
 from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
-from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
-from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
+from raytrainer.driver.saving.checkpoint_writer import Captured, CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.gpu.choice import count_all
@@ -35,10 +33,24 @@ from raytrainer.profilers import Profiler, make_profiler
 from raytrainer.seeding import last_seed
 from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.task import Task
+from raytrainer.view.last_trainer import remember_trainer
 from raytrainer.view.run_state import RunState, TrainerState
 from raytrainer.view.trainer_properties import TrainerProperties
 
-__all__ = ["TrainerRuns"]
+__all__ = ["Fitted", "TrainerRuns"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit that has ended.
+
+    Attributes:
+        module: What was trained.
+        end_state: What a checkpoint of its end holds beside the weights; None: it is not to be had.
+    """
+
+    module: Module
+    end_state: Captured | None
 
 
 class TrainerRuns(TrainerProperties, TrainerArguments):
@@ -81,7 +93,13 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         self._module: Module | None = None
         self._datamodule: DataModule | None = None
         self._run: Run | None = None  # the latest
+        self._fitted: Fitted | None = None
         self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: the run, and what the workers of the last fit have left."""
+        fitted = None if self._fitted is None else replace(self._fitted, end_state=None)
+        return {**self.__dict__, "_run": None, "_fitted": fitted}
 
     def _take_settings(self, settings: Settings) -> None:
         """Go on with these settings, and show them as this Trainer's arguments."""
@@ -122,6 +140,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         if self._every_gpu:
             self._take_settings(self._groups.with_every_gpu(self._settings))
         self._module, self._datamodule = module, datamodule
+        self._remember_me(module, datamodule)
         previous = self._state.progress
         self._state = RunState(TrainerState(fn=stage))
         self._logs = Logs(self._loggers)
@@ -150,6 +169,13 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             if isinstance(callback, ModelCheckpoint) and not self.fast_dev_run:
                 callback.require_writable()
 
+    def _remember_me(self, module: Module, datamodule: DataModule | None) -> None:
+        """Have `module.trainer` and `datamodule.trainer` be this one when the run is over."""
+        parts = [part for part in module.modules() if isinstance(part, Module)]
+        for owner in (*parts, datamodule):
+            if owner is not None and not self._probing:
+                remember_trainer(owner, self)
+
     def _task(self, stage: str, module: Module, datamodule: DataModule | None, loaders: dict[str, Any]) -> Task:
         seed = self._settings.seed
         return Task(
@@ -166,9 +192,6 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             logs=self._worker_logs,
             profiler=self._profiler,
         )
-
-    def _read(self, ckpt_path: CheckpointPath | None) -> dict[str, Any] | None:
-        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir)
 
     def _emit(self, hook: str, *args: Any, around: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
         """Call a hook of the driver's callbacks, those that save last; each inside what `around` makes of its name."""

@@ -235,7 +235,7 @@ def test_datamodule(local_trainer):
     trainer.fit(module, datamodule=dm)
     assert dm.calls[:2] == ["prepare", "setup fit 1"] and dm.calls[-1] == "teardown fit"
     assert set(dm.calls[2:-1]) == {("cpu", 0), ("cpu", 1)}
-    assert dm.trainer is None
+    assert dm.trainer is trainer
     assert set(trainer.callback_metrics) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
     dm.calls.clear()
     # a trainer remembers where the data of its module came from

@@ -87,8 +87,9 @@ def test_during_a_run(local_trainer):
             assert stage == "fit" and self.device.type == "cpu"
 
     module = Looking()
-    local_trainer(max_epochs=2).fit(module, data(), data(4))
-    assert module.current_epoch == 0  # outside again
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(module, data(), data(4))
+    assert module.current_epoch == 2 and module.trainer is trainer  # outside again
 
 
 def test_layers_made_in_the_worker(local_trainer):

@@ -32,6 +32,7 @@ from raytrainer.checkpointing.reservations import release
 from raytrainer.checkpointing.restored_values import unpack_hyperparameters
 from raytrainer.checkpointing.typed_values import pack_hyperparameters
 from raytrainer.errors import CheckpointError
+from raytrainer.hparams import HYPERPARAMETERS
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -63,15 +64,9 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-#: Entries whose values keep their types: whether somebody is told what cannot be stored.
-TYPED = {
-    f"{prefix}hyper_parameters{suffix}": not suffix for prefix in ("", "datamodule_") for suffix in ("", "_origin")
-}
-
-
 def _packed(name: str, value: Any) -> Any:
-    if name in TYPED and isinstance(value, Mapping):
-        return pack_hyperparameters(value, TYPED[name])
+    if name in HYPERPARAMETERS and isinstance(value, Mapping):
+        return pack_hyperparameters(value, say=not name.endswith("_origin"))
     return plain_value(value, name)
 
 
@@ -149,6 +144,6 @@ def read_checkpoint(
             ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}/{name}: it holds a {type(state).__name__}, not a state.")
-    for name in TYPED.keys() & state.keys():
+    for name in state.keys() & set(HYPERPARAMETERS):
         state[name] = unpack_hyperparameters(state[name], owners)
     return state

@@ -220,12 +220,15 @@ class Worker:
         run.accumulating = batch % run.view.accumulate_grad_batches != 0
         return batch, run.view.global_step
 
-    def capture(self, weights_only: bool = False, replica: bool = False, live: bool = False) -> dict[str, Any]:
+    def capture(
+        self, weights_only: bool = False, replica: bool = False, live: bool = False, final: bool = False
+    ) -> dict[str, Any]:
         """This worker's share of a checkpoint, copied aside.
 
-        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on.
+        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on; `final`
+        says that it does not.
         """
-        state = capture_state(self.run, weights_only, replica)
+        state = capture_state(self.run, weights_only, replica, final)
         return state if live and self.device.type == "cpu" else self._staging.copy(state)
 
     @verb(Wait.TRAINING)

@@ -272,5 +272,5 @@ class WorkerRun:
                 undo()
         self._attach(None)
         if self.datamodule is not None:
-            self.datamodule.__dict__.pop("trainer", None)
+            self.datamodule.trainer = None
         ending.tell()

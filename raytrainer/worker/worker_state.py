@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import CheckpointError
+from raytrainer.hparams import keep_types
 from raytrainer.metrics.metric_objects import load_states, states_of
 from raytrainer.seeding import capture_rng
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["capture_state", "most_of_state", "restore_state"]
 
 
-def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str, Any]:
+def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool = False) -> dict[str, Any]:
     """Rank 0: the module's, optimizers', schedulers' and callbacks' state. Every rank: its own streams and sums.
 
     Keys are those that Lightning's users know: "state_dict", "optimizer_states", "lr_schedulers", "epoch",
@@ -25,6 +26,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
         run: The run.
         weights_only: Leave out what only resuming needs.
         replica: Whether a worker of a second node gives what rank 0 gives too, so that one may be lost.
+        final: The fit is over: no hook is called, and what comes home anyway is left out.
     """
     view, module = run.view, run.module
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
@@ -33,7 +35,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
     state |= {
         "epoch": view.current_epoch,
         "global_step": view.global_step,
-        "state_dict": run.strategy.module_state(module),
+        "state_dict": {} if final else run.strategy.module_state(module),
         **module.hyperparameters_to_save(),
     }
     if not weights_only:
@@ -45,9 +47,11 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool) -> dict[str
     if run.datamodule is not None:
         state["datamodule"] = run.datamodule.state_dict()
         state |= run.datamodule.hyperparameters_to_save("datamodule_")
-    for callback in run.task.callbacks:
-        callback.on_save_checkpoint(view, module, state)
-    module.on_save_checkpoint(state)
+    if not final:
+        for callback in run.task.callbacks:
+            callback.on_save_checkpoint(view, module, state)
+        module.on_save_checkpoint(state)
+    keep_types(state)
     return state
 
 

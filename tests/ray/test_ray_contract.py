@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from enum import Enum
 from typing import Any, NamedTuple
 
 import hook_order
@@ -79,8 +80,17 @@ class Data(DataModule):
         self.ready = state_dict["ready"]
 
 
+class Mode(Enum):
+    FAST = 1
+
+
+class Options(NamedTuple):
+    mode: Mode
+    layer: type[nn.Module]
+
+
 class Broad(Module):
-    def __init__(self, lr: float = 0.1, width: int = 6) -> None:
+    def __init__(self, lr: float = 0.1, width: int = 6, options: Options | None = None) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.history: list[tuple[int, float]] = []
@@ -159,7 +169,7 @@ class Halve(WorkerCallback):
 
 def test_a_broad_run(ray_trainer, tmp_path):
     notes = tmp_path / "notes"
-    data, module, counts = Data(str(notes)), Broad(), Counts()
+    data, module, counts = Data(str(notes)), Broad(options=Options(Mode.FAST, nn.ReLU)), Counts()
     checkpoint = ModelCheckpoint(monitor="val/dataloader_idx_0", save_last=True, dirpath=tmp_path / "saved")
     trainer = ray_trainer(
         max_epochs=4,
@@ -214,15 +224,20 @@ def test_a_broad_run(ray_trainer, tmp_path):
         assert lines.count(f"setup fit {rank}") == lines.count(f"teardown fit {rank}") == 1
     # the best checkpoint is the weights of its epoch
     best = Broad.load_from_checkpoint(checkpoint.best_model_path, strict=False)
+    assert best.hparams.options == Options(Mode.FAST, nn.ReLU) and type(best.hparams.options) is Options
     assert best.hparams.width == 6 and checkpoint.best_model_score == pytest.approx(min(counts.epochs))
 
-    # later verbs use what was trained
+    # the whole state at the end
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    # later verbs use what was trained; without a model, the best of it
     validated = trainer.validate(verbose=False)
+    assert trainer.ckpt_path == checkpoint.best_model_path and module.trainer is trainer
     assert [set(found) for found in validated] == [
         {"val/dataloader_idx_0", "val_all"},
         {"val/dataloader_idx_1", "val_all"},
     ]
-    assert validated[0]["val/dataloader_idx_0"] == pytest.approx(counts.epochs[-1], rel=1e-6)
+    assert validated[0]["val/dataloader_idx_0"] == pytest.approx(min(counts.epochs), rel=1e-6)
     (tested,) = trainer.test(module, datamodule=data, verbose=False)
     assert tested["test"] == pytest.approx(counts.epochs[-1], rel=1e-6) and tested["one"] == 1.0
     predictions = trainer.predict(module, datamodule=data)
@@ -234,12 +249,14 @@ def test_a_broad_run(ray_trainer, tmp_path):
         expected = module(Pair(table(44).tensors[0] * 2.0, {}))
     torch.testing.assert_close(torch.cat([p["y"] for p in predictions]), expected)
 
-    # and a fit that goes on from the checkpoint
-    resumed = Broad()
-    again = ray_trainer(max_epochs=5, seed=1)
-    again.fit(resumed, datamodule=Data(str(notes)), ckpt_path=checkpoint.last_model_path)
-    assert (again.global_step, again.current_epoch) == (30, 5)
-    assert resumed.norm.num_batches_tracked == 30
+    # and a fit that goes on from the checkpoint, as from what was saved after the run
+    resumed = [Broad(), Broad()]
+    for module, path in zip(resumed, (checkpoint.last_model_path, tmp_path / "end.ckpt"), strict=True):
+        again = ray_trainer(max_epochs=5, seed=1)
+        again.fit(module, datamodule=Data(str(notes)), ckpt_path=path)
+        assert (again.global_step, again.current_epoch) == (30, 5)
+        assert module.norm.num_batches_tracked == 30
+    assert all(map(torch.equal, resumed[0].state_dict().values(), resumed[1].state_dict().values()))
 
 
 @pytest.mark.parametrize("name", hook_order.SCENARIOS)

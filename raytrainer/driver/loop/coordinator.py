@@ -88,6 +88,8 @@ class Coordinator:
         self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
+        self.keep_end_state = False
+        self.end_state: Captured | None = None  # of a fit that has ended, if it was to be kept
 
     # ---------------------------------------------------------------- fit
 
@@ -131,6 +133,8 @@ class Coordinator:
             self._emit_once("on_train_end")
             self.group.call(Worker.end_training, self.state.interrupted)
         self.group.call(Worker.end_fit)
+        if self.keep_end_state:
+            self.end_state = self._capture.at_end(self.group)
         return self._finish(trained=True)
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:

@@ -45,6 +45,11 @@ class RunCapture:
             self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
         return captured
 
+    def at_end(self, group: WorkerGroup) -> Captured:
+        """What a checkpoint of the finished fit holds beside the weights, which come home."""
+        with self._state.clock.phase("saving"):
+            return Captured(group.capture(final=True), self._driver_state(group))
+
     def snapshot_if_due(self, group: WorkerGroup) -> None:
         """Capture, where the settings ask for it here."""
         progress = self._state.progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
 from raytrainer.errors import StateLostError
+from raytrainer.hparams import kept
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.signals import PIECE, hear, shield
@@ -22,9 +23,16 @@ __all__ = ["Captured", "CheckpointWriter", "idle_checkpoint"]
 log = logging.getLogger("raytrainer")
 
 
-def idle_checkpoint(module: Module, progress: Progress) -> dict[str, Any]:
-    """The state of a module that no workers have: the driver's own weights, without what only resuming needs."""
+def idle_checkpoint(module: Module, progress: Progress, rest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The state of a module that no workers have: the driver's own weights.
+
+    Args:
+        module: The module.
+        progress: Where its fit ended.
+        rest: What only resuming needs; None: leave it out.
+    """
     state = {
+        **(rest or {}),
         "epoch": progress.epoch,
         "global_step": progress.step,
         "state_dict": module.state_dict(),
@@ -51,7 +59,7 @@ class Captured:
         Raises:
             Exception: The parts are gone with the workers that had them.
         """
-        parts = self._fetch()
+        parts = [kept(part) for part in self._fetch()]
         own = [part["own"] for part in parts if "own" in part]
         main = next(part for part in parts if "state_dict" in part)
         return {**main, **({"own": own} if own else {}), **self.driver}
@@ -79,6 +87,9 @@ class CheckpointWriter:
         self._jobs: deque[_Job] = deque()  # the first is being done
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def __reduce__(self) -> Any:
+        return CheckpointWriter, ()  # a copy has nothing to write
 
     def save(self, path: str, resolve: Callable[[], dict[str, Any]]) -> None:
         """Write what `resolve` returns; it is called in the background."""

@@ -50,8 +50,8 @@ class LocalGroup:
             self._bring_back()
         return [answer]
 
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        staged = self.worker.capture(weights_only)
+    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        staged = self.worker.capture(weights_only, live=final, final=final)
         return lambda: [staged]
 
     def call_off(self) -> None:

@@ -48,19 +48,19 @@ class RayCaptures:
         self._group, self._actors, self._answers, self._staged = group, actors, answers, staged
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
 
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
         """Have the state copied into Ray's shared memory; return what fetches it from there.
 
         The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
         a second node holds one too.
         """
         if not self._staged:
-            refs = [actor.capture.remote(weights_only) for actor in self._actors]
+            refs = [actor.capture.remote(weights_only, final) for actor in self._actors]
             self._wait_for_copies([own for own, _ in refs])
             return lambda: self._fetch(refs)
         # one state at a time, so that memory stays bounded
         self._wait_for_copies(self._handing)
-        own = [actor.stage.remote(weights_only) for actor in self._actors]
+        own = [actor.stage.remote(weights_only, final) for actor in self._actors]
         self._wait_for_copies(own)
         handed = [actor.hand_over.remote() for actor in self._actors]
         self._handing = [done for _, done in handed]

@@ -198,10 +198,10 @@ class RayGroup:
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
         """See `RayCaptures.capture`."""
         assert self._captures is not None
-        return self._captures.capture(weights_only)
+        return self._captures.capture(weights_only, final)
 
     # ---------------------------------------------------------------- end
 

@@ -48,8 +48,13 @@ class WorkerGroup(Protocol):
             WorkerLostError: A worker is gone, or has not answered within the verb's limit.
         """
 
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time."""
+    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time.
+
+        Args:
+            weights_only: Leave out what only resuming needs.
+            final: The fit is over: no hook is called, and what comes home anyway is left out.
+        """
 
     def call_off(self) -> None:
         """The run has failed with an error that is being told: end it, keeping workers that are well."""

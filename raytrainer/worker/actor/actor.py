@@ -173,7 +173,7 @@ class RemoteWorker:
             gc.freeze()  # what the first run has imported, mostly
 
     @ray.method(num_returns=2)
-    def capture(self, weights_only: bool) -> tuple[Any, Any]:
+    def capture(self, weights_only: bool, final: bool = False) -> tuple[Any, Any]:
         """This worker's share of a checkpoint, which Ray copies into shared memory as this returns.
 
         In two parts: what this worker alone has, which is small and so travels to the driver at once, and what others
@@ -181,7 +181,7 @@ class RemoteWorker:
         """
 
         def capture() -> tuple[Any, Any]:
-            state = self._worker().capture(weights_only, replica=True, live=True)
+            state = self._worker().capture(weights_only, replica=True, live=True, final=final)
             _refuse_unpicklable(state)
             return pack(state.get("own")), pack({name: value for name, value in state.items() if name != "own"})
 
@@ -224,12 +224,12 @@ class StagingWorker(RemoteWorker):
         self.staged = None
         return super().load(pickled, datasets, show)
 
-    def stage(self, weights_only: bool) -> Any:
+    def stage(self, weights_only: bool, final: bool = False) -> Any:
         """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
 
         def stage() -> Any:
             self.staged = None  # of a capture that another rank has failed
-            staged = self._worker().capture(weights_only, replica=True)
+            staged = self._worker().capture(weights_only, replica=True, final=final)
             _refuse_unpicklable(staged)
             self.staged = staged
             return pack(staged.get("own"))
