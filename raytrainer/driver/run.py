@@ -100,7 +100,7 @@ class Run:
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
-        coordinator.keep_end_state = task.stage == "fit" and not self.quiet
+        self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())
         if hyperparameters:

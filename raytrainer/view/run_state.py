@@ -57,6 +57,7 @@ class RunState:
     num_batches: dict[str, list[int | None]] = field(default_factory=dict)  # by "sanity", "validate", ...
     world_size: int = 1
     parts: int = 1  # batches that the workers read at the same time
+    keeps_end: bool = False  # whether the state at the end of a fit is kept, for a checkpoint later
     closing: bool = False  # the epoch is over for the workers; callbacks are being told
     recoveries: list[Recovery] = field(default_factory=list)
     skipped_steps: int = 0

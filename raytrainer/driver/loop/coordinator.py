@@ -22,7 +22,7 @@ from typing import Any
 from raytrainer.driver.loop.chunks import Chunks
 from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
 from raytrainer.driver.loop.interrupt import Interrupt
-from raytrainer.driver.loop.recovery import WorkerRecovery
+from raytrainer.driver.loop.recovery import MoreWorkers, WorkerRecovery
 from raytrainer.driver.loop.replica_check import ReplicaCheck
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
@@ -42,14 +42,6 @@ from raytrainer.worker.worker import Worker
 __all__ = ["Coordinator"]
 
 log = logging.getLogger("raytrainer")
-
-
-class _MoreWorkers(Exception):
-    """An elastic run has more workers now: `group`, which goes on from `state`."""
-
-    def __init__(self, group: WorkerGroup, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.group, self.state = group, state
 
 
 class Coordinator:
@@ -88,8 +80,7 @@ class Coordinator:
         self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
-        self.keep_end_state = False
-        self.end_state: Captured | None = None  # of a fit that has ended, if it was to be kept
+        self.end_state: Captured | None = None  # of a fit that has ended, if it is kept
 
     # ---------------------------------------------------------------- fit
 
@@ -109,7 +100,7 @@ class Coordinator:
                 if not self._recovery.allowed():
                     raise
                 lost = error
-            except _MoreWorkers as more:
+            except MoreWorkers as more:
                 self.group, resumed = more.group, more.state
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
@@ -127,14 +118,13 @@ class Coordinator:
                 if self._recovery.may_grow(self.group):
                     more = self._recovery.grow(self.group)
                     if more is not None:
-                        raise _MoreWorkers(*more)
+                        raise MoreWorkers(*more)
                 self._epoch()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
             self._emit_once("on_train_end")
             self.group.call(Worker.end_training, self.state.interrupted)
         self.group.call(Worker.end_fit)
-        if self.keep_end_state:
-            self.end_state = self._capture.at_end(self.group)
+        self.end_state = self._capture.at_end(self.group)
         return self._finish(trained=True)
 
     def _setup(self, checkpoint: dict[str, Any] | None) -> None:

@@ -18,9 +18,17 @@ from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
 
-__all__ = ["WorkerRecovery"]
+__all__ = ["MoreWorkers", "WorkerRecovery"]
 
 log = logging.getLogger("raytrainer")
+
+
+class MoreWorkers(Exception):
+    """An elastic run has more workers now: `group`, which goes on from `state`."""
+
+    def __init__(self, group: WorkerGroup, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.group, self.state = group, state
 
 
 class WorkerRecovery:

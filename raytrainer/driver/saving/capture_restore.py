@@ -45,8 +45,10 @@ class RunCapture:
             self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
         return captured
 
-    def at_end(self, group: WorkerGroup) -> Captured:
-        """What a checkpoint of the finished fit holds beside the weights, which come home."""
+    def at_end(self, group: WorkerGroup) -> Captured | None:
+        """What a checkpoint of the finished fit holds beside the weights, which come home; None: it is not kept."""
+        if not self._state.keeps_end:
+            return None
         with self._state.clock.phase("saving"):
             return Captured(group.capture(final=True), self._driver_state(group))
 

@@ -95,8 +95,8 @@ def test_a_lost_state_is_a_lost_worker(on, calm, monkeypatch, tmp_path):
     monkeypatch.setattr(GroupSupply, "can_grow", lambda *args: False)
 
     class Loses(supply.make):
-        def capture(self, weights_only: bool = False) -> Any:
-            fetch = super().capture(weights_only)
+        def capture(self, weights_only: bool = False, final: bool = False) -> Any:
+            fetch = super().capture(weights_only, final)
             state = fetch()
             if losses or supply.taken > 1:
                 return lambda: state
