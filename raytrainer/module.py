@@ -44,8 +44,14 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
     # ---------------------------------------------------------------- optimisation
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """The optimizer, or the list of them if there are several. The argument is accepted for compatibility."""
-        optimizers = self.trainer.given_optimizers or self.trainer.optimizers
+        """The optimizer, or the list of them if there are several.
+
+        Each is torch's own but for `optimizer.optimizer` (that one) and `with optimizer.toggle_model(sync_grad=...)`.
+
+        Args:
+            use_pl_optimizer: False: torch's own objects, whose steps know nothing of precision="16-mixed".
+        """
+        optimizers = (use_pl_optimizer and self.trainer.given_optimizers) or self.trainer.optimizers
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def lr_schedulers(self) -> Any:
@@ -68,12 +74,31 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of the optimizer's parameters by their total norm ("norm") or each value ("value")."""
+        """Clip the gradients of the optimizer's parameters by their total norm ("norm") or each value ("value").
+
+        Args:
+            optimizer: Whose gradients.
+            gradient_clip_val: How much they may be. Default: the Trainer's; None there too: they are left as they are.
+            gradient_clip_algorithm: "norm" or "value". Default: the Trainer's.
+
+        Raises:
+            ConfigurationError: The Trainer has other values, of which one would win without a word.
+        """
+        view = self.__dict__.get("_view")
+        if view is not None and view.gradient_clip_val is not None:
+            ours = (view.gradient_clip_val, view.gradient_clip_algorithm)
+            given = (gradient_clip_val or ours[0], gradient_clip_algorithm or ours[1])
+            if given != ours:
+                raise ConfigurationError(
+                    f"clip_gradients(gradient_clip_val={given[0]!r}, gradient_clip_algorithm={given[1]!r}), where the "
+                    f"Trainer has {ours[0]!r} and {ours[1]!r}: give them in one place; to clip otherwise from step to "
+                    f"step, leave the Trainer's gradient_clip_val out and override configure_gradient_clipping."
+                )
+            gradient_clip_val, gradient_clip_algorithm = ours
         if gradient_clip_val is None:
             return
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ConfigurationError(f'gradient_clip_algorithm={gradient_clip_algorithm!r}: give "norm" or "value".')
-        view = self.__dict__.get("_view")
         if view is not None:
             view.unscale(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -91,6 +116,8 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only this optimizer's parameters require gradients, until `untoggle_optimizer`."""
+        if "_toggled" in self.__dict__:
+            self.untoggle_optimizer(optimizer)
         own = {p for group in optimizer.param_groups for p in group["params"]}
         states: dict[Tensor, bool] = {}
         for other in self.trainer.optimizers:

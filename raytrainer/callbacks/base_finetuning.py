@@ -87,12 +87,13 @@ class BaseFinetuning(WorkerCallback):
             optimizer: The optimizer.
             lr: The group's learning rate; None: that of the first group divided by `initial_denom_lr`.
             initial_denom_lr: See `lr`.
-            train_bn: Whether to unfreeze batch normalisation too.
+            train_bn: Whether to unfreeze batch normalisation too, and add its parameters.
         """
         modules = list(_flatten(modules))
         BaseFinetuning.unfreeze(modules, train_bn)
         known = {p for group in optimizer.param_groups for p in group["params"]}
-        found = dict.fromkeys(p for m in modules for p in m.parameters(recurse=False) if p.requires_grad)
+        taken = [m for m in modules if train_bn or not isinstance(m, BATCH_NORMS)]
+        found = dict.fromkeys(p for m in taken for p in m.parameters(recurse=False) if p.requires_grad)
         added = [p for p in found if p not in known]
         if not added:
             log.warning(

@@ -47,8 +47,8 @@ class EvaluationLoop:
         step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
         step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
         self.step = run.strategy.evaluation_step(run.module, step)
-        self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start")
-        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end")
+        self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start", len(self.feeds))
+        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end", len(self.feeds))
         self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
         self.loader = 0
         self.batch = 0
@@ -159,12 +159,11 @@ class EvaluationLoop:
             batch = transfer(batch, idx)
         self.metrics.loader_idx = idx if self.several else None
         self.metrics.begin_batch(batch)
-        position = (self.batch, idx) if self.several else (self.batch,)
         if self.on_batch_start is not None:
-            self.on_batch_start(batch, *position)
+            self.on_batch_start(batch, self.batch, idx)
         output = self.step(batch, self.batch, idx)
         if self.on_batch_end is not None:
-            self.on_batch_end(output, batch, *position)
+            self.on_batch_end(output, batch, self.batch, idx)
         if self.metrics.is_log_step(self.run.evaluated[self.stage]):
             self.metrics.note_row(self.run.evaluated[self.stage], self.view.current_epoch)
         if self.sanity is None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.module import Module
+from raytrainer.worker.signatures import bind_batch_hook
 
 if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
-__all__ = ["Hooks", "bind_step", "overridden"]
+__all__ = ["Hooks", "overridden"]
 
 log = logging.getLogger("raytrainer")
 
@@ -42,14 +43,21 @@ class Hooks:
     ) -> None:
         self.view, self.module, self.callbacks, self._profiled = view, module, list(callbacks), profiled
 
-    def bind(self, name: str) -> Callable[..., Any] | None:
+    def bind(self, name: str, loaders: int | None = None) -> Callable[..., Any] | None:
         """One function that calls every overridden `name`, or None if nobody overrode it.
 
         It returns what the module's hook returned.
+
+        Args:
+            name: The hook's.
+            loaders: For one of an evaluation's batches, whose last argument is dataloader_idx: how many there are.
         """
         view, module, metrics = self.view, self.module, self.view.metrics
         callbacks = [getattr(callback, name) for callback in self.callbacks if overridden(callback, name)]
         own = getattr(module, name) if overridden(module, name) else None
+        if loaders is not None:
+            callbacks = [bind_batch_hook(callback, name, loaders) for callback in callbacks]
+            own = None if own is None else bind_batch_hook(own, name, loaders)
         if own is None and not callbacks:
             return None
 
@@ -93,36 +101,3 @@ class Hooks:
                 metrics.hook = outer
 
         return call
-
-
-def bind_step(function: Callable[..., Any], name: str, loaders: int = 1) -> Callable[[Any, int, int], Any]:
-    """A step as a function of (batch, batch_idx, dataloader_idx), whichever of them it takes.
-
-    Raises:
-        ConfigurationError: The step takes other arguments, or there are several loaders and no dataloader_idx.
-    """
-    import inspect
-
-    from raytrainer.errors import ConfigurationError
-
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if "dataloader_iter" in names:
-        raise ConfigurationError(f"{name}(dataloader_iter) is not supported: take (batch, batch_idx).")
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return function
-    if not names or len(required) > 3:
-        raise ConfigurationError(f"{name}({', '.join(names)}): take (batch), (batch, batch_idx) or, in evaluation, "
-                                 f"(batch, batch_idx, dataloader_idx).")  # fmt: skip
-    if len(names) == 1:
-        if loaders == 1:
-            return lambda batch, batch_idx, dataloader_idx: function(batch)
-    elif len(names) == 2:
-        if names[1] == "dataloader_idx":
-            return lambda batch, batch_idx, dataloader_idx: function(batch, dataloader_idx)
-        if loaders == 1:
-            return lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
-    else:
-        return function
-    raise ConfigurationError(f"{name}({', '.join(names)}) with {loaders} loaders: add a dataloader_idx argument.")

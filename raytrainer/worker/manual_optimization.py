@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
@@ -21,7 +23,8 @@ class ManualOptimization:
     def __init__(self, run: WorkerRun, step: Callable[[Any, int, int], Any]) -> None:
         self.step, self.strategy = step, run.strategy
         self.accumulate = 1
-        self.index, self.calls = 0, 0  # of the batch in progress, and `manual_backward`s in it
+        self.syncs = True  # whether backward passes average gradients
+        self.index, self.calls = 0, 0  # of the batch in progress, and averagings in it
         settings = run.view.settings
         if settings.accumulates or settings.gradient_clip_val is not None:
             raise ConfigurationError(
@@ -35,23 +38,27 @@ class ManualOptimization:
         def count(optimizer: Optimizer | None, args: Any, kwargs: Any) -> None:
             view.global_step += 1
 
+        stands: dict[str, Any] = {"module": module, "unsynchronised": self._unsynchronised}
         if precision.scaler is not None:
             view.given_optimizers = [
-                ScaledOptimizer(optimizer, precision, before_step, lambda: count(None, (), {}))
+                ScaledOptimizer(optimizer, precision, before_step, lambda: count(None, (), {}), **stands)
                 for optimizer in view.optimizers
             ]
-        for optimizer in view.optimizers if precision.scaler is None else []:
-            if before_step is not None:
-                optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
-            optimizer.register_step_post_hook(count)
+        else:
+            view.given_optimizers = [GivenOptimizer(optimizer, **stands) for optimizer in view.optimizers]
+            for optimizer in view.optimizers:
+                if before_step is not None:
+                    optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
+                optimizer.register_step_post_hook(count)
 
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             loss = precision.scale(loss)
             if before_backward is not None:
                 before_backward(loss)
             module.backward(loss, *args, **kwargs)
-            strategy.sync_manual(module, self.index, self.calls)
-            self.calls += 1
+            if self.syncs:
+                strategy.sync_manual(module, self.index, self.calls)
+                self.calls += 1
             if after_backward is not None:
                 after_backward()
 
@@ -60,6 +67,14 @@ class ManualOptimization:
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
         self.index, self.calls = index, 0
         return self.step(batch, index, 0)
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        outer, self.syncs = self.syncs, False
+        try:
+            yield
+        finally:
+            self.syncs = outer
 
     def end_chunk(self) -> None:
         """A chunk is through: see that all workers are."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.view.scheduler_config import SchedulerConfig
@@ -20,12 +20,33 @@ _FORMS = (
 )
 
 
-def parse_optimizers(answer: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+def parse_optimizers(
+    answer: Any, *, manual: bool = False, own_step: bool = False
+) -> tuple[list[Optimizer], list[SchedulerConfig]]:
     """Every form of `configure_optimizers`' answer, as one.
+
+    Args:
+        answer: What it returned.
+        manual: `training_step` steps the schedulers itself, so that they need neither a metric nor a `step`.
+        own_step: The module's own `lr_scheduler_step` steps them, so that they need no `step`.
 
     Raises:
         ConfigurationError: Some other form, or a scheduler's options that cannot work.
     """
+    optimizers, items = _parts(answer)
+    schedulers = [_scheduler(item, manual, steps=not (manual or own_step)) for item in items]
+    for config in schedulers:
+        of = getattr(config.scheduler, "optimizer", None)
+        if isinstance(of, Optimizer) and not any(of is optimizer for optimizer in optimizers):
+            raise ConfigurationError(
+                f"configure_optimizers returned a {type(config.scheduler).__name__} of a {type(of).__name__} that it "
+                f"did not return: it would change the rate of nothing that trains. Return that optimizer too."
+            )
+    return optimizers, schedulers
+
+
+def _parts(answer: Any) -> tuple[list[Optimizer], list[Any]]:
+    """The optimizers, and the schedulers as they were given."""
     if answer is None:
         return [], []
     if isinstance(answer, Optimizer):
@@ -36,7 +57,7 @@ def parse_optimizers(answer: Any) -> tuple[list[Optimizer], list[SchedulerConfig
         items = list(answer)
         if len(items) == 2 and isinstance(items[0], (list, tuple)):
             schedulers = items[1] if isinstance(items[1], (list, tuple)) else [items[1]]
-            return _only_optimizers(items[0]), [_scheduler(s) for s in schedulers]
+            return _only_optimizers(items[0]), list(schedulers)
         if items and all(isinstance(item, Mapping) for item in items):
             return _from_dicts(items)
         return _only_optimizers(items), []
@@ -50,22 +71,27 @@ def _only_optimizers(items: Sequence[Any]) -> list[Optimizer]:
     return list(items)
 
 
-def _from_dicts(items: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
-    optimizers, schedulers = [], []
+def _from_dicts(items: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], list[Any]]:
+    optimizers: list[Optimizer] = []
+    schedulers: list[Any] = []
     for item in items:
-        unknown = set(item) - {"optimizer", "lr_scheduler"}
+        unknown = set(item) - {"optimizer", "lr_scheduler", "monitor"}
         if unknown or not isinstance(item.get("optimizer"), Optimizer):
             raise ConfigurationError(
                 f"configure_optimizers returned a dict with keys {sorted(item)}: it needs 'optimizer', may have "
-                f"'lr_scheduler', and nothing else."
+                f"'lr_scheduler' and its 'monitor', and nothing else."
             )
         optimizers.append(item["optimizer"])
-        if item.get("lr_scheduler") is not None:
-            schedulers.append(_scheduler(item["lr_scheduler"]))
+        scheduler = item.get("lr_scheduler")
+        if scheduler is not None:
+            if "monitor" in item and not isinstance(scheduler, SchedulerConfig):
+                options = scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
+                scheduler = {"monitor": item["monitor"], **options}
+            schedulers.append(scheduler)
     return optimizers, schedulers
 
 
-def _scheduler(item: Any) -> SchedulerConfig:
+def _scheduler(item: Any, manual: bool, steps: bool) -> SchedulerConfig:
     if isinstance(item, SchedulerConfig):
         return item
     options = dict(item) if isinstance(item, Mapping) else {"scheduler": item}
@@ -75,8 +101,11 @@ def _scheduler(item: Any) -> SchedulerConfig:
             f"lr_scheduler options {sorted(unknown)} are unknown; there are {sorted(_SCHEDULER_KEYS)}."
         )
     scheduler = options.get("scheduler")
-    if not (isinstance(scheduler, LRScheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
-        raise ConfigurationError(f"lr_scheduler {scheduler!r}: give an object with step() and state_dict().")
+    if not hasattr(scheduler, "state_dict") or (steps and not hasattr(scheduler, "step")):
+        raise ConfigurationError(
+            f"lr_scheduler {scheduler!r}: give an object with step() and state_dict(); it needs no step() where the "
+            f"module overrides lr_scheduler_step."
+        )
     plateau = isinstance(scheduler, ReduceLROnPlateau)
     config = SchedulerConfig(
         scheduler=scheduler,
@@ -85,7 +114,7 @@ def _scheduler(item: Any) -> SchedulerConfig:
         monitor=options.get("monitor"),
         strict=options.get("strict", True),
         name=options.get("name"),
-        on_metric=options.get("reduce_on_plateau", plateau),
+        on_metric=not manual and options.get("reduce_on_plateau", plateau),
     )
     if config.interval not in ("epoch", "step"):
         raise ConfigurationError(f'lr_scheduler interval={config.interval!r}: give "epoch" or "step".')

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
 from raytrainer.metrics.metric_objects import is_metric, metrics_in
+from raytrainer.worker.given_optimizer import GivenOptimizer, inner_optimizer
 
 __all__ = ["Precision", "ScaledOptimizer"]
 
@@ -91,14 +92,14 @@ class Precision:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring an optimizer's gradients to their true size, once before its step."""
-        optimizer = _inner(optimizer)
+        optimizer = inner_optimizer(optimizer)
         if self.scaler is not None and id(optimizer) not in self._unscaled and _has_gradient(optimizer):
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))
 
     def step(self, optimizer: Optimizer) -> None:
         """Step, unless a gradient is not finite."""
-        optimizer = _inner(optimizer)
+        optimizer = inner_optimizer(optimizer)
         self._ran, self._found = True, None
         if self.scaler is None or not _has_gradient(optimizer):
             optimizer.step()
@@ -162,16 +163,15 @@ class Precision:
             self._skipped = state.get("skipped_steps", 0)
 
 
-class ScaledOptimizer:
-    """Stands for an optimizer in user code under "16-mixed": its `step` unscales, and leaves infinite gradients out.
-
-    Everything else is the optimizer's own, `isinstance` included.
+class ScaledOptimizer(GivenOptimizer):
+    """What user code is given under "16-mixed": its `step` unscales, and leaves infinite gradients out.
 
     Args:
         optimizer: The optimizer.
         precision: With a scaler.
         before: Called before each step, with the gradients unscaled.
         after: Called after each step, also one that was left out.
+        others: As for `GivenOptimizer`.
     """
 
     def __init__(
@@ -180,39 +180,25 @@ class ScaledOptimizer:
         precision: Precision,
         before: Callable[[Optimizer], Any] | None = None,
         after: Callable[[], None] | None = None,
+        **others: Any,
     ) -> None:
-        self.__dict__.update(inner=optimizer, precision=precision, before=before, after=after)
+        super().__init__(optimizer, **others)
+        self.__dict__.update(precision=precision, before=before, after=after)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Run the closure, which makes the gradients, if there is one; then step."""
         own = self.__dict__
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        own["precision"].unscale(own["inner"])
+        own["precision"].unscale(own["optimizer"])
         if own["before"] is not None:
-            own["before"](own["inner"])
-        own["precision"].step(own["inner"])
+            own["before"](own["optimizer"])
+        own["precision"].step(own["optimizer"])
         if own["after"] is not None:
             own["after"]()
         return loss
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self.__dict__["inner"])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["inner"], name, value)
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    kind: type = type(optimizer)  # isinstance would be told the inner one's
-    inner: Optimizer = optimizer.__dict__["inner"] if kind is ScaledOptimizer else optimizer
-    return inner
 
 
 def _has_gradient(optimizer: Optimizer) -> bool:

@@ -23,12 +23,13 @@ from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
 from raytrainer.worker.compiling import compile_module
-from raytrainer.worker.hook_calls import Hooks, bind_step, overridden
+from raytrainer.worker.hook_calls import Hooks, overridden
 from raytrainer.worker.logger_recorder import Recorder, WorkerLogger
 from raytrainer.worker.node_slices import Slices
 from raytrainer.worker.optimizers import parse_optimizers
 from raytrainer.worker.precision import Precision
 from raytrainer.worker.run_data import RunData
+from raytrainer.worker.signatures import bind_step
 from raytrainer.worker.torch_flags import apply_flags
 
 __all__ = ["WorkerRun"]
@@ -117,7 +118,11 @@ class WorkerRun:
         module, view = self.module, self.view
         if self.task.stage == "fit":
             if overridden(module, "configure_optimizers"):
-                view.optimizers, view.lr_scheduler_configs = parse_optimizers(module.configure_optimizers())
+                view.optimizers, view.lr_scheduler_configs = parse_optimizers(
+                    module.configure_optimizers(),
+                    manual=not module.automatic_optimization,
+                    own_step=overridden(module, "lr_scheduler_step"),
+                )
             else:
                 module.configure_optimizers()
             if not view.optimizers:

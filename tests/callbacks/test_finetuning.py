@@ -106,6 +106,15 @@ def test_helpers(caplog, monkeypatch):
     assert len(optimizer.param_groups) == 2 and "already" in caplog.text
 
 
+@pytest.mark.parametrize("train_bn", [True, False])
+def test_batch_normalisation_is_added_on_request_only(train_bn):
+    """Also where nobody has frozen it."""
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    BaseFinetuning.unfreeze_and_add_param_group(module, optimizer, train_bn=train_bn)
+    assert len(optimizer.param_groups[1]["params"]) == (3 if train_bn else 1)
+
+
 def test_no_backbone(local_trainer):
     with pytest.raises(ConfigurationError, match="Tiny has no module `backbone`"):
         local_trainer(callbacks=BackboneFinetuning()).fit(Tiny(), data())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from raytrainer import DataModule, Module, WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.metrics.metric_store import MetricStore
-from raytrainer.worker.hook_calls import Hooks, bind_step, overridden
+from raytrainer.worker.hook_calls import Hooks, overridden
+from raytrainer.worker.signatures import bind_batch_hook, bind_step
 
 
 class Own(Module):
@@ -106,6 +108,18 @@ def test_log_knows_the_innermost_hook_and_recovers_from_errors():
         (lambda batch, batch_idx, dataloader_idx: (batch, batch_idx, dataloader_idx), 2, ("b", 5, 1)),
         (lambda batch, batch_idx, dataloader_idx=0: (batch, batch_idx, dataloader_idx), 1, ("b", 5, 1)),
         (lambda *args: args, 2, ("b", 5, 1)),
+        (lambda *args: args, 1, ("b", 5)),
+        (lambda *args, **kwargs: args, 1, ("b", 5)),
+        (lambda batch, *args: (batch, *args), 1, ("b", 5)),
+        (lambda batch, *args: (batch, *args), 2, ("b", 5, 1)),
+        (lambda batch, batch_idx, *args: (batch, batch_idx, *args), 1, ("b", 5)),
+        (lambda batch, batch_idx, *args: (batch, batch_idx, *args), 2, ("b", 5, 1)),
+        (lambda batch, batch_idx, scale=2.0: (batch, batch_idx, scale), 1, ("b", 5, 2.0)),
+        (lambda batch, batch_idx, loader: (batch, batch_idx, loader), 1, ("b", 5, 1)),
+        (lambda batch, *, dataloader_idx=0: (batch, dataloader_idx), 2, ("b", 1)),
+        (lambda batch, batch_idx, *, dataloader_idx: (batch, batch_idx, dataloader_idx), 1, ("b", 5, 1)),
+        (lambda batch, *, batch_idx, dataloader_idx: (batch, batch_idx, dataloader_idx), 2, ("b", 5, 1)),
+        (functools.partial(lambda scale, batch, batch_idx: (scale, batch, batch_idx), 3), 1, (3, "b", 5)),
     ],
 )
 def test_steps_take_what_they_name(function, loaders, expected):
@@ -117,7 +131,10 @@ def test_steps_take_what_they_name(function, loaders, expected):
     [
         (lambda: None, 1, r"validation_step\(\): take \(batch\)"),
         (lambda a, b, c, d: None, 1, r"take \(batch\)"),
-        (lambda dataloader_iter: None, 1, r"dataloader_iter\) is not supported"),
+        (lambda dataloader_iter: None, 1, r"dataloader_iter is not supported: take"),
+        (lambda batch, batch_idx, optimizer_idx: None, 1, r"optimizer_idx is not supported: set self.automatic_opt"),
+        (lambda batch, batch_idx, hiddens: None, 1, r"hiddens is not supported"),
+        (lambda **kwargs: None, 1, r"take \(batch\)"),
         (lambda batch: None, 2, r"2 loaders: add a dataloader_idx"),
         (lambda batch, batch_idx: None, 2, r"2 loaders: add a dataloader_idx"),
     ],
@@ -125,3 +142,25 @@ def test_steps_take_what_they_name(function, loaders, expected):
 def test_refused_steps(function, loaders, message):
     with pytest.raises(ConfigurationError, match=message):
         bind_step(function, "validation_step", loaders)
+
+
+@pytest.mark.parametrize(
+    ("function", "loaders", "expected"),
+    [
+        (lambda batch, batch_idx: (batch, batch_idx), 1, ("b", 5)),
+        (lambda batch, batch_idx, dataloader_idx: (batch, batch_idx, dataloader_idx), 1, ("b", 5, 1)),
+        (lambda batch, batch_idx, dataloader_idx=7: (batch, batch_idx, dataloader_idx), 1, ("b", 5, 7)),
+        (lambda batch, batch_idx, dataloader_idx=7: (batch, batch_idx, dataloader_idx), 2, ("b", 5, 1)),
+        (lambda batch, batch_idx, *, dataloader_idx: (batch, batch_idx, dataloader_idx), 1, ("b", 5, 1)),
+        (lambda batch, batch_idx, *, dataloader_idx: (batch, batch_idx, dataloader_idx), 2, ("b", 5, 1)),
+        (lambda *args: args, 1, ("b", 5)),
+        (lambda *args: args, 2, ("b", 5, 1)),
+    ],
+)
+def test_hooks_take_what_they_name(function, loaders, expected):
+    assert bind_batch_hook(function, "on_validation_batch_start", loaders)("b", 5, 1) == expected
+
+
+def test_a_hook_that_cannot_tell_loaders_apart():
+    with pytest.raises(ConfigurationError, match=r"batch, batch_idx\) with 2 loaders: add a dataloader_idx"):
+        bind_batch_hook(lambda batch, batch_idx: None, "on_validation_batch_start", 2)

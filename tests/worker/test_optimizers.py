@@ -43,6 +43,17 @@ def config(scheduler, **options):
         ({"optimizer": T.a, "lr_scheduler": T.sa}, [T.a], [config(T.sa)]),
         ({"optimizer": T.a, "lr_scheduler": None}, [T.a], []),
         (
+            {"optimizer": T.a, "lr_scheduler": T.plateau, "monitor": "val_loss"},
+            [T.a],
+            [config(T.plateau, monitor="val_loss", on_metric=True)],
+        ),
+        (
+            {"optimizer": T.a, "lr_scheduler": {"scheduler": T.plateau, "interval": "step"}, "monitor": "x"},
+            [T.a],
+            [config(T.plateau, interval="step", monitor="x", on_metric=True)],
+        ),
+        ({"optimizer": T.a, "monitor": "val_loss"}, [T.a], []),
+        (
             {"optimizer": T.a, "lr_scheduler": {"scheduler": T.sa, "interval": "step", "frequency": 3, "name": "lr"}},
             [T.a],
             [config(T.sa, interval="step", frequency=3, name="lr")],
@@ -82,9 +93,27 @@ def test_any_object_that_steps_is_a_scheduler():
     assert parse_optimizers(([T.a], [scheduler]))[1] == [SchedulerConfig(scheduler)]
 
 
+class Stateful:
+    """Has a state, and is stepped by who knows."""
+
+    def state_dict(self): ...
+
+
+def test_who_steps_by_hand_needs_neither_a_metric_nor_a_step():
+    other = Stateful()
+    found = parse_optimizers(([T.a], [T.plateau, other]), manual=True)[1]
+    assert found == [config(T.plateau), config(other)]
+    assert parse_optimizers(([T.a], [other]), own_step=True)[1] == [config(other)]
+    with pytest.raises(ConfigurationError, match="monitor"):
+        parse_optimizers(([T.a], [T.plateau]), own_step=True)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (([T.a], [Stateful()]), r"step\(\) and state_dict\(\).*lr_scheduler_step"),
+        (([T.a], [T.sb]), r"a StepLR of a SGD that it did not return"),
+        ({"optimizer": T.b, "lr_scheduler": {"scheduler": T.plateau, "monitor": "x"}}, r"a ReduceLROnPlateau of a SGD"),
         (3, r"returned 3: return an optimizer, a list"),
         ("sgd", r"'sgd' as an optimizer|returned 'sgd'|returned 's'"),
         ([T.a, T.sa], r"as an optimizer: return"),
