@@ -16,6 +16,7 @@ from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
+from raytrainer.driver.prepare.former_hooks import refuse_former_hooks
 from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
@@ -153,6 +154,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             self._state.trainer.status = "interrupted" if self._state.interrupted else "failed"
             raise
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
+        refuse_former_hooks(module, self._callbacks)
         if stage == "fit":
             self._require_writable()
         self._take_settings(with_accumulation(self._settings, self._callbacks))

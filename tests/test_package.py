@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     ["errors", "version", "messages", "signals", "ending", "extras"],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
-    ["private", "seeding", "place_in_run"],
+    ["private", "seeding", "place_in_run", "attribute_tensors"],
     ["checkpointing", "data", "metrics"],
     ["strategies"],
     [

@@ -366,3 +366,56 @@ def test_control_c_ends_a_search_and_the_fit_behind_it(finder, local_trainer):
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(module, datamodule=Sized())
     assert trainer.global_step == 0 and not module.used
+
+
+class Seldom(Tiny):
+    """Makes a step every so many batches."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.automatic_optimization, self.every, self.batches = False, every, 0
+
+    def training_step(self, batch, batch_idx):
+        self.batches += 1
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        if self.every and self.batches % self.every == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_rates_rise_from_step_to_step(every, local_trainer):
+    torch.manual_seed(0)
+    found = local_trainer().lr_find(Seldom(every), data(), num_training=10, early_stop_threshold=None)
+    assert len(set(found.results["lr"])) == 10
+
+
+def test_a_module_that_makes_no_step_ends(local_trainer):
+    torch.manual_seed(0)
+    with pytest.raises(ConfigurationError, match=r"Seldom has made no optimizer step in 100 batches"):
+        local_trainer().lr_find(Seldom(0), data(), early_stop_threshold=None)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_module_that_has_run_once(local_trainer):
+    """A forward pass leaves tensors with a graph in some, which deepcopy refuses."""
+
+    class Normed(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.utils.weight_norm(self.layer)
+            self.kept = {}
+
+        def forward(self, x):
+            self.kept["latest"] = super().forward(x)
+            return self.kept["latest"]
+
+    module = Normed()
+    module(torch.ones(1, 4))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert len(local_trainer().lr_find(module, data(), num_training=5).results["lr"]) == 5
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert module.kept["latest"].requires_grad and not module.layer.weight.is_leaf
+    assert module.layer.weight.grad_fn is not None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from raytrainer.attribute_tensors import attribute_tensors
 from raytrainer.plan.settings import Settings
 
 __all__ = ["DriverSide", "driver_side"]
@@ -20,7 +21,7 @@ class DriverSide:
 
     def copy_module(self, module: M) -> M:
         """A module that a short run may train while the user's own stays as it is."""
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, _computed(module))
 
     def take_home(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Put what `Strategy.home_state` gave into the user's module, which has these names."""
@@ -29,6 +30,14 @@ class DriverSide:
             if name in state:
                 tensor.data = tensor.data.to(state[name].dtype)
         module.load_state_dict(dict(state))
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """Copies of the tensors that a forward pass has left in a module (weight_norm's weight, say), by their ids.
+
+    `copy.deepcopy`, which takes this as its memo, refuses tensors that have a graph. The next pass makes them anew.
+    """
+    return {id(tensor): tensor.detach().clone() for _, tensor in attribute_tensors(module) if not tensor.is_leaf}
 
 
 def driver_side(settings: Settings) -> DriverSide:

@@ -28,6 +28,7 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
+from raytrainer.worker.inference_tensors import explain_inference_tensor
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup
@@ -81,9 +82,12 @@ class Worker:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
-            advise(error)
-            if self._run is not None:
-                self._run.hooks.tell(error)
+            if self._run is None:
+                raise
+            told = explain_inference_tensor(error, self._run.module)
+            self._run.hooks.tell(told or error)
+            if told is not None:
+                raise told from error
             raise
 
     # ---------------------------------------------------------------- set-up

@@ -24,6 +24,9 @@ __all__ = ["find_learning_rate"]
 
 log = logging.getLogger("raytrainer")
 
+#: Batches without a step that are waited for in any case.
+IDLE = 100
+
 _LOSS, _RATE = "lr_find/loss", "lr_find/rate"
 
 
@@ -32,6 +35,7 @@ class _Sweep(NoSchedulers):
 
     def __init__(self, lrs: list[float]) -> None:
         self.lrs, self.rate = lrs, lrs[0]
+        self.step, self.idle = 0, 0  # as of the latest batch; batches since there has been another
         self.silent = 0  # batches without a loss, before the first one that has one
 
     def on_train_batch_start(self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int) -> None:
@@ -46,6 +50,13 @@ class _Sweep(NoSchedulers):
     def on_train_batch_end(
         self, trainer: TrainerView, module: Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.idle = self.idle + 1 if trainer.global_step == self.step else 0
+        self.step = trainer.global_step
+        if self.idle >= max(len(self.lrs), IDLE):
+            raise ConfigurationError(
+                f"lr_find: {type(module).__name__} has made no optimizer step in {self.idle} batches: the rate rises "
+                f"from step to step. With manual optimization, training_step is to call optimizer.step() more often."
+            )
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
             self.silent += 1

@@ -1,0 +1,57 @@
+"""Hooks that Lightning had once and has no more: old code loses what they do without a word, unless it is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from raytrainer.callbacks import Callback, WorkerCallback
+from raytrainer.errors import ConfigurationError
+from raytrainer.module import Module
+
+__all__ = ["refuse_former_hooks"]
+
+log = logging.getLogger("raytrainer")
+
+#: What takes the place of a hook that was given the outputs of all steps.
+_WITH_OUTPUTS = {
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+}
+#: Of modules and callbacks.
+_RENAMED = {
+    "on_epoch_start": "on_train_epoch_start and on_validation_epoch_start",
+    "on_epoch_end": "on_train_epoch_end and on_validation_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_pretrain_routine_start": "on_fit_start",
+    "on_pretrain_routine_end": "on_fit_start",
+    "on_configure_sharded_model": "setup",
+    "configure_sharded_model": "configure_model",
+    "on_init_start": "setup",
+    "on_init_end": "setup",
+    "on_keyboard_interrupt": "on_exception",
+    "tbptt_split_batch": "a dataset whose samples are cut already",
+    "get_progress_bar_dict": "self.log(..., prog_bar=True)",
+    "on_hpc_save": "on_save_checkpoint",
+    "on_hpc_load": "on_load_checkpoint",
+}
+
+
+def refuse_former_hooks(module: Module, callbacks: Iterable[Callback | WorkerCallback]) -> None:
+    """Refuse those that were given outputs, as Lightning does, and warn of others, which might be the user's own.
+
+    Raises:
+        ConfigurationError: The module has one.
+    """
+    for name, instead in _WITH_OUTPUTS.items():
+        if callable(getattr(module, name, None)):
+            raise ConfigurationError(
+                f"{type(module).__name__}.{name} is never called: it is {instead}(self) now, without outputs. Keep "
+                f"what it needs in an attribute during the steps, as in self.outputs.append(...)."
+            )
+    for owner in (module, *callbacks):
+        for name, instead in _RENAMED.items():
+            if callable(getattr(owner, name, None)):
+                log.warning("%s.%s is not called by the Trainer; there is %s.", type(owner).__name__, name, instead)
