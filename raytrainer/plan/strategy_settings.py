@@ -111,20 +111,21 @@ def parse_strategy(value: Any) -> tuple[str, DDP]:
     return value, _OBJECTS.get(value, DDP)()
 
 
-def effective_batch(batch_size: int | None, parts: int, accumulate: int, unit: str) -> str | None:
+def effective_batch(batch_size: int | None, parts: int, accumulate: int, strategy: str) -> str | None:
     """A line that says how many samples make a step; None where the loader does not tell its batch size.
 
     Args:
         batch_size: Samples in a loader's batch.
         parts: Batches that are read at the same time: one per worker (ddp), per node (ddp2), or one (dp).
         accumulate: Batches per step.
-        unit: What reads a batch: "worker", "node" or "job".
+        strategy: Its name, which says whether a worker, a node or the whole job reads a batch.
 
     Example:
         "16 samples a batch x 2 nodes x 4 accumulated = 128 samples a step"
     """
     if batch_size is None:
         return None
+    unit = {"ddp2": "node", "dp": "job"}.get(strategy, "worker")
     factors = [f"{batch_size} samples a batch"]
     if unit == "job":
         factors.append("1 for the whole job")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.module import Module
+from raytrainer.worker.inference_tensors import explain_inference_tensor
 from raytrainer.worker.signatures import bind_batch_hook
 
 if TYPE_CHECKING:
@@ -77,13 +78,15 @@ class Hooks:
         bound = self.bind(name)
         return bound(*args) if bound is not None else None
 
-    def tell(self, error: BaseException) -> None:
-        """Call the callbacks' `on_exception`."""
+    def tell(self, error: BaseException) -> BaseException:
+        """Call the callbacks' `on_exception`; what to raise: the error, or one that explains it."""
+        error = explain_inference_tensor(error, self.module) or error
         for callback in self.callbacks:
             try:
                 callback.on_exception(self.view, self.module, error)
             except BaseException as another:  # must not take the place of the one that is to be told
                 log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
+        return error
 
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with `self.log` knowing that `name` runs; profiled."""

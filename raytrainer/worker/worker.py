@@ -28,7 +28,6 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
-from raytrainer.worker.inference_tensors import explain_inference_tensor
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup
@@ -82,11 +81,9 @@ class Worker:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
-            if self._run is None:
-                raise
-            told = explain_inference_tensor(error, self._run.module)
-            self._run.hooks.tell(told or error)
-            if told is not None:
+            advise(error)
+            told = error if self._run is None else self._run.hooks.tell(error)
+            if told is not error:
                 raise told from error
             raise
 

@@ -84,7 +84,7 @@ def test_accepted_flags():
 
 
 def test_samples_in_a_step():
-    assert effective_batch(16, 4, 1, "worker") == "16 samples a batch x 4 workers = 64 samples a step"
-    assert effective_batch(16, 2, 4, "node") == "16 samples a batch x 2 nodes x 4 accumulated = 128 samples a step"
-    assert effective_batch(16, 1, 1, "job") == "16 samples a batch x 1 for the whole job = 16 samples a step"
-    assert effective_batch(None, 2, 1, "worker") is None
+    assert effective_batch(16, 4, 1, "ddp") == "16 samples a batch x 4 workers = 64 samples a step"
+    assert effective_batch(16, 2, 4, "ddp2") == "16 samples a batch x 2 nodes x 4 accumulated = 128 samples a step"
+    assert effective_batch(16, 1, 1, "dp") == "16 samples a batch x 1 for the whole job = 16 samples a step"
+    assert effective_batch(None, 2, 1, "ddp") is None

@@ -168,9 +168,8 @@ class Coordinator:
         starts = self.group.call(Worker.start_training)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
-        unit = {"ddp2": "node", "dp": "job"}.get(self.settings.strategy, "worker")
         accumulate = self.settings.accumulated(state.progress.epoch)
-        size = effective_batch(state.batch_size, state.parts, accumulate, unit)
+        size = effective_batch(state.batch_size, state.parts, accumulate, self.settings.strategy)
         if size is not None and self.group.size > 1:
             log.info("%s", size)
         state.num_batches["validate"] = longest([start.val_batches for start in starts])
