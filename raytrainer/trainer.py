@@ -22,6 +22,7 @@ from raytrainer.loggers import CSVLogger
 from raytrainer.module import Module
 from raytrainer.plan.declaring import documented
 from raytrainer.strategies.driver_side import driver_side
+from raytrainer.tracebacks import folds_tracebacks
 from raytrainer.trainer_checkpoints import CheckpointVerbs
 from raytrainer.trainer_runs import Fitted
 from raytrainer.trainer_tuning import TuningVerbs
@@ -63,6 +64,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
 
     # ---------------------------------------------------------------- the four verbs
 
+    @folds_tracebacks
     def fit(
         self,
         model: Module,
@@ -111,6 +113,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         if not self._probing:
             say_end(self._state)
 
+    @folds_tracebacks
     def validate(
         self,
         model: Module | None = None,
@@ -136,6 +139,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         """
         return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
+    @folds_tracebacks
     def test(
         self,
         model: Module | None = None,
@@ -148,6 +152,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         """Run one test epoch; arguments and result as for `validate`."""
         return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
+    @folds_tracebacks
     def predict(
         self,
         model: Module | None = None,

@@ -11,6 +11,7 @@ from raytrainer.driver.prepare.sources import sources
 from raytrainer.driver.prepare.tuned_attribute import rate_attribute
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.tracebacks import folds_tracebacks
 from raytrainer.view.learning_rates import LearningRates
 
 __all__ = ["TuningVerbs"]
@@ -23,6 +24,7 @@ class TuningVerbs:
         """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""
         raise NotImplementedError
 
+    @folds_tracebacks
     def lr_find(
         self,
         model: Module,
@@ -68,6 +70,7 @@ class TuningVerbs:
             early_stop_threshold=early_stop_threshold, attribute=attribute,
         )  # fmt: skip
 
+    @folds_tracebacks
     def scale_batch_size(
         self,
         model: Module,

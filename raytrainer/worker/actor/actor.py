@@ -23,6 +23,7 @@ from raytrainer.place_in_run import take_place
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.ray_private import asked_to_end
 from raytrainer.tensor_packing import pack, unpack, without_tensors
+from raytrainer.tracebacks import fold
 from raytrainer.version import __version__
 from raytrainer.worker.actor.output import Output
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
@@ -202,6 +203,8 @@ class RemoteWorker:
             with contextlib.suppress(Exception):
                 pickled = cloudpickle.dumps(error)
                 pickle.loads(pickled)
+            with contextlib.suppress(Exception):
+                fold(error)
             text = "".join(traceback.format_exception(error))
             kept = f"; its output: {self.output.path}" if self.output.path else ""
             node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"

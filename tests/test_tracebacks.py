@@ -1,0 +1,95 @@
+"""What is left of a traceback: the user's own lines, and where it was raised."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import raytrainer
+from raytrainer.errors import MetricError
+from raytrainer.tracebacks import FULL, OWN, fold
+
+
+class Net(raytrainer.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(3, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Wrong(Net):
+    def training_step(self, batch, batch_idx):
+        self.log("name", "text")
+
+
+class Failing(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        try:
+            return {}["missing"]
+        except KeyError as error:
+            raise ValueError("no such sample") from error
+
+
+def where(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def caught(trainer, module, loader) -> BaseException:
+    with pytest.raises(Exception) as info:
+        trainer.fit(module, loader)
+    return info.value
+
+
+def test_an_error_in_torch_shows_the_way_there(local_trainer):
+    error = caught(local_trainer(max_epochs=1), Net(), [torch.ones(2, 4)])
+    # this test, the user's two lines, and the last one, in torch
+    assert where(error) == ["caught", "training_step", "forward", "forward"]
+    assert error.__notes__ == [f"{FULL}=1 shows the frames of raytrainer and torch too."]
+
+
+def test_what_it_came_from_is_folded_too(local_trainer):
+    error = caught(local_trainer(max_epochs=1), Net(), DataLoader(Failing(), 2))
+    assert where(error) == ["caught", "__getitem__"]
+    assert where(error.__cause__) == ["__getitem__"]
+
+
+def test_our_own_errors_show_the_users_line(local_trainer):
+    error = caught(local_trainer(max_epochs=1), Wrong(), [torch.ones(2, 4)])
+    assert isinstance(error, MetricError) and where(error) == ["caught", "training_step"]
+
+
+def test_all_of_it_when_asked(local_trainer, monkeypatch):
+    monkeypatch.setenv(FULL, "1")
+    error = caught(local_trainer(max_epochs=1), Net(), [torch.ones(2, 4)])
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    assert len([name for name in files if name.startswith(OWN)]) > 5 and not hasattr(error, "__notes__")
+
+
+def test_a_fault_of_this_package_keeps_its_frames():
+    try:
+        raytrainer.ModelSummary().show(None, None, None)
+    except AttributeError as error:
+        before = where(error)[1:]
+        error.__traceback__ = error.__traceback__.tb_next  # as where only this package's code was running
+        fold(error)
+        assert where(error) == before and len(before) > 0
+
+
+def test_signatures_stay():
+    assert list(inspect.signature(raytrainer.Trainer.fit).parameters)[:3] == ["self", "model", "train_dataloaders"]
+    assert "Train." in (raytrainer.Trainer.fit.__doc__ or "")
