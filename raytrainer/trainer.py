@@ -21,6 +21,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger
 from raytrainer.module import Module
 from raytrainer.plan.declaring import documented
+from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.strategies.driver_side import driver_side
 from raytrainer.tracebacks import folds_tracebacks
 from raytrainer.trainer_checkpoints import CheckpointVerbs
@@ -257,6 +258,18 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         return logger.plot(names)
 
     # ---------------------------------------------------------------- end
+
+    def where(self, timeout: float = 15.0) -> list[Whereabouts]:
+        """Where each worker of the run in progress is, also one that hangs; to be called from another thread.
+
+        Args:
+            timeout: Seconds that they get to answer.
+
+        Returns:
+            By rank, the user's line and what it waits for; `print(*trainer.where(), sep="\\n")` shows a line each.
+        """
+        coordinator = None if self._run is None else self._run.coordinator
+        return [] if coordinator is None else coordinator.group.whereabouts(timeout)
 
     def close(self) -> None:
         """Release the workers now, rather than after the idle time."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -11,6 +15,7 @@ from raytrainer.gpu.choice import local_ordinal, require_cuda, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.where_it_is import Whereabouts, whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
@@ -49,6 +54,12 @@ class LocalGroup:
         if verb_of(method).name == "finish":
             self._bring_back()
         return [answer]
+
+    def whereabouts(self, patience: float) -> list[Whereabouts]:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return [whereabouts(0, f"{socket.gethostname()}, pid {os.getpid()}", file.read())]
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
         staged = self.worker.capture(weights_only, live=final, final=final)

@@ -12,6 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from raytrainer.errors import WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
+from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.signals import PIECE, hear
 from raytrainer.worker.actor.actor import Failure, Place
 
@@ -19,6 +20,9 @@ __all__ = ["Answers"]
 
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
+
+#: Seconds that workers that do not answer get to say where they are.
+WHERE = 15.0
 
 
 class Asked(Protocol):
@@ -36,6 +40,9 @@ class Asked(Protocol):
 
     def abort(self) -> None:
         """Kill the actors."""
+
+    def whereabouts(self, patience: float) -> list[Whereabouts]:
+        """Where they are."""
 
 
 class Answers:
@@ -80,7 +87,10 @@ class Answers:
         failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
         if pending and not failures:
             silent = [of[ref] for ref in refs if ref in pending]
-            failures = [WorkerLostError(silent[0], f"no answer from rank(s) {silent} for {patience:.0f} s ({what})")]
+            reason = f"no answer from rank(s) {silent} for {patience:.0f} s ({what})"
+            # told before they are ended: which of them keeps the others waiting shows in what each one waits for
+            found = "".join(f"\n  {each}" for each in self._group.whereabouts(WHERE))
+            failures = [WorkerLostError(silent[0], reason + found)]
         if failures:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]

@@ -17,11 +17,13 @@ from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
+from raytrainer.driver.workers.ray_whereabouts import ask_where
 from raytrainer.driver.workers.task_pickling import pickle_task
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks, assign_ranks
 from raytrainer.plan.versions import differences
+from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.signals import shield, wait_until
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
@@ -132,6 +134,10 @@ class RayGroup:
         ]
         self._answers.all(joining, START, "joining the process group")
         self.stale = False
+
+    def whereabouts(self, patience: float) -> list[Whereabouts]:
+        """See `WorkerGroup`."""
+        return ask_where(self.places, patience)
 
     @property
     def by_node(self) -> Mapping[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from raytrainer.messages import SetupReport
+from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
 
@@ -47,6 +48,9 @@ class WorkerGroup(Protocol):
             Exception: What user code raised in a worker; its `__cause__` is a `WorkerError` saying where.
             WorkerLostError: A worker is gone, or has not answered within the verb's limit.
         """
+
+    def whereabouts(self, patience: float) -> list[Whereabouts]:
+        """Where each worker is now, by rank, asked from beside it: at most `patience` seconds, from any thread."""
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
         """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time.

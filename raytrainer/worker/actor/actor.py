@@ -27,6 +27,7 @@ from raytrainer.tracebacks import fold
 from raytrainer.version import __version__
 from raytrainer.worker.actor.output import Output
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
+from raytrainer.worker.actor.stack_dump import can_be_asked
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.process_memory import keep_heap
 from raytrainer.worker.verbs import verb_of
@@ -52,13 +53,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: its node's id, address and host name; PCI indices of its GPUs; versions of what runs there."""
+    """Where a worker is: its node's id, address and host name; PCI indices of its GPUs; versions of what runs there.
+
+    `stacks` is the file on its node that its process `pid` writes its threads' stacks to when it is asked.
+    """
 
     node_id: str
     address: str
     host: str
     gpus: list[int]
     versions: dict[str, str]
+    pid: int = 0
+    stacks: str | None = None
 
 
 def own_versions() -> dict[str, str]:
@@ -78,6 +84,7 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
+        self.stacks = can_be_asked()
         self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()
         gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
@@ -89,7 +96,7 @@ class RemoteWorker:
             use_pci_order()
         gpus = own_gpu_indices() if on_gpu else []
         node_id = ray.get_runtime_context().get_node_id()
-        return Place(node_id, self.node, socket.gethostname(), gpus, own_versions())
+        return Place(node_id, self.node, socket.gethostname(), gpus, own_versions(), os.getpid(), self.stacks)
 
     def serve(self, host: str, world_size: int) -> Failure | int:
         """Serve the rendezvous store; return its port."""

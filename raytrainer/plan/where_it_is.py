@@ -1,0 +1,120 @@
+"""Where a process is, from a dump of its threads by `faulthandler`: the user's own line, and what it waits for."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Frame", "Whereabouts", "frames_of_threads", "whereabouts"]
+
+_THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+
+_OWN = str(Path(__file__).parents[1])
+_STANDARD = sysconfig.get_path("stdlib")
+
+#: Waits that have a name: part of the file's path, the function ("" for any), what it is.
+_WAITS = (
+    ("torch/distributed/distributed_c10d.py", "", "the collective {function}"),
+    ("torch/distributed/nn/functional.py", "", "the collective {function}"),
+    ("torch/utils/data/dataloader.py", "_try_get_data", "a batch from the loader's processes"),
+    ("torch/utils/data/dataloader.py", "_get_data", "a batch from the loader's processes"),
+    ("torch/autograd/graph.py", "_engine_run_backward", "the backward pass, and in it averages over the workers"),
+    ("torch/cuda/__init__.py", "synchronize", "the GPU"),
+    ("threading.py", "wait", "another thread"),
+    ("threading.py", "join", "another thread"),
+    ("queue.py", "get", "a queue"),
+    ("subprocess.py", "", "another program"),
+    ("socket.py", "", "the network"),
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call: file, line, function."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a worker is.
+
+    Attributes:
+        rank: Its global rank.
+        node: Its node and process.
+        user: The innermost line of the user's own code that it is in; None: in none.
+        innermost: The innermost line of all; None where it did not answer.
+        waits_for: What it waits for, where that can be told; "" otherwise.
+        threads: The whole dump.
+    """
+
+    rank: int
+    node: str
+    user: Frame | None
+    innermost: Frame | None
+    waits_for: str
+    threads: str
+
+    def __str__(self) -> str:
+        if self.innermost is None:
+            return f"rank {self.rank} on {self.node}: did not answer"
+        at = f"at {self.user}" if self.user is not None else f"in no code of yours, at {self.innermost}"
+        return f"rank {self.rank} on {self.node}: {at}{f', waiting for {self.waits_for}' if self.waits_for else ''}"
+
+
+def frames_of_threads(dump: str) -> list[list[Frame]]:
+    """The calls of each thread, innermost first."""
+    threads: list[list[Frame]] = []
+    for line in dump.splitlines():
+        if _THREAD.match(line):
+            threads.append([])
+        elif (found := _FRAME.match(line)) and threads:
+            threads[-1].append(Frame(found["file"], int(found["line"]), found["function"]))
+    return threads
+
+
+def whereabouts(rank: int, node: str, dump: str) -> Whereabouts:
+    """What a dump says of the thread that trains: the one that this package's worker runs in."""
+    threads = frames_of_threads(dump)
+    training = next((frames for frames in threads if any(_trains(frame) for frame in frames)), None)
+    if training is None:  # between verbs
+        idle = threads[-1][0] if threads and threads[-1] else None
+        return Whereabouts(rank, node, None, idle, "the driver" if idle else "", dump)
+    inside = training[: next(i for i, frame in enumerate(training) if _trains(frame))]
+    user = next((frame for frame in inside if _is_users(frame)), None)
+    return Whereabouts(rank, node, user, training[0], _wait(inside or training[:1]), dump)
+
+
+def _trains(frame: Frame) -> bool:
+    return frame.file.startswith(_OWN) and "/worker/" in frame.file.replace("\\", "/")
+
+
+def _is_users(frame: Frame) -> bool:
+    path = frame.file.replace("\\", "/")
+    if frame.file.startswith("<"):  # a cell's name, but not that of frozen imports
+        return not frame.file.startswith("<frozen")
+    return "/site-packages/" not in path and not frame.file.startswith((_OWN, _STANDARD))
+
+
+def _wait(frames: Sequence[Frame]) -> str:
+    for frame in frames:
+        path = frame.file.replace("\\", "/")
+        for part, function, what in _WAITS:
+            if path.endswith(part) and function in ("", frame.function):
+                # of torch's collectives the inner one does the work, and the outer one is what was called
+                return what.format(function=_called(frames, part) if "{" in what else frame.function)
+    return ""
+
+
+def _called(frames: Sequence[Frame], part: str) -> str:
+    names = [f.function for f in frames if f.file.replace("\\", "/").endswith(part) and f.function != "wrapper"]
+    return names[-1] if names else "of torch.distributed"

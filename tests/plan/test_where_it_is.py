@@ -1,0 +1,75 @@
+"""Reading dumps of threads."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import raytrainer
+from raytrainer.plan.where_it_is import frames_of_threads, whereabouts
+
+OWN, STANDARD = Path(raytrainer.__file__).parent, sysconfig.get_path("stdlib")
+TORCH = f"{STANDARD}/site-packages/torch"
+WORKER = ((f"{OWN}/worker/training_loop.py", 100, "train"), (f"{OWN}/worker/worker.py", 50, "train"))
+
+
+def dump(*threads: tuple[tuple[str, int, str], ...]) -> str:
+    """As faulthandler writes it."""
+    lines = []
+    for number, frames in enumerate(threads):
+        name = "Current thread" if number == len(threads) - 1 else "Thread"
+        lines.append(f"{name} 0x00007f{number:010x} [python] (most recent call first):")
+        lines += [f'  File "{file}", line {line} in {function}' for file, line, function in frames]
+        lines.append("")
+    return "\n".join(lines)
+
+
+COLLECTIVE = (
+    (f"{TORCH}/distributed/distributed_c10d.py", 2900, "all_reduce"),
+    (f"{TORCH}/distributed/c10d_logger.py", 81, "wrapper"),
+)
+LOADER = (
+    (f"{STANDARD}/threading.py", 331, "wait"),
+    (f"{TORCH}/utils/data/dataloader.py", 1200, "_try_get_data"),
+    (f"{OWN}/data/feed.py", 10, "__iter__"),
+)
+BACKWARD = ((f"{TORCH}/autograd/graph.py", 829, "_engine_run_backward"), (f"{TORCH}/_tensor.py", 600, "backward"))
+STEP = (("/home/me/train.py", 42, "training_step"),)
+
+
+@pytest.mark.parametrize(
+    ("inside", "user", "waits"),
+    [
+        (COLLECTIVE + STEP, "/home/me/train.py:42 in training_step", "the collective all_reduce"),
+        (STEP, "/home/me/train.py:42 in training_step", ""),
+        ((("<ipython-input-3>", 2, "training_step"),), "<ipython-input-3>:2 in training_step", ""),
+        (BACKWARD, None, "the backward pass, and in it averages over the workers"),
+        (LOADER, None, "another thread"),
+        (
+            ((f"{STANDARD}/threading.py", 1096, "join"), *STEP),
+            "/home/me/train.py:42 in training_step",
+            "another thread",
+        ),
+    ],
+)
+def test_the_training_thread(inside, user, waits):
+    idle = ((f"{STANDARD}/threading.py", 331, "wait"),)
+    for text in (dump(idle, inside + WORKER), dump(inside + WORKER, idle)):
+        found = whereabouts(3, "host, pid 7", text)
+        assert (None if found.user is None else str(found.user)) == user
+        assert found.waits_for == waits and found.rank == 3 and found.threads == text
+        assert (f"at {user}" if user else "in no code of yours") in str(found)
+
+
+def test_between_verbs_and_without_an_answer():
+    found = whereabouts(0, "n", dump(((f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop"),)))
+    assert found.user is None and found.waits_for == "the driver"
+    assert str(whereabouts(1, "n", "")) == "rank 1 on n: did not answer"
+
+
+def test_frames():
+    text = dump(STEP, STEP + WORKER)
+    assert [len(frames) for frames in frames_of_threads(text)] == [1, 3]
+    assert frames_of_threads("noise\n") == []
