@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -31,6 +30,7 @@ from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup
+from raytrainer.worker.process_memory import give_back_cache
 from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
@@ -42,9 +42,6 @@ __all__ = ["Worker"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-#: Bytes that torch's allocator may keep of a GPU between runs: taking them again would make the next one start later.
-CACHE_KEPT = 256 << 20
 
 
 class Worker:
@@ -291,11 +288,7 @@ class Worker:
         # a run's objects know each other, so that gradients, optimizers' states and DDP's buckets would wait for Python
         # to look for cycles, which it does when there are many new objects, however large they are
         gc.collect()
-        if self.device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            if unused > CACHE_KEPT:
-                with contextlib.suppress(RuntimeError):  # CUDA refuses everything after some errors, which are told
-                    torch.cuda.empty_cache()
+        give_back_cache(self.device)
 
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None
