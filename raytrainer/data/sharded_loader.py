@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from raytrainer.data.by_value import start_by_value
 from raytrainer.data.memories import has_state, tell_epoch
 from raytrainer.data.own_readers import (
     StandIn,
@@ -116,6 +117,7 @@ def _sharded(
 ) -> ShardedLoader:
     copied = copy.copy(loader)
     forget_iterator(copied)
+    start_by_value(copied)
     # __dict__, since DataLoader refuses to set samplers
     if settings.on_gpu and loader.num_workers > 0:
         # done by a thread of the loader's, it costs the training loop nothing

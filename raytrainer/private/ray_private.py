@@ -24,10 +24,12 @@ __all__ = [
     "end_half_started",
     "free_on_nodes",
     "internal_blocks",
+    "is_workers_script",
     "lasting_blocks",
     "listed_once",
     "log_folder",
     "members_addresses",
+    "pickler_by_value",
     "plan_size",
     "quiet_data_logs",
     "running_address",
@@ -153,6 +155,21 @@ def log_folder() -> Path:
     except GONE as error:
         _without("its folder of logs", error)
         return Path(tempfile.gettempdir())
+
+
+def is_workers_script(file: str) -> bool:
+    """Whether a process with this `__main__` is one of Ray's workers, so that classes there came from elsewhere.
+
+    Under another name: no, and a loader's processes that are spawned there do not find them, as in any process.
+    """
+    return Path(file).name == "default_worker.py" and "ray" in Path(file).parts
+
+
+def pickler_by_value() -> Any:
+    """The class that pickles what cannot be imported by name: Ray's copy of cloudpickle."""
+    from ray import cloudpickle
+
+    return cloudpickle.CloudPickler
 
 
 def send_token() -> None:

@@ -122,3 +122,12 @@ def test_plans_that_cannot_be_changed_stay(gone, monkeypatch):
     dag = SimpleNamespace(input_dependencies=[])
     dataset = SimpleNamespace(_logical_plan=SimpleNamespace(dag=dag), context=None)
     assert ray_private.lasting_blocks(dataset) is dataset
+
+
+def test_processes_of_a_workers_loader():
+    """Which processes are Ray's workers is told by the name of their script; that name, and nothing else."""
+    from ray._private import workers
+
+    folder = Path(next(iter(workers.__path__)))
+    assert (folder / "default_worker.py").exists() and ray_private.is_workers_script(str(folder / "default_worker.py"))
+    assert not ray_private.is_workers_script("/home/me/train.py")

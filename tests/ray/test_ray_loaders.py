@@ -64,6 +64,32 @@ def test_loader_processes(ray_trainer):
     assert_same(*modules)
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_loader_processes_that_import_classes_by_name(method, ray_trainer):
+    """A script's and a notebook's own have come to the worker by value, and go to such processes by value too."""
+
+    class Own(Dataset):
+        def __init__(self):
+            self.shared = torch.arange(12.0)
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return self.shared[index : index + 1]
+
+    def together(samples):
+        return torch.stack(samples)
+
+    class Data(DataModule):
+        def train_dataloader(self):
+            return DataLoader(Own(), 3, num_workers=1, collate_fn=together, multiprocessing_context=method)
+
+    module = Records()
+    ray_trainer(max_epochs=1).fit(module, datamodule=Data())
+    assert sorted(module.epochs[0][0] + module.epochs[0][1]) == list(range(12))
+
+
 class Collecting(Dataset):
     """Collects garbage wherever its samples are made."""
 
