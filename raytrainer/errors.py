@@ -75,6 +75,10 @@ class StateLostError(CheckpointError):
         self.superseded = superseded
 
 
+class StorageError(CheckpointError):
+    """A checkpoint could not be written, for reasons of its filesystem."""
+
+
 class ResourceError(RaytrainerError):
     """The cluster cannot give what was asked for, now or within the time to wait."""
 

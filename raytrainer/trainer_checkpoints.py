@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint
@@ -23,7 +24,13 @@ log = logging.getLogger("raytrainer")
 class CheckpointVerbs(TrainerRuns):
     """The checkpoints of a `Trainer`."""
 
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False) -> None:
+    def save_checkpoint(
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool = False,
+        wait: bool = False,
+        on_error: Callable[[CheckpointError], None] | None = None,
+    ) -> None:
         """Save a checkpoint: a directory, replaced in one move if it exists.
 
         Args:
@@ -31,14 +38,16 @@ class CheckpointVerbs(TrainerRuns):
             weights_only: Leave out what only resuming needs. Otherwise, after `fit`, it is the whole state at its end,
                 with the weights that the module has now.
             wait: Return when it is written; otherwise writing goes on in the background while there is a run.
+            on_error: Called, in the background's thread, if it cannot be written there, the disk being full, say;
+                without it the next call, or the end of the run, raises that.
 
         Raises:
-            CheckpointError: There is nothing to save, or something in it is no plain value.
+            CheckpointError: There is nothing to save, something in it is no plain value, or it cannot be written.
         """
         if self._module is None:
             raise CheckpointError("save_checkpoint: this trainer has no module yet; run fit first.")
         path = os.fspath(filepath)
-        if self._run is None or not self._run.save(path, weights_only, wait):
+        if self._run is None or not self._run.save(path, weights_only, wait, on_error):
             rest = None if weights_only else self._end_state(self._module)
             state = idle_checkpoint(self._module, self._state.progress, rest)
             self._emit("on_save_checkpoint", state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +14,8 @@ import torch
 
 from raytrainer.callbacks.callback import Callback
 from raytrainer.checkpointing.reservations import release, require_writable, reserve
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.plan.argument_checks import choice
 from raytrainer.plan.monitoring import Moment, MonitorMoment
 from raytrainer.plan.retention import (
     best_path,
@@ -55,6 +58,8 @@ class ModelCheckpoint(Callback):
             the run has none or training logs the monitored metric.
         save_weights_only: Leave out what only resuming needs (optimizers, schedulers, counters).
         auto_insert_metric_name: Put "name=" before each value in `filename`; a "/" in a name becomes "_".
+        on_error: What to do about a checkpoint that cannot be written, because the disk is full, say: "raise" ends the
+            run; "warn" says so and trains on, with the checkpoints that there are.
         verbose: Log every save.
 
     Attributes:
@@ -87,8 +92,10 @@ class ModelCheckpoint(Callback):
         save_on_train_epoch_end: bool | None = None,
         save_weights_only: bool = False,
         auto_insert_metric_name: bool = True,
+        on_error: str = "raise",
         verbose: bool = False,
     ) -> None:
+        self.on_error = choice("ModelCheckpoint(on_error)", on_error, ("raise", "warn"))
         check_arguments(filename, monitor, mode, save_top_k, every_n_epochs, every_n_train_steps, train_time_interval)
         self.dirpath = None if dirpath is None else _absolute(os.fspath(dirpath))
         self.filename = filename or "{epoch}-{step}"
@@ -113,6 +120,7 @@ class ModelCheckpoint(Callback):
         self._saved_step = self._last_saved_step = 0
         self._warned: set[str] = set()
         self._pending: dict[str, Any] | None = None
+        self._failed: deque[Callable[[], None]] = deque()  # what has to be taken back, from the writer's thread
 
     @property
     def state_key(self) -> str:
@@ -196,10 +204,20 @@ class ModelCheckpoint(Callback):
     # What
 
     def _save(self, trainer: RunningTrainer) -> None:
+        self._take_back()
         if self._saved_step != trainer.global_step:
             self._save_best(trainer)
         if self.save_last and self._last_saved_step != trainer.global_step:
             self._save_as_last(trainer)
+
+    def _take_back(self) -> None:
+        """Forget what could not be written since the last time."""
+        while self._failed:
+            self._failed.popleft()()
+
+    def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
+        """Name only checkpoints that are there."""
+        self._take_back()
 
     def _save_best(self, trainer: RunningTrainer) -> None:
         if self.save_top_k == 0:
@@ -229,7 +247,19 @@ class ModelCheckpoint(Callback):
                 del self.best_k_models[drop]
             self.best_k_models[path] = torch.tensor(score, dtype=torch.float64)
             self._rank()
-        self._save_or_restore(trainer, path, before)
+
+        def take_back() -> None:
+            kept = before["best_k_models"]
+            if path != drop:
+                self.best_k_models.pop(path, None)
+            if drop is not None and drop in kept:
+                self.best_k_models[drop] = kept[drop]
+            if score is not None:
+                self._rank()
+            elif self.best_model_path == path:
+                self.best_model_path = before["best_model_path"]
+
+        self._save_or_restore(trainer, path, before, take_back)
         if self.verbose:
             _log.info("epoch %d, step %d: saved %s", trainer.current_epoch, trainer.global_step, path)
         if drop is not None and drop != path and self._may_remove(trainer, drop):
@@ -245,7 +275,12 @@ class ModelCheckpoint(Callback):
         path = join_path(folder, free_name("last", ".ckpt", taken))
         before = self._record()
         self.last_model_path, self._last_saved_step = path, trainer.global_step
-        self._save_or_restore(trainer, path, before)
+
+        def take_back() -> None:
+            if self.last_model_path == path:
+                self.last_model_path = before["last_model_path"]
+
+        self._save_or_restore(trainer, path, before, take_back)
 
     def _rank(self) -> None:
         scores = self._scores()
@@ -307,9 +342,16 @@ class ModelCheckpoint(Callback):
         steps = ("_saved_step", "_last_saved_step")
         return {"best_k_models": dict(self.best_k_models), **{name: getattr(self, name) for name in names + steps}}
 
-    def _save_or_restore(self, trainer: RunningTrainer, path: str, record: dict[str, Any]) -> None:
+    def _save_or_restore(
+        self, trainer: RunningTrainer, path: str, record: dict[str, Any], take_back: Callable[[], None]
+    ) -> None:
+        def failed(error: CheckpointError) -> None:
+            _log.warning("ModelCheckpoint: training goes on without a checkpoint: %s", error)
+            self._failed.append(take_back)
+
+        options: dict[str, Any] = {"on_error": failed} if self.on_error == "warn" else {}
         try:
-            trainer.save_checkpoint(path, weights_only=self.save_weights_only)
+            trainer.save_checkpoint(path, weights_only=self.save_weights_only, **options)
         except BaseException:
             release(path)
             for name, value in record.items():
@@ -318,6 +360,7 @@ class ModelCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Paths and scores, as plain values."""
+        self._take_back()
         return {
             "dirpath": self.dirpath,
             "monitor": self.monitor,

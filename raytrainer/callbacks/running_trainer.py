@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from raytrainer.errors import CheckpointError
 from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.view.trainer_properties import TrainerProperties
 
@@ -22,7 +23,11 @@ class RunningTrainer(TrainerProperties, RunArguments, Any):  # type: ignore[misc
     if TYPE_CHECKING:
 
         def save_checkpoint(
-            self, filepath: str | os.PathLike[str], weights_only: bool = False, wait: bool = False
+            self,
+            filepath: str | os.PathLike[str],
+            weights_only: bool = False,
+            wait: bool = False,
+            on_error: Callable[[CheckpointError], None] | None = None,
         ) -> None:
             """See `Trainer.save_checkpoint`."""
 

@@ -1,6 +1,6 @@
 """The files of a checkpoint, whatever is in them: written, published in one move, checked, deleted.
 
-    meta-<id>.json     while a save is under way: says that files with <id> in their names are parts of it
+    meta-<id>.json     while a save is under way: says that files with <id> in their names belong to it
     <name>-<id>.*      the files of the save <id>, never written over
     meta.json          of the newest whole save: names its files, with size and checksum, and has a checksum of its own
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -32,7 +32,7 @@ from raytrainer.checkpointing.checkpoint_meta import (
 )
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
 from raytrainer.checkpointing.storage import Storage
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointError, StorageError
 
 __all__ = ["CheckpointFolder", "NewCheckpoint"]
 
@@ -129,17 +129,17 @@ class CheckpointFolder:
         except OSError as error:
             raise self.failure(error, name, writer.bytes if writer else 0) from error
 
-    def failure(self, error: OSError, name: str = "", written: int = 0) -> CheckpointError:
+    def failure(self, error: OSError, name: str = "", written: int = 0) -> StorageError:
         """What is told of a file that could not be written."""
         shown = f"{self.shown}/{name}" if name else self.shown
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = self.storage.free_bytes(self.path)
-            return CheckpointError(
+            return StorageError(
                 f"{shown}: the disk is full. {written:,} bytes of this file had been written, and are removed again"
                 + ("" if free is None else f"; {free:,} bytes are free now")
                 + ". Make room, keep fewer checkpoints (save_top_k), or save elsewhere."
             )
-        return CheckpointError(f"{shown}: cannot be written: {error}")
+        return StorageError(f"{shown}: cannot be written: {error}")
 
     def remove(self) -> None:
         """Delete the checkpoint, and the folder if nothing else is in it. Where there is none, nothing happens."""
@@ -147,7 +147,8 @@ class CheckpointFolder:
         if data is None or not written_by_us(data):
             return
         with self.storage.locked(self.path) as alone:
-            self.storage.delete(self.inside(META))  # from here on it is no checkpoint any more
+            self.storage.delete(self.inside(META))
+            self.storage.sync_folder(self.path)  # from here on it is no checkpoint any more
             self.delete(named_files(data))
             if alone:
                 self.delete_leftovers()
@@ -161,10 +162,13 @@ class CheckpointFolder:
     def delete_leftovers(self) -> None:
         """Delete what saves have left that were not finished. No other process may be saving here."""
         names = self.storage.files(self.path)
+        present = named_files(self._present() or b"")  # a save may have been cut off just before its last step
         for name in names:
-            found = id_under_way(name, lambda name=name: self.storage.read(self.inside(name)))  # type: ignore[misc]
-            if found:
-                self.delete(part for part in names if f"-{found}" in part and part != name)
+            found = id_under_way(name)
+            note = self.storage.read(self.inside(name)) if found else b""
+            if found and written_by_us(note):
+                parts = [part for part in names if f"-{found}" in part and part != name]
+                self.delete(part for part in (*parts, *named_files(note)) if part not in present)
                 self.storage.delete(self.inside(name))
 
     def refuse_foreign(self) -> bytes | None:
@@ -202,33 +206,40 @@ class NewCheckpoint:
         self.folder, self._storage = folder, folder.storage
         self.id = uuid.uuid4().hex[:12]
         self.files: dict[str, FileRecord] = {}
-        self._marker = f"meta-{self.id}.json"
+        self._marker, self._new_meta = f"meta-{self.id}.json", f"new-{self.id}.json"
         self._published = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         folder = self.folder
         try:
-            folder.refuse_foreign()
+            before = folder.refuse_foreign()
             self._storage.make_folder(folder.path)
             if self._stack.enter_context(self._storage.locked(folder.path)):
                 folder.delete_leftovers()
-            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id)))
-        except OSError as error:
-            self._stack.close()
-            raise folder.failure(error) from error
-        except BaseException:
-            self._stack.close()
+            replaced = named_files(before or b"")
+            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id, replaced)))
+            self._storage.sync_folder(folder.path)
+        except BaseException as error:
+            self._abandon()
+            if isinstance(error, OSError):
+                raise folder.failure(error) from error
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stack:
-            if not self._published:
-                self.folder.delete([*self.files, self._marker])
-                self._storage.remove_folder(self.folder.path)
+        if self._published:
+            self._stack.close()
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Delete what there is of it; where that fails too, the first failure is the one to tell."""
+        with self._stack, suppress(OSError):
+            self.folder.delete([*self.files, self._new_meta, self._marker])
+            self._storage.remove_folder(self.folder.path)
 
     def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> None:
         """Write one of its files; see `CheckpointFolder.write`."""
@@ -241,16 +252,15 @@ class NewCheckpoint:
             meta: What else `meta.json` is to say.
         """
         storage, folder = self._storage, self.folder
-        marker = folder.inside(self._marker)
         try:
             before = folder.refuse_foreign()
-            storage.delete(marker)
-            folder.write(self._marker, lambda file: file.write(meta_bytes(meta, self.files)))
+            folder.write(self._new_meta, lambda file: file.write(meta_bytes(meta, self.files)))
             storage.sync_folder(folder.path)
-            storage.replace(marker, folder.inside(META))
+            storage.replace(folder.inside(self._new_meta), folder.inside(META))
             self._published = True
             storage.sync_folder(folder.path)
-            if before is not None:
-                folder.delete(name for name in named_files(before) if name not in self.files)
+            folder.delete(name for name in named_files(before or b"") if name not in self.files)
+            storage.sync_folder(folder.path)
+            storage.delete(folder.inside(self._marker))
         except OSError as error:
             raise folder.failure(error) from error

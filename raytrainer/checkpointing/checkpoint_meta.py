@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrainer.checkpointing.checksums import CHECKSUM, FileRecord, seal, unseal
@@ -41,15 +41,20 @@ def meta_bytes(meta: Mapping[str, Any], files: Mapping[str, FileRecord]) -> byte
     return seal({"format": FORMAT, "version": FORMAT_VERSION, **meta, "files": names})
 
 
-def under_way_bytes(save_id: str) -> bytes:
-    """The content of `meta-<id>.json`, as long as the save is not finished."""
-    return seal({"format": FORMAT, "version": FORMAT_VERSION, "under_way": save_id})
+def under_way_bytes(save_id: str, replaced: Sequence[str]) -> bytes:
+    """The content of `meta-<id>.json`, as long as the save is not finished.
+
+    Args:
+        save_id: Its id.
+        replaced: The files that are to go when it is.
+    """
+    return seal({"format": FORMAT, "version": FORMAT_VERSION, "under_way": save_id, "files": dict.fromkeys(replaced)})
 
 
-def id_under_way(name: str, read: Callable[[], bytes]) -> str | None:
-    """The id of an unfinished save; None: this file does not belong to any."""
+def id_under_way(name: str) -> str | None:
+    """The id of the save that a `meta-<id>.json` is about, if it is one; None: it is no such file."""
     found = _UNDER_WAY.fullmatch(name)
-    return found[1] if found and written_by_us(read()) else None
+    return found[1] if found else None
 
 
 def written_by_us(data: bytes) -> bool:

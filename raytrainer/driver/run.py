@@ -23,7 +23,7 @@ from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
-from raytrainer.errors import CheckpointError, WorkerError
+from raytrainer.errors import CheckpointError, StorageError, WorkerError
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.messages import LogCall
 from raytrainer.profilers import Profiler
@@ -253,7 +253,9 @@ class Run:
         self.emit("on_load_checkpoint", checkpoint)
         self.restore_callbacks(checkpoint.get("callbacks") or {})
 
-    def save(self, path: str, weights_only: bool, wait: bool) -> bool:
+    def save(
+        self, path: str, weights_only: bool, wait: bool, on_error: Callable[[StorageError], None] | None = None
+    ) -> bool:
         """Save a checkpoint of the workers' state; return whether they have one, or had when the run failed.
 
         Raises:
@@ -270,9 +272,9 @@ class Run:
             if any(_overrides(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
                 state = captured.resolve()
                 self.emit("on_save_checkpoint", state)
-                self.writer.save(path, lambda: state)
+                self.writer.save(path, lambda: state, on_error)
             else:
-                self.writer.save(path, captured.resolve)
+                self.writer.save(path, captured.resolve, on_error)
             if wait:
                 self.writer.flush()
         return True

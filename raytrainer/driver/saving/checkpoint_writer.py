@@ -12,7 +12,7 @@ from typing import Any
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
-from raytrainer.errors import StateLostError
+from raytrainer.errors import StateLostError, StorageError
 from raytrainer.hparams import kept
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
@@ -72,6 +72,7 @@ class _Job:
     path: str
     exists: bool
     do: Callable[[], None]
+    on_error: Callable[[StorageError], None] | None = None
 
 
 class CheckpointWriter:
@@ -79,7 +80,8 @@ class CheckpointWriter:
 
     A failure is raised by the next call, or by `flush`: a checkpoint is never lost silently. Until it has been raised,
     older checkpoints are not removed either. One case is only logged: the state is gone with workers that have been
-    replaced meanwhile, since training then goes on from an earlier state anyway.
+    replaced meanwhile, since training then goes on from an earlier state anyway. Another is left to whoever asked for
+    the checkpoint, if it could not be written; then what is to be removed next, in favour of it, stays.
     """
 
     def __init__(self) -> None:
@@ -87,12 +89,24 @@ class CheckpointWriter:
         self._jobs: deque[_Job] = deque()  # the first is being done
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._left_alone = False  # whether the last save has failed, and what it was to replace is to stay
 
     def __reduce__(self) -> Any:
         return CheckpointWriter, ()  # a copy has nothing to write
 
-    def save(self, path: str, resolve: Callable[[], dict[str, Any]]) -> None:
-        """Write what `resolve` returns; it is called in the background."""
+    def save(
+        self,
+        path: str,
+        resolve: Callable[[], dict[str, Any]],
+        on_error: Callable[[StorageError], None] | None = None,
+    ) -> None:
+        """Write what `resolve` returns; it is called in the background.
+
+        Args:
+            path: Where to.
+            resolve: Gives the checkpoint.
+            on_error: Called in the background if it cannot be written, which is then no failure.
+        """
 
         def write() -> None:
             try:
@@ -102,7 +116,7 @@ class CheckpointWriter:
 
         # at most one state waits while another is written, so that memory stays bounded
         self._wait(lambda: sum(job.exists for job in self._jobs) <= 1)
-        self._submit(_Job(path, True, write))
+        self._submit(_Job(path, True, write, on_error))
 
     def remove(self, path: str) -> None:
         """Delete a checkpoint, after everything asked for before."""
@@ -171,8 +185,15 @@ class CheckpointWriter:
                     return
                 job = self._jobs[0]
             try:
-                if job.exists or self._error is None:
+                if job.exists or not (self._error or self._left_alone):
+                    self._left_alone = False
                     job.do()
+            except StorageError as error:
+                if job.on_error is None:
+                    self._error = self._error or error
+                else:
+                    self._left_alone = True
+                    job.on_error(error)
             except BaseException as error:
                 self._error = self._error or error
             finally:
