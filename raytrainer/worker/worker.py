@@ -223,8 +223,7 @@ class Worker:
     ) -> dict[str, Any]:
         """This worker's share of a checkpoint, copied aside.
 
-        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on; `final`
-        says that it does not.
+        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on, if it does.
         """
         state = capture_state(self.run, weights_only, replica, final)
         return state if live and self.device.type == "cpu" else self._staging.copy(state)
