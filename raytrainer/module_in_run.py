@@ -162,7 +162,11 @@ class AttachedModule(nn.Module):
         """
         view = self.__dict__.get("_view")
         if view is None:
-            log.warning("self.log(%r, ...) outside of a run has no effect.", name)
+            log.warning(
+                "self.log(%r, ...) has no effect outside of a run, nor in a Callback, which runs on the driver: derive "
+                "that from WorkerCallback.",
+                name,
+            )
             return
         options = prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
         view.metrics.log(name, value, options, batch_size, sync_dist_group)

@@ -272,8 +272,7 @@ def test_metrics_of_a_child_module(local_trainer):
     trainer = local_trainer(max_epochs=1)
     trainer.fit(module, data())
     assert trainer.callback_metrics["inner"] == 2.0
-    with pytest.raises(RuntimeError, match="not attached"):
-        _ = module.inner.trainer
+    assert module.inner.trainer is trainer
 
 
 def test_hyperparameters_reach_the_loggers_once(local_trainer):

@@ -32,7 +32,7 @@ def test_log_outside_of_a_run_says_so(caplog):
         Tiny().log("x", 1.0)
     finally:
         root.removeHandler(caplog.handler)
-    assert "self.log('x', ...) outside of a run has no effect" in caplog.text
+    assert "self.log('x', ...) has no effect outside of a run" in caplog.text
 
 
 def test_device_follows_the_module():

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from raytrainer.callbacks.callback import Callback, WorkerCallback
+from raytrainer.callbacks.progress import ProgressBar
 from raytrainer.errors import ConfigurationError
+from raytrainer.stateful_callback import StatefulCallback
 
 __all__ = ["arrange_callbacks"]
 
@@ -15,8 +17,8 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
     """`given` after those of `others` of whose type none is among it; callbacks that run last at the end.
 
     Raises:
-        ConfigurationError: Something that is no callback, a driver's callback with batch-level hooks, or two with one
-            key for their state.
+        ConfigurationError: Something that is no callback, a driver's callback with batch-level hooks, or two that
+            save a state under one key.
     """
     if given is None:
         chosen: list[Any] = []
@@ -28,7 +30,7 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
     arranged: list[Callback | WorkerCallback] = sorted(
         [*kept, *chosen], key=lambda c: isinstance(c, Callback) and c.runs_last
     )
-    keys = [callback.state_key for callback in arranged]
+    keys = [callback.state_key for callback in arranged if _has_state(callback)]
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
         raise ConfigurationError(
@@ -36,6 +38,11 @@ def arrange_callbacks(given: Any, others: Iterable[Callback | WorkerCallback]) -
             f"apart, or drop one."
         )
     return arranged
+
+
+def _has_state(callback: Callback | WorkerCallback) -> bool:
+    """Whether two with one key would be in each other's way: in checkpoints, or on the screen."""
+    return type(callback).state_dict is not StatefulCallback.state_dict or isinstance(callback, ProgressBar)
 
 
 def _check(callback: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from raytrainer.callbacks.running_trainer import RunningTrainer
+from raytrainer.errors import MetricError
 from raytrainer.messages import EvaluationReport, TrainReport
 from raytrainer.module import Module
 from raytrainer.stateful_callback import StatefulCallback
@@ -33,6 +35,21 @@ class Callback(StatefulCallback):
     #: Whether this callback runs after all others and after their `on_train_epoch_end` (checkpointing does,
     #: so that what others changed is saved).
     runs_last: ClassVar[bool] = False
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Not here.
+
+        Raises:
+            MetricError: Always: what is logged is reduced over workers, where this is not.
+        """
+        raise MetricError(
+            f"{type(self).__name__}.log({name!r}, ...): a Callback runs on the driver. Derive it from WorkerCallback, "
+            f"whose hooks may log; or give the loggers a value of the driver's: trainer.log_metrics({{{name!r}: ...}})."
+        )
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Not here; see `log`."""
+        self.log(next(iter(dictionary), ""))
 
     def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Before anything else; `stage` is "fit", "validate", "test" or "predict"."""
@@ -124,10 +141,28 @@ class WorkerCallback(StatefulCallback):
     """Pickled to every worker, where it runs beside the module, before the module's hook of the same name.
 
     `trainer` is the worker's `TrainerView` (ranks, counters, metrics; `should_stop` may be set), `module` the live
-    module on its device. `log` through `module.log(...)` as a module does. Only hooks that a subclass overrides cost
-    anything. `state_dict` is asked of rank 0, and given back to all workers; workers that replace lost ones are set up
-    anew, with `on_fit_start` and `on_train_start`, and then go on within the epoch.
+    module on its device. `self.log(...)` is the module's, and works in the same hooks. Only hooks that a subclass
+    overrides cost anything. `state_dict` is asked of rank 0, and given back to all workers; workers that replace lost
+    ones are set up anew, with `on_fit_start` and `on_train_start`, and then go on within the epoch.
     """
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """`Module.log` of the module beside which this runs.
+
+        Raises:
+            MetricError: There is no run.
+        """
+        self._module_beside(name).log(name, value, **options)
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """`Module.log_dict` of the module beside which this runs."""
+        self._module_beside(next(iter(dictionary), "")).log_dict(dictionary, **options)
+
+    def _module_beside(self, name: str) -> Module:
+        module: Module | None = self.__dict__.get("_beside", lambda: None)()
+        if module is None:
+            raise MetricError(f"{type(self).__name__}.log({name!r}, ...): this callback is in no run.")
+        return module
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
         """Before the module's `setup`."""

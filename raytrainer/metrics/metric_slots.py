@@ -160,7 +160,8 @@ def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | Non
     else:
         raise MetricError(
             f"self.log({name!r}, ...) in {hook or 'a hook outside the loops'}: logging works in steps and in the "
-            f"hooks around batches and epochs."
+            f"hooks around batches and epochs. (A Callback runs on the driver, beside them: derive it from "
+            f"WorkerCallback.)"
         )
     if on_step is not None and on_epoch is None:
         epoch = epoch if on_step else True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -143,10 +144,14 @@ class WorkerRun:
         )
 
     def _attach(self, view: TrainerView | None) -> None:
-        """Give the module, and Modules inside it, their `trainer`."""
+        """Give the module, and Modules inside it, their `trainer`, and callbacks the module."""
         for part in self.module.modules():
             if isinstance(part, Module):
                 part.__dict__["_view"] = view
+        for callback in self.task.callbacks:
+            callback.__dict__.pop("_beside", None)
+            if view is not None:
+                callback.__dict__["_beside"] = weakref.ref(self.module)
 
     def _sample_memory(self) -> None:
         """Have `log_gpu_memory` measured on logging steps."""

@@ -1,0 +1,68 @@
+"""Callbacks of one class side by side, and what callbacks log."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from tiny import Tiny, data
+
+from raytrainer import Callback, ConfigurationError, MetricError, ModelCheckpoint, ProgressBar, WorkerCallback
+
+
+class Images(Callback):
+    def __init__(self, stage):
+        self.stage, self.calls = stage, 0
+
+    def on_train_epoch_end(self, trainer, module):
+        self.calls += 1
+
+
+class WithState(Images):
+    def state_dict(self):
+        return {"calls": self.calls}
+
+
+def test_two_without_a_state(local_trainer, tmp_path):
+    pair = [Images("train"), Images("val")]
+    trainer = local_trainer(max_epochs=1, callbacks=[*pair, ModelCheckpoint(tmp_path)])
+    trainer.fit(Tiny(), data())
+    assert [callback.calls for callback in pair] == [1, 1]
+
+
+@pytest.mark.parametrize("pair", [[WithState("a"), WithState("b")], [ProgressBar(), ProgressBar()]])
+def test_two_with_one_state_key(pair, local_trainer):
+    with pytest.raises(ConfigurationError, match="share the state key"):
+        local_trainer(callbacks=pair)
+
+
+class Logging(WorkerCallback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.log("batch", float(batch_idx), on_step=True, on_epoch=True)
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.log_dict({"a": 1.0, "b": 2.0})
+
+
+def test_worker_callbacks_log(local_trainer):
+    callback = Logging()
+    trainer = local_trainer(max_epochs=1, callbacks=callback)
+    trainer.fit(Tiny(), data(), data(4))
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert found["batch_epoch"] == 4.5 and (found["a"], found["b"]) == (1.0, 2.0)
+    assert vars(pickle.loads(pickle.dumps(callback))) == {}
+    with pytest.raises(MetricError, match=r"Logging\.log\('x', \.\.\.\): this callback is in no run"):
+        callback.log("x", 1.0)
+
+
+@pytest.mark.parametrize("how", ["log", "log_dict", "module"])
+def test_drivers_callbacks_say_where_to_log(how, local_trainer):
+    class Wrong(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if how == "module":
+                module.log("x", 1.0)
+            else:
+                getattr(self, how)("x" if how == "log" else {"x": 1.0}, *([1.0] if how == "log" else []))
+
+    with pytest.raises(MetricError, match=r"x.*WorkerCallback"):
+        local_trainer(max_epochs=1, callbacks=Wrong()).fit(Tiny(), data())
