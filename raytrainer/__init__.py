@@ -31,6 +31,7 @@ from raytrainer.callbacks import (
     WorkerCallback,
     tune_resources,
 )
+from raytrainer.data.combined_loader import CombinedLoader
 from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import (
@@ -66,6 +67,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "CheckpointError",
+    "CombinedLoader",
     "ConfigurationError",
     "DataError",
     "DataModule",

@@ -219,11 +219,6 @@ def test_overfitting_trains_on_the_same_batches_in_order(local_trainer):
     assert all(torch.equal(a, b) for a, b in zip(module.seen, first * 3, strict=True))
 
 
-def test_several_training_loaders(local_trainer):
-    with pytest.raises(ConfigurationError, match="2 training loaders: return one"):
-        local_trainer(max_epochs=1).fit(Tiny(), [data(), data()])
-
-
 def test_start_of_an_epoch_can_be_the_end(local_trainer):
     class Skipping(Tiny):
         def on_train_batch_start(self, batch, batch_idx):

@@ -29,25 +29,9 @@ from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
 from raytrainer.private.torch_private import forget_iterator, take_iterator
 from raytrainer.seeding import host_generators
 
-__all__ = ["Feed", "as_list"]
+__all__ = ["Feed"]
 
 log = logging.getLogger("raytrainer")
-
-
-def as_list(loaders: Any) -> list[Any]:
-    """One loader, a list of loaders, or a mapping of them, as a list."""
-    if loaders is None:
-        return []
-    if isinstance(loaders, (list, tuple)) and all(_is_loader(item) for item in loaders):
-        return list(loaders)
-    if isinstance(loaders, dict) and all(_is_loader(item) for item in loaders.values()):
-        return list(loaders.values())
-    return [loaders]
-
-
-def _is_loader(item: Any) -> bool:
-    # a list of tensors is a loader with tensors for batches; a list of loaders is several loaders
-    return isinstance(item, DataLoader) or (hasattr(item, "__iter__") and not isinstance(item, (torch.Tensor, dict)))
 
 
 class Feed:

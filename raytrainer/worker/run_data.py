@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from raytrainer.data.combined_feed import CombinedFeed, make_feed
+from raytrainer.data.combined_loader import as_combined, as_list
 from raytrainer.data.data_hooks import DataHooks
-from raytrainer.data.feed import Feed, as_list
+from raytrainer.data.feed import Feed
 from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
 from raytrainer.seeding import capture_rng, same_rng
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnyFeed", "RunData"]
 
-AnyFeed: TypeAlias = "Feed | RayFeed"
+AnyFeed: TypeAlias = "Feed | CombinedFeed | RayFeed"
 
 
 class RunData:
@@ -99,11 +101,13 @@ class RunData:
         if stage not in self._feeds and stage in self.task.datasets:
             self._feeds[stage] = self._dataset_feeds(stage)
         if stage not in self._feeds:
-            loaders = as_list(self.loader(stage))
+            source = self.loader(stage)
+            combined = as_combined(source) if stage == "train" else None
+            loaders = as_list(source) if combined is None else [combined]
             if not loaders:
-                raise ConfigurationError(f"{stage}_dataloader() returned {self.loader(stage)!r}: return a loader.")
+                raise ConfigurationError(f"{stage}_dataloader() returned {source!r}: return a loader.")
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
-            feeds = [Feed(loader, stage, share, seed, settings, self.epoch()) for loader in loaders]
+            feeds = [make_feed(loader, stage, share, seed, settings, self.epoch()) for loader in loaders]
             self._feeds[stage] = [*feeds]
             for feed, state in zip(feeds, self._states, strict=False) if stage == "train" else ():
                 feed.take_state(state)
@@ -127,7 +131,7 @@ class RunData:
 
     def _close_feeds(self, stage: str) -> None:
         for feed in self._feeds.pop(stage, []):
-            if isinstance(feed, Feed):
+            if isinstance(feed, (Feed, CombinedFeed)):
                 feed.close()
 
     def _dataset_feeds(self, stage: str) -> list[AnyFeed]:

@@ -44,8 +44,8 @@ class TrainingLoop:
         feeds = run.data.feeds("train")
         if len(feeds) != 1:
             raise ConfigurationError(
-                f"{len(feeds)} training loaders: return one loader from train_dataloader(); join datasets with "
-                f"torch.utils.data.ConcatDataset or StackDataset."
+                f"{len(feeds)} training datasets: return one from train_dataset(), joined by Ray Data's union or zip; "
+                f"several loaders (train_dataloader) may be combined."
             )
         self.feed: AnyFeed = feeds[0]
         self.epoch = 0

@@ -22,7 +22,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from raytrainer.data.feed import Feed, as_list
+from raytrainer.data.combined_loader import as_list
+from raytrainer.data.feed import Feed
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.sharding import Share
 from raytrainer.errors import ConfigurationError, DataError

@@ -243,6 +243,24 @@ def test_iterable_datasets_of_unequal_length_end_together(options, ray_trainer):
     assert trainer.global_step == (4 if options else 10)
 
 
+def test_several_loaders_at_once(ray_trainer):
+    class Both(Records):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(torch.cat([batch["a"], batch["b"]]), batch_idx)
+
+    def numbers(start, count):
+        return DataLoader(torch.arange(start, start + count).float().unsqueeze(1), 2, shuffle=True)
+
+    module = Both()
+    trainer = ray_trainer(max_epochs=2)
+    trainer.fit(module, {"a": numbers(0, 16), "b": numbers(100, 8)})
+    assert trainer.global_step == 8
+    for epoch in module.epochs:
+        both = sorted(x for part in epoch for x in part)
+        assert both == [*range(16), *(x for i in range(100, 108) for x in (i, i))]
+    assert module.epochs[0] != module.epochs[1]
+
+
 class Counts(Records):
     def validation_step(self, batch, batch_idx):
         self.log("count", float(len(batch)), reduce_fx="sum")

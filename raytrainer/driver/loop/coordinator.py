@@ -112,9 +112,10 @@ class Coordinator:
             if checkpoint is None:
                 self._sanity_check()
             self._start_training()
+            empty = self.state.num_training_batches == 0
             if unfinished:
                 self._epoch()
-            while self.state.num_training_batches != 0 and not self._done():
+            while not empty and not self._done():
                 if self._recovery.may_grow(self.group):
                     more = self._recovery.grow(self.group)
                     if more is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from raytrainer.callbacks.callback import WorkerCallback
-from raytrainer.data.feed import as_list
+from raytrainer.data.combined_loader import as_list
 from raytrainer.datamodule import DataModule
 from raytrainer.module import Module
 from raytrainer.plan.settings import Settings
