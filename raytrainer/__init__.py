@@ -50,6 +50,7 @@ from raytrainer.errors import (
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.place_in_run import data_part, rank, world_size
+from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
@@ -60,6 +61,7 @@ __all__ = [
     "DDP",
     "DDP2",
     "DP",
+    "FSDP",
     "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",

@@ -143,6 +143,7 @@ class SetupReport:
         plateau_epochs: Whether a scheduler waits for a metric at the end of epochs.
         has_validation: Whether there is something to validate with.
         parts: Batches that the group reads at the same time: one per worker, per node (ddp2), or in all (dp).
+        shape: What the strategy says of the form that it has given the module, if that is worth a line.
     """
 
     rank: int
@@ -150,6 +151,7 @@ class SetupReport:
     plateau_epochs: bool = False
     has_validation: bool = False
     parts: int = 1
+    shape: str | None = None
 
 
 @dataclass

@@ -127,11 +127,13 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
                         states[parameter] = parameter.requires_grad
                         parameter.requires_grad = parameter.requires_grad and parameter in own
         self.__dict__["_toggled"] = states
+        self.trainer.strategy.refresh(self)
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Undo `toggle_optimizer`."""
         for parameter, requires_grad in self.__dict__.pop("_toggled", {}).items():
             parameter.requires_grad = requires_grad
+        self.trainer.strategy.refresh(self)
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:

@@ -124,9 +124,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a thread, a process or a changed environment. Ray and hosts, which last, are exempt."""
+    """Fail a test that leaves a thread, a process or a changed environment. What lasts is exempt: Ray, hosts."""
     room = request.path.relative_to(Path(__file__).parent).parts[0]
-    if room in ("ray", "cluster") or "ray_session" in request.fixturenames:
+    lasting = {"ray_session", "forked_groups"} & set(request.fixturenames)
+    if room in ("ray", "cluster") or lasting:
         yield
         return
     threads, children, environment = _own_threads(), _children(), _environment()

@@ -136,8 +136,9 @@ def inside(module: str, package: str) -> bool:
 def test_public_names():
     assert raytrainer.__all__ == in_order(raytrainer.__all__)
     assert set(raytrainer.__all__) == {
-        "DDP", "DDP2", "DP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder",
-        "CSVLogger", "Callback", "CheckpointError", "CombinedLoader", "ConfigurationError", "DataError", "DataModule",
+        "DDP", "DDP2", "DP", "FSDP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder",
+        "CSVLogger", "Callback", "CheckpointError", "CombinedLoader", "ConfigurationError", "DataError",
+        "DataModule",
         "DeviceStatsMonitor", "DisagreementError", "EMAWeightAveraging", "EarlyStopping",
         "GradientAccumulationScheduler", "LambdaCallback",
         "LambdaWorkerCallback", "LearningRateFinder", "LearningRateMonitor", "Logger", "MLFlowLogger", "MetricError",

@@ -28,7 +28,7 @@ class AveragedWeights:
     """
 
     def __init__(self, module: nn.Module, strategy: Strategy, average: Callable[..., Any], use_buffers: bool) -> None:
-        self._average = average
+        self._average, self._strategy = average, strategy
         self.count = 0
         self._swapped = False
         self._live: dict[str, Tensor] = {}
@@ -47,7 +47,9 @@ class AveragedWeights:
         if self.count == 0:
             self._kept = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         elif self._kept:
-            self._average(list(self._kept.values()), [t.detach() for t in self._live.values()], self.count)
+            part = self._strategy.local_part  # averages are taken number by number
+            kept, live = map(part, self._kept.values()), map(part, self._live.values())
+            self._average(list(kept), [tensor.detach() for tensor in live], self.count)
         self.count += 1
 
     def swap(self, averages: bool) -> None:
@@ -78,7 +80,10 @@ class AveragedWeights:
     @torch.no_grad()
     def restore(self, averages: Mapping[str, Tensor], current: Mapping[str, Tensor], count: int) -> None:
         """Take both over, by first names, from a checkpoint; copies are made."""
-        self._kept = {name: averages[name].to(live.device, live.dtype, copy=True) for name, live in self._live.items()}
+        held = self._strategy.as_held
+        self._kept = {
+            name: held(averages[name], live).to(live.device, live.dtype, copy=True) for name, live in self._live.items()
+        }
         for name, live in self._live.items():
-            live.copy_(current[name])
+            live.copy_(held(current[name], live))
         self.count, self._swapped = count, False

@@ -26,6 +26,7 @@ import torch
 from raytrainer.checkpointing.checkpoint_files import NewCheckpoint
 from raytrainer.checkpointing.checksums import ChecksummedWriter
 from raytrainer.checkpointing.lightning_files import read_lightning_file
+from raytrainer.checkpointing.pieces import whole_state
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, folder_at, is_file, locate
 from raytrainer.checkpointing.plain_values import plain_value
 from raytrainer.checkpointing.reservations import release
@@ -42,14 +43,14 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
     Args:
         path: The directory to make, or its URI.
-        checkpoint: Plain values and tensors.
+        checkpoint: Plain values and tensors; those in pieces are put together.
 
     Raises:
         CheckpointError: Something in it is neither; names it. Or it cannot be written; names the file.
     """
     with ExitStack() as stack:
         stack.callback(release, os.fspath(path))
-        state = {name: _packed(name, value) for name, value in checkpoint.items()}
+        state = {name: _packed(name, value) for name, value in whole_state(checkpoint).items()}
         new = stack.enter_context(NewCheckpoint(folder_at(path)))
         name = f"state-{new.id}.pt"
         new.write(name, lambda file: _save(state, file))

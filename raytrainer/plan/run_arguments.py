@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import argument, arguments
+from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.plan.strategy_settings import DDP
 
 __all__ = ["RunArguments"]
@@ -23,11 +24,11 @@ class RunArguments:
 
     # ---------------------------------------------------------------- where
 
-    strategy: str | DDP = argument(default="auto")
+    strategy: str | DDP | FSDP = argument(default="auto")
     """"auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process), "ddp" (one
     batch per worker), "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp"), "ddp2" (one batch per node, split over
-    its workers), "dp" (one batch for the job, split over the workers of one node); or a `DDP`, `DDP2` or `DP` object,
-    which has settings."""
+    its workers), "dp" (one batch for the job, split over the workers of one node), "fsdp" (one batch per worker, the
+    module in shards); or a `DDP`, `DDP2`, `DP` or `FSDP` object, which has settings."""
 
     num_nodes: int | tuple[int, int] = argument(default=1)
     """Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be had again

@@ -10,6 +10,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
 from raytrainer.plan.run_arguments import RunArguments
+from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.plan.strategy_settings import DDP, parse_strategy
 
 __all__ = ["STAGES", "Settings", "build_settings", "settle"]
@@ -26,7 +27,8 @@ class Settings(RunArguments):
     Lengths of time are in seconds; all counts of batches are per worker; None means no such limit.
 
     Attributes:
-        ddp: The settings of the strategy.
+        ddp: The settings of a strategy whose workers have the whole module each.
+        sharding: Those of one that shards it; None with all others.
         accumulation: (first epoch, batches per step), in place of the one number `accumulate_grad_batches`.
         fewest_nodes: An elastic run goes on with as few nodes as this ...
         fewest_per_node: ... and as few workers on each.
@@ -48,6 +50,7 @@ class Settings(RunArguments):
         snapshot_every: int | float | str | None  # type: ignore[assignment]  # steps, seconds or "auto"
 
     ddp: DDP = field(default_factory=DDP)
+    sharding: FSDP | None = None
     accumulation: tuple[tuple[int, int], ...] = ()
     fewest_nodes: int = 1
     fewest_per_node: int = 1
@@ -147,6 +150,10 @@ def _refuse_contradictions(settings: Settings, given: dict[str, Any]) -> None:
         raise ConfigurationError(
             'gradient_compression="bf16" on CPUs: torch has it for NCCL only; use gpus=..., "fp16", or None.'
         )
+    if settings.sharding is not None:
+        settings.sharding.copies(settings.num_nodes, settings.world_size)
+        if settings.sharding.cpu_offload and not settings.on_gpu:
+            raise ConfigurationError("FSDP(cpu_offload=True) on CPUs: everything is in main memory there; drop it.")
     if settings.auto_select_gpus and (isinstance(settings.gpus, tuple) or settings.gpus < 1):
         raise ConfigurationError(
             f"auto_select_gpus=True with gpus={given['gpus']!r}: it picks GPUs that are free, so give their number; "
@@ -194,7 +201,7 @@ def _limits(given: dict[str, Any], normal: dict[str, Any]) -> dict[str, Any]:
 def _placement(given: dict[str, Any], cluster_attached: bool) -> dict[str, Any]:
     """The strategy, and nodes and workers, which are judged together."""
     num_nodes, num_processes, gpus = given["num_nodes"], given["num_processes"], given["gpus"]
-    strategy, ddp = parse_strategy(given["strategy"])
+    strategy, options = parse_strategy(given["strategy"])
     fewest_nodes, nodes = checks.span("num_nodes", num_nodes)
     fewest_processes, processes = (None, None) if num_processes is None else checks.span("num_processes", num_processes)
     fewest_gpus, chosen = checks.gpu_span(gpus)
@@ -223,7 +230,8 @@ def _placement(given: dict[str, Any], cluster_attached: bool) -> dict[str, Any]:
         strategy = "ddp" if several or cluster_attached or chosen == -1 else "local"
     return {
         "strategy": "ddp" if strategy in ("ddp_cpu", "ddp_spawn") else strategy,
-        "ddp": ddp,
+        "ddp": options if isinstance(options, DDP) else DDP(),
+        "sharding": options if isinstance(options, FSDP) else None,
         "num_nodes": nodes,
         "num_processes": processes,
         "gpus": chosen,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
+from raytrainer.plan.sharding_settings import FSDP, seconds_to_wait
 
 __all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
 
-STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn", "ddp2", "dp")
+STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn", "ddp2", "dp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,11 @@ class DDP:
             checks.boolean(f"{type(self).__name__}: {name}", getattr(self, name))
         checks.number("bucket_cap_mb", self.bucket_cap_mb, above=0.0)
         checks.choice("gradient_compression", self.gradient_compression, (None, "bf16", "fp16"))
-        timeout = self.process_group_timeout
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not number or not math.isfinite(seconds) or seconds <= 0:
-            raise ConfigurationError(f"process_group_timeout={timeout!r}: give seconds above 0, or a timedelta.")
-        object.__setattr__(self, "process_group_timeout", float(seconds))
+        object.__setattr__(self, "process_group_timeout", seconds_to_wait(self.process_group_timeout))
 
     @property
     def timeout_seconds(self) -> float:
-        timeout = self.process_group_timeout
-        return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        return float(self.process_group_timeout)  # type: ignore[arg-type]  # normal since __post_init__
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,20 +88,20 @@ class DP(DDP):
     name: ClassVar[str] = "dp"
 
 
-_OBJECTS: dict[str, type[DDP]] = {"ddp2": DDP2, "dp": DP}
+_OBJECTS: dict[str, type[DDP | FSDP]] = {"ddp2": DDP2, "dp": DP, "fsdp": FSDP}
 
 
-def parse_strategy(value: Any) -> tuple[str, DDP]:
+def parse_strategy(value: Any) -> tuple[str, DDP | FSDP]:
     """The name of a strategy, and its settings.
 
     Raises:
         ConfigurationError: No such strategy.
     """
-    if isinstance(value, DDP):
+    if isinstance(value, (DDP, FSDP)):
         return value.name, value
-    if isinstance(value, type) and issubclass(value, DDP):
+    if isinstance(value, type) and issubclass(value, (DDP, FSDP)):
         raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
-    checks.choice("strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...).")
+    checks.choice("strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...), FSDP(...).")
     return value, _OBJECTS.get(value, DDP)()
 
 

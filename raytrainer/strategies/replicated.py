@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,35 +17,17 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
 from raytrainer.private.torch_private import all_averaged, fix_buckets
 from raytrainer.strategies.averaging import average_gradients
+from raytrainer.strategies.group_strategy import GroupStrategy
 from raytrainer.strategies.joining import JoinedStep, leaves_of
-from raytrainer.strategies.meeting import END, NEXT, Meeting
+from raytrainer.strategies.meeting import END
 from raytrainer.strategies.step_result import StepResult
-from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["ReplicatedStrategy"]
 
 _COMPRESSION = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
-class _Gather(torch.autograd.Function):
-    """Tensors of all workers, stacked; backward, each worker's part gets the sum of all workers' gradients for it."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.rank = ranks.rank
-        parts = [torch.empty_like(tensor) for _ in range(ranks.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.stack(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[ctx.rank], None
-
-
-class ReplicatedStrategy(Strategy):
+class ReplicatedStrategy(GroupStrategy):
     """torch's DistributedDataParallel over NCCL or gloo. Its subclasses say who reads what.
 
     Args:
@@ -57,10 +38,8 @@ class ReplicatedStrategy(Strategy):
     """
 
     def __init__(self, ranks: Ranks, device: torch.device, control: Any = None, settings: DDP | None = None) -> None:
-        super().__init__(ranks, device)
-        self.control = control
+        super().__init__(ranks, device, control)
         self.settings = settings or DDP()
-        self.meeting = Meeting(control, ranks.world_size)
         self._ddp: DistributedDataParallel | None = None
         self._step: JoinedStep | None = None
         self._gave = False  # whether this worker had a loss in the window in progress
@@ -164,22 +143,6 @@ class ReplicatedStrategy(Strategy):
             return
         for buffer in module.buffers():
             dist.broadcast(buffer.data, src=0)
-
-    def all_agree(self, flag: bool) -> bool:
-        return bool(self.meeting.meet(NEXT, int(flag))[0])
-
-    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
-        tensor = tensor.contiguous()
-        gathered: Tensor = _Gather.apply(tensor if sync_grads else tensor.detach(), self.ranks)
-        return gathered
-
-    def gather_objects(self, value: Any) -> list[Any] | None:
-        gathered: list[Any] | None = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self.control)
-        return gathered
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
 
 
 @torch.no_grad()

@@ -3,14 +3,22 @@
 Loops call it and never ask how many workers there are, nor whether each holds the whole module. In the order in which
 a run comes to them:
 
+    place                   the module, on the device
     shape                   the module, between `configure_model` and the optimizers
+    check_optimizer         each of them
     prepare                 the training step, with whatever synchronises gradients
-    sync_next, settle       each backward pass that the loop runs
-    sync_manual, end_manual with manual optimization: each backward pass, and a chunk's end
-    clip_gradients          before an optimizer's step
-    begin_evaluation, evaluation_step, out_of_batches, end_evaluation
-    module_state, load_module, optimizer_state, load_optimizer, holds_common
-    averaged_tensors        what callbacks that average weights copy and change
+    sync_next, end_backward, settle
+                            each backward pass that the loop runs
+    begin_backward, sync_manual, end_manual
+                            with manual optimization: each backward pass, and a chunk's end
+    agree_on_infinities, clip_gradients
+                            before an optimizer's step
+    refresh                 after parameters were changed by others
+    begin_evaluation, evaluation_step, begin_round, end_round,
+    end_evaluation, replicas
+    module_state, optimizer_state, accumulated, own_tensors, holds_common, own_part
+    take_up, load_module, load_optimizer, put_accumulated
+    averaged_tensors, local_part, as_held  what callbacks that average weights copy and change
     home_state              what the driver's module takes up at the end
 
 A worker's *rank* is its place in the group; its *part of the data* is `share`, with `split` a slice of each batch.
@@ -27,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from raytrainer.checkpointing.pieces import whole_state
 from raytrainer.checkpointing.weights import load_into
 from raytrainer.data.sharding import Share
 from raytrainer.data.transfer import to_cpu
@@ -47,6 +56,12 @@ class Strategy(ABC):
 
     What is written here holds where each worker has the whole module; a strategy that shards it overrides that.
     """
+
+    #: Whether evaluations may run under `torch.inference_mode`.
+    inference_mode: bool = True
+
+    #: Whether `shape` compiles what is to be compiled.
+    compiles_blocks: bool = False
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
@@ -79,18 +94,26 @@ class Strategy(ABC):
 
     # ---------------------------------------------------------------- building and training
 
-    def shape(self, module: nn.Module, convert: Callable[[nn.Module], None], sync_batchnorm: bool) -> None:
+    def place(self, module: nn.Module) -> None:
+        """Bring the module, as it was sent, to the device."""
+        module.to(self.device)
+
+    def shape(self, module: nn.Module, convert: Callable[[nn.Module], None], sync_batchnorm: bool) -> str | None:
         """Give the module the form in which it trains, before there are optimizers.
 
         Args:
             module: Built, on whatever device.
             convert: Casts it to the run's precision.
             sync_batchnorm: Whether it is to normalise by the samples of all workers.
+
+        Returns:
+            A line that says what was done, if that is worth one.
         """
         if sync_batchnorm and self.device.type == "cuda" and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(module)
         convert(module)
         module.to(self.device)
+        return None
 
     @abstractmethod
     def prepare(self, module: nn.Module, step: Step) -> Step:
@@ -115,6 +138,14 @@ class Strategy(ABC):
         """
         return True
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise a ConfigurationError for one that cannot work with parameters as they are held here."""
+        return None
+
+    def begin_backward(self, module: nn.Module, loss: Tensor) -> Tensor:
+        """A manual backward pass is to begin with this loss; return the one that it begins with."""
+        return loss
+
     @abstractmethod
     def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
         """Synchronise the gradients that a manual backward pass has left: the `call`-th of this batch, from 0.
@@ -131,6 +162,18 @@ class Strategy(ABC):
         """Whether a worker may leave out a training step that others take: nobody would wait for it."""
         return True
 
+    def end_backward(self, module: nn.Module) -> None:
+        """An automatic backward pass is done."""
+        return None
+
+    def refresh(self, module: nn.Module) -> None:
+        """Parameters have been changed, or are to be looked at, outside of a pass: forget copies of them."""
+        return None
+
+    def agree_on_infinities(self, found: Iterable[Tensor]) -> None:
+        """Make numbers that are non-zero on any worker non-zero on all."""
+        return None
+
     def clip_gradients(self, parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
         """Clip gradients by their total norm over all workers that hold parts of it ("norm"), or each ("value")."""
         clip_whole_gradients(parameters, value, algorithm)
@@ -146,8 +189,15 @@ class Strategy(ABC):
         """The step to call for each batch."""
         return step
 
-    def out_of_batches(self, module: nn.Module) -> None:
-        """This worker has evaluated all its batches, and others may still be at it. Runs no code of the user's."""
+    def begin_round(self, module: nn.Module, has_batch: bool) -> bool:
+        """This worker has a batch to evaluate, or has none left; return whether any worker has one.
+
+        Where workers must compute together, one that has none takes part in the others', without code of the user's.
+        """
+        return has_batch
+
+    def end_round(self, module: nn.Module) -> None:
+        """This worker has evaluated its batch."""
         return None
 
     def end_evaluation(self, module: nn.Module) -> None:
@@ -168,6 +218,28 @@ class Strategy(ABC):
         """Whether this worker gives what all have in common to a checkpoint: rank 0, or a second node's replica."""
         ranks = self.ranks
         return ranks.rank == 0 or (replica and ranks.node_rank == 1 and ranks.local_rank == 0)
+
+    def own_part(self, state: dict[str, Any], replica: bool) -> dict[str, Any]:
+        """What this worker gives of a state that has been gathered from what it holds."""
+        return state
+
+    def take_up(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's state as this worker can use it; what is in pieces is put together."""
+        return whole_state(state)
+
+    def accumulated(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gradients that wait for the batch that ends an accumulation, by names of parameters."""
+        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+    def put_accumulated(self, module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+        """The reverse; copies are made."""
+        for name, parameter in module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device, copy=True)
+
+    def own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """What differs from worker to worker in the module itself, by its names in the state dict."""
+        return {}
 
     def module_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's state as a checkpoint has it; live tensors."""
@@ -195,16 +267,21 @@ class Strategy(ABC):
         named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         return named | dict(module.named_buffers(remove_duplicate=False)) if buffers else named
 
+    def local_part(self, tensor: Tensor) -> Tensor:
+        """What this worker has of one of them; shares its memory."""
+        return tensor
+
+    def as_held(self, value: Any, like: Tensor) -> Tensor:
+        """A tensor of a checkpoint's state in the form in which this worker holds `like`."""
+        return value  # type: ignore[no-any-return]
+
     def home_state(self, module: nn.Module) -> dict[str, Any] | None:
         """What the driver's module takes up when training is over: whole, in main memory, from one worker.
 
         None on others, and where it is too large to come home.
         """
-        if self.ranks.rank != 0:
-            return None
-        return {name: to_cpu(tensor) for name, tensor in self.module_state(module).items()}
-
-    # ---------------------------------------------------------------- agreements
+        state = self.module_state(module)
+        return {name: to_cpu(tensor) for name, tensor in state.items()} if self.ranks.rank == 0 else None
 
     @abstractmethod
     def all_agree(self, flag: bool) -> bool:

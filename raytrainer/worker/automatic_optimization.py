@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -176,8 +177,10 @@ class AutomaticOptimization:
             else:
                 scaled.backward()
         if join is not None:
-            self.precision.adjust()
+            self.precision.scale(torch.zeros((), device=self.strategy.device))  # as those that have a loss do
             join()
+        elif loss is not None:
+            self.strategy.end_backward(self.module)
         if self.several and self.syncs:
             self.given_any = self.strategy.settle(self.module, loss, self.index)
         elif loss is not None:

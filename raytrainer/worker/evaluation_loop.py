@@ -56,12 +56,14 @@ class EvaluationLoop:
         self.by_loader = [0] * len(self.feeds)
         self._iterator: Iterator[Any] | None = None
         self._missing = MissingBatches(_LOADER[stage])
+        self._through = False  # with the loader; other workers may not be
         self._outer_running = self.view.running
         self.metrics = run.view.metrics
         run.recorder.evaluation = self
 
     def _no_grad(self) -> AbstractContextManager[None]:
-        return torch.inference_mode() if self.view.settings.inference_mode else torch.no_grad()
+        allowed = self.view.settings.inference_mode and self.run.strategy.inference_mode
+        return torch.inference_mode() if allowed else torch.no_grad()
 
     def start(self, within_fit: bool) -> EvaluationStart:
         if all(feed.nothing for feed in self.feeds):
@@ -92,16 +94,22 @@ class EvaluationLoop:
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
         left, behind = batches, False
+        strategy, module = self.run.strategy, self.run.module
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
                 batch = self._next()
+                if not strategy.begin_round(module, batch is not None):
+                    self._next_loader()
+                    continue
                 if batch is None:
+                    left -= 1
                     continue
                 watched = self.feeds[self.loader].watched
                 if watched is not None:
                     watched.add(batch[0])
                 if batch[0] is None:
                     self._missing.checked(None)
+                    strategy.end_round(module)
                     self.batch += 1
                     self.done += 1
                     left -= 1
@@ -110,6 +118,7 @@ class EvaluationLoop:
                     self.metrics.begin_report()
                     behind = True
                 output = self._evaluate_batch(batch[0])
+                strategy.end_round(module)
                 if self.stage == "predict" and self.run.task.ask_predictions and self._answers():
                     share = self.run.strategy.share
                     predictions.append((self.loader, self.batch * share.count + share.index, to_cpu(output)))
@@ -117,8 +126,6 @@ class EvaluationLoop:
                 self.done += 1
                 self.by_loader[self.loader] += self.run.slices.rows > 0
                 left -= 1
-            if left > 0:
-                self.run.strategy.out_of_batches(self.run.module)
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
         report = self.metrics.finish_report() if behind else self.metrics.report()
@@ -138,8 +145,10 @@ class EvaluationLoop:
         return self.run.slices.rows > 0 and self.run.strategy.counts
 
     def _next(self) -> tuple[Any] | None:
-        """The next batch in a tuple; None when a loader is through (and the next one is up)."""
+        """The loader's next batch in a tuple; None: it is through."""
         length = self.lengths[self.loader]
+        if self._through:
+            return None
         if length is None or self.batch < length:
             if self._iterator is None:
                 self._iterator = self.feeds[self.loader].start(self.view.current_epoch)
@@ -147,10 +156,13 @@ class EvaluationLoop:
                 return (next(self._iterator),)
             except StopIteration:
                 pass
-        self._iterator = None
+        self._through = True
+        return None
+
+    def _next_loader(self) -> None:
+        self._iterator, self._through = None, False
         self.loader += 1
         self.batch = 0
-        return None
 
     def _evaluate_batch(self, batch: Any) -> Any:
         transfer, idx = self.run.transfer, self.loader

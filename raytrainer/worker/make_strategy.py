@@ -6,6 +6,7 @@ import torch
 
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
 from raytrainer.worker.process_group import ProcessGroup
 
@@ -14,7 +15,9 @@ __all__ = ["make_strategy"]
 
 def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group: ProcessGroup | None) -> Strategy:
     """This worker's side of it; without a group, of one worker. All workers must call it together."""
-    if group is None:
+    if group is not None and settings.sharding is not None:
+        return _sharded(settings, settings.sharding, ranks, device, group)
+    if group is None or ranks.world_size == 1:
         return SingleStrategy(ranks, device)
     group.set_timeout(settings.ddp.timeout_seconds)
     common = ranks, device, group.control, settings.ddp
@@ -22,3 +25,12 @@ def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group:
         return DDPStrategy(*common)
     kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
     return kind(*common, *group.of_node(ranks))
+
+
+def _sharded(settings: Settings, sharding: FSDP, ranks: Ranks, device: torch.device, group: ProcessGroup) -> Strategy:
+    from raytrainer.strategies.fsdp import FSDPStrategy  # a second to import, which others need not spend
+
+    group.set_timeout(sharding.timeout_seconds)
+    copies = sharding.copies(ranks.num_nodes, ranks.world_size)
+    mesh = group.mesh((copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,))
+    return FSDPStrategy(ranks, device, group.control, sharding, mesh, group.store, settings.precision, settings.compile)

@@ -37,6 +37,7 @@ class ManualOptimization:
 
         def count(optimizer: Optimizer | None, args: Any, kwargs: Any) -> None:
             view.global_step += 1
+            strategy.refresh(module)
 
         stands: dict[str, Any] = {"module": module, "unsynchronised": self._unsynchronised}
         if precision.scaler is not None:
@@ -55,6 +56,7 @@ class ManualOptimization:
             loss = precision.scale(loss)
             if before_backward is not None:
                 before_backward(loss)
+            loss = strategy.begin_backward(module, loss)
             module.backward(loss, *args, **kwargs)
             if self.syncs:
                 strategy.sync_manual(module, self.index, self.calls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
 from raytrainer.metrics.metric_objects import is_metric, metrics_in
+from raytrainer.private.fsdp_private import found_infinities
 from raytrainer.worker.given_optimizer import GivenOptimizer, inner_optimizer
 
 __all__ = ["Precision", "ScaledOptimizer"]
@@ -25,10 +26,17 @@ class Precision:
 
     Mixed fp16 scales the loss (`torch.amp.GradScaler`), so that small gradients survive. A step whose gradients are not
     finite leaves the weights alone and is counted in `skipped_steps`.
+
+    Args:
+        name: Which.
+        device: Where steps run.
+        agree: Makes numbers that are non-zero on any worker non-zero on all, where workers have different gradients.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
+    def __init__(
+        self, name: str, device: torch.device, agree: Callable[[Iterable[Tensor]], None] | None = None
+    ) -> None:
+        self.name, self.device, self._agree = name, device, agree
         self.dtype = _TRUE.get(name)
         self.autocast_dtype = _MIXED.get(name)
         self.scaler: torch.amp.GradScaler | None = None
@@ -95,6 +103,8 @@ class Precision:
         optimizer = inner_optimizer(optimizer)
         if self.scaler is not None and id(optimizer) not in self._unscaled and _has_gradient(optimizer):
             self.scaler.unscale_(optimizer)
+            if self._agree is not None:
+                self._agree(found_infinities(self.scaler, optimizer))
             self._unscaled.add(id(optimizer))
 
     def step(self, optimizer: Optimizer) -> None:

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.torch_private import set_group_timeout
 
-__all__ = ["ProcessGroup", "interface_of", "make_store"]
+__all__ = ["ProcessGroup", "interface_of", "lone_group", "make_store"]
 
 
 def make_store(host: str, world_size: int) -> tuple[TCPStore, int]:
@@ -43,6 +43,13 @@ def interface_of(address: str) -> str | None:
         if socket.inet_ntoa(answer[20:24]) == address:
             return name
     return None
+
+
+def lone_group(device: torch.device) -> ProcessGroup:
+    """The group of a worker without others."""
+    host = "127.0.0.1"
+    store, port = make_store(host, 1)
+    return ProcessGroup(Ranks(), host, port, host, "nccl" if device.type == "cuda" else "gloo", device, store)
 
 
 class ProcessGroup:
@@ -98,6 +105,8 @@ class ProcessGroup:
         self.store = store
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
         self._of_node: tuple[Any, Any] | None = None
+        self._meshes: dict[tuple[int, ...], Any] = {}
+        self._device = device
         self.timeout = timeout
 
     def of_node(self, ranks: Ranks) -> tuple[Any, Any]:
@@ -118,6 +127,15 @@ class ProcessGroup:
         if self.control is dist.group.WORLD:
             return groups[own], groups[own]
         return groups[own], [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in members][own]
+
+    def mesh(self, shape: tuple[int, ...]) -> Any:
+        """The workers as a DeviceMesh, in rank order: (shards) or (copies, shards). All must call it together."""
+        if shape not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            names = ("copies", "shards")[-len(shape) :]
+            self._meshes[shape] = init_device_mesh(self._device.type, shape, mesh_dim_names=names)
+        return self._meshes[shape]
 
     def set_timeout(self, seconds: float) -> None:
         """Let collectives wait so long for the other workers from now on."""

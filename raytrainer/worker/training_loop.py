@@ -119,6 +119,7 @@ class TrainingLoop:
         """See `TrainerView.forward_epoch`."""
         run = self.run
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
+        step = run.strategy.evaluation_step(run.module, step)
         agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
         self.feed.begin(self.epoch)
         self.feed.draw()

@@ -29,7 +29,7 @@ from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
-from raytrainer.worker.process_group import ProcessGroup
+from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_cache
 from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
@@ -100,6 +100,8 @@ class Worker:
         self._staging.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        if self.group is None and task.settings.sharding is not None:
+            self.group = lone_group(self.device)
         self._run = WorkerRun(task, make_strategy(task.settings, self.ranks, self.device, self.group))
         return self._run.setup()
 

@@ -73,7 +73,7 @@ class WorkerRun:
         self.view.loader_source, self.view.length_source = self.data.loader, self.data.lengths
         self.view.epoch_length_source = self.data.length_in
         self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
-        self.precision = Precision(settings.precision, strategy.device)
+        self.precision = Precision(settings.precision, strategy.device, strategy.agree_on_infinities)
         # Whether a chunk is reported while the device is still at its last batch, which comes with the next report.
         # Not with a gradient scaler: to count the steps that it has left out, one waits for the device anyway.
         self.ahead = strategy.device.type == "cuda" and self.precision.scaler is None
@@ -84,6 +84,7 @@ class WorkerRun:
         self.stepped = 0  # batches that ended in a step: the loggers' step axis
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
+        self._shaped: str | None = None  # what the strategy says of the form that it has given the module
         self._undo_flags = apply_flags(settings)
         self._undo_compile: Callable[[], None] = lambda: None
         self._leave_place = take_place(strategy.ranks, strategy.share.index, strategy.share.count)
@@ -92,19 +93,19 @@ class WorkerRun:
 
     def setup(self) -> SetupReport:
         """Everything up to, and without, `on_fit_start`."""
-        task, module, view, device = self.task, self.module, self.view, self.strategy.device
+        task, module, view = self.task, self.module, self.view
         self._attach(view)
         if self.datamodule is not None:
             self.datamodule.trainer = view
         if task.reseed:
             seed_generators(derive_seed(task.seed, "rank", self.strategy.stream))
-        module.to(device)
+        self.strategy.place(module)
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
         self.hooks.call("setup", task.stage)
         module.configure_model()
         self._attach(view)
-        self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
+        self._shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
         if task.stage == "fit" and not module.training:
             module.train()
         transfer = self.data.bind_transfer(self.hooks, self.precision.convert_input)
@@ -126,9 +127,11 @@ class WorkerRun:
                 )
             else:
                 module.configure_optimizers()
+            for optimizer in view.optimizers:
+                self.strategy.check_optimizer(optimizer)
             if not view.optimizers:
                 log.warning("configure_optimizers returned None: nothing will be optimised.")
-        if self.task.settings.compile is not None:
+        if self.task.settings.compile is not None and not self.strategy.compiles_blocks:
             self._undo_compile = compile_module(module, self.task.settings.compile)
 
     def describe(self) -> SetupReport:
@@ -141,6 +144,7 @@ class WorkerRun:
             plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
             has_validation=self.data.has_validation,
             parts=self.strategy.share.count,
+            shape=self._shaped,
         )
 
     def _attach(self, view: TrainerView | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import keep_types
 from raytrainer.metrics.metric_objects import load_states, states_of
@@ -52,7 +54,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
             callback.on_save_checkpoint(view, module, state)
         module.on_save_checkpoint(state)
     keep_types(state)
-    return state
+    return run.strategy.own_part(state, replica)
 
 
 def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
         return {}
     strategy, module = run.strategy, run.module
     states = [strategy.optimizer_state(module, optimizer) for optimizer in run.view.optimizers]
-    return {"state_dict": strategy.module_state(module), "optimizer_states": states}
+    return strategy.own_part({"state_dict": strategy.module_state(module), "optimizer_states": states}, replica)
 
 
 def _own_state(run: WorkerRun) -> dict[str, Any]:
@@ -71,7 +73,10 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
     own["metric_objects"] = states_of(run.module)
     own["loaders"] = run.data.states()
     if run.accumulating:
-        own["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
+        own["gradients"] = run.strategy.accumulated(run.module)
+    tensors = run.strategy.own_tensors(run.module)
+    if tensors:
+        own["tensors"] = tensors
     return own
 
 
@@ -84,6 +89,7 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
         CheckpointError: The checkpoint does not fit the module or its optimizers.
     """
     view, module = run.view, run.module
+    checkpoint = run.strategy.take_up(checkpoint)
     module.on_load_checkpoint(checkpoint)
     run.strategy.load_module(module, checkpoint["state_dict"], module.strict_loading)
     if run.datamodule is not None:
@@ -130,9 +136,12 @@ def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
     run.data.take_states(own.get("loaders") or [])
     run.view.metrics.take_sums(own["metrics"])
     gradients = own.get("gradients") or {}
-    for name, parameter in run.module.named_parameters():
-        if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device, copy=True)
+    run.strategy.put_accumulated(run.module, gradients)
+    with torch.no_grad():
+        live = run.strategy.own_tensors(run.module)
+        for name, value in (own.get("tensors") or {}).items():
+            if name in live:
+                live[name].copy_(value)
     run.accumulating = bool(gradients)
 
 

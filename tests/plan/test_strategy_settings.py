@@ -32,6 +32,17 @@ def test_names_and_objects(given, name):
     assert type(settings.ddp).name == name
 
 
+def test_sharding():
+    fsdp = rt.FSDP(blocks="layers.*", replicate="nodes", process_group_timeout=timedelta(minutes=2))
+    settings = build_settings(strategy=fsdp, num_nodes=2, num_processes=4)
+    assert settings.strategy == "fsdp" and settings.sharding is fsdp and settings.world_size == 8
+    assert fsdp.copies(2, 8) == 2 and fsdp.timeout_seconds == 120.0 and fsdp.blocks == ("layers.*",)
+    assert pickle.loads(pickle.dumps(fsdp)) == fsdp
+    assert build_settings(strategy="fsdp").sharding == rt.FSDP()
+    assert build_settings(strategy="ddp").sharding is None
+    assert build_settings(strategy="fsdp").world_size == 1  # in a worker of its own, which may have a GPU
+
+
 def test_settings_of_an_object():
     ddp = rt.DDP(
         find_unused_parameters=True,
@@ -55,6 +66,19 @@ def test_settings_of_an_object():
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: rt.FSDP(blocks=3), "blocks=3: give classes of modules, their names"),
+        (lambda: rt.FSDP(blocks=[]), r"blocks=\[\]"),
+        (lambda: rt.FSDP(replicate="node"), "replicate='node': give \"nodes\", a number of copies"),
+        (lambda: rt.FSDP(replicate=True), "replicate=True"),
+        (lambda: rt.FSDP(reshard_after_forward=1), "reshard_after_forward=1: give True, False, None, or a number"),
+        (lambda: rt.FSDP(cpu_offload=1), "FSDP: cpu_offload=1"),
+        (lambda: rt.FSDP(prefetch=0), "prefetch=0"),
+        (lambda: rt.FSDP(process_group_timeout=0), "process_group_timeout=0"),
+        (lambda: build_settings(strategy=rt.FSDP), r"strategy=FSDP: give an object, FSDP\(\)"),
+        (lambda: build_settings(strategy=rt.FSDP(cpu_offload=True), num_processes=2), "cpu_offload=True.* on CPUs"),
+        (lambda: build_settings(strategy=rt.FSDP(replicate=2), num_processes=2), 'that is strategy="ddp"'),
+        (lambda: build_settings(strategy=rt.FSDP(replicate=2), num_processes=3), "3 workers: .* a multiple"),
+        (lambda: build_settings(strategy=rt.FSDP(reshard_after_forward=3), num_processes=4), "divides 4"),
         (lambda: rt.DDP(gradient_compression="int8"), "gradient_compression='int8'.*'bf16'"),
         (lambda: rt.DDP2(bucket_cap_mb=0), "bucket_cap_mb=0"),
         (lambda: rt.DDP(find_unused_parameters=1), "DDP: find_unused_parameters=1"),

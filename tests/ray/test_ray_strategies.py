@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import signal
 
 import pytest
 import torch
-from ray_models import Net, assert_close, loader, moved
+from ray_models import Net, assert_close, assert_same, loader, moved
 from torch import nn
 
 import raytrainer as rt
@@ -79,6 +81,46 @@ def test_says_how_many_samples_are_in_a_step(strategy, line, ray_trainer, caplog
     finally:
         logging.getLogger("raytrainer").removeHandler(caplog.handler)
     assert line in caplog.messages
+
+
+class Deep(Means):
+    """Blocks; rank 1 ends once, where a file says so."""
+
+    def __init__(self, mark=None):
+        super().__init__()
+        self.mark = mark
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.body(x)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 1 and self.current_epoch == 1 and self.mark is not None and self.mark.exists():
+            self.mark.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_shards(ray_trainer, one_process, tmp_path):
+    """In shards: the weights of one process, a checkpoint, and a worker that is lost. All else is in strategies/."""
+    torch.manual_seed(1)
+    start = Deep()
+    alone, shared, troubled = (copy.deepcopy(start) for _ in range(3))
+    one_process(max_epochs=2).fit(alone, loader(32, 8), loader(9, 4))
+    options = {"strategy": "fsdp", "max_epochs": 2, "snapshot_every": 2, "max_failures": 1}
+    saver = rt.ModelCheckpoint(tmp_path / "saved", save_last=True)
+    trainer = ray_trainer(enable_checkpointing=True, callbacks=[saver], **options)
+    trainer.fit(shared, loader(32, 4), loader(9, 4))
+    assert moved(start, shared)
+    assert_close(alone, shared)
+    assert_close(shared, Deep.load_from_checkpoint(saver.last_model_path))
+    assert [len(part) for part in trainer.predict(shared, loader(9, 4))] == [4, 4, 1]
+    troubled.mark = tmp_path / "mark"
+    troubled.mark.touch()
+    ray_trainer(**options).fit(troubled, loader(32, 4), loader(9, 4))
+    assert not troubled.mark.exists()
+    assert_same(shared, troubled)
 
 
 def test_compressed_gradients_are_nearly_the_same(ray_trainer):

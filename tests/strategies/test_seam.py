@@ -14,9 +14,10 @@ from raytrainer.strategies.single import SingleStrategy
 from raytrainer.strategies.strategy import Strategy
 
 SEAM = (
-    "shape", "prepare", "sync_next", "clip_gradients", "begin_evaluation", "evaluation_step", "out_of_batches",
-    "end_evaluation", "holds_common", "module_state", "load_module", "optimizer_state", "load_optimizer",
-    "averaged_tensors",
+    "place", "shape", "prepare", "check_optimizer", "sync_next", "end_backward", "clip_gradients", "begin_evaluation",
+    "evaluation_step", "begin_round", "end_round", "end_evaluation", "holds_common", "own_part", "own_tensors",
+    "module_state", "load_module", "optimizer_state", "load_optimizer", "take_up", "averaged_tensors", "local_part",
+    "as_held",
 )  # fmt: skip
 
 

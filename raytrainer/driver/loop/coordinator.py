@@ -137,8 +137,9 @@ class Coordinator:
             if checkpoint is not None:
                 reports = self.group.call(Worker.restore, checkpoint)
         self.state.trainer.status = "running"
-        self.state.world_size = self.group.size
-        self.state.parts = reports[0].parts
+        self.state.world_size, self.state.parts = self.group.size, reports[0].parts
+        if reports[0].shape is not None:
+            log.info("%s", reports[0].shape)
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
         self._chunks.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
         if checkpoint is not None and self.task.stage == "fit":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.pieces import KEY
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
 from raytrainer.errors import StateLostError, StorageError
@@ -60,9 +61,12 @@ class Captured:
             Exception: The parts are gone with the workers that had them.
         """
         parts = [kept(part) for part in self._fetch()]
-        own = [part["own"] for part in parts if "own" in part]
-        main = next(part for part in parts if "state_dict" in part)
-        return {**main, **({"own": own} if own else {}), **self.driver}
+        joined: dict[str, Any] = {**next(part for part in parts if "state_dict" in part), **self.driver}
+        for name in ("own", KEY):
+            by_rank = [part[name] for part in parts if name in part]
+            if by_rank:
+                joined[name] = by_rank
+        return joined
 
 
 @dataclass(eq=False)

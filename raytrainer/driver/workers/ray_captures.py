@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from raytrainer.checkpointing.pieces import KEY
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.errors import CheckpointError, StateLostError
 from raytrainer.signals import wait_until
@@ -98,6 +99,9 @@ class RayCaptures:
             parts.append(found)
         if not any("state_dict" in part for part in parts):
             raise self._lost("all copies of the state are gone")
+        lacking = [rank for rank, part in enumerate(parts) if KEY not in part]
+        if 0 < len(lacking) < len(parts):  # of shards each worker has its own
+            raise self._lost(f"the shards of ranks {lacking} are gone")
         return parts
 
     def _lost(self, reason: str) -> StateLostError:

@@ -1,0 +1,130 @@
+"""Tensors of which each worker has a piece: how a state holds them, and how any part of one is put together again.
+
+A state of a sharded module is in two parts. The *tree* is what every state is, dicts and lists, in which a `Mark`
+stands for each tensor that is in pieces. The *pieces* are, for each worker, what it has of the tensors, by their keys.
+A state in memory has them as tensors, one on a disk as places in files, which are read when they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raytrainer.errors import CheckpointError
+
+__all__ = ["KEY", "InPieces", "Mark", "Piece", "Stored", "join_pieces", "map_tree", "whole_state"]
+
+#: Where a state has its pieces: a list by rank of {key: Piece}.
+KEY = "pieces"
+
+
+class Stored(Protocol):
+    """A piece that is somewhere else."""
+
+    def read(self) -> Tensor:
+        """The piece."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Stands for a tensor that is in pieces. `key` is its name among them."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor; in a state it is a dict of these, whose tensors are copied and sent like all others.
+
+    Attributes:
+        at: Index of its first element in the whole tensor.
+        shape: Its own.
+        data: The numbers, or where they are.
+    """
+
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    data: Any
+
+    def read(self) -> Tensor:
+        data: Tensor = self.data if isinstance(self.data, Tensor) else self.data.read()
+        return data
+
+
+class InPieces:
+    """A tensor in pieces, of which any block can be had.
+
+    Args:
+        mark: What stood for it.
+        pieces: All that there are of it, from whatever workers; replicas are allowed.
+    """
+
+    def __init__(self, mark: Mark, pieces: Sequence[Piece]) -> None:
+        self.key, self.shape, self.dtype = mark.key, torch.Size(mark.shape), mark.dtype
+        self._pieces = {piece.at: piece for piece in reversed(pieces) if 0 not in piece.shape or not mark.shape}
+
+    def block(self, at: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The block of this shape whose first element is at `at`.
+
+        Raises:
+            CheckpointError: Pieces are missing.
+        """
+        found = torch.empty(tuple(shape), dtype=self.dtype)
+        left = found.numel()
+        for piece in self._pieces.values() if left else ():
+            begin = [max(a, b) for a, b in zip(at, piece.at, strict=True)]
+            ends = zip(at, shape, piece.at, piece.shape, strict=True)
+            end = [min(a + n, b + m) for a, n, b, m in ends]
+            if any(b >= e for b, e in zip(begin, end, strict=True)):
+                continue
+            here = tuple(slice(b - a, e - a) for a, b, e in zip(at, begin, end, strict=True))
+            there = tuple(slice(b - a, e - a) for a, b, e in zip(piece.at, begin, end, strict=True))
+            part = piece.read()[there]
+            if part.numel() == found.numel() and part.dtype == found.dtype:
+                return part
+            found[here] = part
+            left -= part.numel()
+        if left > 0:
+            raise CheckpointError(f"the checkpoint lacks {left} numbers of {self.key!r}; use another checkpoint.")
+        return found
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        return self.block([0] * len(self.shape), self.shape)
+
+
+def map_tree(tree: Any, change: Callable[[Any, str], Any], path: str = "") -> Any:
+    """Dicts, lists and tuples with `change(value, path)` in place of everything else in them."""
+    if isinstance(tree, Mapping):
+        return {key: map_tree(value, change, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        items = [map_tree(item, change, f"{path}/{index}") for index, item in enumerate(tree)]
+        return items if isinstance(tree, list) else tuple(items)
+    return change(tree, path)
+
+
+def join_pieces(state: Mapping[str, Any], change: Callable[[InPieces], Any]) -> dict[str, Any]:
+    """A state with `change` of each tensor that is in pieces, and without its pieces; any other state as it is."""
+    if KEY not in state:
+        return dict(state)
+    by_rank: Sequence[Mapping[str, Mapping[str, Any]]] = state[KEY]
+
+    def joined(value: Any, path: str) -> Any:
+        if not isinstance(value, Mark):
+            return value
+        return change(InPieces(value, [Piece(**pieces[value.key]) for pieces in by_rank if value.key in pieces]))
+
+    rest = {name: value for name, value in state.items() if name != KEY}
+    own = {"own": rest.pop("own")} if "own" in rest else {}  # has nothing that is in pieces
+    return {**map_tree(rest, joined), **own}
+
+
+def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose tensors are whole."""
+    return join_pieces(state, InPieces.whole)

@@ -1,0 +1,166 @@
+"""Every private interface of torch's `fully_shard` (FSDP2) that this package uses, and what happens where it is gone.
+
+All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the function that needs it raises a
+`ConfigurationError` that says what cannot be done; training itself needs `drop_forward_hooks` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = [
+    "accumulated_gradients",
+    "drop_forward_hooks",
+    "found_infinities",
+    "is_gathered",
+    "own_parameters",
+    "place_of",
+    "put_accumulated_gradients",
+    "reduce_zeros",
+    "wind_up_backward",
+]
+
+
+def _gone(what: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(f"This torch ({torch.__version__}) does not let {what}: {error}.")
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """What a module gathers at a time; newer versions of torch may have several."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        group = state._fsdp_param_group
+        groups = [] if group is None else [group]
+    return list(groups)
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Each parameter that a module gathers by itself, by its name within the whole."""
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            yield parameter._param_fqn, parameter
+
+
+def drop_forward_hooks(module: nn.Module, shard: Callable[[], None]) -> None:
+    """Have a module sharded without its own forward passes counting as steps of FSDP.
+
+    `shard` calls `fully_shard(module)`, whose hooks are then taken off again.
+
+    Without `_forward_pre_hooks`: an error.
+    """
+    try:
+        before, after = set(module._forward_pre_hooks), set(module._forward_hooks)
+        shard()
+        for hooks, kept in ((module._forward_pre_hooks, before), (module._forward_hooks, after)):
+            for key in set(hooks) - kept:
+                del hooks[key]
+        for key in set(module._forward_pre_hooks_with_kwargs) - set(module._forward_pre_hooks):
+            del module._forward_pre_hooks_with_kwargs[key]
+    except AttributeError as error:
+        raise _gone("a training step be what FSDP takes for the forward pass", error) from None
+
+
+def own_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the parameters are that a module gathers by itself: (part of it, attribute)."""
+    try:
+        found = []
+        for _, parameter in _named_or_unnamed(module):
+            info = parameter._module_info
+            found.append((info.module, info.param_name))
+            found += zip(info.shared_modules, info.shared_param_names, strict=True)
+        return found
+    except AttributeError as error:
+        raise _gone("it be known which parameters FSDP gathers together", error) from None
+
+
+def _named_or_unnamed(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            yield None, parameter
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether the parameters that a module gathers by itself are whole now. Without the attribute: False."""
+    groups = _groups(module)
+    return bool(groups) and all(getattr(group, "is_unsharded", False) for group in groups)
+
+
+def reduce_zeros(module: nn.Module) -> None:
+    """Take part in the reduction of a module's gradients with zeros, where this worker has none.
+
+    Its parameters must be gathered. Gradients that have been accumulated before are part of it.
+    """
+    try:
+        for group in _groups(module):
+            for parameter in group.fsdp_params:
+                whole = parameter._unsharded_param
+                if whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
+                    whole.grad = torch.zeros_like(whole)
+            group.post_backward()
+    except AttributeError as error:
+        raise _gone("a worker skip a batch", error) from None
+
+
+def wind_up_backward(module: nn.Module) -> None:
+    """End a backward pass that this worker has taken part in without one of its own."""
+    try:
+        module._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
+    except AttributeError as error:
+        raise _gone("a worker skip a batch", error) from None
+
+
+def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients that wait on this worker for the batch that ends an accumulation, by names of parameters."""
+    found: dict[str, Tensor] = {}
+    try:
+        for name, parameter in _named(module):
+            gradient = parameter.unsharded_accumulated_grad
+            if gradient is None and hasattr(parameter, "_unsharded_param"):
+                gradient = parameter._unsharded_param.grad
+            if gradient is not None:
+                found[name] = gradient.detach()
+    except AttributeError as error:
+        raise _gone("a state be saved between the batches of an accumulation", error) from None
+    return found
+
+
+def put_accumulated_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """The reverse. The module's parameters must have been gathered before."""
+    try:
+        for name, parameter in _named(module):
+            if name in gradients:
+                whole = parameter._unsharded_param
+                value = gradients[name].to(whole.device, copy=True)
+                if value.dtype == whole.dtype:
+                    whole.grad = value
+                else:
+                    parameter.unsharded_accumulated_grad = value
+    except AttributeError as error:
+        raise _gone("a state be taken up between the batches of an accumulation", error) from None
+
+
+def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this worker's shard of a DTensor, and the index of the shard's first element in the whole."""
+    try:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    except ImportError as error:
+        raise _gone("it be known which part of a tensor a worker has", error) from None
+    shape, at = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(at)
+
+
+def found_infinities(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:
+    """What `unscale_` has found, one number a device: non-zero if a gradient is not finite. To be changed in place."""
+    try:
+        found = scaler._found_inf_per_device(optimizer)
+        return [value.to_local() if hasattr(value, "to_local") else value for value in found.values()]
+    except AttributeError as error:
+        raise _gone("workers agree on infinite gradients", error) from None

@@ -1,0 +1,262 @@
+"""What FSDP's workers do together, watched: so that one that has nothing to compute takes part all the same.
+
+Each gathering of a module's parameters, and each reduction of its gradients, needs all workers that hold shards of it.
+Two things leave a worker without a reason to: it has no batch left in an evaluation, or it skips a batch in training.
+
+In an evaluation workers agree, batch by batch, on who has one. While some have none, the first that has one tells them
+what it gathers; they gather it with it and drop it. They run no code of the user's.
+
+In training nothing is told from step to step. A worker that skips a batch does what its latest step did, from the point
+that it has got to, with zeros for gradients. In the first step, of which there is no record yet, workers tell the
+group's store what they do, and one that skips reads it there.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from raytrainer.errors import RaytrainerError
+from raytrainer.private.fsdp_private import reduce_zeros, wind_up_backward
+
+__all__ = ["Gatherings"]
+
+log = logging.getLogger("raytrainer")
+
+#: (what, which module, numbers sent): "gather" or "reduce".
+_Event = tuple[str, int, int]
+
+_END, _NOBODY = "end", "nobody"
+
+# torch 2.13 has given them other names
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Gatherings:
+    """Watches the collectives of one sharded module.
+
+    Args:
+        root: The whole, of which `fully_shard` has been called.
+        group: The workers that hold one copy of the shards.
+        store: A store that they share.
+        device: This worker's.
+        control: A gloo group of all workers.
+    """
+
+    def __init__(self, root: nn.Module, group: Any, store: Any, device: torch.device, control: Any) -> None:
+        self.root, self._group, self._store, self._device, self._control = root, group, store, device, control
+        self.modules = [part for part in root.modules() if isinstance(part, FSDPModule)]
+        self._members = dist.get_process_group_ranks(group)
+        name = [uuid.uuid4().hex if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(name, src=0, group=control)  # what the store has of earlier modules stays theirs
+        self._name = f"raytrainer/{name[0]}"
+        self._leader: int | None = None  # of an evaluation's round in which somebody has no batch
+        self._watching = False
+        self._happened: list[_Event] = []
+        self._known: dict[bool, list[_Event]] = {}  # what a step does, by whether it reduces
+        self._kind = True
+        self._step = 0
+        for index, part in enumerate(self.modules):
+            part.set_custom_all_gather(_Gather(self, index))  # type: ignore[arg-type]
+            part.set_custom_reduce_scatter(_Reduce(self, index))  # type: ignore[arg-type]
+
+    @property
+    def several(self) -> bool:
+        """Whether shards are on several workers."""
+        return len(self._members) > 1
+
+    # ---------------------------------------------------------------- training
+
+    def forget(self) -> None:
+        """What is trained has changed: the next step of each kind is told again."""
+        self._known.clear()
+
+    def begin_step(self, reduces: bool) -> None:
+        """A training step begins; `reduces`: its backward pass averages gradients."""
+        self._watching, self._kind = self.several, reduces
+        self._happened = []
+        self._step += 1
+
+    def end_step(self) -> None:
+        """Its backward pass is done."""
+        if not self._watching:
+            return
+        self._watching = False
+        if self._kind not in self._known:
+            self._tell(len(self._happened), _END)
+            self._known[self._kind] = self._happened
+
+    def skip_step(self, nothing: bool) -> bool:
+        """This worker has no loss for this step; take part in what the others do for theirs.
+
+        Args:
+            nothing: Whether it has no gradient to give in a step that reduces, of earlier batches neither.
+
+        Returns:
+            Whether that is so for all workers.
+
+        Raises:
+            RaytrainerError: What this worker has done so far in the step is not what it does in others.
+        """
+        if not self._watching:
+            wind_up_backward(self.root)
+            return nothing
+        counter = f"{self._name}/{self._step}/nothing"
+        if nothing:
+            self._store.add(counter, 1)
+        known = self._known.get(self._kind)
+        if known is not None:
+            self._repeat(known)
+            somebody = True
+        else:
+            somebody = self._follow()
+        if not somebody:
+            self._watching = False  # what such a step does is still unknown
+            if self._kind:
+                self._reduce_all()
+        wind_up_backward(self.root)
+        if somebody:
+            self.end_step()
+        if not nothing:
+            return False
+        # all have told by now: they have come as far as the reduction
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return int(self._store.add(counter, 0)) == dist.get_world_size()
+
+    def _reduce_all(self) -> None:
+        """All workers skip a step of which there is no record: reduce what earlier batches have left, in any order."""
+        for module in self.modules:
+            module.reshard()
+            module.unshard()
+            module.reshard()
+        for module in self.modules:
+            reduce_zeros(module)
+
+    def _repeat(self, known: Sequence[_Event]) -> None:
+        done = len(self._happened)
+        if self._happened != known[:done]:
+            raise RaytrainerError(
+                f"training_step skipped its batch after it had gathered other parameters than it usually does "
+                f"({self._happened[-1:]} after {done - 1} others): with fsdp all workers must use the same layers in "
+                f"the same order, up to where one returns None."
+            )
+        for event in known[done:]:
+            self._take_part(event)
+
+    def _follow(self) -> bool:
+        """Do what the others do in this step, as they tell the store; return whether any of them has gradients."""
+        # who comes last of those that skip ends it, if nobody is left
+        if self._store.add(f"{self._name}/{self._step}/skipped", 1) == dist.get_world_size():
+            self._tell(len(self._happened), _NOBODY)
+        while (word := self._store.get(self._key(len(self._happened))).decode()) not in (_END, _NOBODY):
+            what, index, numbers = word.split()
+            self._take_part((what, int(index), int(numbers)))
+        return bool(word == _END)
+
+    def _take_part(self, event: _Event) -> None:
+        what, index, _ = event
+        position = len(self._happened)
+        module: Any = self.modules[index]
+        if what == "gather":
+            module.reshard()  # what comes first in a step need not be the first that this worker has of it
+            module.unshard()
+            module.reshard()
+        else:
+            reduce_zeros(module)
+        if self._happened[position:] != [event]:
+            raise RaytrainerError(
+                f"a worker that skips a batch cannot do what the others do: {event}, not {self._happened[position:]}; "
+                f"with fsdp, training_step may return None only where each parameter that trains is used in each step."
+            )
+
+    def note(self, what: str, index: int, numbers: int) -> None:
+        """This worker is about to do something that needs the others."""
+        if self._leader is not None:
+            self._announce(index)
+        if self._watching:
+            if self._kind not in self._known:
+                self._tell(len(self._happened), f"{what} {index} {numbers}")
+            self._happened.append((what, index, numbers))
+
+    def _key(self, position: int) -> str:
+        return f"{self._name}/{self._step}/{position}"
+
+    def _tell(self, position: int, word: str) -> None:
+        self._store.set(self._key(position), word)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def begin_round(self, has_batch: bool) -> bool:
+        """Agree on who has a batch; return whether anybody has. A worker without one then calls `serve`."""
+        flags = [torch.zeros(1, dtype=torch.uint8) for _ in range(dist.get_world_size())]
+        dist.all_gather(flags, torch.tensor([has_batch], dtype=torch.uint8), group=self._control)
+        have = [bool(flag) for flag in flags]
+        here = [rank for rank in self._members if have[rank]]
+        self._leader = here[0] if here and len(here) < len(self._members) else None
+        return any(have)
+
+    def end_round(self) -> None:
+        """This worker has evaluated its batch."""
+        if self._leader is not None:
+            self._announce(-1)
+            self._leader = None
+
+    def serve(self) -> None:
+        """Gather what others gather for their batch, until they are done with it."""
+        if self._leader is None:  # nobody here has one
+            return
+        leader, self._leader = self._leader, None
+        word = torch.zeros(1, dtype=torch.int64, device=self._device)
+        while True:
+            dist.broadcast(word, src=leader, group=self._group)
+            index = int(word.item())
+            if index < 0:
+                return
+            module: Any = self.modules[index]
+            module.unshard()
+            module.reshard()
+
+    def _announce(self, index: int) -> None:
+        assert self._leader is not None
+        dist.broadcast(torch.tensor([index], device=self._device), src=self._leader, group=self._group)
+
+    def reshard(self) -> None:
+        """Drop everything that is gathered."""
+        for module in self.modules:
+            module.reshard()
+
+
+class _Buffers:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Buffers):
+    """torch's way of gathering a module's parameters, noted."""
+
+    def __init__(self, gatherings: Gatherings, index: int) -> None:
+        self._gatherings, self._index = gatherings, index
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self._gatherings.note("gather", self._index, input_tensor.numel())
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Reduce(_Buffers):
+    """torch's way of reducing a module's gradients, noted."""
+
+    def __init__(self, gatherings: Gatherings, index: int) -> None:
+        self._gatherings, self._index = gatherings, index
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self._gatherings.note("reduce", self._index, input_tensor.numel())
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

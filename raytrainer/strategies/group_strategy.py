@@ -1,0 +1,65 @@
+"""What strategies of several workers share, however the module is laid out: agreements over their process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from raytrainer.plan.ranks import Ranks
+from raytrainer.strategies.meeting import NEXT, Meeting
+from raytrainer.strategies.strategy import Strategy
+
+__all__ = ["GroupStrategy"]
+
+
+class _Gather(torch.autograd.Function):
+    """Tensors of all workers, stacked; backward, each worker's part gets the sum of all workers' gradients for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.rank = ranks.rank
+        parts = [torch.empty_like(tensor) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.rank], None
+
+
+class GroupStrategy(Strategy):
+    """One of several workers that form a torch.distributed group.
+
+    Args:
+        ranks: This worker's ranks.
+        device: Its device.
+        control: A gloo group for agreements that must not wait for the device.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device, control: Any = None) -> None:
+        super().__init__(ranks, device)
+        self.control = control
+        self.meeting = Meeting(control, ranks.world_size)
+
+    def all_agree(self, flag: bool) -> bool:
+        return bool(self.meeting.meet(NEXT, int(flag))[0])
+
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+        tensor = tensor.contiguous()
+        gathered: Tensor = _Gather.apply(tensor if sync_grads else tensor.detach(), self.ranks)
+        return gathered
+
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        gathered: list[Any] | None = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self.control)
+        return gathered
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)

@@ -1,0 +1,127 @@
+"""The state of a module in shards: what each worker gives of it, and takes up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from raytrainer.checkpointing.pieces import InPieces, join_pieces
+from raytrainer.data.transfer import to_cpu
+from raytrainer.errors import CheckpointError
+from raytrainer.private.fsdp_private import accumulated_gradients, put_accumulated_gradients
+from raytrainer.strategies.gatherings import Gatherings
+from raytrainer.strategies.group_strategy import GroupStrategy
+from raytrainer.strategies.shards import held_as, in_pieces, local_part
+
+__all__ = ["ShardedState"]
+
+
+class ShardedState(GroupStrategy):
+    """A strategy whose workers hold shards. No collective is needed to take a state, nor to take one up."""
+
+    _gatherings: Gatherings | None = None
+
+    @property
+    def gatherings(self) -> Gatherings:
+        assert self._gatherings is not None
+        return self._gatherings
+
+    def refresh(self, module: nn.Module) -> None:
+        """Have the shards be what the module's names stand for."""
+        self.gatherings.reshard()
+
+    def holds_common(self, replica: bool) -> bool:
+        return True  # its pieces
+
+    def own_part(self, state: dict[str, Any], replica: bool) -> dict[str, Any]:
+        return in_pieces(state, super().holds_common(replica))
+
+    def take_up(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return join_pieces(state, lambda tensor: tensor)
+
+    def local_part(self, tensor: Tensor) -> Tensor:
+        return local_part(tensor)
+
+    def as_held(self, value: Any, like: Tensor) -> Tensor:
+        return held_as(value, like)
+
+    def module_state(self, module: nn.Module) -> dict[str, Any]:
+        self.refresh(module)
+        return super().module_state(module)
+
+    def load_module(self, module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+        self.refresh(module)
+        own = module.state_dict()
+        wrong = [
+            f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} here"
+            for name, value in state.items()
+            if isinstance(own.get(name), Tensor) and hasattr(value, "shape") and value.shape != own[name].shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit {type(module).__name__}: {'; '.join(wrong)}. Construct the "
+                f"module as it was when saved."
+            )
+        held = {name: self._held(value, own.get(name)) for name, value in state.items()}
+        super().load_module(module, held, strict)
+
+    def _held(self, value: Any, like: Any) -> Any:
+        if isinstance(like, Tensor) and isinstance(value, (Tensor, InPieces)):
+            return held_as(value, like)
+        return value.whole() if isinstance(value, InPieces) else value
+
+    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        self.refresh(module)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def held(value: Any, parameter: Tensor) -> Any:
+            if isinstance(value, (Tensor, InPieces)) and value.shape == parameter.shape and value.shape != ():
+                return held_as(value, parameter)
+            return value.whole() if isinstance(value, InPieces) else value
+
+        values = {
+            index: {name: held(value, parameters[index]) for name, value in entries.items()}
+            if isinstance(index, int) and index < len(parameters) and isinstance(entries, dict)
+            else entries
+            for index, entries in state["state"].items()
+        }
+        super().load_optimizer(module, optimizer, {**state, "state": values})
+
+    def averaged_tensors(self, module: nn.Module, buffers: bool) -> dict[str, Tensor]:
+        self.refresh(module)
+        return super().averaged_tensors(module, buffers)
+
+    def accumulated(self, module: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for part in self.gatherings.modules:
+            found |= accumulated_gradients(part)
+        return found
+
+    def put_accumulated(self, module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+        if not gradients:
+            return
+        for part in self.gatherings.modules:
+            part.unshard()
+            part.reshard()
+            put_accumulated_gradients(part, gradients)
+
+    def own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """Buffers, which each worker has its own of; those of rank 0 are the checkpoint's."""
+        if self.ranks.rank == 0:
+            return {}
+        saved = module.state_dict()
+        return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+    @torch.no_grad()
+    def home_state(self, module: nn.Module) -> dict[str, Any] | None:
+        whole: dict[str, Any] = {}
+        for name, value in self.module_state(module).items():
+            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.ranks.rank == 0:
+                whole[name] = to_cpu(tensor)
+        return whole if self.ranks.rank == 0 else None

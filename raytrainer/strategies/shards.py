@@ -1,0 +1,63 @@
+"""Tensors of which this worker holds a shard (torch's DTensor), as pieces of a state and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, map_tree
+from raytrainer.private.fsdp_private import place_of
+
+__all__ = ["held_as", "in_pieces", "local_part"]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this worker holds of a tensor; shares its memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:
+    """A state with its shards apart, as `checkpointing/pieces.py` has it: this worker's part.
+
+    Args:
+        state: Has DTensors anywhere.
+        common: Whether this worker gives all else, too.
+    """
+    pieces: dict[str, Any] = {}
+
+    def apart(value: Any, path: str) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        shape, at = place_of(value)
+        pieces[path] = {"at": at, "shape": shape, "data": local_part(value.detach())}
+        return Mark(path, tuple(value.shape), value.dtype)
+
+    own = {"own": state["own"]} if "own" in state else {}
+    tree = map_tree({name: value for name, value in state.items() if name != "own"}, apart)
+    return {**(tree if common else {}), **own, KEY: pieces}
+
+
+def held_as(value: Any, like: Tensor) -> Tensor:
+    """A tensor of a state, whole or in pieces, as this worker holds `like`: its shard, or all of it."""
+    if not isinstance(like, DTensor):
+        whole: Tensor = value.whole() if isinstance(value, InPieces) else value
+        return whole
+    shape, at = place_of(like)
+    if isinstance(value, DTensor):
+        return value
+    if isinstance(value, InPieces):
+        part = value.block(at, shape)
+    else:
+        part = value[tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))]
+    local = part.to(local_part(like).device, copy=True)
+    with torch.no_grad():
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )

@@ -1,0 +1,168 @@
+"""Workers that are forked off the test's process: what several of them do together, without Ray and within a moment.
+
+`ForkedGroup` is a `WorkerGroup` as `RayGroup` is one: the same verbs, sent over pipes. So a Trainer that is given one
+(`forked`, in tests/strategies/conftest.py) goes through the whole of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cloudpickle
+import torch
+
+from raytrainer.errors import WorkerLostError
+from raytrainer.messages import SetupReport
+from raytrainer.plan.ranks import Ranks
+from raytrainer.task import Task
+from raytrainer.tensor_packing import pack, unpack
+from raytrainer.worker.process_group import ProcessGroup, make_store
+from raytrainer.worker.verbs import verb_of
+from raytrainer.worker.worker import Worker
+
+# a fork of a process whose torch knows GPUs cannot run backward passes
+_FORK = multiprocessing.get_context("forkserver" if torch.cuda.device_count() else "fork")
+
+
+class ForkedGroup:
+    """Workers in processes of their own.
+
+    Args:
+        size: How many.
+        nodes: How many nodes they believe to be on.
+    """
+
+    in_process = False
+
+    def __init__(self, size: int, nodes: int = 1) -> None:
+        self.size, self.nodes, self.broken = size, nodes, False
+        self.by_node: Mapping[str, int] = {f"node{index}": size // nodes for index in range(nodes)}
+        ports = _FORK.Queue()
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = _FORK.Pipe()
+            process = _FORK.Process(target=_work, args=(rank, size, nodes, ports, there), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        self._answers()
+
+    def describe(self) -> str:
+        return f"{self.size} forked workers"
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
+    def setup(self, task: Task) -> list[SetupReport]:
+        sent = cloudpickle.dumps(task)
+        reports: list[SetupReport] = self._tell("setup", sent)
+        return reports
+
+    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+        verb = verb_of(method)
+        return self._tell(verb.name, cloudpickle.dumps((pack(args) if verb.shares else args, kwargs)))
+
+    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        parts = self._tell("capture", cloudpickle.dumps(((weights_only,), {})))
+
+        def fetch() -> list[dict[str, Any]]:
+            return [unpack(cloudpickle.loads(part)) for part in parts]
+
+        return fetch
+
+    def _tell(self, name: str, sent: bytes) -> list[Any]:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send_bytes(cloudpickle.dumps((name, sent)))
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        """What all say, by rank; the first error of any of them, whoever else still waits."""
+        answers: dict[int, Any] = {}
+        while len(answers) < self.size:
+            left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = multiprocessing.connection.wait(list(left), timeout=120.0)
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(left.values())} have not answered")
+            for pipe in ready:
+                rank = left[pipe]  # type: ignore[index]
+                try:
+                    answer = cloudpickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    raise WorkerLostError(rank, "its process has ended") from None
+                if isinstance(answer, tuple) and answer[:1] == ("error",):
+                    error = answer[1]
+                    error.add_note(f"rank {rank}: {answer[2]}")
+                    raise error
+                answers[rank] = answer
+        return [answers[rank] for rank in range(self.size)]
+
+    def call_off(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self.broken = True
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def release(self) -> None:
+        if not self.broken:
+            self._tell("rest", cloudpickle.dumps(((), {})))
+
+
+def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    per_node = size // nodes
+    ranks = Ranks(rank, size, rank % per_node, per_node, rank // per_node, nodes)
+    worker = Worker(ranks, torch.device("cpu"))
+    store = None
+    if size > 1:
+        if rank == 0:
+            store, port = make_store("127.0.0.1", size)
+            for _ in range(size - 1):
+                ports.put(port)
+        else:
+            port = ports.get()
+        worker.group = ProcessGroup(ranks, "127.0.0.1", port, "127.0.0.1", "gloo", worker.device, store)
+    pipe.send_bytes(cloudpickle.dumps(None))
+    while True:
+        try:
+            name, sent = cloudpickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = _obey(worker, name, cloudpickle.loads(sent))
+        except BaseException as error:
+            try:
+                cloudpickle.loads(cloudpickle.dumps(error))
+            except Exception:
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            answer = ("error", error, "".join(traceback.format_exception(error)))
+        pipe.send_bytes(cloudpickle.dumps(answer))
+
+
+def _obey(worker: Worker, name: str, given: Any) -> Any:
+    if name == "setup":
+        if worker.ranks.local_rank == 0:
+            worker.prepare_data(given)
+        return worker.obey(Worker.setup, given)
+    args, kwargs = given
+    if name == "capture":
+        return cloudpickle.dumps(pack(worker.capture(*args, replica=True)))
+    if name == "rest":
+        return worker.rest()
+    method = getattr(Worker, name)
+    return worker.obey(method, *(unpack(args) if verb_of(method).shares else args), **kwargs)

@@ -1,0 +1,368 @@
+"""Training in shards: the same as one process with the whole batch, whatever the module does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from sharded_models import (
+    Block,
+    Counted,
+    Net,
+    Stateful,
+    assert_equal,
+    compare,
+    joined,
+    loader,
+    table,
+    weights,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import raytrainer as rt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+        {"accumulate_grad_batches": 3},
+    ],
+    ids=str,
+)
+def test_equals_one_process(options, forked):
+    one, two = compare(forked, Net, val=loader(13, 2), **options)
+    for ours, theirs in zip(
+        two.predict(two._module, loader(7, 2)), one.predict(one._module, loader(7, 2)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        rt.FSDP(blocks=Block),
+        rt.FSDP(blocks=["Linear", "LayerNorm"]),
+        rt.FSDP(blocks="blocks.*", reshard_after_forward=False),
+        rt.FSDP(activation_checkpointing=True),
+        rt.FSDP(prefetch=2),
+    ],
+    ids=str,
+)
+def test_settings(strategy, forked):
+    compare(forked, Net, strategy, val=loader(13, 2), max_epochs=1)
+
+
+def test_four_workers_in_two_copies(forked):
+    torch.manual_seed(0)
+    alone, shared = Net(), Net()
+    shared.load_state_dict(alone.state_dict())
+    forked(strategy="local", precision=64, max_epochs=2, gradient_clip_val=0.1).fit(
+        alone, loader(64, 16), loader(11, 2)
+    )
+    strategy = rt.FSDP(replicate="nodes")
+    trainer = forked(strategy=strategy, num_nodes=2, precision=64, max_epochs=2, gradient_clip_val=0.1)
+    trainer.fit(shared, loader(64, 4), loader(11, 2))
+    assert_equal(alone, shared)
+    assert float(trainer.callback_metrics["rows"]) == 11
+
+
+# ---------------------------------------------------------------- what modules do
+
+
+class Manual(Net):
+    """Two steps a batch, the second of which calls parts directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        x = self.inp(batch[0])
+        for block in self.blocks:
+            x = block(x)
+        self.manual_backward(F.mse_loss(self.head(x), batch[1]))
+        optimizer.step()
+
+
+class Adversaries(Net):
+    """Two optimizers, each of which sees its own parameters only; no part is a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.blocks = nn.ModuleList()
+        self.maker, self.judge = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        maker, judge = self.optimizers()
+        with self.toggled_optimizer(maker):
+            maker.zero_grad()
+            self.manual_backward(self.judge(self.maker(x)).mean())
+            maker.step()
+        with self.toggled_optimizer(judge):
+            judge.zero_grad()
+            self.manual_backward(self.judge(x).mean() - self.judge(self.maker(x).detach()).square().mean())
+            judge.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.maker.parameters(), 0.01), torch.optim.Adam(self.judge.parameters(), 0.01)]
+
+
+class Unfreezes(Net):
+    def on_train_epoch_start(self):
+        for parameter in (*self.blocks[0].parameters(), *self.inp.parameters()):
+            parameter.requires_grad = self.current_epoch >= 1
+
+
+class CallsEverywhere(Net):
+    """Hooks outside of steps call the module, and parts of it."""
+
+    def ones(self):
+        return torch.ones(2, 4, dtype=torch.float64, device=self.device)
+
+    def on_fit_start(self):
+        self(self.ones())
+
+    def on_train_epoch_end(self):
+        with torch.no_grad():
+            self.blocks[0](self.inp(self.ones()))
+
+    def on_validation_epoch_end(self):
+        self.log("val_end", self.head(self.blocks[1](self.inp(self.ones()))).sum())
+
+
+class OneBlockTwice(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.blocks[0], self.blocks[1], self.blocks[0]])
+
+
+class TiedOutsideOfBlocks(Net):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(5, 1)
+        self.other.weight = self.head.weight
+
+    def forward(self, x):
+        return super().forward(x) + self.other(self.inp(x))
+
+
+class ShardsItself(Net):
+    def configure_model(self):
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if torch.distributed.is_initialized() and not isinstance(self.blocks[0], FSDPModule):
+            fully_shard(self.blocks[0])
+            fully_shard(self.blocks[2])
+
+
+class Foreach(Net):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01, foreach=True)
+
+
+class Fused(Net):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01, fused=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Manual, Adversaries, Unfreezes, CallsEverywhere, OneBlockTwice, TiedOutsideOfBlocks, ShardsItself, Foreach,
+        Fused,
+    ],
+)  # fmt: skip
+def test_modules(make, forked):
+    compare(forked, make, val=loader(13, 2), max_epochs=3)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: rt.EMAWeightAveraging(0.8),
+        lambda: rt.StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1),
+    ],
+    ids=["ema", "swa"],
+)
+def test_averages_of_weights(callback, forked):
+    compare(forked, Net, val=loader(13, 2), callbacks=lambda: [callback()], max_epochs=3)
+
+
+# ---------------------------------------------------------------- workers that have nothing to compute
+
+
+class Skips(Net):
+    """Rank `rank` (-1: each) skips batches 0 and 2 of every epoch, `how`."""
+
+    def __init__(self, how="", rank=0):
+        super().__init__()
+        self.how, self.rank = how, rank
+
+    def training_step(self, batch, batch_idx):
+        skips = self.rank in (self.global_rank, -1) and batch_idx in (0, 2)
+        if skips and self.how == "before":
+            return None
+        loss = self.loss(batch)
+        if skips:
+            return None if self.how == "after" else torch.zeros((), requires_grad=True)
+        return loss
+
+
+class SkipsAlone(Net):
+    """The same in one process: a worker's share of the loss is zero."""
+
+    def __init__(self, rank=0):
+        super().__init__()
+        self.rank = rank
+
+    def training_step(self, batch, batch_idx):
+        parts = [self.loss(half) for half in zip(*(tensor.chunk(2) for tensor in batch), strict=True)]
+        skips = [batch_idx in (0, 2) and self.rank in (worker, -1) for worker in range(2)]
+        if all(skips):
+            return None
+        return sum(part * (not skip) for part, skip in zip(parts, skips, strict=True)) / 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1, -1])
+@pytest.mark.parametrize("how", ["before", "after", "a leaf"])
+def test_a_worker_may_skip_a_batch(how, rank, accumulate, forked):
+    torch.manual_seed(0)
+    alone, shared = SkipsAlone(rank), Skips(how, rank)
+    shared.load_state_dict(alone.state_dict())
+    options = {"precision": 64, "max_epochs": 2, "accumulate_grad_batches": accumulate}
+    forked(**options).fit(shared, DataLoader(table(32), batch_size=4))
+    forked(strategy="local", **options).fit(alone, joined(32, 4, 2))
+    assert_equal(alone, shared)
+
+
+def test_a_loss_without_a_graph_is_an_error(forked):
+    class Detached(Net):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch).detach()
+
+    with pytest.raises(rt.ConfigurationError, match="without a graph"):
+        forked(max_epochs=1).fit(Detached(), loader(32, 4, torch.float32))
+
+
+class OtherModelPerLoader(Net):
+    """What is gathered for a batch depends on its loader."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x, y = batch
+        found = self(x) if dataloader_idx == 0 else self.head(self.blocks[2](self.inp(x)))
+        self.log("val", F.mse_loss(found, y))
+        self.log("rows", float(len(x)), reduce_fx="sum")
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [
+        [loader(13, 2), loader(3, 2), loader(9, 2)],
+        [loader(1, 2), loader(5, 2)],
+        [DataLoader(Counted(7), batch_size=2), loader(2, 2)],
+    ],
+    ids=["uneven", "one batch", "unknown"],
+)
+@pytest.mark.parametrize("interval", [1.0, 3])
+def test_uneven_validation(loaders, interval, forked):
+    compare(forked, OtherModelPerLoader, val=loaders, max_epochs=1, val_check_interval=interval, num_sanity_val_steps=1)
+
+
+# ---------------------------------------------------------------- precisions
+
+
+@pytest.mark.parametrize("make", [Net, Stateful])
+@pytest.mark.parametrize("precision, dtype", [("bf16-mixed", torch.float32), ("16-mixed", torch.float32),
+                                              ("bf16-true", torch.bfloat16), (32, torch.float32)])  # fmt: skip
+def test_precisions(precision, dtype, make, forked):
+    class Looks(make):
+        def training_step(self, batch, batch_idx):
+            self.seen = [str(x.dtype) for x in (self.inp(batch[0]), self.scale, batch[0])]
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module = Looks()
+    trainer = forked(precision=precision, max_epochs=2, gradient_clip_val=1.0)
+    trainer.fit(module, loader(32, 4, torch.float32), loader(12, 4, torch.float32))
+    assert {value.dtype for value in weights(module).values() if value.is_floating_point()} == {dtype}
+    half = {"bf16-mixed": "torch.bfloat16", "16-mixed": "torch.float16"}.get(precision, str(dtype))
+    assert module.seen == [half, str(dtype), str(dtype)]
+    reference = forked(strategy="local", precision=32, max_epochs=2, gradient_clip_val=1.0)
+    torch.manual_seed(0)
+    reference.fit(make(), loader(32, 8, torch.float32), loader(12, 4, torch.float32))
+    assert float(trainer.callback_metrics["val"]) == pytest.approx(float(reference.callback_metrics["val"]), rel=0.5)
+
+
+def test_an_infinity_on_one_worker_skips_the_step_on_all(forked):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            # one parameter's gradient, which is one worker's shard
+            spoilt = self.head.bias.sum() * float("inf") if batch_idx == 1 and self.global_rank == 1 else 0.0
+            return self.loss(batch) + spoilt
+
+    module = Overflows()
+    trainer = forked(precision="16-mixed", max_epochs=1)
+    trainer.fit(module, loader(32, 4, torch.float32))
+    assert all(value.isfinite().all() for value in weights(module).values())
+    assert trainer.global_step == 4 and trainer.skipped_steps >= 1
+
+
+# ---------------------------------------------------------------- what is refused, what is said
+
+
+def test_tied_across_blocks_is_refused(forked):
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks[1].up = self.blocks[0].up
+
+    with pytest.raises(rt.ConfigurationError, match=r"'blocks\.0\.up\.weight' and 'blocks\.1\.up\.weight' are one"):
+        forked(max_epochs=1).fit(Tied(), loader(32, 4, torch.float32))
+
+
+def test_lbfgs_is_refused(forked):
+    class Joins(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(rt.ConfigurationError, match="LBFGS with fsdp"):
+        forked(max_epochs=1).fit(Joins(), loader(32, 4, torch.float32))
+
+
+def test_a_line_says_what_was_sharded(forked, caplog):
+    logging.getLogger("raytrainer").addHandler(caplog.handler)
+    try:
+        forked(max_epochs=1).fit(Net(), loader(32, 4, torch.float32))
+    finally:
+        logging.getLogger("raytrainer").removeHandler(caplog.handler)
+    assert "fsdp: 406 parameters in 2 shards, 0.0 MiB of them on each worker; 3 blocks (Block)" in caplog.messages
+
+
+def test_compiled_by_block(forked):
+    torch.manual_seed(0)
+    plain = Net()
+    compiled = copy.deepcopy(plain)
+    forked(max_epochs=1).fit(plain, loader(32, 4, torch.float32))
+    forked(max_epochs=1, compile={"backend": "eager"}).fit(compiled, loader(32, 4, torch.float32))
+    assert_equal(plain, compiled, atol=1e-6)
+
+
+def test_one_worker(forked):
+    compare(forked, Net, rt.FSDP(), workers=1, val=loader(13, 2), max_epochs=1)

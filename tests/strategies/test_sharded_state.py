@@ -1,0 +1,109 @@
+"""What is saved of a module in shards, and who may go on from it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from sharded_models import Net, Stateful, assert_equal, loader, same_bits
+
+import raytrainer as rt
+
+
+def saver(folder, **options):
+    return rt.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
+
+
+@pytest.mark.parametrize(
+    "options, saving",
+    [
+        ({}, {"every_n_train_steps": 3}),
+        ({"accumulate_grad_batches": 2, "val_check_interval": 3}, {}),  # in the middle of an accumulation
+        ({"precision": "16-mixed"}, {"every_n_train_steps": 3}),
+        ({"precision": "bf16-mixed", "accumulate_grad_batches": 2, "val_check_interval": 3}, {}),
+    ],
+    ids=str,
+)
+def test_resuming_in_mid_epoch_is_equal_bit_by_bit(options, saving, forked, tmp_path):
+    torch.manual_seed(0)
+    start = Stateful()
+    common = {"seed": 3, "enable_checkpointing": True, "max_epochs": 2, **options}
+    data = loader(40, 4, torch.float32), loader(12, 4, torch.float32)
+    whole = copy.deepcopy(start)
+    average = [rt.EMAWeightAveraging(0.9)] if not options else []
+    forked(callbacks=[saver(tmp_path / "first", **saving), *average], **common).fit(whole, *data)
+    names = sorted(os.listdir(tmp_path / "first"))
+    assert len(names) >= 2
+    for name in names[:3]:
+        resumed = copy.deepcopy(start)
+        again = [rt.EMAWeightAveraging(0.9)] if not options else []
+        trainer = forked(callbacks=[saver(tmp_path / "second", **saving), *again], **common)
+        trainer.fit(resumed, *data, ckpt_path=tmp_path / "first" / name)
+        assert same_bits(whole, resumed), name
+
+
+class Dies(Stateful):
+    """Rank 1 ends in the second epoch, once."""
+
+    def __init__(self, mark=None):
+        super().__init__()
+        self.mark = mark
+
+    def on_train_batch_start(self, batch, batch_idx):
+        here = self.global_rank == 1 and self.current_epoch == 1 and batch_idx == 3
+        if here and self.mark is not None and os.path.exists(self.mark):
+            os.remove(self.mark)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_changes_no_bit(forked, tmp_path):
+    torch.manual_seed(0)
+    start = Dies()
+    calm, troubled = copy.deepcopy(start), copy.deepcopy(start)
+    options = {"seed": 3, "max_epochs": 2, "snapshot_every": 2, "max_failures": 1}
+    forked(**options).fit(calm, loader(40, 4, torch.float32))
+    mark = tmp_path / "mark"
+    mark.touch()
+    troubled.mark = str(mark)
+    trainer = forked(**options)
+    trainer.fit(troubled, loader(40, 4, torch.float32))
+    assert not mark.exists() and trainer.global_step == 10
+    assert same_bits(calm, troubled)
+
+
+def test_any_number_of_workers_in_any_strategy_goes_on(forked, tmp_path):
+    torch.manual_seed(0)
+    start = Net()
+    alone = copy.deepcopy(start)
+    forked(strategy="local", precision=64, max_epochs=5).fit(alone, loader(32, 8))
+    path = None
+    for epoch, (strategy, workers) in enumerate(
+        [(rt.FSDP(), 4), ("fsdp", 2), ("ddp", 2), ("local", 1), (rt.FSDP(replicate=2), 4)]
+    ):
+        folder = tmp_path / str(epoch)
+        module = copy.deepcopy(start)
+        trainer = forked(
+            strategy=strategy, num_processes=workers, precision=64, max_epochs=epoch + 1, enable_checkpointing=True,
+            callbacks=[rt.ModelCheckpoint(folder, save_last=True)],
+        )  # fmt: skip
+        trainer.fit(module, loader(32, 8 // workers), ckpt_path=path)
+        path = folder / "last.ckpt"
+        plain = Net.load_from_checkpoint(path)  # in this process, without a group
+        assert_equal(module, plain, atol=1e-6)
+        assert trainer.validate(module, loader(13, 2), ckpt_path=path)
+    assert_equal(alone, module)
+
+
+def test_weights_of_another_shape_are_refused(forked, tmp_path):
+    class Wider(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(5, 2)
+
+    trainer = forked(max_epochs=1, enable_checkpointing=True, callbacks=[rt.ModelCheckpoint(tmp_path, save_last=True)])
+    trainer.fit(Net(), loader(32, 4, torch.float32))
+    with pytest.raises(rt.CheckpointError, match=r"head\.weight: \(1, 5\) in the checkpoint, \(2, 5\) here"):
+        forked(max_epochs=2).fit(Wider(), loader(32, 4, torch.float32), ckpt_path=tmp_path / "last.ckpt")
