@@ -70,8 +70,8 @@ class ForkedGroup:
         verb = verb_of(method)
         return self._tell(verb.name, cloudpickle.dumps((pack(args) if verb.shares else args, kwargs)))
 
-    def capture(self, weights_only: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        parts = self._tell("capture", cloudpickle.dumps(((weights_only,), {})))
+    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+        parts = self._tell("capture", cloudpickle.dumps(((weights_only,), {"final": final})))
 
         def fetch() -> list[dict[str, Any]]:
             return [unpack(cloudpickle.loads(part)) for part in parts]
@@ -161,7 +161,7 @@ def _obey(worker: Worker, name: str, given: Any) -> Any:
         return worker.obey(Worker.setup, given)
     args, kwargs = given
     if name == "capture":
-        return cloudpickle.dumps(pack(worker.capture(*args, replica=True)))
+        return cloudpickle.dumps(pack(worker.capture(*args, **kwargs, replica=True)))
     if name == "rest":
         return worker.rest()
     method = getattr(Worker, name)
