@@ -19,6 +19,7 @@ from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_dat
 from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.driver.reporting.results import write_profiles
 from raytrainer.driver.reporting.run_loggers import Logs
+from raytrainer.driver.saving.callback_states import own_copy, put_back, states_of, tensors_in
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -195,13 +196,11 @@ class Run:
 
     def callback_states(self) -> dict[str, Any]:
         """States of the driver's callbacks."""
-        return {callback.state_key: callback.state_dict() for callback in self._driver_callbacks}
+        return states_of(self._driver_callbacks)
 
     def restore_callbacks(self, states: dict[str, Any]) -> None:
         """Put them back."""
-        for callback in self._driver_callbacks:
-            if callback.state_key in states:
-                callback.load_state_dict(states[callback.state_key])
+        put_back(self._driver_callbacks, states)
 
     def regroup(self) -> WorkerGroup:
         """Workers to begin with, or in place of others. They may be long in coming, so Ctrl-C ends that at once."""
@@ -271,8 +270,10 @@ class Run:
             captured = coordinator.capture(weights_only)
             if any(_overrides(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
                 state = captured.resolve()
+                tensors = tensors_in(state)
                 self.emit("on_save_checkpoint", state)
-                self.writer.save(path, lambda: state, on_error)
+                state = own_copy(state, keep=tensors)  # hooks may have put in what they go on to change
+                self.writer.save(path, captured.giving(state), on_error)
             else:
                 self.writer.save(path, captured.resolve, on_error)
             if wait:
