@@ -26,6 +26,7 @@ __all__ = [
     "picked",
     "pinned",
     "prediction_columns",
+    "require_one_type",
     "row_bytes",
     "views",
 ]
@@ -59,6 +60,11 @@ def _view(array: Any) -> Any:
     if isinstance(array, pa.ExtensionArray):
         values = array.to_numpy_ndarray() if hasattr(array, "to_numpy_ndarray") else array.to_numpy(False)
         return _as_tensor(values)
+    if _whole_with_nulls(array):
+        # Arrow would give floats, in which large integers and the nulls are lost
+        values = np.empty(len(array), dtype=object)
+        values[:] = array.to_pylist()
+        return values
     if pa.types.is_fixed_size_list(kind) and not array.null_count and _numeric(kind.value_type):
         return _as_tensor(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), kind.list_size))
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _numeric(kind.value_type):
@@ -66,6 +72,21 @@ def _view(array: Any) -> Any:
     if _numeric(kind):
         return _as_tensor(array.to_numpy(zero_copy_only=False))
     return array
+
+
+def _whole_with_nulls(array: Any) -> bool:
+    """Whether it holds integers or booleans, or lists of them, of which some are null."""
+    import pyarrow as pa
+
+    while _is_list(array.type):
+        array = array.flatten()
+    return bool(array.null_count and (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)))
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _list_view(array: Any) -> Any:
@@ -102,13 +123,26 @@ def joined(parts: Sequence[Columns], copy: bool = True) -> Columns:
     """The rows of all parts. `copy`: also where there is only one part."""
     if len(parts) == 1 and not copy:
         return parts[0]
-    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    return {name: _joined(name, [part[name] for part in parts]) for name in parts[0]}
 
 
-def _joined(arrays: Sequence[Any]) -> Any:
+def _joined(name: str, arrays: Sequence[Any]) -> Any:
     if all(isinstance(array, Tensor) for array in arrays):
-        return arrays[0].clone() if len(arrays) == 1 else torch.cat(list(arrays))
+        require_one_type(name, {array.dtype for array in arrays})
+        if len({array.shape[1:] for array in arrays}) == 1:
+            return arrays[0].clone() if len(arrays) == 1 else torch.cat(list(arrays))
     return _concatenated([_as_numpy(array) for array in arrays])
+
+
+def require_one_type(name: str, types: set[torch.dtype]) -> None:
+    """Raise a DataError if a column holds integers in one place and floating-point numbers in another."""
+    floating = [kind for kind in types if kind.is_floating_point]
+    if 0 < len(floating) < len(types):
+        found = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+        raise DataError(
+            f"column {name!r} holds {found} in different blocks (pandas makes floats of integers with nulls): cast it "
+            f"to one type before, e.g. with map_batches, or leave it out with columns=[...]."
+        )
 
 
 def _concatenated(arrays: Sequence[Any]) -> Any:
@@ -159,11 +193,15 @@ def finished(columns: Columns, source: RayDataset) -> Columns:
     """
     result = {}
     for name, values in columns.items():
+        wanted = source.dtypes.get(name) if isinstance(source.dtypes, Mapping) else None
+        if wanted is not None and wanted.is_floating_point and _has_nulls(values):
+            values = torch.tensor([float("nan") if value is None else value for value in values], dtype=wanted)
         if not isinstance(values, Tensor):
             if source.collate_fn is None:
+                nan = f", or have NaN for null by dtypes={{{name!r}: torch.float64}}" if _has_nulls(values) else ""
                 raise DataError(
                     f"column {name!r} holds {_kind(values)}, which cannot be a tensor: leave it out with "
-                    f"columns=[...], or make a batch of it with collate_fn."
+                    f"columns=[...], or make a batch of it with collate_fn{nan}."
                 )
             result[name] = values
             continue
@@ -174,9 +212,19 @@ def finished(columns: Columns, source: RayDataset) -> Columns:
     return result
 
 
+def _has_nulls(values: Any) -> bool:
+    """Whether it is a column of numbers, of which some are null."""
+    if not isinstance(values, np.ndarray) or values.dtype != object or values.ndim != 1:
+        return False
+    found = {type(value) for value in values}
+    return type(None) in found and all(kind is type(None) or issubclass(kind, (bool, int, np.number)) for kind in found)
+
+
 def _kind(values: Any) -> str:
     if not isinstance(values, np.ndarray) or values.dtype != object or not len(values):
         return f"values of type {values.dtype if isinstance(values, np.ndarray) else values.type}"
+    if any(value is None for value in values):
+        return "whole numbers or booleans with nulls" if _has_nulls(values) else "nulls"
     first = values[0]
     return f"arrays of varying shape, e.g. {first.shape}" if isinstance(first, np.ndarray) else type(first).__name__
 

@@ -29,8 +29,10 @@ class RayDataset:
         drop_last: Training only: drop an epoch's rows that do not fill a batch on every worker. Without it every row
             is trained on exactly once, in last batches that are smaller. Evaluation always counts every row once.
         columns: The columns to read; None: all.
-        dtypes: The type of all floating-point columns, or of each column named: `{"label": torch.int64}`.
-        collate_fn: Makes a batch of a dict of NumPy arrays by column. Needed for text and for arrays of varying shape.
+        dtypes: The type of all floating-point columns, or of each column named: `{"label": torch.int64}`. A
+            floating-point type named for a column of integers has its nulls become NaN.
+        collate_fn: Makes a batch of a dict of NumPy arrays by column. Needed for text, for arrays of varying shape, and
+            for integers with nulls; columns of the latter two are object arrays (of arrays; of numbers and None).
         prefetch_batches: Batches that a thread prepares ahead; 0: none, all happens in the loop.
         keep_in_memory: True: read once and keep the blocks in Ray's object store; epochs then start at once, and a
             full shuffle costs next to nothing. False: read again in each epoch, for random augmentation in

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from raytrainer.data.look_ahead import LookAhead
-from raytrainer.data.ray.columns import Columns, cut, finished, joined, picked, pinned, row_bytes
+from raytrainer.data.ray.columns import Columns, cut, finished, joined, picked, pinned, require_one_type, row_bytes
 from raytrainer.data.ray.dealing import (
     Span,
     batches_of_each,
@@ -84,6 +87,7 @@ class RayFeed:
         self._limit = settings.limit(stage)
         self._pin = settings.on_gpu
         self._starts = 0
+        self._types: dict[str, torch.dtype] = {}  # of columns read so far
         self.length: int | None
         self.begin(0)
 
@@ -159,7 +163,7 @@ class RayFeed:
     def _cut(self, reads: Iterator[Read], skip: int) -> Iterator[Any]:
         """Batches out of large reads, leaving the first `skip` out."""
         depth = self.source.prefetch_batches
-        typed = ((finished(columns, self.source), sizes) for columns, sizes in reads)
+        typed = ((finished(self._alike(columns), self.source), sizes) for columns, sizes in reads)
         if self._pin and depth:  # in the loop itself it would cost what it saves
             typed = ((pinned(columns), sizes) for columns, sizes in typed)
         for columns, sizes in _ahead(typed, min(depth, 2)) if depth else typed:
@@ -171,6 +175,13 @@ class RayFeed:
                     skip -= 1
                     continue
                 yield batch if self.source.collate_fn is None else self.source.collate_fn(batch)
+
+    def _alike(self, columns: Columns) -> Columns:
+        """The columns, which must not be integers in some batches and floating-point numbers in others."""
+        for name, values in columns.items():
+            if isinstance(values, Tensor):
+                require_one_type(name, {values.dtype, self._types.setdefault(name, values.dtype)})
+        return columns
 
     def _rows_per_read(self, columns: Columns, rows: int) -> int:
         size = self.source.batch_size
