@@ -32,7 +32,7 @@ def batches(columns: list[Any], shuffle: bool, monkeypatch: pytest.MonkeyPatch, 
 
 def values(found: list[Any]) -> list[Any]:
     rows = (value for batch in found for value in batch["x"].tolist())
-    return sorted((list(row) if isinstance(row, (list, np.ndarray)) else row for row in rows), key=str)
+    return sorted((row.tolist() if isinstance(row, np.ndarray) else row for row in rows), key=str)
 
 
 WITH_NULLS = {
