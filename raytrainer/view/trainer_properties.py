@@ -108,6 +108,16 @@ class TrainerProperties:
         return self._state.world_size
 
     @property
+    def global_rank(self) -> int:
+        """0: the driver stands for the first worker. A Module's own rank is `self.global_rank`."""
+        return 0
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True: see `global_rank`."""
+        return True
+
+    @property
     def recoveries(self) -> list[Recovery]:
         """Failures that the last run has recovered from: what was lost, replayed, and how long it took."""
         return self._state.recoveries

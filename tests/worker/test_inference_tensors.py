@@ -65,5 +65,6 @@ def test_other_errors_stay_what_they_are(local_trainer):
     def fails(module):
         raise RuntimeError("of the user's own")
 
-    with pytest.raises(RuntimeError, match=r"^of the user's own$"):
+    with pytest.raises(RuntimeError) as told:
         local_trainer(max_epochs=1).fit(Caches(fails), data(4))
+    assert str(told.value) == "of the user's own"
