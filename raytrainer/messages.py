@@ -1,9 +1,11 @@
-"""What workers report to the driver: plain values and state. Imports nothing of the package."""
+"""What workers report to the driver: plain values and state. What is logged is in `metric_messages.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from raytrainer.metric_messages import LogCall, MetricReport
 
 __all__ = [
     "Difference",
@@ -11,126 +13,32 @@ __all__ = [
     "EvaluationStart",
     "Fingerprints",
     "FinishReport",
-    "LogCall",
-    "MetricReport",
-    "MetricSpec",
-    "Partial",
-    "ReadSample",
+    "PlateauWish",
     "SetupReport",
-    "StepRow",
     "TrainReport",
     "TrainStart",
 ]
 
 
 @dataclass(frozen=True)
-class MetricSpec:
-    """How a logged name wants to be treated; equal for all calls that log it in one hook."""
-
-    name: str
-    on_step: bool
-    on_epoch: bool
-    prog_bar: bool
-    logger: bool
-    sync_dist: bool
-    reduce: str  # "mean", "sum", "min", "max" or "custom"
-    rank_zero_only: bool = False
-    loader: int | None = None  # the evaluation loader it belongs to, where there are several
-    once_per_node: bool = False  # all workers of a node log the same value: the first one's counts
-    metric: str | None = None  # where the module has the torchmetrics object whose value this is
-
-    @property
-    def step_name(self) -> str:
-        return f"{self.name}_step" if self.on_step and self.on_epoch else self.name
-
-    @property
-    def epoch_name(self) -> str:
-        return f"{self.name}_epoch" if self.on_step and self.on_epoch else self.name
-
-
-@dataclass(frozen=True)
-class Partial:
-    """One worker's share of an epoch value. `values` is set for custom reductions only (with `fx`)."""
-
-    total: float
-    weight: float
-    values: tuple[float, ...] = ()
-    fx: Any = None
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """Values to log at one step, by logged name."""
-
-    step: int
-    epoch: int
-    values: dict[str, float]
-
-
-@dataclass(frozen=True)
-class LogCall:
-    """A call of a method of `self.logger`, to be made again on the driver's loggers.
+class PlateauWish:
+    """A scheduler that waits for a metric.
 
     Attributes:
-        name: The method.
-        args: Its arguments, tensors in main memory.
-        kwargs: Those given by name.
-        hook: The hook in which it was called.
-        position: Where in the run, comparable with others of the same hook.
-        step: The step to log at, where the method takes one and none was given; None: the driver knows.
+        index: Its place among the schedulers.
+        kind: Its class, for messages.
+        monitor: The metric.
+        interval: "step" or "epoch".
+        frequency: It acts every so many of these.
+        strict: Whether it is an error that nobody logs the metric.
     """
 
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hook: str | None = None
-    position: tuple[int, ...] = ()
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class ReadSample:
-    """Fingerprints of the first batches that a worker has read from a loader which it shares out itself.
-
-    Attributes:
-        loader: As in "the train loader".
-        part: Which part of the data it is to read.
-        batches: How many batches.
-        leaves: The batches' hashes by leaf, of those that say enough to tell parts apart.
-        advice: What to write if workers read the same.
-    """
-
-    loader: str
-    part: int
-    batches: int
-    leaves: dict[str, tuple[int, ...]]
-    advice: str
-
-
-@dataclass
-class MetricReport:
-    """What was logged since the last report.
-
-    `step` holds each name's latest step value; `epoch` holds this worker's share of every epoch value, and is only
-    filled in when the epoch (or evaluation) ends. `calls` are those of `self.logger`, on rank 0, in order.
-    """
-
-    specs: dict[str, MetricSpec] = field(default_factory=dict)
-    rows: list[StepRow] = field(default_factory=list)
-    step: dict[str, float] = field(default_factory=dict)
-    epoch: dict[str, Partial] = field(default_factory=dict)
-    samples: list[StepRow] = field(default_factory=list)  # of this worker alone
-    idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
-    calls: list[LogCall] = field(default_factory=list)
-    reads: tuple[ReadSample, ...] = ()  # what loaders gave first
-
-    def add(self, later: MetricReport) -> None:
-        """Take up a report on steps that follows this one."""
-        self.specs |= later.specs
-        self.rows += later.rows
-        self.step |= later.step
-        self.samples += later.samples
-        self.calls += later.calls
+    index: int
+    kind: str
+    monitor: str
+    interval: str
+    frequency: int
+    strict: bool
 
 
 @dataclass
@@ -139,16 +47,12 @@ class SetupReport:
 
     Attributes:
         rank: Its rank.
-        plateau_steps: Every so many optimizer steps, a scheduler waits for a metric.
-        plateau_epochs: Whether a scheduler waits for a metric at the end of epochs.
         has_validation: Whether there is something to validate with.
         parts: Batches that the group reads at the same time: one per worker, per node (ddp2), or in all (dp).
         shape: What the strategy says of the form that it has given the module, if that is worth a line.
     """
 
     rank: int
-    plateau_steps: tuple[int, ...] = ()
-    plateau_epochs: bool = False
     has_validation: bool = False
     parts: int = 1
     shape: str | None = None
@@ -162,11 +66,15 @@ class TrainStart:
         batches: The training loader's.
         batch_size: Samples per batch, where the loader says.
         val_batches: The validation loaders'.
+        plateaus: The schedulers that wait for a metric.
+        stop: The module or a worker callback has asked the run to stop.
     """
 
     batches: int | None
     batch_size: int | None = None
     val_batches: list[int | None] = field(default_factory=list)
+    plateaus: tuple[PlateauWish, ...] = ()
+    stop: bool = False
 
 
 @dataclass
@@ -183,6 +91,7 @@ class TrainReport:
         data_seconds: Share of `seconds` spent waiting for the loader.
         metrics: What was logged.
         skipped_steps: Steps in the whole run so far that were left out for infinite gradients.
+        steps: Optimizer steps in this chunk.
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
     """
 
@@ -195,6 +104,7 @@ class TrainReport:
     data_seconds: float
     metrics: MetricReport
     skipped_steps: int = 0
+    steps: int = 0
     behind: bool = False
 
 
@@ -231,6 +141,7 @@ class EvaluationStart:
     """
 
     batches: list[int | None]
+    stop: bool = False  # the module or a worker callback has asked the run to stop
     nothing: bool = False
 
 
@@ -243,7 +154,7 @@ class EvaluationReport:
         batches: Batches done since the evaluation began, over all loaders.
         seconds: Wall time of the chunk.
         done: All loaders are through.
-        metrics: What was logged; epoch values only when done.
+        metrics: What was logged; when done, also this worker's share of the epoch's values so far.
         predictions: For "predict": (loader, batch index in the whole loader, output) of this chunk.
         by_loader: Batches done of each loader, when the evaluation has ended.
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.

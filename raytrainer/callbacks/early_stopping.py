@@ -24,6 +24,8 @@ _log = logging.getLogger("raytrainer")
 class EarlyStopping(Callback):
     """Asks the trainer to stop when `monitor` has not improved for `patience` checks.
 
+    A check is of a new value: where nothing has been logged since the last one, there is none.
+
     Args:
         monitor: Name of the metric in `trainer.callback_metrics`.
         min_delta: An improvement must be larger than this; its sign does not matter.
@@ -74,6 +76,7 @@ class EarlyStopping(Callback):
             wish = Moment.TRAIN_EPOCH if check_on_train_epoch_end else Moment.VALIDATION
         self._moment = MonitorMoment(wish)
         self._warned = False
+        self._judged = -1  # batch of the value that was checked last
         self.best_score = torch.tensor(worst_score(mode))
         self.wait_count = 0
         self.stopped_epoch = 0
@@ -97,11 +100,11 @@ class EarlyStopping(Callback):
     def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the metric."""
         if self._active(trainer):
-            self._moment.before_validation(self.monitor in trainer.callback_metrics)
+            self._moment.before_validation(self._logged_by(trainer, "train"))
 
     def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Check, if this is the moment to."""
-        if self._active(trainer) and self._moment.after_validation(self.monitor in trainer.callback_metrics):
+        if self._active(trainer) and self._moment.after_validation(self._logged_by(trainer, "validate")):
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
@@ -109,8 +112,15 @@ class EarlyStopping(Callback):
         if not self._active(trainer):
             return
         has_validation = any(count != 0 for count in trainer.num_val_batches)
-        if self._moment.after_train_epoch(self.monitor in trainer.callback_metrics, has_validation):
-            self._check(trainer)
+        if self._moment.after_train_epoch(self._logged_by(trainer, "train"), has_validation):
+            can_still_come = has_validation and not self._moment.validated
+            if self.monitor in trainer.callback_metrics or not can_still_come:
+                self._check(trainer)
+
+    def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
+        """The next run counts anew."""
+        if stage == "fit":
+            self._judged = -1
 
     def state_dict(self) -> dict[str, Any]:
         """Best value and counters."""
@@ -119,6 +129,7 @@ class EarlyStopping(Callback):
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
             "patience": self.patience,
+            "judged": self._judged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,14 +137,25 @@ class EarlyStopping(Callback):
         self.best_score = torch.as_tensor(state_dict["best_score"], dtype=torch.float64)
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
+        self._judged = state_dict.get("judged", -1)
 
     def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
+
+    def _logged_by(self, trainer: RunningTrainer, stage: str) -> bool:
+        """Whether the metric is there, and what logged it last was this."""
+        when = trainer.metric_time(self.monitor)
+        return self.monitor in trainer.callback_metrics and (when is None or when.stage == stage)
 
     def _check(self, trainer: RunningTrainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             self._complain(sorted(trainer.callback_metrics))
             return
+        when = trainer.metric_time(self.monitor)
+        if when is not None:
+            if when.batch <= self._judged:
+                return
+            self._judged = when.batch
         value = float(trainer.callback_metrics[self.monitor])
         before = StoppingState(float(self.best_score), self.wait_count)
         verdict = judge(self.rules, before, value, self.monitor)

@@ -47,15 +47,18 @@ class ModelCheckpoint(Callback):
             `trainer.default_root_dir`.
         filename: Template such as "{epoch}-{val_loss:.2f}", which gives "epoch=3-val_loss=0.31". It may use "epoch",
             "step" and every name in `trainer.callback_metrics`. None: "{epoch}-{step}".
-        monitor: Metric that says which checkpoints are best. None: the latest is.
+        monitor: Metric that says which checkpoints are best; "step" and "epoch" are always there. None: the latest is.
+            A checkpoint waits for a value that is new and its own: of a validation metric, that of a validation of the
+            very weights that are saved.
         mode: "min" when smaller is better, "max" when larger is.
         save_top_k: How many to keep: 0 none, -1 all; without `monitor` only 0, 1 and -1.
         save_last: True keeps "last.ckpt" too, written at every moment that a checkpoint could be, and at the end.
         every_n_epochs: Save after every so many epochs [1]; 0 turns this off.
-        every_n_train_steps: Instead, save after every so many optimizer steps.
+        every_n_train_steps: Instead, save whenever so many more optimizer steps are reached or passed.
         train_time_interval: Instead, save when so much time has passed since the last save or the start of training.
         save_on_train_epoch_end: True: after training epochs. False: after validations. None: after validations, unless
-            the run has none or training logs the monitored metric.
+            the run has none or training logs the monitored metric. In each case, what an epoch's end asks for is saved
+            once that is over: validation, hooks, schedulers and other callbacks.
         save_weights_only: Leave out what only resuming needs (optimizers, schedulers, counters).
         auto_insert_metric_name: Put "name=" before each value in `filename`; a "/" in a name becomes "_".
         on_error: What to do about a checkpoint that cannot be written, because the disk is full, say: "raise" ends the
@@ -118,6 +121,8 @@ class ModelCheckpoint(Callback):
         self.last_model_path = ""
         self.current_score: torch.Tensor | None = None
         self._saved_step = self._last_saved_step = 0
+        self._due = False  # it is time to save, and the moment or the metric is still to come
+        self._judged = -1  # batch of the metric's value that was acted on last
         self._warned: set[str] = set()
         self._pending: dict[str, Any] | None = None
         self._failed: deque[Callable[[], None]] = deque()  # what has to be taken back, from the writer's thread
@@ -145,44 +150,52 @@ class ModelCheckpoint(Callback):
         """What a resumed run starts from has been saved already."""
         self._saved_step = self._last_saved_step = trainer.global_step
         self._timed = time.monotonic()
+        self._due = False
 
     def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the monitored metric."""
         if self._active(trainer):
-            self._moment.before_validation(self.monitor is not None and self._has_metric(trainer))
+            self._moment.before_validation(self.monitor is not None and self._logged_by(trainer, "train"))
 
     def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Save, if this is the moment to."""
         if self._active(trainer):
-            now = self._moment.after_validation(self._has_metric(trainer))
-            if now and self._epoch_due(trainer):
-                self._save(trainer)
+            now = self._moment.after_validation(self.monitor is None or self._logged_by(trainer, "validate"))
+            self._due |= now and self._epoch_due(trainer)
+            if not trainer.epoch_ended:
+                self._save_if_due(trainer)
 
     def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
-        """Save at the steps asked for, or when the time has come."""
+        """Save at the steps asked for, or when the time has come; but first comes what ends an epoch, or validates."""
+        if not self._active(trainer):
+            return
         interval, now = self.train_time_interval, time.monotonic()
-        if interval and now - self._timed >= interval.total_seconds() and self._active(trainer):
-            self._timed = now
-            self._save(trainer)
+        if interval and now - self._timed >= interval.total_seconds():
+            self._timed, self._due = now, True
         every, step = self.every_n_train_steps, trainer.global_step
-        if every and step > 0 and step % every == 0 and self._active(trainer):
-            self._save(trainer)
+        self._due |= bool(every and step // every > (step - report.steps) // every)
+        if not trainer.epoch_ended and not trainer.about_to_validate:
+            self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Save, if this is the moment to; say so if the monitored metric will never come."""
         if not self._active(trainer):
             return
         has_validation = any(count != 0 for count in trainer.num_val_batches)
-        now = self._moment.after_train_epoch(self._has_metric(trainer), has_validation)
+        by_training = self.monitor is None or self._logged_by(trainer, "train")
+        now = self._moment.after_train_epoch(by_training, has_validation)
         can_still_come = has_validation and not self._moment.validated
         if not self._has_metric(trainer) and self.save_top_k != 0 and not can_still_come:
             raise ConfigurationError(self._missing(trainer))
-        if now and self._epoch_due(trainer):
-            self._save(trainer)
+        self._due |= now and self._epoch_due(trainer)
+        self._save_if_due(trainer)
 
     def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
-        """Bring "last.ckpt" up to date with the end of training."""
-        if self.save_last and self._active(trainer) and trainer.global_step != self._last_saved_step:
+        """Save what an interrupted epoch's end was to save; bring "last.ckpt" up to date with the end of training."""
+        if not self._active(trainer):
+            return
+        self._save_if_due(trainer)
+        if self.save_last and trainer.global_step != self._last_saved_step:
             self._save_as_last(trainer)
 
     def _active(self, trainer: RunningTrainer) -> bool:
@@ -192,7 +205,29 @@ class ModelCheckpoint(Callback):
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _has_metric(self, trainer: RunningTrainer) -> bool:
-        return self.monitor is None or self.monitor in trainer.callback_metrics
+        return self.monitor is None or self.monitor in self._candidates(trainer)
+
+    def _candidates(self, trainer: RunningTrainer) -> dict[str, float]:
+        """What may be monitored and stand in file names."""
+        there = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        counters = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        return there | {name: int(there.get(name, count)) for name, count in counters.items()}
+
+    def _logged_by(self, trainer: RunningTrainer, stage: str) -> bool:
+        """Whether the monitored metric is there, and what logged it last was this."""
+        when = None if self.monitor is None else trainer.metric_time(self.monitor)
+        return self._has_metric(trainer) and (when is None or when.stage == stage)
+
+    def _is_judged(self, trainer: RunningTrainer) -> bool:
+        """Whether the monitored metric has a value that is new, and tells of the weights that there are now."""
+        if self.monitor is None or self.save_top_k == 0:
+            return True
+        when = trainer.metric_time(self.monitor)
+        if when is None:
+            return self._has_metric(trainer)
+        if when.stage == "train":
+            return when.batch > self._judged
+        return when.batch == trainer.total_batches
 
     def _missing(self, trainer: RunningTrainer) -> str:
         known = ", ".join(sorted(trainer.callback_metrics)) or "none"
@@ -203,8 +238,11 @@ class ModelCheckpoint(Callback):
 
     # What
 
-    def _save(self, trainer: RunningTrainer) -> None:
+    def _save_if_due(self, trainer: RunningTrainer) -> None:
         self._take_back()
+        if not self._due or not self._is_judged(trainer):
+            return
+        self._due = False
         if self._saved_step != trainer.global_step:
             self._save_best(trainer)
         if self.save_last and self._last_saved_step != trainer.global_step:
@@ -216,26 +254,27 @@ class ModelCheckpoint(Callback):
             self._failed.popleft()()
 
     def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
-        """Name only checkpoints that are there."""
+        """Name only checkpoints that are there; the next run counts anew."""
         self._take_back()
+        if stage == "fit":
+            self._due, self._judged = False, -1
 
     def _save_best(self, trainer: RunningTrainer) -> None:
         if self.save_top_k == 0:
-            return
-        if not self._has_metric(trainer):
-            self._warn_once(self._missing(trainer) + "; nothing is saved before it exists")
             return
         if self.monitor is None:
             drop = self.best_model_path if self.save_top_k == 1 else ""
             self._write(trainer, drop or None, None)
             return
-        score = comparable(float(trainer.callback_metrics[self.monitor]), self.mode)
+        score = comparable(float(self._candidates(trainer)[self.monitor]), self.mode)
         self.current_score = torch.tensor(score, dtype=torch.float64)
         placement = place(self._scores(), score, self.save_top_k, self.mode)
         if placement.save:
             self._write(trainer, placement.drop, score)
         elif self.verbose:
             _log.info("step %d: %s = %.6g is not among the best", trainer.global_step, self.monitor, score)
+        when = trainer.metric_time(self.monitor)
+        self._judged = -1 if when is None else when.batch
 
     def _write(self, trainer: RunningTrainer, drop: str | None, score: float | None) -> None:
         path = self._new_path(trainer, drop)
@@ -303,8 +342,7 @@ class ModelCheckpoint(Callback):
         return self.dirpath
 
     def _new_path(self, trainer: RunningTrainer, drop: str | None) -> str:
-        values: dict[str, float] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        values.update(epoch=trainer.current_epoch, step=trainer.global_step)
+        values = self._candidates(trainer)
         unknown = sorted(set(template_fields(self.filename)) - set(values))
         if unknown:
             self._warn_once(f"ModelCheckpoint(filename={self.filename!r}): not logged, taken as 0: {unknown}")
@@ -369,10 +407,12 @@ class ModelCheckpoint(Callback):
             "best_k_models": self._scores(),
             "current_score": None if self.current_score is None else float(self.current_score),
             "last_model_path": self.last_model_path,
+            "judged": self._judged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was kept, if it lies in this object's folder; otherwise begin anew, with a warning."""
+        self._judged = state_dict.get("judged", -1)
         if self.dirpath is None:
             self._pending = state_dict  # the folder is only known once there is a trainer
             return

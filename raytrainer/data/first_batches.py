@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.messages import ReadSample
+from raytrainer.metric_messages import ReadSample
 
 __all__ = ["Fingerprint", "read_alike"]
 

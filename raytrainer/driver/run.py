@@ -26,7 +26,7 @@ from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
 from raytrainer.errors import CheckpointError, StorageError, WorkerError
 from raytrainer.loggers.logger import first_log_dir
-from raytrainer.messages import LogCall
+from raytrainer.metric_messages import LogCall
 from raytrainer.profilers import Profiler
 from raytrainer.signals import shield, terminate
 from raytrainer.task import Task

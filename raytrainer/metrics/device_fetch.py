@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrainer.metric_messages import Number
+
 __all__ = ["begin_fetch"]
 
 
-def begin_fetch(values: Sequence[Any]) -> Callable[[], list[float]]:
-    """Have numbers and scalar tensors fetched; what this returns waits for that, and gives them as floats, in order.
+def begin_fetch(values: Sequence[Any]) -> Callable[[], list[Number]]:
+    """Have numbers and scalar tensors fetched; what this returns waits for that, and gives them in order, unrounded.
+
+    Whole numbers stay ints.
 
     Tensors of one device and type travel together, and a GPU's beside what it is given to do later.
     """
@@ -25,14 +29,14 @@ def begin_fetch(values: Sequence[Any]) -> Callable[[], list[float]]:
         for (device, _), indices in groups.items()
     ]
 
-    def fetched() -> list[float]:
-        floats = list(values)
+    def fetched() -> list[Number]:
+        plain = list(values)
         for indices, arrived, numbers in travelling:
             if arrived is not None:
                 arrived.synchronize()
             for index, number in zip(indices, numbers.tolist(), strict=True):
-                floats[index] = number
-        return [float(value) for value in floats]
+                plain[index] = number
+        return [int(value) if isinstance(value, int) else float(value) for value in plain]
 
     return fetched
 

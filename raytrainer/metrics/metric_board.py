@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from raytrainer.errors import MetricError
-from raytrainer.messages import MetricReport, MetricSpec, Partial
+from raytrainer.metric_messages import MetricReport, MetricSpec, Number, Reduced
+from raytrainer.metrics.exact_numbers import as_tensor, exact
+from raytrainer.metrics.reductions import reduce_partials, reduce_steps
 
-__all__ = ["MetricBoard", "reduce_partials"]
+__all__ = ["MetricBoard", "MetricTime"]
+
+Rows = list[tuple[int, int, dict[str, Number]]]
+
+
+@dataclass(frozen=True)
+class MetricTime:
+    """When a metric got its value.
+
+    Attributes:
+        stage: What logged it: "train", "validate" or "test".
+        batch: Training batches that each worker had done in the run by then.
+    """
+
+    stage: str
+    batch: int
 
 
 class MetricBoard:
@@ -19,32 +37,51 @@ class MetricBoard:
 
     Epoch values are reduced over all workers here, by name, weighted by batch size: workers run no collective for it,
     so workers that logged different names cannot wait for each other.
+
+    Attributes:
+        times: When each callback metric got its value. Whoever acts on one looks whether it is new.
+        now: The time of what is taken up next.
+        news: What workers have not been told yet; None: nothing.
     """
 
     def __init__(self) -> None:
         self.callback: dict[str, Tensor] = {}
         self.logged: dict[str, Tensor] = {}
-        self.progress: dict[str, float] = {}
+        self.progress: dict[str, Number] = {}
+        self.times: dict[str, MetricTime] = {}
+        self.now = MetricTime("train", 0)
+        self.news: Reduced | None = None
 
-    def step_values(self, reports: Sequence[MetricReport]) -> list[tuple[int, int, dict[str, float]]]:
-        """Take up step values; return rows (step, epoch, values) for the loggers."""
-        for name, spec in reports[0].specs.items():
+    def step_values(self, reports: Sequence[MetricReport]) -> Rows:
+        """Take up step values; return rows (step, epoch, values) for the loggers.
+
+        Those of evaluations are no callback metrics, as each is one batch's.
+        """
+        specs, training = reports[0].specs, self.now.stage == "train"
+        for name, spec in specs.items():
             values = [report.step[name] for report in reports if name in report.step]
             if not spec.on_step or not values:
                 continue
-            value = _synced(spec, values)
-            self._show(spec, spec.step_name, value)
-        rows: list[tuple[int, int, dict[str, float]]] = []
+            value = reduce_steps(spec, values, reports[0].fx.get(name))
+            if training:
+                self._show(spec, spec.step_name, value)
+            if spec.prog_bar:
+                self.progress[spec.step_name] = value
+            if spec.logger:
+                self.logged[spec.step_name] = as_tensor(value)
+        by_step_name = {spec.step_name: spec for spec in specs.values()}
+        rows: Rows = []
         others = [{row.step: row.values for row in report.rows} for report in reports[1:]]
         for row in reports[0].rows:
-            merged = dict(row.values)
-            for name in merged:
-                values = [merged[name], *(r[row.step][name] for r in others if name in r.get(row.step, {}))]
-                merged[name] = sum(values) / len(values)
+            merged = {}
+            for name, value in row.values.items():
+                values = [value, *(r[row.step][name] for r in others if name in r.get(row.step, {}))]
+                spec = by_step_name[name]
+                merged[name] = reduce_steps(spec, values, reports[0].fx.get(spec.name))
             rows.append((row.step, row.epoch, merged))
         rows = _with_samples(rows, reports)
         for _, _, merged in rows:
-            self.logged.update({name: torch.tensor(value) for name, value in merged.items()})
+            self.logged.update({name: as_tensor(value) for name, value in merged.items()})
         return rows
 
     def epoch_values(
@@ -52,12 +89,13 @@ class MetricBoard:
         reports: Sequence[MetricReport],
         what: str,
         batches: Sequence[Sequence[int]] | None = None,
-        compute: Callable[[list[MetricSpec]], dict[str, float]] = lambda specs: {},
-    ) -> dict[str, float]:
-        """Take up the epoch's values, reduced over workers; return those for the loggers.
+        compute: Callable[[list[MetricSpec]], dict[str, float]] | None = None,
+    ) -> Reduced:
+        """Take up the epoch's values, reduced over workers; return them.
 
         Workers without a batch of a loader (`batches`, by worker and loader) need not have logged what others did.
-        `compute` asks the workers for the values of metric objects, which all have by then: names agree.
+        `compute` asks the workers for the values of metric objects, which all have by then: names agree. Without it
+        these are left out.
 
         Raises:
             MetricError: Workers that had batches logged different names; says which worker lacks which.
@@ -68,45 +106,70 @@ class MetricBoard:
             for name in report.epoch:
                 specs.setdefault(name, report.specs[name])
         objects = [spec for spec in specs.values() if spec.metric is not None]
-        computed = compute(objects) if objects else {}
-        to_log = {}
+        computed = compute(objects) if objects and compute is not None else {}
+        reduced = Reduced()
         for name, spec in specs.items():
+            if spec.metric is not None and name not in computed:
+                continue
             partials = [r.epoch[name] for r in reports if name in r.epoch]
             value = computed[name] if name in computed else reduce_partials(spec.reduce, partials)
             self._show(spec, spec.epoch_name, value)
+            reduced.callback[spec.name] = reduced.callback[spec.epoch_name] = value
+            if spec.prog_bar:
+                self.progress[spec.epoch_name] = reduced.progress[spec.epoch_name] = value
             if spec.logger:
-                to_log[spec.epoch_name] = value
-                self.logged[spec.epoch_name] = torch.tensor(value)
-        return to_log
+                self.logged[spec.epoch_name] = as_tensor(value)
+                reduced.logged[spec.epoch_name] = value
+            loaders = {loader for partial in partials for loader in partial.loaders}
+            if spec.loader is not None or loaders:
+                reduced.loaders[spec.epoch_name] = [spec.loader] if spec.loader is not None else sorted(loaders)
+        return reduced
 
-    def _show(self, spec: MetricSpec, full_name: str, value: float) -> None:
-        tensor = torch.tensor(value)
-        self.callback[spec.name] = tensor
-        self.callback[full_name] = tensor
-        if spec.prog_bar:
-            self.progress[full_name] = value
+    def take_news(self) -> Reduced | None:
+        """What workers have not been told yet; they are told by the caller."""
+        news, self.news = self.news, None
+        return news
 
-    def restore(self, values: dict[str, float]) -> None:
-        """Go on from the metrics of a checkpoint."""
-        self.callback.update({name: torch.tensor(value) for name, value in values.items()})
+    def _show(self, spec: MetricSpec, full_name: str, value: Number) -> None:
+        tensor = as_tensor(value)
+        for name in (spec.name, full_name):
+            self.callback[name], self.times[name] = tensor, self.now
 
-    def plain(self) -> dict[str, float]:
-        """All metrics as numbers."""
-        return {name: value.item() for name, value in self.callback.items()}
+    # ---------------------------------------------------------------- in checkpoints
+
+    def plain(self) -> dict[str, Number]:
+        """All callback metrics as numbers."""
+        return {name: exact(value.item()) for name, value in self.callback.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs beyond `plain`, as plain values."""
+        return {
+            "logged": {name: exact(value.item()) for name, value in self.logged.items()},
+            "progress": dict(self.progress),
+            "times": {name: [time.stage, time.batch] for name, time in self.times.items()},
+        }
+
+    def restore(self, values: dict[str, Number], state: dict[str, Any] | None = None) -> None:
+        """Go on from the metrics of a checkpoint, and forget others."""
+        state = state or {}
+        kept = Reduced(dict(values), state.get("logged", {}), state.get("progress", {}))
+        self.callback = {name: as_tensor(value) for name, value in kept.callback.items()}
+        self.logged = {name: as_tensor(value) for name, value in kept.logged.items()}
+        self.progress = dict(kept.progress)
+        self.times = {name: MetricTime(*time) for name, time in state.get("times", {}).items()}
+        self.news = kept
 
 
-_SAMPLED: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum, "mean": fmean}
+_SAMPLED: dict[str, Callable[[list[Number]], Number]] = {"min": min, "max": max, "sum": sum, "mean": fmean}
 
 
-def _with_samples(
-    rows: list[tuple[int, int, dict[str, float]]], reports: Sequence[MetricReport]
-) -> list[tuple[int, int, dict[str, float]]]:
+def _with_samples(rows: Rows, reports: Sequence[MetricReport]) -> Rows:
     """The rows with what each worker has measured of itself.
 
     Of names that end in "/min", "/max", "/sum" or "/mean", workers' values become one; others are one worker's alone.
     """
     by_step = {step: (epoch, dict(values)) for step, epoch, values in rows}
-    own: dict[int, dict[str, list[float]]] = {}
+    own: dict[int, dict[str, list[Number]]] = {}
     for row in (row for report in reports for row in report.samples):
         by_step.setdefault(row.step, (row.epoch, {}))
         for name, value in row.values.items():
@@ -115,30 +178,6 @@ def _with_samples(
         for name, values in named.items():
             by_step[step][1][name] = _SAMPLED.get(name.rpartition("/")[2], max)(values)
     return [(step, *by_step[step]) for step in sorted(by_step)] if own else rows
-
-
-def _synced(spec: MetricSpec, values: Sequence[float]) -> float:
-    if not spec.sync_dist or len(values) == 1:
-        return values[0]
-    if spec.reduce == "sum":
-        return sum(values)
-    if spec.reduce in ("min", "max"):
-        return (min if spec.reduce == "min" else max)(values)
-    return sum(values) / len(values)
-
-
-def reduce_partials(reduce: str, partials: Sequence[Partial]) -> float:
-    """One value from all workers' shares: means are weighted by the number of samples."""
-    if reduce == "custom":
-        values = torch.tensor([value for partial in partials for value in partial.values])
-        return float(partials[0].fx(values))
-    totals = [partial.total for partial in partials]
-    if reduce == "sum":
-        return sum(totals)
-    if reduce in ("min", "max"):
-        return (min if reduce == "min" else max)(totals)
-    weight = sum(partial.weight for partial in partials)
-    return sum(totals) / weight if weight else float("nan")
 
 
 def _check_names(reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from raytrainer.errors import MetricError
-from raytrainer.messages import MetricSpec
+from raytrainer.metric_messages import MetricSpec, Number, Partial
+from raytrainer.metrics.metric_objects import reset
 
 __all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "spec_for"]
 
@@ -71,12 +73,15 @@ class Slot:
         "fx",
         "kept",
         "last",
+        "loaders",
         "logged",
         "metric",
         "moment",
         "options",
         "pending",
         "recent",
+        "reduced",
+        "shown",
         "spec",
         "total",
         "weight",
@@ -84,39 +89,64 @@ class Slot:
 
     def __init__(self, spec: MetricSpec, options: LogOptions | None, fx: Any) -> None:
         self.spec, self.options, self.fx = spec, options, fx
-        self.last: Any = None  # latest step value
+        self.last: Any = None  # latest step value, until it is reported
+        self.shown: Any = None  # the latest that was reported in this epoch
+        self.reduced = False  # the module sees the epoch's value over all workers
         self.moment = -1  # batch in which it was logged
         self.pending: list[Any] = []  # values of this epoch, on the device
         self.recent = 0  # how many of these are of that batch
         self.weight: list[int] = []  # their batch sizes
-        self.folded: list[float] = []  # [total, weight] of values fetched before
+        self.folded: list[Number] = []  # [total, weight] of values fetched before
         self.metric: Any = None  # the torchmetrics object that is logged here
         self.logged = False  # it has been, in this epoch
-        self.custom: list[float] = []  # all values fetched before, for a custom reduction
+        self.custom: list[Number] = []  # all values fetched before, for a custom reduction
+        self.loaders: set[int] = set()  # those in whose batches it was logged, where its name says none
 
-    def fold(self, values: list[float], weights: list[int]) -> None:
+    def fold(self, values: list[Number], weights: list[int]) -> None:
         """Take values that have been fetched, with their batch sizes, into the epoch's."""
         reduce = self.spec.reduce
         if reduce == "custom":
             self.custom += values
         else:
-            total, weight = self.folded or (None, 0.0)
+            total, weight = self.folded or (None, 0)
             if reduce == "mean":
-                total = (total or 0.0) + sum(v * w for v, w in zip(values, weights, strict=True))
+                total = (total or 0) + sum(v * w for v, w in zip(values, weights, strict=True))
             elif reduce == "sum":
-                total = (total or 0.0) + sum(values)
+                total = (total or 0) + sum(values)
             else:
                 pick = min if reduce == "min" else max
                 total = pick(values) if total is None else pick(total, *values)
             self.folded = [total, weight + sum(weights)]
 
+    def begin_epoch(self) -> None:
+        """The epoch's value begins anew."""
+        self.folded, self.custom, self.loaders = [], [], set()
+        self.shown, self.logged, self.reduced = None, False, False
+
+    def share(self, counts: bool) -> Partial | None:
+        """This worker's share of the epoch's value, of what has been folded; None: it has none."""
+        if self.logged:
+            return Partial(0, 0, loaders=tuple(sorted(self.loaders)))
+        if not self.folded and not self.custom:
+            return None
+        if not counts:
+            return Partial(NEUTRAL.get(self.spec.reduce, 0), 0, (), self.fx, tuple(sorted(self.loaders)))
+        total, weight = self.folded or (0, 0)
+        return Partial(total, weight, tuple(self.custom), self.fx, tuple(sorted(self.loaders)))
+
 
 class Ledger:
-    """Slots by (hook, name, loader), and rows kept for the loggers: (step, epoch, [(name, value)])."""
+    """Slots by (hook, name, loader), and rows kept for the loggers: (step, epoch, [(slot, value)])."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[str | None, str, int | None], Slot] = {}
-        self.rows: list[tuple[int, int, list[tuple[str, Any]]]] = []
+        self.rows: list[tuple[int, int, list[tuple[Slot, Any]]]] = []
+
+    def reset_metrics(self) -> None:
+        """Bring the metric objects to their beginning."""
+        for slot in self.slots.values():
+            if slot.metric is not None:
+                reset(slot.metric)
 
     def sums(self) -> list[dict[str, Any]]:
         """The epoch's sums so far as plain values."""
@@ -126,20 +156,25 @@ class Ledger:
                 "spec": vars(slot.spec).copy(),
                 "folded": list(slot.folded),
                 "custom": list(slot.custom),
+                "loaders": sorted(slot.loaders),
             }
             for key, slot in self.slots.items()
             if slot.folded or slot.custom or slot.logged
         ]
 
-    def local_values(self) -> dict[str, float]:
-        """This worker's own epoch values so far."""
-        values = {}
-        for slot in self.slots.values():
-            if slot.folded:
-                total, weight = slot.folded
-                mean = slot.spec.reduce == "mean"
-                values[slot.spec.name] = values[slot.spec.epoch_name] = total / weight if mean and weight else total
-        return values
+    def take_sums(self, saved: list[dict[str, Any]], root: nn.Module) -> None:
+        """Go on from sums that `sums` gave; metric objects are found in `root`."""
+        self.reset_metrics()
+        self.slots.clear()
+        self.rows.clear()
+        for item in saved:
+            hook, name, loader_idx = item["key"]
+            slot = Slot(MetricSpec(**item["spec"]), None, None)
+            slot.folded, slot.custom = list(item["folded"]), list(item["custom"])
+            slot.loaders = set(item.get("loaders", ()))
+            if slot.spec.metric is not None:
+                slot.metric, slot.logged = root.get_submodule(slot.spec.metric), True
+            self.slots[hook, name, loader_idx] = slot
 
 
 def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | None, once_per_node: bool) -> MetricSpec:

@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from raytrainer.errors import MetricError
-from raytrainer.messages import LogCall, MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.metric_messages import LogCall, MetricReport, MetricSpec, Reduced, StepRow
 from raytrainer.metrics.batch_weight import BatchWeight
 from raytrainer.metrics.device_fetch import begin_fetch
-from raytrainer.metrics.metric_objects import is_metric, path_of, reset, step_value
-from raytrainer.metrics.metric_slots import NEUTRAL, Ledger, LogOptions, Slot, spec_for
+from raytrainer.metrics.exact_numbers import exact, number, scalar
+from raytrainer.metrics.metric_objects import is_metric, path_of, step_value
+from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, spec_for
+from raytrainer.metrics.shown_metrics import ShownMetrics
 
 __all__ = ["MetricStore"]
 
@@ -33,6 +35,8 @@ class MetricStore:
         self._weight = BatchWeight(tells=rank == 0)
         self._whole_node = False
         self.moment = 0  # counts batches
+        self.in_batches = False  # whether hooks see step values, or the epoch's
+        self._shown = ShownMetrics()
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
         self.calls: Callable[[], list[LogCall]] = list  # what `self.logger` was asked to do since the last report
         self.first_of_node = True  # among workers that see the same batch of a node: the one whose values count
@@ -47,10 +51,34 @@ class MetricStore:
     def switch(self, ledger: str) -> None:
         """Log to the "train" or the "evaluate" ledger, so that a validation leaves the epoch's sums alone."""
         if self._ledgers[ledger] is not self._current:
+            self.show()
             self._begun.clear()  # of an evaluation that has failed
         self._current = self._ledgers[ledger]
         self._slots, self._rows = self._current.slots, self._current.rows
         self.loader_idx = None
+
+    def show(self) -> ShownMetrics:
+        """What module code may see of the metrics here and now."""
+        ledger = self._current
+        if self.in_batches:
+            self._shown.take_epoch(ledger, range(self.loader_idx or 0))
+            self._shown.take_steps(ledger, self.loader_idx, ledger is self._ledgers["train"])
+        else:
+            self._shown.take_epoch(ledger)
+        return self._shown
+
+    def take(self, reduced: Reduced | None) -> None:
+        """Values over all workers, from the driver, if it has some."""
+        if reduced is not None:
+            self._shown.take(reduced)
+
+    def leave_batches(self, reduced: Reduced | None) -> None:
+        """The batches of an epoch or evaluation are over: hooks see its values, the worker's own beside `reduced`."""
+        self.show()
+        self.in_batches, self.loader_idx = False, None
+        self.take(reduced)
+        for slot in self._slots.values():
+            slot.reduced = reduced is not None and slot.spec.name in reduced.callback
 
     def forget_batch(self) -> None:
         """Forget what the batch in progress has logged, since it has failed and will be repeated."""
@@ -59,22 +87,18 @@ class MetricStore:
                 kept = len(slot.pending) - slot.recent
                 slot.last, slot.pending, slot.weight = None, slot.pending[:kept], slot.weight[:kept]
 
-    def clear(self) -> None:
-        """Forget what the current ledger holds."""
-        self._reset_metrics(self._current)
+    def clear(self, shown: bool = False) -> None:
+        """Forget what the current ledger holds; also all that has been `shown` of metrics."""
+        if shown:
+            self._shown.clear()
+        self._current.reset_metrics()
         self._slots.clear()
         self._rows.clear()
 
     def close(self) -> None:
         """The run is over; epochs that have not ended leave nothing in the module's metrics."""
         for ledger in self._ledgers.values():
-            self._reset_metrics(ledger)
-
-    @staticmethod
-    def _reset_metrics(ledger: Ledger) -> None:
-        for slot in ledger.slots.values():
-            if slot.metric is not None:
-                reset(slot.metric)
+            ledger.reset_metrics()
 
     @property
     def batch(self) -> Any:
@@ -112,7 +136,9 @@ class MetricStore:
         slot = self._slots.get((self.hook, name, loader))
         if slot is None or slot.options is None:
             slot = self._new_slot(name, options, sync_dist_group)
-        elif slot.options != options:
+        if self.loader_idx is not None and loader is None:
+            slot.loaders.add(self.loader_idx)
+        if slot.options != options:
             raise MetricError(
                 f"self.log({name!r}, ...) was called in {self.hook} with other options than before; use the same "
                 f"options, or another name."
@@ -121,12 +147,12 @@ class MetricStore:
             # a copy, since the caller may go on to change the tensor in place
             value = value.detach().clone()
             if value.ndim:
-                value = self._scalar(name, value)
+                value = scalar(name, value)
         elif not isinstance(value, (int, float)):
             if is_metric(value):
                 self._note_metric(slot, name, value)
                 return
-            value = self._number(name, value)
+            value = number(name, value)
         spec = slot.spec
         if rank_zero_only and self.rank != 0:
             return
@@ -152,7 +178,7 @@ class MetricStore:
         slot.logged = True
         if slot.spec.on_step and (self.rank == 0 or not slot.spec.rank_zero_only):
             value = step_value(metric, name)
-            slot.last = self._scalar(name, value.detach().clone()) if isinstance(value, Tensor) else float(value)
+            slot.last = scalar(name, value.detach().clone()) if isinstance(value, Tensor) else float(value)
             slot.moment = self.moment
 
     def _refuse_shared(self, name: str, metric: Any) -> None:
@@ -164,20 +190,6 @@ class MetricStore:
                     f"self.log({name!r}, <{type(metric).__name__}>) in {self.hook}: {there} logs the same metric "
                     f"object, which would mix both; use one object a stage, as self.train_acc and self.val_acc."
                 )
-
-    def _scalar(self, name: str, value: Tensor) -> Tensor:
-        if value.numel() != 1:
-            raise MetricError(
-                f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log one element, e.g. its mean."
-            )
-        return value.reshape(())
-
-    def _number(self, name: str, value: Any) -> float:
-        if isinstance(value, (str, bytes, dict, list, tuple)) or not hasattr(value, "__float__"):
-            raise MetricError(
-                f"self.log({name!r}, {value!r}): log a number or a tensor with one element; use log_dict for a mapping."
-            )
-        return float(value)
 
     def _new_slot(self, name: str, options: LogOptions, sync_dist_group: Any) -> Slot:
         if sync_dist_group is not None:
@@ -194,7 +206,7 @@ class MetricStore:
     def note_row(self, step: int, epoch: int) -> None:
         """Keep the values logged since the batch began as a row for the loggers."""
         row = [
-            (slot.spec.step_name, slot.last)
+            (slot, slot.last)
             for slot in self._slots.values()
             if slot.spec.logger and slot.spec.on_step and slot.moment == self.moment and self._tells_steps(slot.spec)
         ]
@@ -219,19 +231,19 @@ class MetricStore:
         self.begin_report()
         report = self.finish_report()
         if end_of_epoch:
-            self._add_epoch(report)
+            self.add_epoch(report)
+            self.begin_epoch()
         return report
 
     def finish_report(self) -> MetricReport:
         """Wait for what `begin_report` has had fetched, and give it."""
         report = MetricReport()
-        begun, self._begun = self._begun, []
-        for taken_up in begun:
-            report.add(taken_up())
+        while self._begun:
+            report.add(self._begun.pop(0)())
         return report
 
     def begin_report(self) -> None:
-        """Have everything since the last report fetched. What is logged from now on is left for the next report."""
+        """Have everything since the last report fetched. What is logged from now on is left for the next one."""
         rows, samples, calls = self._rows.copy(), self._samples, self.calls()
         self._rows.clear()
         self._samples = []
@@ -241,6 +253,7 @@ class MetricStore:
             taken.append((slot, slot.last is not None, slot.weight))
             if slot.last is not None:
                 values.append(slot.last)
+                slot.shown = slot.last
             values += slot.pending
             slot.last, slot.pending, slot.weight = None, [], []
         fetched, wait = begin_fetch(values), self.mark()
@@ -250,51 +263,38 @@ class MetricStore:
             numbers = iter(fetched())
             report = MetricReport(samples=samples, calls=calls)
             for step, epoch, row in rows:
-                report.rows.append(StepRow(step, epoch, {name: next(numbers) for name, _ in row}))
+                report.rows.append(StepRow(step, epoch, {s.spec.step_name: exact(next(numbers)) for s, _ in row}))
+                report.specs.update({slot.spec.name: slot.spec for slot, _ in row})
             for slot, has_last, weights in taken:
                 if has_last:
                     last = next(numbers)
                     report.specs[slot.spec.name] = slot.spec
                     if self._tells_steps(slot.spec):
-                        report.step[slot.spec.name] = last
+                        report.step[slot.spec.name] = exact(last)
+                        if slot.fx is not None and slot.spec.sync_dist:
+                            report.fx[slot.spec.name] = slot.fx
                 if weights:
                     slot.fold([next(numbers) for _ in weights], weights)
             return report
 
         self._begun.append(taken_up)
 
-    def _add_epoch(self, report: MetricReport) -> None:
-        """This worker's shares of the epoch's values, which begin anew."""
+    def add_epoch(self, report: MetricReport) -> None:
+        """Add this worker's shares of the epoch's values so far; call after `report`."""
         for slot in self._slots.values():
-            spec = slot.spec
-            if spec.on_epoch and slot.logged:
-                report.specs[spec.name] = spec
-                report.epoch[spec.name] = Partial(0.0, 0.0)
-                slot.logged = False
-            elif spec.on_epoch and (slot.folded or slot.custom):
-                report.specs[spec.name] = spec
-                total, weight = slot.folded or (0.0, 0.0)
-                share = Partial(total, weight, tuple(slot.custom), slot.fx)
-                if not self._is_first(spec):
-                    share = Partial(NEUTRAL.get(spec.reduce, 0.0), 0.0, (), slot.fx)
-                report.epoch[spec.name] = share
-                slot.folded, slot.custom = [], []
+            share = slot.share(self._is_first(slot.spec)) if slot.spec.on_epoch else None
+            if share is not None:
+                report.specs[slot.spec.name], report.epoch[slot.spec.name] = slot.spec, share
+
+    def begin_epoch(self) -> None:
+        """The epoch's values begin anew."""
+        for slot in self._slots.values():
+            slot.begin_epoch()
 
     def take_sums(self, saved: list[dict[str, Any]]) -> None:
         """Go on from sums that `sums` gave."""
-        self.clear()
-        for item in saved:
-            hook, name, loader_idx = item["key"]
-            slot = Slot(MetricSpec(**item["spec"]), None, None)
-            slot.folded, slot.custom = list(item["folded"]), list(item["custom"])
-            if slot.spec.metric is not None:
-                slot.metric, slot.logged = self.root.get_submodule(slot.spec.metric), True
-            self._slots[hook, name, loader_idx] = slot
+        self._current.take_sums(saved, self.root)
 
     def sums(self) -> list[dict[str, Any]]:
         """The training epoch's sums so far as plain values, for a checkpoint; call after `report`."""
         return self._ledgers["train"].sums()
-
-    def local_values(self) -> dict[str, float]:
-        """This worker's own epoch values so far; call after `report`."""
-        return self._current.local_values()

@@ -24,6 +24,7 @@ __all__ = [
     "is_done",
     "may_stop",
     "next_step_stop",
+    "out_of_time",
     "rescale",
     "resolve_limit",
     "resolve_val_every",
@@ -51,7 +52,7 @@ class Progress:
         shift: The same in batches on each part of this group's, rounded down.
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
-        seconds: Time spent training, over resumed runs too.
+        seconds: Time since this `fit` began to train.
         epoch_ended: The epoch in progress has no batch left; only its end is to be done.
         validated_at: `total_batches` when the latest validation ran; -1 before any.
     """
@@ -158,9 +159,14 @@ def is_done(settings: Settings, progress: Progress, stop_requested: bool) -> boo
             return True
     elif settings.max_epochs is not None and progress.completed >= settings.max_epochs:
         return True
-    if settings.max_time is not None and progress.seconds >= settings.max_time:
+    if out_of_time(settings, progress):
         return True
     return stop_requested and may_stop(settings, progress)
+
+
+def out_of_time(settings: Settings, progress: Progress) -> bool:
+    """Whether this `fit` has taken the time that it may."""
+    return settings.max_time is not None and progress.seconds >= settings.max_time
 
 
 def validation_due(settings: Settings, progress: Progress, val_every: int | None, at_epoch_end: bool) -> bool:

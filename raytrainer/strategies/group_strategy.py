@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,10 +47,25 @@ class GroupStrategy(Strategy):
     def __init__(self, ranks: Ranks, device: torch.device, control: Any = None) -> None:
         super().__init__(ranks, device)
         self.control = control
+        self.votes = control  # or a group of their own, so that they never pair with what training does
         self.meeting = Meeting(control, ranks.world_size)
 
     def all_agree(self, flag: bool) -> bool:
         return bool(self.meeting.meet(NEXT, int(flag))[0])
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to find out whether `flag` is true on any worker; what this returns waits for the answer.
+
+        All workers begin together, and ask for the answer together. No device is waited for.
+        """
+        vote = torch.tensor([int(flag)])
+        work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.votes, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(vote.item())
+
+        return answer
 
     def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
         tensor = tensor.contiguous()

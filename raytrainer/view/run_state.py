@@ -59,6 +59,8 @@ class RunState:
     parts: int = 1  # batches that the workers read at the same time
     keeps_end: bool = False  # whether the state at the end of a fit is kept, for a checkpoint later
     closing: bool = False  # the epoch is over for the workers; callbacks are being told
+    about_to_validate: bool = False  # a validation follows the chunk of which callbacks are being told
+    plateaus: dict[int, int] = field(default_factory=dict)  # see `Plateaus`
     recoveries: list[Recovery] = field(default_factory=list)
     skipped_steps: int = 0
     clock: PhaseClock = field(default_factory=PhaseClock)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from raytrainer.datamodule import DataModule
 from raytrainer.loggers.logger import Logger, first_log_dir
+from raytrainer.metrics.metric_board import MetricTime
 from raytrainer.module import Module
 from raytrainer.plan.phase_clock import TimeReport
 from raytrainer.plan.recoveries import Recovery
@@ -35,13 +36,33 @@ class TrainerProperties:
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """The latest values given to the loggers."""
+        """The latest value of every metric that is meant for the loggers, by the names that these are given."""
         return self._state.board.logged
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """The latest values logged with `prog_bar=True`."""
         return self._state.board.progress
+
+    def metric_time(self, name: str) -> MetricTime | None:
+        """When a metric of `callback_metrics` got its value, for who acts on new ones only; None: nobody knows."""
+        self._state.catch_up()
+        return self._state.board.times.get(name)
+
+    @property
+    def total_batches(self) -> int:
+        """Training batches that each worker has done, over all epochs."""
+        return self._state.progress.total_batches
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the epoch in progress has no batch left, and only its end is to come: validation and hooks."""
+        return self._state.progress.epoch_ended
+
+    @property
+    def about_to_validate(self) -> bool:
+        """In `on_train_chunk_end`: whether a validation follows, with the weights that there are now."""
+        return self._state.about_to_validate
 
     @property
     def global_step(self) -> int:

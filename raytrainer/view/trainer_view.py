@@ -34,7 +34,6 @@ class TrainerView:
         global_step: Optimizer steps done.
         current_epoch: Index of the epoch in progress.
         interrupted: Known from `on_train_end` on: Ctrl-C was pressed, and the run should end soon.
-        callback_metrics: Metrics by name, reduced over workers, as of the latest report.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
         forward_epoch: Runs `training_step` on every batch of an epoch (of no more than the longest one trained here),
@@ -56,7 +55,6 @@ class TrainerView:
     current_epoch: int = 0
     should_stop: bool = False
     interrupted: bool = False
-    callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     optimizers: list[Optimizer] = field(default_factory=list)
     lr_scheduler_configs: list[SchedulerConfig] = field(default_factory=list)
     callbacks: Sequence[StatefulCallback] = field(default_factory=list)
@@ -153,6 +151,27 @@ class TrainerView:
     @property
     def fast_dev_run(self) -> int:
         return self.settings.fast_dev_run
+
+    # metrics
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """What has been logged, by name, as 0-dim tensors; of evaluations only epoch values.
+
+        While a batch runs, step values are those that this worker has logged in it; in the hooks at the end of an epoch
+        or evaluation, and from then on, epoch values are over all workers (values of metric objects, and what these
+        hooks log themselves, when the hook has ended).
+        """
+        return self.metrics.show().callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """Likewise what is meant for the loggers, by the names that these are given."""
+        return self.metrics.show().logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """Likewise what was logged with `prog_bar=True`, as numbers."""
+        return self.metrics.show().progress
 
     # what runs
     @property

@@ -18,7 +18,7 @@ from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["AutomaticOptimization", "with_loss"]
+__all__ = ["AutomaticOptimization", "visible", "with_loss"]
 
 Step = Callable[[Any, int, int], Any]
 
@@ -193,3 +193,12 @@ class AutomaticOptimization:
 def _own(run: WorkerRun, name: str) -> Callable[..., Any] | None:
     """The module's own version of a hook that has a default, or None."""
     return run.hooks.guarded(name, getattr(run.module, name)) if overridden(run.module, name) else None
+
+
+def visible(outputs: Any) -> Any:
+    """What `on_train_batch_end` is given of a training step's outputs: a dict whose loss is detached, or None."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs.detach()}
+    if isinstance(outputs, dict):
+        return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
+    return outputs

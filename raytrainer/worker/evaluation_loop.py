@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytrainer.data.transfer import to_cpu
-from raytrainer.messages import EvaluationReport, EvaluationStart, ReadSample
+from raytrainer.messages import EvaluationReport, EvaluationStart
+from raytrainer.metric_messages import ReadSample, Reduced
 from raytrainer.seeding import capture_rng, restore_rng
 from raytrainer.worker.missing_batches import MissingBatches
 
@@ -57,7 +58,7 @@ class EvaluationLoop:
         self._iterator: Iterator[Any] | None = None
         self._missing = MissingBatches(_LOADER[stage])
         self._through = False  # with the loader; other workers may not be
-        self._outer_running = self.view.running
+        self._outer = self.view.running, self.view.metrics.in_batches
         self.metrics = run.view.metrics
         run.recorder.evaluation = self
 
@@ -71,6 +72,7 @@ class EvaluationLoop:
             return EvaluationStart(self.lengths, nothing=True)
         view, hooks, name = self.view, self.run.hooks, self.name
         self.metrics.switch("evaluate")
+        self.metrics.in_batches = False
         view.running = "sanity" if self.sanity is not None else self.stage
         if within_fit and self.sanity is None and not self.run.accumulating:
             self.run.module.on_validation_model_zero_grad()
@@ -83,7 +85,7 @@ class EvaluationLoop:
         self.lengths = [feed.draw() for feed in self.feeds]
         if self.sanity is not None and self.sanity >= 0:
             self.lengths = [self.sanity if n is None else min(n, self.sanity) for n in self.lengths]
-        return EvaluationStart(self.lengths)
+        return EvaluationStart(self.lengths, view.should_stop)
 
     def evaluate(self, batches: int) -> EvaluationReport:
         """Evaluate at most `batches` batches, going on from loader to loader.
@@ -130,8 +132,13 @@ class EvaluationLoop:
         self.metrics.begin_batch(None)
         report = self.metrics.finish_report() if behind else self.metrics.report()
         report.reads = tuple(self._reads())
+        if finished and self.sanity is None:
+            self.metrics.add_epoch(report)
+        report.stop = self.view.should_stop
         seconds = time.perf_counter() - start
-        return EvaluationReport(self.stage, self.done, seconds, finished, report, predictions, behind=behind)
+        return EvaluationReport(
+            self.stage, self.done, seconds, finished, report, predictions, list(self.by_loader), behind
+        )
 
     def _reads(self) -> Iterator[ReadSample]:
         for feed in self.feeds:
@@ -170,6 +177,7 @@ class EvaluationLoop:
         if transfer is not None:
             batch = transfer(batch, idx)
         self.metrics.loader_idx = idx if self.several else None
+        self.metrics.in_batches = True
         self.metrics.begin_batch(batch)
         if self.on_batch_start is not None:
             self.on_batch_start(batch, self.batch, idx)
@@ -182,16 +190,16 @@ class EvaluationLoop:
             self.run.evaluated[self.stage] += 1
         return output
 
-    def end(self) -> EvaluationReport:
-        """The hooks after the last batch; report the epoch values."""
+    def end(self, reduced: Reduced | None = None) -> EvaluationReport:
+        """The hooks after the last batch, which see values over all workers; report the epoch values."""
         name, module, hooks = self.name, self.run.module, self.run.hooks
-        self.metrics.loader_idx = None
+        self.metrics.leave_batches(reduced)
         with self._no_grad():
-            if self.sanity is None:
-                self.run.take_metrics(self.metrics.local_values())
             hooks.call(f"on_{name}_epoch_end")
-            report = self.metrics.report(end_of_epoch=True)
+            report = self.metrics.report()
+            self.metrics.add_epoch(report)
             hooks.call(f"on_{name}_end")
+            self.metrics.begin_epoch()
             if name == "predict":
                 self.view.restore_modes()
             else:
@@ -199,14 +207,15 @@ class EvaluationLoop:
         self.run.strategy.end_evaluation(module)
         self.view.modes = {}
         if self.sanity is not None:
-            self.metrics.clear()
+            self.metrics.clear(shown=True)
         self.metrics.switch("train")
+        report.stop = self.view.should_stop
         self._leave()
         return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
 
     def _leave(self) -> None:
         self.run.recorder.evaluation = None
-        self.view.running = self._outer_running
+        self.view.running, self.metrics.in_batches = self._outer
         if self._rng is not None:
             # loaders whose hooks have drawn numbers are made when training would have made them
             self.run.data.forget_drawn(_LOADER[self.stage])

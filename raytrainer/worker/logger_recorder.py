@@ -14,7 +14,7 @@ from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import SerializationError
 from raytrainer.loggers.logger import Logger
 from raytrainer.loggers.media import draw
-from raytrainer.messages import LogCall
+from raytrainer.metric_messages import LogCall
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["TRANSFER_HOOKS", "Evaluates", "Recorder", "Trains", "WorkerLogger"]

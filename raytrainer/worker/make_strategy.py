@@ -8,6 +8,7 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import Settings
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.strategies import DDP2Strategy, DDPStrategy, DPStrategy, SingleStrategy, Strategy
+from raytrainer.strategies.replicated import ReplicatedStrategy
 from raytrainer.worker.process_group import ProcessGroup
 
 __all__ = ["make_strategy"]
@@ -21,10 +22,14 @@ def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group:
         return SingleStrategy(ranks, device)
     group.set_timeout(settings.ddp.timeout_seconds)
     common = ranks, device, group.control, settings.ddp
+    strategy: ReplicatedStrategy
     if settings.strategy == "ddp":
-        return DDPStrategy(*common)
-    kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
-    return kind(*common, *group.of_node(ranks))
+        strategy = DDPStrategy(*common)
+    else:
+        kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
+        strategy = kind(*common, *group.of_node(ranks))
+    strategy.votes = group.votes
+    return strategy
 
 
 def _sharded(settings: Settings, sharding: FSDP, ranks: Ranks, device: torch.device, group: ProcessGroup) -> Strategy:
@@ -33,4 +38,8 @@ def _sharded(settings: Settings, sharding: FSDP, ranks: Ranks, device: torch.dev
     group.set_timeout(sharding.timeout_seconds)
     copies = sharding.copies(ranks.num_nodes, ranks.world_size)
     mesh = group.mesh((copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,))
-    return FSDPStrategy(ranks, device, group.control, sharding, mesh, group.store, settings.precision, settings.compile)
+    strategy = FSDPStrategy(
+        ranks, device, group.control, sharding, mesh, group.store, settings.precision, settings.compile
+    )
+    strategy.votes = group.votes
+    return strategy

@@ -55,6 +55,8 @@ def lone_group(device: torch.device) -> ProcessGroup:
 class ProcessGroup:
     """Joins the group; `control` is a gloo group beside it, for agreements on the CPU.
 
+    `votes` is another one, for what workers ask each other while they train: it pairs with nothing else.
+
     Args:
         ranks: This worker's ranks.
         host: Address of rank 0.
@@ -104,6 +106,7 @@ class ProcessGroup:
         )
         self.store = store
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+        self.votes = dist.new_group(backend="gloo")
         self._of_node: tuple[Any, Any] | None = None
         self._meshes: dict[tuple[int, ...], Any] = {}
         self._device = device
@@ -141,7 +144,8 @@ class ProcessGroup:
         """Let collectives wait so long for the other workers from now on."""
         if seconds == self.timeout:
             return
-        groups = {group for group in (dist.group.WORLD, self.control, *(self._of_node or ())) if group is not None}
+        own = (dist.group.WORLD, self.control, self.votes, *(self._of_node or ()))
+        groups = {group for group in own if group is not None}
         for group in groups:
             set_group_timeout(group, seconds)
         self.timeout = seconds

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 
 import torch
 
-__all__ = ["give_back_cache", "keep_heap"]
+__all__ = ["give_back_memory", "keep_heap"]
 
 #: Bytes that torch's allocator may keep of a GPU between runs: taking them again would make the next one start later.
 CACHE_KEPT = 256 << 20
@@ -40,8 +41,13 @@ def keep_heap() -> None:
     mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
-def give_back_cache(device: torch.device) -> None:
-    """Between runs, give back what torch's allocator has kept of a GPU, unless it is little."""
+def give_back_memory(device: torch.device) -> None:
+    """Between runs, give back what the last one held, and what torch's allocator keeps of a GPU, unless it is little.
+
+    A run's objects know each other, so that gradients, optimizers' states and DDP's buckets would wait for Python to
+    look for cycles, which it does when there are many new objects, however large they are.
+    """
+    gc.collect()
     if device.type != "cuda":
         return
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

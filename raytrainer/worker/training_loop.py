@@ -10,23 +10,24 @@ In pseudocode, hooks aside:
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.errors import ConfigurationError
-from raytrainer.messages import MetricReport, TrainReport, TrainStart
+from raytrainer.messages import TrainReport, TrainStart
+from raytrainer.metric_messages import MetricReport, Reduced
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
-from raytrainer.worker.automatic_optimization import AutomaticOptimization, with_loss
+from raytrainer.worker.automatic_optimization import AutomaticOptimization, visible, with_loss
+from raytrainer.worker.forward_epoch import forward_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
+from raytrainer.worker.stop_votes import StopVotes
 
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
@@ -57,8 +58,8 @@ class TrainingLoop:
         self._on_batch_end = run.after_batch(bind("on_train_batch_end"))
         self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
         self._epoch_scheduled = False
-        self.view.forward_epoch = self.forward_epoch
-        self._longest = 0  # batches of the longest epoch so far
+        self.view.forward_epoch = lambda: forward_epoch(run, self.feed, self.epoch, self._longest)
+        self._longest: int = 0  # batches of the longest epoch so far
         self._before = False  # groups of other sizes have done part of the epoch
         self._idle = False  # has had no sample in this epoch: batches were None, or had fewer than the node has workers
 
@@ -80,12 +81,14 @@ class TrainingLoop:
             batches=self.feed.length,
             batch_size=getattr(self.feed.source, "batch_size", None),
             val_batches=[feed.length for feed in run.data.feeds("val")] if validates else [],
+            plateaus=run.plateaus(),
+            stop=self.view.should_stop,
         )
 
-    def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
+    def start_epoch(self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False) -> TrainStart:
         """Begin `epoch` at this worker's batch `skip`; build the loader anew where the settings ask for that.
 
-        `before` is what groups of other sizes have done of it.
+        `before` is what groups of other sizes have done of it; `resumed`: it has begun before the run was resumed.
         """
         self.view.current_epoch = self.epoch = epoch
         every = self.view.settings.reload_dataloaders_every_n_epochs
@@ -102,7 +105,8 @@ class TrainingLoop:
         self.feed.begin(epoch, before)
         if skip == 0:
             self.run.resume_generators()
-        self.run.hooks.call("on_train_epoch_start")
+        if not resumed:
+            self.run.hooks.call("on_train_epoch_start")
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._prepare_again()
@@ -115,33 +119,6 @@ class TrainingLoop:
         if trained != self._trained and self.run.module.automatic_optimization:
             self._run_batch = self._bind_optimization()
 
-    def forward_epoch(self) -> None:
-        """See `TrainerView.forward_epoch`."""
-        run = self.run
-        step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
-        step = run.strategy.evaluation_step(run.module, step)
-        agree = run.strategy.all_agree if run.strategy.ranks.world_size > 1 else None
-        self.feed.begin(self.epoch)
-        self.feed.draw()
-        # a loader may go on for ever, in epochs that other limits have ended
-        length = self._longest or self.feed.length
-        batches = itertools.islice(self.feed.start(self.epoch, 0, agree), length)
-        kept, run.recorder.keeps = run.recorder.keeps, False
-        try:
-            with torch.no_grad():
-                for index, batch in enumerate(batches):
-                    if batch is None:
-                        continue
-                    batch = run.slices.take(batch)
-                    if run.transfer is not None:
-                        batch = run.transfer(batch, 0)
-                    self.metrics.begin_batch(batch)
-                    step(batch, index, 0)
-        finally:
-            run.recorder.keeps = kept
-        self.metrics.begin_batch(None)
-        self.metrics.clear()
-
     def _batches(self) -> Iterator[Any]:
         if self._iterator is None:
             strategy = self.run.strategy
@@ -151,20 +128,25 @@ class TrainingLoop:
                 self._iterator = self.feed.start(self.epoch, self.batch, agree)
         return self._iterator
 
-    def train(self, batches: int, stop_at_step: int | None = None, more: bool = False) -> TrainReport:
-        """Train at most `batches` batches, ending early at an optimizer step or at the loader's end.
+    def train(
+        self, batches: int, stop_at_step: int | None = None, more: bool = False, vote_every: int = 1
+    ) -> TrainReport:
+        """Train at most `batches` batches, ending early at an optimizer step, at the loader's end, or to stop.
 
         Args:
             batches: How many.
-            stop_at_step: End early at this optimizer step.
+            stop_at_step: End early once this optimizer step is reached or passed.
             more: Whether another chunk follows at once. A GPU is then kept busy in between: the report waits for all
                 batches but the last one, whose values come with the next report.
+            vote_every: After so many batches, several workers find out whether one of them is asked to stop.
         """
         clock = time.perf_counter
         start = clock()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
         slices, watched = run.slices, self.feed.watched
-        view.running = "train"
+        view.running, metrics.in_batches = "train", True
+        votes = StopVotes(run.strategy, view, vote_every)
+        steps_before, vote, stopping = view.global_step, votes.every, False
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         next_batch = run.profiled("next_batch", iterator.__next__)
@@ -173,7 +155,8 @@ class TrainingLoop:
         for left in range(batches, 0, -1):
             asked = clock()
             if look_ahead is not None:
-                look_ahead.keeping = left == 1 or (stop_at_step is not None and view.global_step + 1 >= stop_at_step)
+                ends = stop_at_step is not None and view.global_step + 1 >= stop_at_step
+                look_ahead.keeping = left == 1 or ends or stopping
             try:
                 batch = next_batch()
             except StopIteration:
@@ -208,7 +191,7 @@ class TrainingLoop:
                 if last:
                     self.step_epoch_schedulers()
             if self._on_batch_end is not None and there:
-                self._on_batch_end(_visible(outputs), batch, index)
+                self._on_batch_end(visible(outputs), batch, index)
             self.batch = index + 1
             if stepping:
                 if metrics.is_log_step(run.stepped):
@@ -222,7 +205,16 @@ class TrainingLoop:
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 behind = False
                 break
+            vote -= 1
+            if not vote:
+                vote = votes.every
+                # a loader whose state is kept before it reads ahead has not been told that this was the last batch
+                stops, stopping = stopping, stopping or votes.take()
+                if stopping and (stops or look_ahead is None or look_ahead.keep is None):
+                    behind = False
+                    break
         self._run_batch.end_chunk()
+        votes.close()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
         behind = behind and not exhausted
@@ -241,6 +233,7 @@ class TrainingLoop:
             data_seconds=waited,
             metrics=report,
             skipped_steps=view.skipped_steps,
+            steps=view.global_step - steps_before,
             behind=behind,
         )
 
@@ -266,26 +259,33 @@ class TrainingLoop:
             if config.interval == "epoch" and not config.on_metric and (self.epoch + 1) % config.frequency == 0:
                 self._scheduler_step(config.scheduler, None)
 
-    def end_epoch(self) -> MetricReport:
-        """Run the module's hook; report the epoch's metrics."""
+    def end_batches(self, step_schedulers: bool) -> MetricReport:
+        """Step the schedulers that count epochs, if the epoch ends here; report its metrics so far."""
+        if step_schedulers:
+            self.step_epoch_schedulers()
+        return self._report_epoch()
+
+    def end_epoch(self, reduced: Reduced | None = None, epoch_ended: bool = True) -> MetricReport:
+        """Run the module's hook, which sees values over all workers; report the epoch's metrics.
+
+        Where a run ends within an epoch, a checkpoint keeps the sums, so that another run can end it.
+        """
         self._iterator = None
-        self.run.take_metrics(self.metrics.local_values())
+        self.metrics.leave_batches(reduced)
         self.run.hooks.call("on_train_epoch_end")
         self.view.running = None
-        report = self.metrics.report(end_of_epoch=True)
-        report.idle = self._idle
+        report = self._report_epoch()
+        if epoch_ended:
+            self.metrics.begin_epoch()
+        return report
+
+    def _report_epoch(self) -> MetricReport:
+        report = self.metrics.report()
+        self.metrics.add_epoch(report)
+        report.idle, report.stop = self._idle, self.view.should_stop
         return report
 
 
 def _trained(module: torch.nn.Module) -> list[bool]:
     """Which parameters train."""
     return [parameter.requires_grad for parameter in module.parameters()]
-
-
-def _visible(outputs: Any) -> Any:
-    """What `on_train_batch_end` is given: a dict whose loss is detached, or None."""
-    if isinstance(outputs, Tensor):
-        return {"loss": outputs.detach()}
-    if isinstance(outputs, dict):
-        return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
-    return outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,12 +15,11 @@ from raytrainer.messages import (
     EvaluationStart,
     Fingerprints,
     FinishReport,
-    MetricReport,
-    MetricSpec,
     SetupReport,
     TrainReport,
     TrainStart,
 )
+from raytrainer.metric_messages import MetricReport, MetricSpec, Number, Reduced
 from raytrainer.place_in_run import advise
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
@@ -30,7 +28,7 @@ from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.plain_attributes import plain_attributes
 from raytrainer.worker.process_group import ProcessGroup, lone_group
-from raytrainer.worker.process_memory import give_back_cache
+from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
@@ -106,7 +104,8 @@ class Worker:
         return self._run.setup()
 
     @verb(Wait.USER_CODE)
-    def start_fit(self) -> None:
+    def start_fit(self, epoch: int = 0) -> None:
+        self.run.view.current_epoch = epoch
         self.run.hooks.call("on_fit_start")
 
     @verb(Wait.USER_CODE)
@@ -125,21 +124,25 @@ class Worker:
     # ---------------------------------------------------------------- training
 
     @verb(Wait.USER_CODE)
-    def start_epoch(self, epoch: int, skip: int = 0, before: Past = ()) -> TrainStart:
-        return self.training.start_epoch(epoch, skip, before)
+    def start_epoch(
+        self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False, metrics: Reduced | None = None
+    ) -> TrainStart:
+        """See TrainingLoop. `metrics` are those reduced over all workers since the last ones."""
+        self.run.view.metrics.take(metrics)
+        return self.training.start_epoch(epoch, skip, before, resumed)
 
     @verb(Wait.TRAINING)
     def train(
         self,
         batches: int,
         stop_at_step: int | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: Reduced | None = None,
         more: bool = False,
+        vote_every: int = 1,
     ) -> TrainReport:
-        """Train a chunk. `metrics` are those reduced over all workers since the last one; `more`: see TrainingLoop."""
-        if metrics:
-            self.run.take_metrics(metrics)
-        report = self.training.train(batches, stop_at_step, more)
+        """Train a chunk. `metrics`: see `start_epoch`; others: see TrainingLoop."""
+        self.run.view.metrics.take(metrics)
+        report = self.training.train(batches, stop_at_step, more, vote_every)
         accumulate = self.run.view.accumulate_grad_batches
         self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
         return report
@@ -154,14 +157,14 @@ class Worker:
         return metrics.report()
 
     @verb(Wait.USER_CODE)
-    def step_epoch_schedulers(self) -> None:
-        self.run.accumulating = False
-        self.training.step_epoch_schedulers()
+    def end_batches(self, step_schedulers: bool = True) -> MetricReport:
+        """The epoch has no batch left, or the run ends within it; report the epoch's values before its last hooks."""
+        self.run.accumulating &= not step_schedulers
+        return self.training.end_batches(step_schedulers)
 
     @verb(Wait.USER_CODE)
-    def step_plateau(self, interval: str, count: int, metrics: dict[str, float]) -> None:
-        self.run.take_metrics(metrics)
-        self.run.step_plateau(interval, count)
+    def step_plateaus(self, values: dict[int, Number]) -> None:
+        self.run.step_plateaus(values)
 
     @verb(Wait.USER_CODE)
     def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
@@ -178,12 +181,14 @@ class Worker:
         return [difference(self.run, name) for name in names]
 
     @verb(Wait.USER_CODE)
-    def end_epoch(self) -> MetricReport:
-        return self.training.end_epoch()
+    def end_epoch(self, metrics: Reduced | None = None, epoch_ended: bool = True) -> MetricReport:
+        """The last hooks; `metrics` are the epoch's so far, over all workers."""
+        return self.training.end_epoch(metrics, epoch_ended)
 
     @verb(Wait.USER_CODE)
-    def end_training(self, interrupted: bool = False) -> None:
-        self.run.view.interrupted = interrupted
+    def end_training(self, epochs: int = 0, interrupted: bool = False) -> None:
+        """Training is over, after so many epochs."""
+        self.run.view.interrupted, self.run.view.current_epoch = interrupted, epochs
         self.run.hooks.call("on_train_end")
 
     @verb(Wait.USER_CODE)
@@ -193,7 +198,8 @@ class Worker:
     # ---------------------------------------------------------------- evaluation
 
     @verb(Wait.USER_CODE)
-    def start_evaluation(self, stage: str, sanity: int | None = None) -> EvaluationStart:
+    def start_evaluation(self, stage: str, sanity: int | None = None, news: Reduced | None = None) -> EvaluationStart:
+        self.run.view.metrics.take(news)
         self._evaluation = EvaluationLoop(self.run, stage, sanity)
         return self._evaluation.start(within_fit=self.run.task.stage == "fit")
 
@@ -203,9 +209,10 @@ class Worker:
         return self._evaluation.evaluate(batches)
 
     @verb(Wait.USER_CODE)
-    def end_evaluation(self) -> EvaluationReport:
+    def end_evaluation(self, metrics: Reduced | None = None) -> EvaluationReport:
+        """The last hooks; `metrics` are the evaluation's so far, over all workers."""
         assert self._evaluation is not None
-        report = self._evaluation.end()
+        report = self._evaluation.end(metrics)
         self._evaluation = None
         return report
 
@@ -286,10 +293,7 @@ class Worker:
         """No run for now: give back what the latest one, finished or not, still holds."""
         self.abandon()
         self._finished = None
-        # a run's objects know each other, so that gradients, optimizers' states and DDP's buckets would wait for Python
-        # to look for cycles, which it does when there are many new objects, however large they are
-        gc.collect()
-        give_back_cache(self.device)
+        give_back_memory(self.device)
 
     def _forget(self) -> None:
         self._finished = self._run.module if self._run is not None else None

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from raytrainer.ending import Ending
-from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.memory import MemorySampler, own_index
 from raytrainer.gpu.nvml import open_nvml
-from raytrainer.messages import MetricSpec, SetupReport
+from raytrainer.messages import PlateauWish, SetupReport
+from raytrainer.metric_messages import MetricSpec, Number
+from raytrainer.metrics.exact_numbers import as_tensor
 from raytrainer.metrics.metric_objects import compute, reset, states_of
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
@@ -136,15 +137,19 @@ class WorkerRun:
 
     def describe(self) -> SetupReport:
         """What the driver needs to know of this worker's run."""
-        view = self.view
-        frequencies = [c.frequency for c in view.lr_scheduler_configs if c.on_metric and c.interval == "step"]
         return SetupReport(
             rank=self.strategy.ranks.rank,
-            plateau_steps=tuple(sorted(set(frequencies))),
-            plateau_epochs=any(c.on_metric and c.interval == "epoch" for c in view.lr_scheduler_configs),
             has_validation=self.data.has_validation,
             parts=self.strategy.share.count,
             shape=self._shaped,
+        )
+
+    def plateaus(self) -> tuple[PlateauWish, ...]:
+        """The schedulers that wait for a metric; in manual optimization the user steps them."""
+        return tuple(
+            PlateauWish(i, type(c.scheduler).__name__, str(c.monitor), c.interval, c.frequency, c.strict)
+            for i, c in enumerate(self.view.lr_scheduler_configs)
+            if c.on_metric and self.module.automatic_optimization
         )
 
     def _attach(self, view: TrainerView | None) -> None:
@@ -219,10 +224,6 @@ class WorkerRun:
 
     # ---------------------------------------------------------------- metrics and end
 
-    def take_metrics(self, metrics: dict[str, float]) -> None:
-        """Metrics reduced over all workers, from the driver."""
-        self.view.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
     def compute_metrics(self, specs: Sequence[MetricSpec]) -> dict[str, float]:
         """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
         values: dict[str, float] = {}
@@ -239,23 +240,11 @@ class WorkerRun:
             reset(metric)
         return values
 
-    def step_plateau(self, interval: str, epoch_or_step: int) -> None:
-        """Step the schedulers that wait for a metric."""
-        for config in self.view.lr_scheduler_configs:
-            if not config.on_metric or config.interval != interval or epoch_or_step % config.frequency:
-                continue
-            metrics = self.view.callback_metrics
-            if config.monitor in metrics:
-                step = self.hooks.guarded("lr_scheduler_step", self.module.lr_scheduler_step)
-                step(config.scheduler, metrics[config.monitor])
-                continue
-            message = (
-                f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which has not been logged; there are "
-                f"{sorted(metrics)}."
-            )
-            if config.strict:
-                raise ConfigurationError(f"{message} Log it, or set strict=False to skip the step.")
-            log.warning(message)
+    def step_plateaus(self, values: dict[int, Number]) -> None:
+        """Step the schedulers that wait for a metric, by their places, with its value."""
+        step = self.hooks.guarded("lr_scheduler_step", self.module.lr_scheduler_step)
+        for index, value in values.items():
+            step(self.view.lr_scheduler_configs[index].scheduler, as_tensor(value))
 
     def resume_generators(self) -> None:
         """Put the generators where a checkpoint left them, once, right before training goes on."""

@@ -63,7 +63,8 @@ def test_moment_can_be_chosen(trainer, at_epoch_end, waited):
     callback = EarlyStopping("val_loss", patience=9, check_on_train_epoch_end=at_epoch_end)
     for _ in range(2):
         trainer.epoch(callback, val={"val_loss": 1.0})
-    trainer.validate(callback)
+    trainer.validate(callback, val_loss=1.0)
+    trainer.validate(callback)  # nothing new
     assert callback.wait_count == waited
 
 

@@ -102,25 +102,66 @@ def test_every_n_train_steps(trainer):
     callback.setup(trainer, None, "fit")
     saves: list[str] = []
     trainer.on_save = saves.append
-    for step in (0, 3, 4, 4, 6, 8):
-        trainer.global_step = step
-        callback.on_train_chunk_end(trainer, None, SimpleNamespace())
+    for steps in (0, 3, 1, 0, 2, 2):
+        trainer.chunk(callback, steps)
     trainer.validate(callback, val_loss=1.0)
     callback.on_train_epoch_end(trainer, None)
     assert stored(trainer) == ["step=4.ckpt", "step=8.ckpt"] and len(saves) == 2
 
 
-def test_step_saves_wait_for_the_metric(trainer, caplog):
-    callback = ModelCheckpoint(every_n_train_steps=2, monitor="val_loss", filename="{step}")
+def test_a_step_that_jumps_over_the_interval(trainer):
+    callback = ModelCheckpoint(every_n_train_steps=7, filename="{step}", save_top_k=-1)
     callback.setup(trainer, None, "fit")
-    for step in (2, 4):
-        trainer.global_step = step
-        callback.on_train_chunk_end(trainer, None, SimpleNamespace())
-    assert stored(trainer) == [] and len(caplog.records) == 1
-    trainer.log(val_loss=1.0)
-    trainer.global_step = 6
-    callback.on_train_chunk_end(trainer, None, SimpleNamespace())
-    assert stored(trainer) == ["step=6.ckpt"]
+    for _ in range(10):
+        trainer.chunk(callback, 2)
+    assert stored(trainer) == ["step=14.ckpt", "step=8.ckpt"]
+
+
+def test_step_saves_wait_for_a_validation_of_these_weights(trainer, caplog):
+    callback = ModelCheckpoint(
+        every_n_train_steps=2, monitor="val_loss", filename="{step}-{val_loss:.0f}", save_top_k=-1
+    )
+    callback.setup(trainer, None, "fit")
+    trainer.chunk(callback, 2)
+    assert stored(trainer) == []
+    trainer.chunk(callback, 1, validates=True)
+    trainer.validate(callback, val_loss=3.0)  # two steps were saved for no validation, so here
+    trainer.chunk(callback, 1)  # a value of other weights
+    assert stored(trainer) == ["step=3-val_loss=3.ckpt"]
+    trainer.chunk(callback, 2, validates=True)
+    trainer.validate(callback, val_loss=6.0)
+    assert stored(trainer) == ["step=3-val_loss=3.ckpt", "step=6-val_loss=6.ckpt"]
+    assert not caplog.records
+
+
+def test_step_saves_wait_for_a_new_value_of_training(trainer):
+    callback = ModelCheckpoint(every_n_train_steps=2, monitor="loss", filename="{step}-{loss:.0f}", save_top_k=-1)
+    callback.setup(trainer, None, "fit")
+    trainer.log(loss=1.0)
+    trainer.chunk(callback, 2)
+    trainer.chunk(callback, 2)  # nothing logged
+    assert stored(trainer) == ["step=2-loss=1.ckpt"]
+    trainer.log(loss=4.0)
+    trainer.chunk(callback, 1)
+    assert stored(trainer) == ["step=2-loss=1.ckpt", "step=5-loss=4.ckpt"]
+
+
+@pytest.mark.parametrize("monitor", ["step", "epoch"])
+def test_counters_can_be_monitored(trainer, monitor):
+    run(trainer, ModelCheckpoint(monitor=monitor, mode="max", save_top_k=2, filename="{epoch}"), [1.0, 1.0, 1.0])
+    assert stored(trainer) == ["epoch=1.ckpt", "epoch=2.ckpt"]
+
+
+@pytest.mark.parametrize("at_epoch_end", [None, False, True])
+def test_a_validation_that_ends_an_epoch_is_saved_when_the_epoch_is_over(trainer, at_epoch_end):
+    callback = ModelCheckpoint(monitor="val_loss", save_on_train_epoch_end=at_epoch_end)
+    callback.setup(trainer, None, "fit")
+    trainer.chunk(callback, 10)
+    trainer.epoch_ended = True
+    trainer.validate(callback, val_loss=1.0)
+    assert trainer.stored == {}
+    callback.on_train_epoch_end(trainer, None)
+    assert len(trainer.stored) == 1 and callback.best_model_score == 1.0
 
 
 @pytest.mark.parametrize(("at_epoch_end", "saved_at"), [(None, "validation"), (False, "validation"), (True, "epoch")])
@@ -238,7 +279,7 @@ def test_resume_in_another_folder(trainer, tmp_path, caplog):
 def test_state_is_plain(trainer):
     callback = ModelCheckpoint(monitor="val_loss")
     run(trainer, callback, [1.0])
-    plain = (str, float, dict, type(None))
+    plain = (str, float, int, dict, type(None))
     assert all(isinstance(value, plain) for value in callback.state_dict().values())
 
 
@@ -284,7 +325,7 @@ def test_train_time_interval(trainer, monkeypatch):
     for seconds in (3, 3, 3, 3):  # 6 s after the start, and 6 s after that
         clock[0] += seconds
         trainer.global_step += 1
-        callback.on_train_chunk_end(trainer, None, None)
+        callback.on_train_chunk_end(trainer, None, SimpleNamespace(steps=1))
     assert sorted(trainer.stored.values()) == [2, 4]
     trainer.epoch(callback, val={"x": 1.0})  # neither validations nor epochs save
     assert sorted(trainer.stored.values()) == [2, 4]

@@ -9,7 +9,7 @@ from tiny import Clock, Tiny, data
 from raytrainer import ConfigurationError, Logger, ThroughputMonitor
 from raytrainer.callbacks import throughput_monitor
 from raytrainer.gpu.peak import peak_flops
-from raytrainer.messages import MetricReport, StepRow
+from raytrainer.metric_messages import MetricReport, StepRow
 from raytrainer.metrics.metric_board import MetricBoard
 
 

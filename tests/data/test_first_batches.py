@@ -14,7 +14,7 @@ from raytrainer.data.feed import Feed
 from raytrainer.data.first_batches import BATCHES, Fingerprint, read_alike
 from raytrainer.data.sharding import Share
 from raytrainer.driver.reporting.same_data import SameData
-from raytrainer.messages import MetricReport
+from raytrainer.metric_messages import MetricReport
 from raytrainer.plan.settings import build_settings
 
 

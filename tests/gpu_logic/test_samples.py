@@ -13,7 +13,7 @@ import raytrainer
 from raytrainer import DeviceStatsMonitor, Logger
 from raytrainer.callbacks import device_stats_monitor
 from raytrainer.gpu.nvml import Nvml
-from raytrainer.messages import MetricReport, StepRow
+from raytrainer.metric_messages import MetricReport, StepRow
 from raytrainer.metrics.metric_board import MetricBoard
 
 

@@ -281,7 +281,7 @@ def play(case: Case, ranks: Ranks, group: ProcessGroup) -> dict[str, Tensor]:
     for epoch in range(EPOCHS):
         worker.start_epoch(epoch)
         worker.train(BATCHES)
-        worker.step_epoch_schedulers()
+        worker.end_batches()
         worker.end_epoch()
     worker.finish(True)
     return {name: value.detach() for name, value in module.state_dict().items()}

@@ -212,7 +212,7 @@ def play(
     for epoch in range(epochs):
         worker.start_epoch(epoch)
         steps.append(worker.train(1000))
-        worker.step_epoch_schedulers()
+        worker.end_batches()
         train.append(worker.end_epoch())
     worker.end_training()
     worker.end_fit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from raytrainer.driver.loop.interrupt import Interrupt
@@ -17,6 +18,8 @@ from raytrainer.worker.worker import Worker
 
 __all__ = ["Chunks"]
 
+log = logging.getLogger("raytrainer")
+
 
 class Chunks:
     """The chunks of one run.
@@ -28,9 +31,6 @@ class Chunks:
         snapshots: Are told when training has begun.
         interrupt: Whether the user asked for the end.
         marks: Optimizer steps (multiples of each) at which a chunk ends.
-
-    Attributes:
-        plateau_steps: Further such steps, at which a scheduler waits for a metric.
     """
 
     def __init__(
@@ -43,49 +43,81 @@ class Chunks:
         marks: tuple[int, ...],
     ) -> None:
         self.settings, self.state, self.snapshots, self.interrupt = settings, state, snapshots, interrupt
-        self.marks, self.plateau_steps = marks, tuple[int, ...]()
+        self.marks = marks
         self._journal = journal
         self._batches = 1
         self._behind = False  # workers have something to report of the batches done
-        self._began = 0.0
+        self._began: float | None = None
+        self._told = False
 
     def begin(self) -> None:
-        """Training begins, or goes on, here."""
-        self._began = time.perf_counter() - self.state.progress.seconds
+        """Training begins, or goes on after workers were lost, here. Their replacement took time of this `fit`, too."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        self.state.progress.seconds = time.perf_counter() - self._began
 
     def forget(self) -> None:
         """There are other workers, which have nothing to report."""
         self._behind = False
 
-    def train(self, group: WorkerGroup, length: int | None, val_every: int | None) -> TrainReport:
-        """Train up to the next decision; take up what the workers report."""
+    def train(
+        self, group: WorkerGroup, length: int | None, val_every: int | None, plateau_marks: tuple[int, ...] = ()
+    ) -> TrainReport:
+        """Train up to the next decision; take up what the workers report.
+
+        `plateau_marks` are further multiples of optimizer steps at which to look.
+        """
         state, progress = self.state, self.state.progress
         ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._batches + 1)
         batches = min(ahead, self._batches)
-        stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *self.plateau_steps))
-        metrics = self._journal.take_news()
+        stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *plateau_marks))
+        metrics = state.board.take_news()
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
-            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, ahead > batches)
+            more, vote_every = ahead > batches, self._vote_every
+            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, more, vote_every)
         report = merged(reports)
         self._behind = report.behind
         state.clock.chunk(report.seconds, report.data_seconds)
-        steps_before = progress.step
         progress.batch, progress.step = report.batch, report.step
         state.skipped_steps = report.skipped_steps
         progress.total_batches += report.batches
-        progress.seconds = time.perf_counter() - self._began
+        self.begin()
         self._batches = schedule.chunk_batches(report.batches + left_over - report.behind, report.seconds)
         self.snapshots.trained()
         state.should_stop |= report.stop
+        self._say_whether_stop_waits()
         state.interrupted |= self.interrupt.requested
         self._journal.steps("train", [r.metrics for r in reports])
-        for every in self.plateau_steps:
-            if progress.step != steps_before and progress.step % every == 0:
-                group.call(Worker.step_plateau, "step", progress.step, state.board.plain())
-                break
         return report
+
+    @property
+    def _vote_every(self) -> int:
+        """Batches of 0.04 s: what a vote decides acts after twice as many, so in less than 0.1 s or two batches."""
+        return max(1, self._batches // 25)
+
+    def _say_whether_stop_waits(self) -> None:
+        settings, progress = self.settings, self.state.progress
+        if self._told or not self.state.should_stop or schedule.may_stop(settings, progress):
+            return
+        self._told = True
+        steps = settings.min_steps is not None
+        minimum = f"min_steps={settings.min_steps}" if steps else f"min_epochs={settings.min_epochs}"
+        log.info(
+            "Asked to stop at step %d, in epoch %d; %s comes first. Trainer(%s=0) stops at once.",
+            progress.step, progress.epoch, minimum, "min_steps" if steps else "min_epochs",
+        )  # fmt: skip
+
+    def say_whether_time_is_over(self) -> None:
+        """Log it if `max_time` has ended training."""
+        progress = self.state.progress
+        if schedule.out_of_time(self.settings, progress) and not self.state.interrupted:
+            log.info(
+                "max_time is over, after %.1f s of training in this fit: step %d, epoch %d. "
+                'fit(..., ckpt_path="last") goes on from the newest checkpoint, and has as much time again.',
+                progress.seconds, progress.step, progress.epoch,
+            )  # fmt: skip
 
     def catch_up(self, group: WorkerGroup, failed: bool = False) -> None:
         """Take up what the latest chunk has left for the next one, where something else comes first.

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from raytrainer.driver.loop.chunks import Chunks
-from raytrainer.driver.loop.evaluation import Evaluation, compute_metrics
+from raytrainer.driver.loop.epoch_end import EpochEnd
+from raytrainer.driver.loop.evaluation import Evaluation
 from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.loop.plateaus import Plateaus
 from raytrainer.driver.loop.recovery import MoreWorkers, WorkerRecovery
 from raytrainer.driver.loop.replica_check import ReplicaCheck
 from raytrainer.driver.loop.run_services import RunServices
@@ -33,6 +34,7 @@ from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import StateLostError, WorkerLostError
 from raytrainer.messages import FinishReport
+from raytrainer.metric_messages import Reduced
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.strategy_settings import effective_batch
 from raytrainer.task import Task
@@ -70,7 +72,8 @@ class Coordinator:
         state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
         self.validates = False
-        self.plateau_epochs = False
+        self._resumes = False  # the epoch in progress has begun before the run was resumed
+        self._plateaus = Plateaus(state)
         self._journal = Journal(state, services)
         self._evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
@@ -78,6 +81,7 @@ class Coordinator:
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
+        self._epoch_end = EpochEnd(state, services, self._journal, self._plateaus, self._replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
         self.end_state: Captured | None = None  # of a fit that has ended, if it is kept
@@ -87,6 +91,9 @@ class Coordinator:
     def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
         resumed, lost = checkpoint, None
+        progress = self.state.progress
+        progress.seconds = 0.0  # max_time counts this fit
+        self._resumes = bool(progress.batch or progress.before or progress.epoch_ended)
         while True:
             try:
                 self.state.clock.switch("starting")
@@ -94,6 +101,7 @@ class Coordinator:
                 if lost is not None:
                     self.group = self._recovery.regroup(lost)
                     resumed, lost = self._recovery.go_back(checkpoint), None
+                    self._resumes = False  # to workers that are new, all of it is
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
                 self.group.abort()
@@ -101,16 +109,16 @@ class Coordinator:
                     raise
                 lost = error
             except MoreWorkers as more:
-                self.group, resumed = more.group, more.state
+                self.group, resumed, self._resumes = more.group, more.state, False
 
     def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
         self._setup(checkpoint)
         self._emit_once("on_fit_start")
-        self.group.call(Worker.start_fit)
+        self.group.call(Worker.start_fit, self.state.progress.epoch)
         unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
         if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
-            if checkpoint is None:
-                self._sanity_check()
+            if checkpoint is None and self.validates and self.settings.num_sanity_val_steps != 0:
+                self._evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
             self._start_training()
             empty = self.state.num_training_batches == 0
             if unfinished:
@@ -122,8 +130,9 @@ class Coordinator:
                         raise MoreWorkers(*more)
                 self._epoch()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
+            self._chunks.say_whether_time_is_over()
             self._emit_once("on_train_end")
-            self.group.call(Worker.end_training, self.state.interrupted)
+            self.group.call(Worker.end_training, self.state.progress.epoch, self.state.interrupted)
         self.group.call(Worker.end_fit)
         self.end_state = self._capture.at_end(self.group)
         return self._finish(trained=True)
@@ -141,7 +150,6 @@ class Coordinator:
         if reports[0].shape is not None:
             log.info("%s", reports[0].shape)
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
-        self._chunks.plateau_steps, self.plateau_epochs = reports[0].plateau_steps, reports[0].plateau_epochs
         if checkpoint is not None and self.task.stage == "fit":
             before = checkpoint.get("parts") or checkpoint.get("world_size", self.state.parts)
             schedule.rescale(self.state.progress, before, self.state.parts)
@@ -152,22 +160,11 @@ class Coordinator:
             self._emitted.add(hook)
             self.services.emit(hook, *args)
 
-    def _sanity_check(self) -> None:
-        if not self.validates or self.settings.num_sanity_val_steps == 0:
-            return
-        state = self.state
-        state.sanity_checking = True
-        state.trainer.stage = "sanity"
-        try:
-            with state.clock.phase("validating"):
-                self._evaluation.check(self.group, self.settings.num_sanity_val_steps)
-        finally:
-            state.sanity_checking = False
-
     def _start_training(self) -> None:
         state = self.state
         state.trainer.stage = "train"
         starts = self.group.call(Worker.start_training)
+        state.should_stop |= any(start.stop for start in starts)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         accumulate = self.settings.accumulated(state.progress.epoch)
@@ -184,8 +181,14 @@ class Coordinator:
 
     def _epoch(self) -> None:
         progress = self.state.progress
-        self.services.emit("on_train_epoch_start")
-        starts = self.group.call(Worker.start_epoch, progress.epoch, progress.batch, progress.before)
+        resumed, self._resumes = self._resumes, False
+        self._epoch_end.forget()
+        if not resumed:
+            self.services.emit("on_train_epoch_start")
+        cursor, news = (progress.epoch, progress.batch, progress.before), self.state.board.take_news()
+        starts = self.group.call(Worker.start_epoch, *cursor, resumed, news)
+        self.state.should_stop |= any(start.stop for start in starts)
+        self._plateaus.wishes = starts[0].plateaus
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
@@ -193,23 +196,27 @@ class Coordinator:
         if self._validation_due(val_every):  # a run that goes on from a checkpoint made right before a validation
             self._validate()
         while not progress.epoch_ended and not self._done():
-            report = self._chunks.train(self.group, length, val_every)
+            report = self._chunks.train(self.group, length, val_every, self._plateaus.step_marks)
             if schedule.epoch_done(progress, length, report.exhausted):
                 self._end_batches()
+            self.state.about_to_validate = self._validation_due(val_every)
+            if not self.state.about_to_validate:
+                self._plateaus.after_steps(self.group, report.steps, self.validates)
             self.services.emit("on_train_chunk_end", report)
+            self.state.about_to_validate = False
             if self._validation_due(val_every):
-                self._validate()
+                self._validate(report.steps)
             self._capture.snapshot_if_due(self.group)
         self.catch_up()
         if not self.state.interrupted:
-            self._end_epoch()
+            self._epoch_end.finish(self.group, self.validates)
         if progress.epoch_ended:
             progress.next_epoch()
 
     def _end_batches(self) -> None:
         """The epoch has no batch left."""
-        self.group.call(Worker.step_epoch_schedulers)
         self.state.progress.epoch_ended = True
+        self._epoch_end.sum_up(self.group, step_schedulers=True)
 
     def catch_up(self, failed: bool = False) -> None:
         """See `Chunks.catch_up`."""
@@ -225,29 +232,16 @@ class Coordinator:
         stops = self.state.should_stop and schedule.may_stop(self.settings, progress)
         return stops and progress.validated_at != progress.total_batches
 
-    def _validate(self) -> None:
+    def _validate(self, steps: int = 0) -> None:
+        """Validate, after so many steps that have not been looked at yet."""
         self.catch_up()
         self.state.trainer.stage = "validate"
         self.state.progress.validated_at = self.state.progress.total_batches
         with self.state.clock.phase("validating"):
-            self._evaluation.run(self.group, "validate")
+            self._evaluation.run(
+                self.group, "validate", then=lambda: self._plateaus.after_steps(self.group, steps, self.validates)
+            )
         self.state.trainer.stage = "train"
-
-    def _end_epoch(self) -> None:
-        state, progress = self.state, self.state.progress
-        reports = self.group.call(Worker.end_epoch)
-        self._replicas.after_epoch(self.group, progress.epoch)
-        self._journal.replay(reports[0].calls)
-        compute = partial(compute_metrics, self.group)
-        values = state.board.epoch_values(reports, f"epoch {progress.epoch}", compute=compute)
-        self._journal.epoch("epoch", values)
-        if self.plateau_epochs and progress.epoch_ended:
-            self.group.call(Worker.step_plateau, "epoch", progress.epoch + 1, state.board.plain())
-        state.closing = True
-        try:
-            self.services.emit("on_train_epoch_end")
-        finally:
-            state.closing = False
 
     def _done(self) -> bool:
         """Whether to stop training here, by the limits, by request, or by Ctrl-C."""
@@ -257,7 +251,7 @@ class Coordinator:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[dict[str, float], list[Any]]:
+    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[Reduced, list[Any]]:
         """Validate, test or predict.
 
         Returns:

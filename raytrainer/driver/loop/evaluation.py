@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +12,11 @@ from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import in_order, longest
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.messages import EvaluationReport, MetricReport, MetricSpec
+from raytrainer.messages import EvaluationReport
+from raytrainer.metric_messages import MetricReport, MetricSpec, Reduced
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.seeding import rng_untouched
-from raytrainer.view.run_state import RunState
+from raytrainer.view.run_state import RunState, nothing
 from raytrainer.worker.worker import Worker
 
 __all__ = ["Evaluation", "compute_metrics"]
@@ -35,45 +37,60 @@ class Evaluation:
     def __init__(self, state: RunState, services: RunServices, interrupt: Interrupt, journal: Journal) -> None:
         self._state, self._services, self._interrupt, self._journal = state, services, interrupt, journal
 
-    def run(self, group: WorkerGroup, stage: str, sanity: int | None = None) -> tuple[dict[str, float], list[Any]]:
+    def run(
+        self, group: WorkerGroup, stage: str, sanity: int | None = None, then: Callable[[], None] = nothing
+    ) -> tuple[Reduced, list[Any]]:
         """Evaluate everything, or as a sanity check `sanity` batches of each loader.
+
+        `then` is called once the metrics are there, before callbacks are told.
 
         Returns:
             Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
         """
         state, name = self._state, _HOOK[stage]
-        starts = group.call(Worker.start_evaluation, stage, sanity)
+        starts = group.call(Worker.start_evaluation, stage, sanity, state.board.take_news())
+        state.should_stop |= any(start.stop for start in starts)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
         if all(start.nothing for start in starts):
-            return {}, []
+            return Reduced(), []
         self._services.emit(f"on_{name}_start")
         self._services.emit(f"on_{name}_epoch_start")
-        finished, predictions = self._chunks(group, stage, sanity)
+        reports, predictions = self._chunks(group, stage, sanity)
         state.interrupted |= self._interrupt.requested
-        ends = group.call(Worker.end_evaluation)
+        values = Reduced()
+        if reports and sanity is None:
+            values = self._reduce(stage, reports)
+        ends: list[EvaluationReport] = group.call(Worker.end_evaluation, values)
         self._take(stage, sanity, [end.metrics for end in ends])
-        if not finished:
-            return {}, []  # interrupted: nobody must take half an evaluation for a whole one
-        values = {}
+        if not reports:
+            return Reduced(), []  # interrupted: nobody must take half an evaluation for a whole one
         if sanity is None:
-            batches = [end.by_loader for end in ends]
-            reported = [end.metrics for end in ends]
-            compute = partial(compute_metrics, group)
-            values = state.board.epoch_values(reported, f"on_{name}_epoch_end", batches, compute)
+            values = self._reduce(stage, ends, compute=partial(compute_metrics, group))
             self._journal.epoch(stage, values)
+            then()
         self._services.emit(f"on_{name}_epoch_end")
         self._services.emit(f"on_{name}_end")
         return values, in_order(predictions)
 
-    def check(self, group: WorkerGroup, batches: int) -> None:
-        """The sanity check, of so many batches: callbacks that draw random numbers leave no trace here either."""
-        with rng_untouched():
-            self._services.emit("on_sanity_check_start")
-            self.run(group, "validate", batches)
-            self._services.emit("on_sanity_check_end")
+    def check_sanity(self, group: WorkerGroup, batches: int) -> None:
+        """The sanity check, of so many batches (-1: all): callbacks that draw random numbers leave no trace either."""
+        state = self._state
+        state.sanity_checking, state.trainer.stage = True, "sanity"
+        try:
+            with state.clock.phase("validating"), rng_untouched():
+                self._services.emit("on_sanity_check_start")
+                self.run(group, "validate", batches)
+                self._services.emit("on_sanity_check_end")
+        finally:
+            state.sanity_checking = False
 
-    def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[bool, list[Any]]:
-        """Evaluate chunk by chunk; return whether that came to the end, and what the workers sent."""
+    def _reduce(self, stage: str, reports: list[EvaluationReport], **options: Any) -> Reduced:
+        """The epoch's values over all workers, as they are in these reports."""
+        batches, metrics = [report.by_loader for report in reports], [report.metrics for report in reports]
+        return self._journal.reduce(stage, metrics, f"on_{_HOOK[stage]}_epoch_end", batches=batches, **options)
+
+    def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[list[EvaluationReport], list[Any]]:
+        """Evaluate chunk by chunk; return the last reports, none if that did not come to its end, and predictions."""
         predictions: list[Any] = []
         chunk, waited_for, finished = 1, 0, False
         while not finished and not self._interrupt.requested:
@@ -88,10 +105,11 @@ class Evaluation:
             chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
             shown = replace(reports[0], batches=done, done=finished, predictions=[])
             self._services.emit("on_evaluation_chunk_end", shown)
-        return finished, predictions
+        return reports if finished else [], predictions
 
     def _take(self, stage: str, sanity: int | None, reports: list[MetricReport]) -> None:
-        """Take up what has been logged by step."""
+        """Take up what has been logged by step, and requests to stop."""
+        self._state.should_stop |= any(report.stop for report in reports)
         if sanity is None:
             self._journal.steps(stage, reports)
         else:

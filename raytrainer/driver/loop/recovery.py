@@ -77,6 +77,8 @@ class WorkerRecovery:
             self._services.restore_callbacks(checkpoint.get("callbacks") or {})
         else:
             state.progress = Progress()
+            state.board.restore({})
+            state.plateaus.clear()
             state.should_stop = False
             self._services.restore_callbacks(self._callbacks_before)
         return checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.messages import LogCall
+from raytrainer.metric_messages import LogCall
 
 __all__ = ["Rows", "RunServices"]
 

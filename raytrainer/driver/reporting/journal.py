@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.same_data import SameData
-from raytrainer.messages import LogCall, MetricReport
+from raytrainer.metric_messages import LogCall, MetricReport, Reduced
+from raytrainer.metrics.metric_board import MetricTime
 from raytrainer.view.run_state import RunState
 
 __all__ = ["Journal"]
@@ -23,17 +25,12 @@ class Journal:
     def __init__(self, state: RunState, services: RunServices) -> None:
         self._state, self._services = state, services
         self._same_data = SameData()
-        self._fresh = False
         self._logged: dict[str, int] = {}  # how far each kind of row has been logged, so that replays log nothing twice
 
-    def take_news(self) -> dict[str, float] | None:
-        """The board's values, if an epoch or evaluation has ended since this was called last; else None."""
-        fresh, self._fresh = self._fresh, False
-        return self._state.board.plain() if fresh else None
-
     def steps(self, kind: str, reports: Sequence[MetricReport]) -> None:
-        """Take up what a chunk has logged by step."""
+        """Take up what a chunk of a stage ("train", "validate", ...) has logged by step."""
         self._same_data.check(reports)
+        self._state.board.now = MetricTime(kind, self._state.progress.total_batches)
         rows = self._state.board.step_values(reports)
         logged = self._logged.get(kind, -1)
         fresh = [(step, {**values, "epoch": epoch}) for step, epoch, values in rows if step > logged]
@@ -42,10 +39,16 @@ class Journal:
             self._services.log_rows(fresh)
         self.replay(reports[0].calls)
 
-    def epoch(self, kind: str, values: dict[str, float]) -> None:
-        """Log the values of an epoch, or of an evaluation, that the board has."""
-        self._fresh = True
-        progress = self._state.progress
+    def reduce(self, kind: str, reports: Sequence[MetricReport], what: str, **options: Any) -> Reduced:
+        """Take up the values of an epoch ("train") or evaluation; see `MetricBoard.epoch_values`. Logs nothing."""
+        self._state.board.now = MetricTime(kind, self._state.progress.total_batches)
+        return self._state.board.epoch_values(reports, what, **options)
+
+    def epoch(self, kind: str, reduced: Reduced) -> None:
+        """Log the values of an epoch, or of an evaluation; the workers are told of them, too."""
+        board, progress, values = self._state.board, self._state.progress, reduced.logged
+        board.news = board.news or Reduced()
+        board.news.add(reduced)
         if not values or self._logged.get(f"{kind} values", -1) >= progress.total_batches > 0:
             return
         self._logged[f"{kind} values"] = progress.total_batches

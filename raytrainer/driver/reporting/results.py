@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raytrainer.metric_messages import Reduced
 from raytrainer.profilers import Profiler
 from raytrainer.view.run_state import RunState
 
@@ -15,12 +16,11 @@ __all__ = ["by_loader", "outputs_by_loader", "print_results", "say_end", "write_
 log = logging.getLogger("raytrainer")
 
 
-def by_loader(values: dict[str, float], loaders: int) -> list[dict[str, float]]:
-    """Metrics of each loader: those that name it, and those that name none."""
+def by_loader(values: Reduced, loaders: int) -> list[dict[str, float]]:
+    """Metrics of each loader: those logged in its batches, and those logged outside of batches."""
     results: list[dict[str, float]] = [{} for _ in range(loaders)]
-    for name, value in values.items():
-        _, mark, index = name.rpartition("/dataloader_idx_")
-        for loader in [int(index)] if mark else range(loaders):
+    for name, value in values.logged.items():
+        for loader in values.loaders.get(name, range(loaders)):
             results[loader][name] = value
     return results
 

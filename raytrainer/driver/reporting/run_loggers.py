@@ -11,7 +11,7 @@ from typing import Any
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger, Logger
 from raytrainer.loggers.logger import DirectoryLogger
-from raytrainer.messages import LogCall
+from raytrainer.metric_messages import LogCall
 
 __all__ = ["Logs", "make_loggers"]
 

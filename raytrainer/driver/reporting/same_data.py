@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from raytrainer.data.first_batches import read_alike
-from raytrainer.messages import MetricReport, ReadSample
+from raytrainer.metric_messages import MetricReport, ReadSample
 
 __all__ = ["SameData"]
 

@@ -88,8 +88,8 @@ class RunCapture:
             if task.settings.seed is not None:
                 log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], task.settings.seed)
             task.seed = checkpoint["seed"]
-        if state.progress.epoch_ended:
-            state.board.restore(checkpoint["metrics"])
+        state.board.restore(checkpoint["metrics"], checkpoint.get("metric_board"))
+        state.plateaus = {index: batch for index, batch in checkpoint.get("plateaus", [])}
 
     def _driver_state(self, group: WorkerGroup) -> dict[str, Any]:
         state = self._state
@@ -99,6 +99,8 @@ class RunCapture:
         return {
             "progress": vars(cursor),
             "metrics": state.board.plain(),
+            "metric_board": state.board.state(),
+            "plateaus": [list(item) for item in state.plateaus.items()],
             "should_stop": state.should_stop,
             "callbacks": self._services.callback_states(),
             "world_size": group.size,

@@ -1,0 +1,73 @@
+"""`EpochEnd`: what happens once an epoch's batches are over. It happens once: a resumed run repeats and omits nothing.
+
+In this order: schedulers that count epochs; values over all workers; validation, if one is due; the workers' last
+hooks; values again, with what these have logged; schedulers that wait for a metric; callbacks, of which those that save
+come last.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from raytrainer.driver.loop.evaluation import compute_metrics
+from raytrainer.driver.loop.plateaus import Plateaus
+from raytrainer.driver.loop.replica_check import ReplicaCheck
+from raytrainer.driver.loop.run_services import RunServices
+from raytrainer.driver.reporting.journal import Journal
+from raytrainer.driver.workers.worker_group import WorkerGroup
+from raytrainer.metric_messages import MetricReport, Reduced
+from raytrainer.view.run_state import RunState
+from raytrainer.worker.worker import Worker
+
+__all__ = ["EpochEnd"]
+
+
+class EpochEnd:
+    """The ends of one run's epochs.
+
+    Args:
+        state: Counters and metrics.
+        services: Callbacks.
+        journal: Where values are logged.
+        plateaus: Schedulers that wait for a metric.
+        replicas: Whether workers still have the same weights.
+    """
+
+    def __init__(
+        self, state: RunState, services: RunServices, journal: Journal, plateaus: Plateaus, replicas: ReplicaCheck
+    ) -> None:
+        self._state, self._services, self._journal = state, services, journal
+        self._plateaus, self._replicas = plateaus, replicas
+        self._so_far: Reduced | None = None  # values of the epoch in progress, once its batches are over
+
+    def forget(self) -> None:
+        """Another epoch begins, or other workers go on."""
+        self._so_far = None
+
+    def sum_up(self, group: WorkerGroup, step_schedulers: bool) -> None:
+        """Take up the epoch's values over all workers, before those look at them who see the epoch's end."""
+        state = self._state
+        state.catch_up()
+        reports: list[MetricReport] = group.call(Worker.end_batches, step_schedulers)
+        state.should_stop |= any(report.stop for report in reports)
+        self._journal.steps("train", reports)
+        self._so_far = self._journal.reduce("train", reports, f"epoch {state.progress.epoch}")
+
+    def finish(self, group: WorkerGroup, validates: bool) -> None:
+        """The hooks; also where a run ends within an epoch, which another one may go on with."""
+        state, progress = self._state, self._state.progress
+        if self._so_far is None:
+            self.sum_up(group, False)
+        reports: list[MetricReport] = group.call(Worker.end_epoch, self._so_far, progress.epoch_ended)
+        self._replicas.after_epoch(group, progress.epoch)
+        state.should_stop |= any(report.stop for report in reports)
+        self._journal.replay(reports[0].calls)
+        compute = partial(compute_metrics, group)
+        self._journal.epoch("epoch", self._journal.reduce("train", reports, f"epoch {progress.epoch}", compute=compute))
+        if progress.epoch_ended:
+            self._plateaus.after_epoch(group, validates)
+        state.closing = True
+        try:
+            self._services.emit("on_train_epoch_end")
+        finally:
+            state.closing = False
