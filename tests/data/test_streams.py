@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import random
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+import raytrainer as rt
 from raytrainer.data.feed import Feed
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.sharding import Share
@@ -112,7 +116,8 @@ def torchdatas(processes: int, dataset: type = Numbers) -> Any:
 
 def nodes() -> Any:
     nodes = pytest.importorskip("torchdata.nodes")
-    return nodes.Loader(nodes.Batcher(nodes.IterableWrapper(range(SAMPLES)), 2))
+    batches = nodes.Batcher(nodes.IterableWrapper(range(SAMPLES)), 2)
+    return nodes.Loader(nodes.Mapper(batches, torch.tensor))
 
 
 def hugging_face(processes: int) -> Any:
@@ -127,24 +132,45 @@ def shuffled_by_hugging_face() -> Any:
     return DataLoader(whole.shuffle(seed=3, buffer_size=8), batch_size=2)
 
 
-#: kind of stream: how it is made, and how many samples at most are read again
-STREAMS: dict[str, tuple[Callable[[], Any], bool]] = {
-    "dataset": (lambda: DataLoader(Numbers(), 2), True),
-    "dataset, unbatched": (lambda: DataLoader(Numbers(), None), True),
-    "dataset, process": (lambda: DataLoader(Numbers(), 2, num_workers=1), True),
-    "dataset, 3 processes": (lambda: DataLoader(Numbers(), 2, num_workers=3, persistent_workers=True), True),
-    "own loader": (lambda: OwnLoader(False), True),
-    "own loader of known length": (lambda: OwnLoader(True), True),
-    "torchdata": (lambda: torchdatas(0), True),
-    "torchdata, 2 processes": (lambda: torchdatas(2), True),
-    "torchdata.nodes": (nodes, True),
-    "Hugging Face": (lambda: hugging_face(0), True),
-    "Hugging Face, 2 processes": (lambda: hugging_face(2), True),
-    "Hugging Face, shuffled": (shuffled_by_hugging_face, False),
-    "stateless": (lambda: DataLoader(Stateless(), 2), False),
-    "stateless, 2 processes": (lambda: DataLoader(Stateless(), 2, num_workers=2), False),
-    "iterable": (lambda: Shuffles(False), False),
-    "iterable that counts": (lambda: Shuffles(True), False),
+@functools.cache
+def litdatas_folder() -> str:
+    from litdata.streaming.writer import BinaryWriter
+
+    folder = tempfile.mkdtemp()
+    writer = BinaryWriter(folder, chunk_size=5)
+    for number in range(SAMPLES):
+        writer[number] = {"x": torch.tensor([number])}
+    writer.done()
+    writer.merge()
+    return folder
+
+
+def litdatas(processes: int) -> Any:
+    litdata = pytest.importorskip("litdata")
+    dataset = litdata.StreamingDataset(litdatas_folder(), shuffle=True)
+    return litdata.StreamingDataLoader(dataset, batch_size=2, num_workers=processes)
+
+
+#: kind of stream: how it is made
+STREAMS: dict[str, Callable[[], Any]] = {
+    "dataset": lambda: DataLoader(Numbers(), 2),
+    "dataset, unbatched": lambda: DataLoader(Numbers(), None),
+    "dataset, process": lambda: DataLoader(Numbers(), 2, num_workers=1),
+    "dataset, 3 processes": lambda: DataLoader(Numbers(), 2, num_workers=3, persistent_workers=True),
+    "own loader": lambda: OwnLoader(False),
+    "own loader of known length": lambda: OwnLoader(True),
+    "torchdata": lambda: torchdatas(0),
+    "torchdata, 2 processes": lambda: torchdatas(2),
+    "torchdata.nodes": nodes,
+    "Hugging Face": lambda: hugging_face(0),
+    "Hugging Face, 2 processes": lambda: hugging_face(2),
+    "Hugging Face, shuffled": shuffled_by_hugging_face,
+    "litdata": lambda: litdatas(0),
+    "litdata, 2 processes": lambda: litdatas(2),
+    "stateless": lambda: DataLoader(Stateless(), 2),
+    "stateless, 2 processes": lambda: DataLoader(Stateless(), 2, num_workers=2),
+    "iterable": lambda: Shuffles(False),
+    "iterable that counts": lambda: Shuffles(True),
 }
 
 
@@ -195,7 +221,7 @@ def generators():
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_resumed_run_reads_the_very_samples(kind, generators):
-    make, _ = STREAMS[kind]
+    make = STREAMS[kind]
     undisturbed = Reader(feed(make()))
     first = undisturbed.read(0)
     before_second = undisturbed.source.state(), capture_rng()
@@ -219,7 +245,7 @@ def test_a_resumed_run_reads_the_very_samples(kind, generators):
 
 @pytest.mark.parametrize("kind", [k for k in STREAMS if k in ("dataset", "own loader", "torchdata")])
 def test_nothing_is_read_again(kind):
-    make, _ = STREAMS[kind]
+    make = STREAMS[kind]
     reader = Reader(feed(make()))
     reader.read(0)
     batches = len(reader.marks)
@@ -229,3 +255,97 @@ def test_nothing_is_read_again(kind):
     again.begin(0)
     assert len(list(again.start(0, batches - 1))) == 1
     assert Numbers.read <= 2
+
+
+class Fits(rt.Module):
+    """Weights that tell in which order, and with which noise, batches came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, batch_idx):
+        values = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        return (self.weight - values.float().mean() - torch.rand(1)).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_weights_of_a_resumed_run(kind, local_trainer, tmp_path):
+    """From checkpoints in the middle, and at the end, of the second epoch."""
+    make = STREAMS[kind]
+    whole = Fits()
+    every = rt.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = local_trainer(max_epochs=3, seed=3, callbacks=[every], accumulate_grad_batches=2)
+    trainer.fit(whole, make())
+    steps = trainer.global_step // 3
+    for step in (steps + 1, 2 * steps - 1, 2 * steps):
+        resumed = Fits()
+        trainer = local_trainer(max_epochs=3, seed=3, accumulate_grad_batches=2)
+        trainer.fit(resumed, make(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert trainer.global_step == 3 * steps
+        assert torch.equal(whole.weight, resumed.weight), step
+
+
+def test_a_run_that_failed_reads_on(local_trainer, tmp_path):
+    """Its state is from before the chunk that failed; the few batches since are read again."""
+
+    class Sees(Fits):
+        def __init__(self, fails: bool = False) -> None:
+            super().__init__()
+            self.seen: list[tuple[int, list[int]]] = []
+            self.fails = fails
+
+        def training_step(self, batch, batch_idx):
+            if self.fails and batch_idx == 7 and self.current_epoch == 1:
+                raise ArithmeticError
+            self.seen.append((self.current_epoch, batch[:, 0].int().tolist()))
+            return super().training_step(batch, batch_idx)
+
+    whole, failed, resumed = Sees(), Sees(True), Sees()
+    local_trainer(max_epochs=3).fit(whole, DataLoader(Numbers(), 2))
+    with pytest.raises(ArithmeticError):
+        local_trainer(max_epochs=3, callbacks=[rt.OnExceptionCheckpoint(tmp_path)]).fit(
+            failed, DataLoader(Numbers(), 2)
+        )
+    (path,) = tmp_path.glob("*.ckpt")
+    local_trainer(max_epochs=3).fit(resumed, DataLoader(Numbers(), 2), ckpt_path=path)
+    assert failed.seen + resumed.seen == whole.seen
+
+
+def test_other_processes_begin_the_epoch_anew(caplog):
+    reader = Reader(feed(DataLoader(Numbers(), 2, num_workers=1)))
+    reader.read(0)
+    again = Reader(feed(DataLoader(Numbers(), 2)))
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        again.source.take_state(reader.marks[4][0])
+    assert "begins anew" in caplog.text and "1 loader process" in caplog.text
+    assert [int(row[0]) for batch in again.read(0, 4) for row in batch] == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(Numbers(), 2), lambda: [torch.ones(1)] * 6], ids=["stream", "list"]
+)
+def test_another_number_of_workers_begins_the_epoch_anew(make, caplog):
+    source = feed(make())
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        source.begin(0, ((3, 2),))
+    assert "the epoch begins anew" in caplog.text
+    source.draw()
+    assert len(list(source.start(0))) == len(list(make()))
+
+
+def test_a_state_that_cannot_be_stored_is_read_up_to_again(caplog):
+    class Odd(Numbers):
+        def state_dict(self):
+            return {"at": self.at, "what": object()}
+
+    reader = Reader(feed(DataLoader(Odd(), 2)))
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        whole = reader.read(0)
+    assert caplog.text.count("read this epoch again") == 1
+    again = Reader(feed(DataLoader(Odd(), 2)))
+    again.source.take_state(reader.marks[3][0])
+    assert [row[0] for batch in again.read(0, 3) for row in batch] == [row[0] for b in whole[3:] for row in b]

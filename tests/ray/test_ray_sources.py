@@ -1,0 +1,130 @@
+"""What users bring to two workers: each sample once, and a killed worker changes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+import raytrainer as rt
+
+SAMPLES = 32
+
+
+class Shuffled(Sampler[list[int]]):
+    """Batches by a generator of its own; fewer in even epochs."""
+
+    def __init__(self) -> None:
+        self.rng, self.epoch = numpy.random.default_rng(), 0  # another one in each worker
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8 if self.epoch % 2 == 0 else 16
+
+    def __iter__(self):
+        size = SAMPLES // len(self)
+        order = self.rng.permutation(SAMPLES).tolist()
+        return iter([order[i : i + size] for i in range(0, SAMPLES, size)])
+
+
+class Numbers(IterableDataset[Any]):
+    """A stream with a state, dealt out to workers and their loaders' processes; noisy."""
+
+    def __init__(self) -> None:
+        self.start = self.at = 0
+
+    def __iter__(self):
+        part, parts = rt.data_part()  # in a loader's process, its own
+        begin, self.start = self.start or part, 0
+        for number in range(begin, SAMPLES, parts):
+            self.at = number + parts
+            yield torch.tensor([float(number), torch.rand(()).item()])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["at"]
+
+
+TABLE = torch.stack([torch.arange(float(SAMPLES)), torch.zeros(SAMPLES)], 1)
+
+
+def stateful(processes: int) -> Any:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    return module.StatefulDataLoader(TABLE, 4, shuffle=True, num_workers=processes)
+
+
+SOURCES = {
+    "batch sampler": lambda: DataLoader(TABLE, batch_sampler=Shuffled()),  # type: ignore[arg-type]
+    "stream": lambda: DataLoader(Numbers(), 2),
+    "stream, 2 processes": lambda: DataLoader(Numbers(), 2, num_workers=2),
+    "StatefulDataLoader": lambda: stateful(0),
+    "StatefulDataLoader, 2 processes": lambda: stateful(2),
+}
+
+
+class Data(rt.DataModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_dataloader(self) -> Any:
+        return SOURCES[self.kind]()
+
+
+class Tells(rt.Module):
+    """Weights tell the order and the noise of batches; a file tells each sample; rank 1 is killed, once."""
+
+    def __init__(self, folder: Path, deadly: bool) -> None:
+        super().__init__()
+        self.folder, self.deadly = str(folder), deadly
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, batch_idx):
+        flag = Path(self.folder, "killed")
+        if self.deadly and self.global_rank == 1 and (self.current_epoch, batch_idx) == (1, 3) and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(f"{self.folder}/{self.global_rank}", "a") as file:
+            file.writelines(f"{self.current_epoch} {batch_idx} {int(i)}\n" for i in batch[:, 0])
+        return (self.weight - 0.01 * batch.mean() - torch.rand(1)).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+
+
+def samples(folder: Path) -> dict[int, list[int]]:
+    """By epoch; what was trained on again after a loss counts once."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    for rank in range(2):
+        for line in {**dict.fromkeys(Path(folder, str(rank)).read_text().splitlines())}:
+            epoch, index, sample = map(int, line.split())
+            found.setdefault((epoch, rank, index), []).append(sample)
+    epochs: dict[int, list[int]] = {}
+    for (epoch, _, _), items in sorted(found.items()):
+        epochs.setdefault(epoch, []).extend(items)
+    return {epoch: sorted(items) for epoch, items in epochs.items()}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_killed_worker_changes_nothing(kind, ray_trainer, tmp_path):
+    modules = []
+    for deadly in (False, True):
+        folder = tmp_path / str(deadly)
+        folder.mkdir()
+        module = Tells(folder, deadly)
+        trainer = ray_trainer(max_epochs=3, seed=5, max_failures=1, snapshot_every=1)
+        trainer.fit(module, datamodule=Data(kind))
+        assert len(trainer.recoveries) == deadly
+        assert samples(folder) == {epoch: list(range(SAMPLES)) for epoch in range(3)}
+        modules.append(module)
+    assert torch.equal(modules[0].weight, modules[1].weight)
