@@ -32,8 +32,8 @@ class TrainerArguments(RunArguments):
     initialised, else RAY_ADDRESS, else as "auto", else one is started."""
 
     runtime_env: Mapping[str, Any] | None = argument(default=None)
-    """What workers need beside what is installed where they run, as for `ray.init`; used when this trainer attaches to
-    a cluster. None: a copy of the script's directory; {}: nothing."""
+    """What workers need beside what is installed where they run, as for `ray.init`; used when this trainer starts Ray
+    or attaches to a cluster. None: on a cluster a copy of the script's directory; {}: nothing."""
 
     placement_timeout: float = argument(default=60.0, check=checks.seconds)
     """Seconds to wait until the cluster has what is asked for."""

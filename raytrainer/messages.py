@@ -176,7 +176,8 @@ class FinishReport:
 
     state_dict: dict[str, Any] | None = None
     hparams: dict[str, Any] | None = None
-    attributes: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # plain ones, by the submodule that has them
+    buffers: dict[str, Any] = field(default_factory=dict)  # those that are not in the state dict
     datamodule_state: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     calls: list[LogCall] = field(default_factory=list)  # of `self.logger`, since the last report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.errors import WorkerLostError
+from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.worker import Worker
 
 
@@ -43,7 +43,7 @@ class Mortal(LocalGroup):
     in_process = False
 
     def setup(self, task):
-        return super().setup(pickle.loads(pickle.dumps(task)))
+        return super().setup(Pickled(dumps(task)).get())
 
     def __init__(self):
         super().__init__(Worker())

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from raytrainer.data.epoch_state import EpochState
 from raytrainer.data.first_batches import Fingerprint
-from raytrainer.data.loader_processes import garbage_left_alone
+from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
 from raytrainer.data.own_readers import kept_readers
@@ -236,7 +236,7 @@ class Feed:
         loader.__dict__["batch_sampler" if batched else "sampler"] = Requests(size, seed, counts)
 
     def _iterate(self) -> Iterator[Any]:
-        with garbage_left_alone():
+        with garbage_left_alone(), control_c_left_alone(self.loader):
             reading: Iterator[Any] | None = None
             if self._stand_in is not None and self.reader is not None:
                 self._stand_in.source = reading = iter(self.reader)

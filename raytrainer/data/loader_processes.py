@@ -1,13 +1,17 @@
-"""Processes that are forked leave their parent's garbage alone."""
+"""A loader's processes leave their parent's garbage, and Ctrl-C, alone."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
 
-__all__ = ["garbage_left_alone"]
+__all__ = ["control_c_left_alone", "garbage_left_alone"]
 
 _asked = 0
 _paused = False  # the parent's collector, while it forks
@@ -25,6 +29,26 @@ def garbage_left_alone() -> Iterator[None]:
         yield
     finally:
         _asked -= 1
+
+
+@contextlib.contextmanager
+def control_c_left_alone(loader: Any) -> Iterator[None]:
+    """Processes that are started meanwhile do not hear Ctrl-C, which a terminal sends to them too.
+
+    It is this process that decides what Ctrl-C means: a loader whose process is gone would be an error before that.
+    They inherit what is blocked here, by whichever way they are started; here it comes when this is over.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    context = getattr(loader, "multiprocessing_context", None) or multiprocessing
+    if getattr(loader, "num_workers", 0) and context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # whose start, later, would unblock Ctrl-C again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _before() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raytrainer.errors import DataError
 
-__all__ = ["cut_batch", "join_parts", "rows_of", "span_of"]
+__all__ = ["cut_batch", "join_parts", "rows_of", "span_of", "unjoinable"]
 
 _PLAIN = (str, bytes, int, float, complex, bool)
 
@@ -79,10 +79,11 @@ def join_parts(parts: Sequence[Any]) -> Any:
     """One output of what several workers returned for their slices, in order.
 
     Tensors are concatenated along their first dimension; those without dimensions, and numbers, are stacked to a tensor
-    with one element per worker; columns are concatenated. Of anything else there is a list with each worker's.
+    with one element per worker; columns, and objects that torch.cat takes (TensorDict), are concatenated. Of anything
+    else there is a list with each worker's.
 
     Raises:
-        DataError: The workers' outputs differ in structure.
+        DataError: The workers' outputs differ in structure, or hold an object with tensors of which one cannot be made.
     """
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
@@ -92,8 +93,10 @@ def join_parts(parts: Sequence[Any]) -> Any:
         return None
     if isinstance(first, Tensor):
         return torch.stack(list(parts)) if first.ndim == 0 else torch.cat(list(parts))
-    if _is_array(first):
+    if _is_array(first) and hasattr(first, "__array_interface__"):
         return join_parts([torch.as_tensor(part) for part in parts]).numpy()
+    if hasattr(type(first), "__torch_function__"):  # TensorDict, say
+        return torch.cat(list(parts))
     if isinstance(first, (bool, int, float, complex)):
         return torch.tensor(list(parts))
     if all(_is_column(part) for part in parts):
@@ -101,11 +104,22 @@ def join_parts(parts: Sequence[Any]) -> Any:
     all_children = [_children(part) for part in parts]
     children = all_children[0]
     if children is None:
+        if hasattr(first, "to"):
+            raise DataError(unjoinable(first))
         return list(parts)
     if any(other is None or list(other) != list(children) for other in all_children):
         keys = " / ".join(str(list(other or ())) for other in all_children)
         raise DataError(f"workers of a node returned outputs of different structure: {keys}.")
     return _rebuilt(first, {key: join_parts([other[key] for other in all_children if other]) for key in children})
+
+
+def unjoinable(value: Any) -> str:
+    """What to say of an output with tensors in it that are out of reach."""
+    return (
+        f"a step returned a {type(value).__name__}. Of what the workers of a node return for their slices, one output "
+        f"is made, and no gradients would reach the tensors in this. Return tensors, or a dict, list or dataclass of "
+        f'them, or use strategy="ddp".'
+    )
 
 
 def _is_array(value: Any) -> bool:

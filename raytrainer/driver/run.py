@@ -85,6 +85,8 @@ class Run:
                 yield coordinator
                 if self._interrupt.requested:
                     self._say_ended("interrupted")
+            if self._interrupt.terminated and isinstance(ending.error, SystemExit):
+                ending.error = terminate()  # Ray makes SystemExit(1) of one that comes while it waits
             with ending.step("ending the run"), shield():
                 self._interrupt.begin_end()
                 self._end(ending)
@@ -205,7 +207,8 @@ class Run:
     def regroup(self) -> WorkerGroup:
         """Workers to begin with, or in place of others. They may be long in coming, so Ctrl-C ends that at once."""
         with self._interrupt.at_once():
-            self.groups.prepare(self.task.settings)
+            if self.coordinator is None:  # else what it had prepared is in use
+                self.groups.prepare(self.task.settings)
             with shield():
                 self._held = [group for group in self._held if not group.broken]
                 self._held.append(group := self.groups.take(self.task.settings))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from raytrainer.errors import ConfigurationError
@@ -27,6 +28,7 @@ __all__ = [
     "forget_iterator",
     "is_compiled",
     "is_loader_iterator",
+    "reduce_parametrized",
     "set_group_timeout",
     "take_iterator",
     "without_compiled",
@@ -131,6 +133,35 @@ def drop_compiled(part: nn.Module) -> None:
 def without_compiled(attributes: dict[str, Any]) -> dict[str, Any]:
     """A module's attributes without compiled code, which belongs to one process."""
     return {name: value for name, value in attributes.items() if name != "_compiled_call_impl"}
+
+
+# ---------------------------------------------------------------- parametrized modules
+
+
+def reduce_parametrized(value: Any) -> Any:
+    """How to pickle a parametrized module (`spectral_norm`, `weight_norm`, one's own), which torch refuses; else None.
+
+    Its class is made for it, with a property for each parametrized tensor. The copy is one of the class before that,
+    with the same submodules (parametrizations are some), and is then given a class likewise. Without `parametrize`'s
+    `_inject_new_class` and `_inject_property`: None, and torch says that it cannot be pickled.
+    """
+    if not isinstance(value, nn.Module) or not parametrize.is_parametrized(value):
+        return None
+    if not all(hasattr(parametrize, name) for name in ("_inject_new_class", "_inject_property")):
+        return None
+    base: Any = type(value).__bases__[0]
+    return _new_module, (base,), base.__getstate__(value), None, None, _set_parametrized
+
+
+def _new_module(base: type[nn.Module]) -> nn.Module:
+    return base.__new__(base)
+
+
+def _set_parametrized(module: Any, state: dict[str, Any]) -> None:
+    module.__setstate__(state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:
+        parametrize._inject_property(module, name)
 
 
 # ---------------------------------------------------------------- DataLoader

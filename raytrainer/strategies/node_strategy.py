@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raytrainer.data.sharding import Share
+from raytrainer.data.slicing import unjoinable
 from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import DataError
 from raytrainer.plan.ranks import Ranks
@@ -84,6 +85,9 @@ class NodeStrategy(ReplicatedStrategy):
 
         def place(value: Any) -> Any:
             if not isinstance(value, Tensor):
+                inner = getattr(value, "__dict__", {}).values()
+                if hasattr(value, "to") or any(isinstance(item, Tensor) and item.requires_grad for item in inner):
+                    raise DataError(unjoinable(value))
                 return value
             tensors.append(value)
             return _Place(value, len(tensors) - 1)

@@ -1,7 +1,8 @@
-"""A module's plain attributes (counters, histories), which training may have changed and which come home."""
+"""What comes home besides the state dict: plain attributes (counters, histories), and buffers that are not in it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,16 +10,34 @@ from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves, to_cpu
 
-__all__ = ["plain_attributes"]
+__all__ = ["other_buffers", "plain_attributes"]
 
 #: attributes of torch's, and ours, that are no user data
 _INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
 
 
-def plain_attributes(module: Any) -> dict[str, Any]:
-    """The module's plain attributes (counters, histories), which training may have changed."""
-    found = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and _plain(v)}
-    return {name: map_leaves(value, to_cpu) for name, value in found.items()}
+def plain_attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Plain attributes (counters, histories), which training may have changed: of the module, and of those inside it.
+
+    Returns:
+        By submodule ("" is the module itself), then by name. Torch's own modules keep no such things.
+    """
+    found = {}
+    for path, part in module.named_modules():
+        if path and type(part).__module__.startswith("torch."):
+            continue
+        own = {k: v for k, v in vars(part).items() if k not in _INTERNAL and _plain(v)}
+        if own:
+            found[path] = {name: map_leaves(value, to_cpu) for name, value in own.items()}
+    return found
+
+
+def other_buffers(module: torch.nn.Module, state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Buffers that are not in the state dict, by name: those registered with `persistent=False`."""
+    names = set(state_dict or ())
+    return {
+        name: to_cpu(value) for name, value in module.named_buffers() if name not in names and type(value) is Tensor
+    }
 
 
 def _plain(value: Any, depth: int = 4) -> bool:

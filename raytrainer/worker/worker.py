@@ -26,7 +26,7 @@ from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
-from raytrainer.worker.plain_attributes import plain_attributes
+from raytrainer.worker.plain_attributes import other_buffers, plain_attributes
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
@@ -264,7 +264,7 @@ class Worker:
             report.state_dict = run.strategy.home_state(module)
         if trained and not self.in_place and self.ranks.rank == 0:
             report.hparams = dict(module.hparams)
-            report.attributes = plain_attributes(module)
+            report.attributes, report.buffers = plain_attributes(module), other_buffers(module, report.state_dict)
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
         report.peak_memory_bytes = self._peak()

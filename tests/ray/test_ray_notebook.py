@@ -162,7 +162,7 @@ async def stopped(kernel: Kernel, pids: list[int]) -> None:
     """Once: the cell ends without an error. Twice: at once, with KeyboardInterrupt. Both leave a usable trainer."""
     outputs = await kernel.interrupted(ENDLESS, batches_done)
     assert result(outputs) == (True, "interrupted", True)
-    assert "stopping at the next boundary" in written(outputs)
+    assert "stopping after the batches" in written(outputs)
     (text,) = shown(outputs)
     assert text.startswith("Epoch ")
     assert await kernel.value(AFTERWARDS) == (["val_accuracy", "val_loss"], False, 23, pids)

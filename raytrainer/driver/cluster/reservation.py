@@ -24,7 +24,7 @@ from raytrainer.driver.cluster.placement_rules import (
     refuse_impossible,
     share_out,
 )
-from raytrainer.driver.cluster.session import may_grow, own_reservation, resources_text
+from raytrainer.driver.cluster.session import may_grow, nodes_gone, own_reservation, resources_text
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.nvml import Card, open_nvml
 from raytrainer.signals import wait_until
@@ -146,6 +146,8 @@ def place(request: Request, timeout: float) -> list[Slot]:
     if own is not None:
         return _place_within(own, request)
     reserver = RayReserver()
+    if not reserver.nodes():
+        raise ResourceError(f"{request}: {nodes_gone()}")
     if request.indices or request.free:
         return claim(request, reserver, timeout, sleep=_pause)
     refuse_impossible(request, reserver)

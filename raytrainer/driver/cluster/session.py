@@ -10,6 +10,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
+from raytrainer.driver.cluster import inherited
 from raytrainer.driver.cluster.attaching import answers, attach, host_and_port
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.choice import require_cuda, require_gpu
@@ -25,6 +26,7 @@ __all__ = [
     "free_by_node",
     "free_resources",
     "may_grow",
+    "nodes_gone",
     "own_reservation",
     "place_name",
     "resources_text",
@@ -88,17 +90,21 @@ def ensure_ray(cluster: Cluster, workers: int, gpus: object = None) -> None:
     """
     import ray
 
+    if inherited.started_by_us() and not any(node["Alive"] for node in ray.nodes()):
+        log.warning("The Ray that was started here has no node any more; starting another one.")
+        ray.shutdown()
     if ray.is_initialized():
         _refuse_other(cluster.address)
+        inherited.compare(cluster.runtime_env)
         return
     named = cluster.named
     if named == "local":
-        _start(workers, gpus)
+        _start(workers, gpus, cluster.runtime_env)
         return
     if named in (None, "auto"):
         running = _running_here()
         if running is None and named is None:
-            _start(workers, gpus)
+            _start(workers, gpus, cluster.runtime_env)
             return
         if running is None:
             raise ConfigurationError(
@@ -107,9 +113,10 @@ def ensure_ray(cluster: Cluster, workers: int, gpus: object = None) -> None:
             )
         named = running
     attach(named, cluster.runtime_env)
+    inherited.remember(cluster.runtime_env)
 
 
-def _start(workers: int, gpus: object) -> None:
+def _start(workers: int, gpus: object, runtime_env: Mapping[str, Any] | None) -> None:
     if gpus:
         require_gpu(gpus, open_nvml())
         require_cuda()
@@ -130,12 +137,16 @@ def _start(workers: int, gpus: object) -> None:
     # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
     try:
         with sigterm_kept():
-            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(
+                "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
+                runtime_env=dict(runtime_env or {}),
+            )  # fmt: skip
     except BaseException as error:  # Ctrl-C, say
         with shield():
             ray_private.end_half_started(error)
             ray.shutdown()
         raise
+    inherited.remember(runtime_env, by_us=True)
 
 
 def _running_here() -> str | None:
@@ -195,6 +206,18 @@ def explain_lost(error: BaseException) -> ResourceError | None:
     return ResourceError(
         f"The Ray cluster can no longer be reached ({error}), and training has ended with it. When it is up again, "
         f"fit(..., ckpt_path='last') goes on from the latest checkpoint that this driver has written."
+    )
+
+
+def nodes_gone() -> str:
+    """What to say, and to do, where no node of the Ray in use is left."""
+    import ray
+
+    lost = sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]})
+    return (
+        f"the Ray in use has lost its node(s), {', '.join(lost)}: the machine, or Ray's raylet "
+        f"process there, has ended (killed for its memory?). Call ray.shutdown(), and then fit(..., ckpt_path='last') "
+        f"goes on from the latest checkpoint that this driver has written."
     )
 
 

@@ -13,7 +13,7 @@ from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.errors import StateLostError, WorkerLostError
+from raytrainer.errors import ResourceError, StateLostError, WorkerLostError
 from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
@@ -61,7 +61,10 @@ class WorkerRecovery:
         if self._failed is None:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), self._state.progress
         log.warning("%s Recovering.", error)
-        return self._services.regroup()
+        try:
+            return self._services.regroup()
+        except ResourceError as not_had:
+            raise not_had from error
 
     def go_back(self, original: dict[str, Any] | None) -> dict[str, Any] | None:
         """Put the driver where training goes on; return the state to restore, None for the beginning.

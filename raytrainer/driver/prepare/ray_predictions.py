@@ -6,6 +6,7 @@ from typing import Any
 
 from raytrainer.data.ray.blocks import settings_only
 from raytrainer.data.ray.ray_dataset import RayDataset
+from raytrainer.driver.workers.task_pickling import pickle_task
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import Settings
 from raytrainer.task import Task
@@ -28,7 +29,7 @@ def lazy_predictions(sources: list[RayDataset], task: Task, checkpoint: Any, set
     """
     import ray
 
-    packed, gpu, limit = ray.put((task, checkpoint)), settings.on_gpu, settings.limit("predict")
+    packed, gpu, limit = ray.put((pickle_task(task), checkpoint)), settings.on_gpu, settings.limit("predict")
     if not isinstance(limit, int) and limit != 1.0:
         raise ConfigurationError(
             f"limit_predict_batches={limit}: a Ray Dataset is not counted before; give a number of batches."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from raytrainer.datamodule import DataModule
@@ -31,8 +32,19 @@ def bring_home(
         _graft(group.call(Worker.fetch_module)[0], module)
     side.take_home(module, report.state_dict)
     module.hparams.update(report.hparams or {})
-    for name, value in report.attributes.items():
-        module.__dict__[name] = value
+    parts = dict(module.named_modules())
+    for path, values in report.attributes.items():
+        if path in parts:
+            parts[path].__dict__.update(values)
+    for path, value in report.buffers.items():
+        owner, _, name = path.rpartition(".")
+        if owner in parts:
+            own = parts[owner]._buffers.get(name)
+            if own is not None and own.shape == value.shape and own.dtype == value.dtype:
+                with torch.no_grad():
+                    own.copy_(value)
+            else:
+                parts[owner]._buffers[name] = value
     if datamodule is not None and report.datamodule_state:
         datamodule.load_state_dict(report.datamodule_state)
 

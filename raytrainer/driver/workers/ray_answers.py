@@ -15,6 +15,7 @@ from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.signals import PIECE, hear
 from raytrainer.worker.actor.actor import Failure, Place
+from raytrainer.worker.actor.module_pickling import Pickled
 
 __all__ = ["Answers"]
 
@@ -97,7 +98,8 @@ class Answers:
 
     def _answer(self, ref: Any, rank: int) -> Any:
         try:
-            return ray.get(ref)
+            answer = ray.get(ref)
+            return answer.get() if isinstance(answer, Pickled) else answer
         except OutOfMemoryError as error:
             remedy = "Use smaller batches, fewer workers or loader processes on a node, or nodes with more memory."
             return WorkerLostError(

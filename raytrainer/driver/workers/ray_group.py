@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
+from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.ray_whereabouts import ask_where
@@ -72,6 +73,7 @@ class RayGroup:
         self._answers = Answers(self)
         self._captures: RayCaptures | None = None  # once there are workers
         self._actors: list[Any] = []
+        self._modules = EditedModules()
         with shield():
             self._slots = place(request, timeout) if slots is None else slots
             try:
@@ -176,6 +178,7 @@ class RayGroup:
         self.hang_timeout = task.settings.hang_timeout
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
+        self._modules.note()
         pickled, datasets = ray.put(pickle_task(task)), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
         loading = [actor.load.remote(pickled, datasets, show) for actor in self._actors]
@@ -214,7 +217,7 @@ class RayGroup:
     @property
     def usable(self) -> bool:
         """Whether a new run may use it: the same Ray is still there, and every actor answers."""
-        if self.broken or not self._ray_is_there():
+        if self.broken or not self._ray_is_there() or self._outdated():
             return False
         try:
             if self._resting:
@@ -226,6 +229,12 @@ class RayGroup:
             self.abort()
             return False
         return True
+
+    def _outdated(self) -> bool:
+        """Whether workers may have imported modules that have been edited since; then they end."""
+        if self._modules.outdated(shipped=bool(ray.get_runtime_context().runtime_env.get("working_dir"))):
+            self.abort()
+        return self.broken
 
     @staticmethod
     def _wait(refs: list[Any], seconds: float) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray import cloudpickle
-
+from raytrainer.driver.cluster.inherited import changed_environment
 from raytrainer.errors import SerializationError
 from raytrainer.task import Task
+from raytrainer.worker.actor.module_pickling import Pickled, dumps
+from raytrainer.worker.actor.surroundings import Surroundings
 
 __all__ = ["pickle_task"]
 
 
-def pickle_task(task: Task) -> bytes:
-    """The task, pickled by value where workers could not import it.
+def pickle_task(task: Task) -> Pickled:
+    """The task, pickled by value where workers could not import it, and what they take over of this process.
 
     Raises:
         SerializationError: Names the attribute that cannot be pickled.
     """
     try:
-        pickled: bytes = cloudpickle.dumps(task)
-        return pickled
+        return Pickled(dumps(task), Surroundings.of_this_process(changed_environment()))
     except Exception as error:
         culprit = _unpicklable(task)
         if ".hparams." in culprit:
@@ -54,7 +54,10 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(str(k), v) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [(str(i), v) for i, v in enumerate(value)]
-    state = value.__getstate__()
+    try:
+        state = value.__getstate__()
+    except Exception:  # which is why it cannot be pickled
+        return []
     attributes = dict(state) if isinstance(state, dict) else {}
     modules = attributes.pop("_modules", None) or {}
     # last, so that what is an attribute too is named as that
@@ -64,7 +67,7 @@ def _children(value: Any) -> list[tuple[str, Any]]:
 
 def _fails(value: Any) -> bool:
     try:
-        cloudpickle.dumps(value)
+        dumps(value)
     except Exception:
         return True
     return False

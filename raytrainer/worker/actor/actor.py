@@ -25,6 +25,7 @@ from raytrainer.private.ray_private import asked_to_end
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
 from raytrainer.version import __version__
+from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.output import Output
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
 from raytrainer.worker.actor.stack_dump import can_be_asked
@@ -132,7 +133,7 @@ class RemoteWorker:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+    def load(self, pickled: Pickled, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
 
         Returns:
@@ -143,7 +144,7 @@ class RemoteWorker:
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
-                self.task = pickle.loads(pickled)
+                self.task = pickled.get()
             except ModuleNotFoundError as error:
                 error.add_note(
                     f"A worker on {self.node} could not import it. Put it beside the script, install it on the nodes "
@@ -165,7 +166,8 @@ class RemoteWorker:
             given: tuple[Any, ...] = tuple(unpack(value) for value in args) if declared.shares else args
             if declared.takes_task:
                 given = (self.task,)
-            return self._worker().obey(method, *given, **kwargs)
+            answer = self._worker().obey(method, *given, **kwargs)
+            return Pickled(dumps(answer)) if isinstance(answer, torch.nn.Module) else answer
 
         return self._guard(obey)
 
@@ -229,7 +231,7 @@ class StagingWorker(RemoteWorker):
         super().__init__()
         self.staged: Any = None
 
-    def load(self, pickled: bytes, datasets: dict[str, Any], show: bool) -> Failure | str | None:
+    def load(self, pickled: Pickled, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
         self.staged = None
         return super().load(pickled, datasets, show)

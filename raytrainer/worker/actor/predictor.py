@@ -28,7 +28,8 @@ class Predictor:
     """
 
     def __init__(self, packed: Any, source: RayDataset, on_gpu: bool) -> None:
-        task, checkpoint = _get(packed)
+        pickled, checkpoint = _get(packed)
+        task = pickled.get()
         task = replace(task, logs=None if task.logs is None else False, profiler=None)
         self.source = source
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

@@ -12,6 +12,7 @@ from raytrainer import RayDataset
 from raytrainer.plan.settings import build_settings
 from raytrainer.profilers import SimpleProfiler
 from raytrainer.task import Task
+from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.predictor import Predictor
 
 pa = pytest.importorskip("pyarrow")
@@ -35,12 +36,12 @@ def test_nothing_is_logged_or_profiled(logs, monkeypatch):
     profiler, module = Watched(), Telling()
     task = Task("predict", module, None, build_settings(strategy="local"), [], logs=logs, profiler=profiler)
     monkeypatch.setattr("raytrainer.data.ray.ray_dataset._is_ray_dataset", lambda value: True)
-    predictor = Predictor((task, None), RayDataset(None), False)
+    predictor = Predictor((Pickled(dumps(task)), None), RayDataset(None), False)
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     table = predictor(ray.data.block.BlockAccessor.batch_to_block({"x": x}))
     expected = module(torch.from_numpy(x)).detach().numpy()
     found = np.stack(table.column("prediction").to_pylist())
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert (module.logger is None) == (logs is None)
+    assert (predictor.run.module.logger is None) == (logs is None)
     assert predictor.run.recorder.take() == []
     assert predictor.run.profiler is None and not profiler.started

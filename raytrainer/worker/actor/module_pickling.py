@@ -1,0 +1,60 @@
+"""Modules on their way to another process, also those that torch does not pickle: parametrized and scripted ones."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray import cloudpickle
+
+from raytrainer.private.torch_private import reduce_parametrized
+from raytrainer.worker.actor.surroundings import Surroundings
+
+__all__ = ["Pickled", "dumps"]
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """What `dumps` made of something; for a worker, with the surroundings that it is to be unpickled in."""
+
+    data: bytes
+    surroundings: Surroundings | None = None
+
+    def get(self) -> Any:
+        """The thing itself, or rather a copy."""
+        global _adopted
+        if self.surroundings is not None:
+            shipped = ray.get_runtime_context().runtime_env.get("working_dir")
+            self.surroundings.adopt(_adopted, keep_folder=bool(shipped))
+            _adopted = self.surroundings
+        return pickle.loads(self.data)
+
+
+_adopted: Surroundings | None = None  # by this process, latest
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """By value where another process could not import it, as cloudpickle does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+            buffer = io.BytesIO()
+            torch.jit.save(value, buffer)
+            return _load_scripted, (buffer.getvalue(),)
+        reduced = reduce_parametrized(value)
+        return super().reducer_override(value) if reduced is None else reduced
+
+
+def _load_scripted(data: bytes) -> Any:
+    return torch.jit.load(io.BytesIO(data))
+
+
+def dumps(value: Any) -> bytes:
+    """A pickle of anything that may hold modules."""
+    with io.BytesIO() as file:
+        _Pickler(file).dump(value)
+        return file.getvalue()
