@@ -1,0 +1,244 @@
+"""What becomes of Lightning's names that are not simply the same here, for `lightning_comparison.py`."""
+
+from __future__ import annotations
+
+__all__ = ["HEAD", "NEW", "RENAMED", "WORDS"]
+
+HEAD = """\
+# Lightning's names, one by one
+
+Lightning VERSION against this package. A name that is called the same does the same, unless its row says otherwise; the
+README's section "Coming from Lightning" has a port as an example. Made by `python tests/lightning_comparison.py` from
+both packages, and tested against what is exported.
+"""
+
+_WORKERS = "in workers, on `self.trainer`, a view of the run"
+_UNUSED = "`rt.DDP(find_unused_parameters=True)`, or False"
+_DDP = '`"ddp"`: workers are actors, which neither fork nor pickle your script'
+_ONNX = "none: it is a `torch.nn.Module`, which `torch.onnx.export` and the like take"
+_ELSEWHERE = "none; no such hardware is supported"
+_KEYS = "none; hyperparameters are `hyper_parameters` in a checkpoint, with how `__init__` takes them beside"
+_FILES = "reports go to the logger's folder, one file a worker"
+
+WORDS: dict[str, dict[str, str]] = {
+    "Trainer arguments": {
+        "accelerator": "`gpus=2`, `gpus=[0, 2]`, `gpus=-1`; `num_processes=2` for CPUs. No TPU, no MPS",
+        "devices": "as `accelerator`",
+        "barebones": "none; switch off what you do not want",
+        "enable_autolog_hparams": "none; `save_hyperparameters(logger=False)`",
+        "model_registry": "none",
+        "plugins": "none; Ray is the cluster environment, `precision` and checkpoints are not replaceable",
+        "strategy": "a name (see Strategies) or settings such as `rt.DDP(...)`",
+        "num_nodes": "the same, or a pair for elastic runs; the script is started once, not on each node",
+        "precision": 'the same, less `"transformer-engine"`',
+        "max_steps": "the run ends exactly there, whatever `max_epochs` says, rather than at whichever comes first",
+        "val_check_interval": "the same, counted in batches; an interval of time is an error",
+        "logger": "the same; loggers live on the driver",
+        "callbacks": "`Callback`s run on the driver, `WorkerCallback`s beside the module",
+        "profiler": "the same names; one file a worker",
+        "num_sanity_val_steps": "the same; leaves no metric and no trace in generators; skipped when resuming",
+        "use_distributed_sampler": "the same; an evaluation never counts a sample twice",
+        "overfit_batches": "the same; not together with `limit_train_batches` or `limit_val_batches`",
+    },
+    "Trainer": {
+        **dict.fromkeys(
+            ("is_global_zero", "global_rank", "local_rank", "node_rank"), "in workers only: the driver has no rank"
+        ),
+        **dict.fromkeys(
+            (
+                "estimated_stepping_batches", "lr_scheduler_configs", "num_devices", "optimizers", "predicting",
+                "predict_dataloaders", "test_dataloaders", "testing", "train_dataloader", "training", "val_dataloaders",
+                "validating",
+            ),
+            _WORKERS,
+        ),
+        **dict.fromkeys(
+            (
+                "device_ids", "distributed_sampler_kwargs", "enable_validation", "evaluating", "init_module",
+                "is_last_batch", "precision_plugin", "print", "received_sigterm", "scaler",
+            ),
+            "none",
+        ),
+        **dict.fromkeys(
+            ("checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks", "progress_bar_callback"),
+            "look in `callbacks`",
+        ),
+        "lightning_module": "`model`",
+        "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
+        "predict": "the same; lazy on Ray Datasets",
+        "validate": "the same; without a model, and with no best checkpoint, the weights at the end of `fit`",
+        "test": "as `validate`",
+        "save_checkpoint": "makes a directory; `wait=True` returns when it is written",
+        "ckpt_path": "the same; not to be set",
+    },
+    "LightningModule": {
+        **dict.fromkeys(
+            (
+                "CHECKPOINT_HYPER_PARAMS_KEY", "CHECKPOINT_HYPER_PARAMS_NAME", "CHECKPOINT_HYPER_PARAMS_TYPE",
+            ),
+            _KEYS,
+        ),
+        **dict.fromkeys(("example_input_array", "to_onnx", "to_tensorrt", "to_torchscript"), _ONNX),
+        **dict.fromkeys(("configure_sharded_model", "device_mesh", "fabric", "on_gpu"), "none"),
+        "remove_ignored_hparams": "`save_hyperparameters(ignore=...)` does it, also for what a base class has saved",
+        "trainer": "a view of the run while it lasts; then the Trainer",
+        "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
+        "loggers": "`logger` in a list",
+        "log": "the same; epoch values are reduced over workers without `sync_dist`",
+        "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
+        "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU unless "
+        "`map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
+        "save_hyperparameters": "the same; a child made in its parent's `__init__` has its own arguments only",
+    },
+    "LightningDataModule": {
+        **dict.fromkeys(
+            (
+                "CHECKPOINT_HYPER_PARAMS_KEY", "CHECKPOINT_HYPER_PARAMS_NAME", "CHECKPOINT_HYPER_PARAMS_TYPE",
+            ),
+            _KEYS,
+        ),
+        "name": "none",
+        "on_exception": "none; `on_exception` of a `WorkerCallback`",
+        "remove_ignored_hparams": "`save_hyperparameters(ignore=...)`",
+    },
+    "Callback": {
+        "on_train_batch_start": "of a `WorkerCallback`, as are all hooks around batches, backward and optimizers",
+    },
+    "Callbacks": {
+        "BasePredictionWriter": "`PredictionWriter`, which writes Parquet; your own: `on_predict_batch_end` of a "
+        "`WorkerCallback`",
+        "Checkpoint": "none; derive from `ModelCheckpoint`",
+        "ModelPruning": "none; `torch.nn.utils.prune` in a `WorkerCallback`'s `on_train_epoch_end`",
+        "RichProgressBar": "`ProgressBar`, which is made with rich",
+        "TQDMProgressBar": "`ProgressBar`",
+        "SpikeDetection": "none; a `WorkerCallback`'s `on_train_batch_end` sees the loss",
+        "WeightAveraging": "`EMAWeightAveraging` and `StochasticWeightAveraging`; no own averaging functions",
+        "Callback": "runs on the driver; beside the module, and around batches, `WorkerCallback`",
+        "LambdaCallback": "takes hooks by keyword, likewise; those around batches go into `LambdaWorkerCallback`",
+        "EarlyStopping": "its `stopping_reason` is a string: "
+        '`"none"`, `"patience"`, `"not_finite"`, `"stopping_threshold"`, `"divergence_threshold"`',
+        "LearningRateFinder": "results are in `result` (`result.suggestion()`); the attribute is always updated",
+        "LearningRateMonitor": "rates go to the loggers; there is no `lrs`",
+        "BatchSizeFinder": "the result is `optimal_batch_size`",
+        "BaseFinetuning": "`make_trainable` is `unfreeze`; no `flatten_modules`",
+        "ProgressBar": "has no `get_metrics`: `metrics` names what to show",
+        "StochasticWeightAveraging": "averages are on the module's device",
+        "EMAWeightAveraging": "averages are on the module's device",
+        "ThroughputMonitor": "counts samples by itself",
+    },
+    "Loggers": {
+        "CometLogger": "none; derive from `Logger`",
+        "LitLogger": "none; derive from `Logger`",
+        "WandbLogger": "further arguments go to `wandb.init`",
+        "MLFlowLogger": "checkpoints are not uploaded",
+    },
+    "Profilers": {
+        "PassThroughProfiler": "`profiler=None`",
+        "XLAProfiler": _ELSEWHERE,
+        "Profiler": _FILES,
+        "AdvancedProfiler": _FILES,
+        "PyTorchProfiler": _FILES,
+        "SimpleProfiler": _FILES,
+    },
+    "Tuning": {
+        "lr_find": "a method of the Trainer; other rates by a documented rule",
+        "scale_batch_size": "a method of the Trainer",
+    },
+    "Strategies": {
+        "ddp_spawn": _DDP,
+        **dict.fromkeys(("ddp_fork", "ddp_notebook"), _DDP),
+        **dict.fromkeys(
+            (
+                "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true",
+                "ddp_fork_find_unused_parameters_false", "ddp_fork_find_unused_parameters_true",
+                "ddp_notebook_find_unused_parameters_false", "ddp_notebook_find_unused_parameters_true",
+                "ddp_spawn_find_unused_parameters_false", "ddp_spawn_find_unused_parameters_true",
+            ),
+            _UNUSED,
+        ),
+        **dict.fromkeys(
+            (
+                "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3",
+                "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme", "fsdp", "fsdp_cpu_offload",
+            ),
+            "none",
+        ),
+        "single_device": '`"local"`',
+        **dict.fromkeys(("single_tpu", "single_xla", "xla", "xla_debug"), _ELSEWHERE),
+    },
+}  # fmt: skip
+
+_DATASETS = "a Ray Dataset in place of a loader"
+
+NEW: dict[str, dict[str, str]] = {
+    "Trainer arguments": dict.fromkeys(
+        (
+            "address", "auto_select_gpus", "compile", "float32_matmul_precision", "gpus", "hang_timeout",
+            "idle_timeout", "log_gpu_memory", "max_failures", "num_processes", "placement_timeout", "runtime_env",
+            "seed",
+            "snapshot_every", "worker_output",
+        ),
+        "see [its meaning](trainer-arguments.md)",
+    ),
+    "Trainer": {
+        "checkpoint_exists": "whether a whole checkpoint is there",
+        "remove_checkpoint": "delete one",
+        "close": "release the workers now",
+        "from_config": "a Trainer from plain values",
+        "log_metrics": "give the loggers a value from a driver's callback",
+        "lr_find": "as of Lightning's `Tuner`",
+        "scale_batch_size": "as of Lightning's `Tuner`",
+        "peak_memory_bytes": "most memory of each worker's GPU",
+        "plot": "metrics over steps, as a figure",
+        "recoveries": "failures that the run has recovered from",
+        "settings": "the validated settings",
+        "skipped_steps": "steps left out for infinite gradients",
+        "time_report": "what the time of a fit went to",
+        "where": "where runs go",
+        "datamodule": "an attribute in Lightning too",
+        "should_stop": "an attribute in Lightning too",
+        "state": "an attribute in Lightning too; its fields are strings",
+    },
+    "LightningModule": {
+        **dict.fromkeys(("train_dataset", "val_dataset", "test_dataset", "predict_dataset"), _DATASETS),
+        **dict.fromkeys(
+            ("training_step_end", "validation_step_end", "test_step_end"),
+            "sees a node's outputs, with gradients, as in older releases",
+        ),
+        "export_weights": "the state dict alone, also as safetensors",
+        "hyperparameters_to_save": "what a checkpoint holds of them",
+    },
+    "LightningDataModule": {
+        **dict.fromkeys(("train_dataset", "val_dataset", "test_dataset", "predict_dataset"), _DATASETS),
+        "hyperparameters_to_save": "what a checkpoint holds of them",
+        "trainer": "an attribute in Lightning too",
+    },
+    "Callback": {
+        "log": "in Lightning set when a run begins; of a `WorkerCallback` only",
+        "log_dict": "likewise",
+        "every_n_train_steps": "ask for a call exactly there",
+        "runs_last": "whether it comes after all others",
+        "on_train_chunk_end": "about once a second of training, on the driver",
+        "on_evaluation_chunk_end": "likewise of an evaluation",
+    },
+    "Callbacks": {
+        "WorkerCallback": "beside the module, in every worker",
+        "LambdaWorkerCallback": "one from functions",
+        "PredictionWriter": "writes predictions as Parquet files",
+        "TuneReportCallback": "reports to Ray Tune",
+    },
+    "Strategies": {
+        "auto": "an argument in Lightning too, beside the registry",
+        "local": "one worker, in the driver's process",
+        "ddp_cpu": "`ddp` on CPUs, as in older releases",
+        "dp": "one batch split over workers whose outputs are gathered, as in older releases; processes, not threads",
+        "ddp2": "the same within each node",
+    },
+}  # fmt: skip
+
+#: Arguments that are called otherwise here, by class or function.
+RENAMED: dict[str, dict[str, str]] = {
+    "LearningRateFinder": {"num_training_steps": "num_training"},
+    "ThroughputMonitor": {"batch_size_fn": "samples", "length_fn": "tokens"},
+    "AdvancedProfiler": {"line_count_restriction": "lines"},
+}
