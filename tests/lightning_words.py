@@ -41,9 +41,8 @@ WORDS: dict[str, dict[str, str]] = {
         "overfit_batches": "the same; not together with `limit_train_batches` or `limit_val_batches`",
     },
     "Trainer": {
-        **dict.fromkeys(
-            ("is_global_zero", "global_rank", "local_rank", "node_rank"), "in workers only: the driver has no rank"
-        ),
+        **dict.fromkeys(("is_global_zero", "global_rank"), "on the driver True and 0; a worker's own is on `self.trainer`"),
+        **dict.fromkeys(("local_rank", "node_rank"), "in workers only, on `self.trainer`"),
         **dict.fromkeys(
             (
                 "estimated_stepping_batches", "lr_scheduler_configs", "num_devices", "optimizers", "predicting",
@@ -86,8 +85,8 @@ WORDS: dict[str, dict[str, str]] = {
         "loggers": "`logger` in a list",
         "log": "the same; epoch values are reduced over workers without `sync_dist`",
         "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
-        "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU unless "
-        "`map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
+        "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU "
+        "unless `map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
         "save_hyperparameters": "the same; a child made in its parent's `__init__` has its own arguments only",
     },
     "LightningDataModule": {
@@ -159,10 +158,12 @@ WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3",
-                "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme", "fsdp", "fsdp_cpu_offload",
+                "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme",
             ),
             "none",
         ),
+        "fsdp": "torch's FSDP2; settings: `rt.FSDP(...)`",
+        "fsdp_cpu_offload": "none; see `rt.FSDP`",
         "single_device": '`"local"`',
         **dict.fromkeys(("single_tpu", "single_xla", "xla", "xla_debug"), _ELSEWHERE),
     },
