@@ -41,7 +41,8 @@ WORDS: dict[str, dict[str, str]] = {
         "overfit_batches": "the same; not together with `limit_train_batches` or `limit_val_batches`",
     },
     "Trainer": {
-        **dict.fromkeys(("is_global_zero", "global_rank"), "on the driver True and 0; a worker's own is on `self.trainer`"),
+        "is_global_zero": "True on the driver; a worker's own is on `self.trainer`",
+        "global_rank": "0 on the driver; a worker's own is on `self.trainer`",
         **dict.fromkeys(("local_rank", "node_rank"), "in workers only, on `self.trainer`"),
         **dict.fromkeys(
             (
@@ -194,6 +195,10 @@ NEW: dict[str, dict[str, str]] = {
         "recoveries": "failures that the run has recovered from",
         "settings": "the validated settings",
         "skipped_steps": "steps left out for infinite gradients",
+        "about_to_validate": "whether a validation follows at once",
+        "epoch_ended": "whether the epoch has no batch left",
+        "metric_time": "when a metric got its value",
+        "total_batches": "training batches of all epochs so far",
         "time_report": "what the time of a fit went to",
         "where": "where runs go",
         "datamodule": "an attribute in Lightning too",
