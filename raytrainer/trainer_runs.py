@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
@@ -160,7 +161,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         self._take_settings(with_accumulation(self._settings, self._callbacks))
         task = self._task(stage, module, datamodule, loaders)
         self._run = run = Run(
-            task, self._state, self._callbacks, self._emit, self._logs, self._groups, self._writer, self._probing
+            task, self._state, self._callbacks, _emitter(self), self._logs, self._groups, self._writer, self._probing
         )
         return run
 
@@ -201,3 +202,15 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             if isinstance(callback, Callback):
                 with around(f"{type(callback).__name__}.{hook}"):
                     getattr(callback, hook)(self, self._module, *args)
+
+
+def _emitter(trainer: TrainerRuns) -> Callable[..., None]:
+    """`trainer._emit`, for a run that the Trainer holds: it must not hold the Trainer."""
+    reference = weakref.ref(trainer)
+
+    def emit(hook: str, *args: Any, **options: Any) -> None:
+        found = reference()
+        if found is not None:
+            found._emit(hook, *args, **options)
+
+    return emit

@@ -32,6 +32,7 @@ from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
 from raytrainer.worker.training_loop import TrainingLoop
+from raytrainer.worker.unlinking import unlink
 from raytrainer.worker.verbs import Wait, verb, verb_of
 from raytrainer.worker.worker_run import WorkerRun
 from raytrainer.worker.worker_state import capture_state, most_of_state, restore_state
@@ -269,7 +270,7 @@ class Worker:
                 report.datamodule_state = run.datamodule.state_dict()
         report.peak_memory_bytes = self._peak()
         report.calls = run.recorder.take()
-        self._forget()
+        unlink(self._forget())
         return report
 
     def _peak(self) -> int | None:
@@ -283,10 +284,8 @@ class Worker:
     @verb(Wait.AT_ONCE)
     def abandon(self) -> None:
         """Drop the run without any further hook."""
-        run = self._run
-        self._forget()  # first: a run whose undoing raises must not be met again by the next one
-        if run is not None:
-            run.release()
+        over = self._forget()  # first: a run whose undoing raises must not be met again by the next one
+        unlink(over, release=True)
 
     @verb(Wait.AT_ONCE)
     def rest(self) -> None:
@@ -295,6 +294,8 @@ class Worker:
         self._finished = None
         give_back_memory(self.device)
 
-    def _forget(self) -> None:
-        self._finished = self._run.module if self._run is not None else None
+    def _forget(self) -> tuple[WorkerRun | None, TrainingLoop | None, EvaluationLoop | None]:
+        over = self._run, self._training, self._evaluation
+        self._finished = None if over[0] is None else over[0].module
         self._run = self._training = self._evaluation = None
+        return over
