@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from raytrainer.checkpointing.plain_values import plain_value
-from raytrainer.data.memories import STREAMS, Memory, library_of, recall, remembered, seed_own_generators
+from raytrainer.data.memories import (
+    STREAMS,
+    Memory,
+    from_store,
+    library_of,
+    recall,
+    remembered,
+    seed_own_generators,
+    to_store,
+)
 from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
 from raytrainer.data.streams import stream_of
 from raytrainer.errors import CheckpointError
@@ -84,7 +91,7 @@ class EpochState:
             self._rng = found["rng"]
         if self.stream is None or found["stream"] is None:
             return 0
-        self.stream.load(copy.deepcopy(found["stream"]))
+        self.stream.load(from_store(found["stream"], self.stream.owner))
         position: int = found["batch"]
         return position
 
@@ -113,7 +120,7 @@ class EpochState:
         stream = None
         if self.stream is not None:
             try:
-                stream = plain_value(self.stream.state(), "the loader's state")
+                stream = to_store(self.stream.state(), self.stream.owner)
             except CheckpointError as error:
                 log.warning("A resumed run will read this epoch again up to where it was: %s", error)
                 self.stream = None if self.stream.kind != "processes" else self.stream

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from raytrainer.checkpointing.plain_values import plain_value
+from raytrainer.checkpointing.restored_values import unpack_hyperparameters
+from raytrainer.checkpointing.typed_values import NoForm, pack
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.seeds import derive_seed
 
@@ -27,6 +28,7 @@ __all__ = [
     "STREAMS",
     "Memory",
     "depends_on_epoch",
+    "from_store",
     "has_generators",
     "has_state",
     "library_of",
@@ -34,6 +36,7 @@ __all__ = [
     "remembered",
     "seed_own_generators",
     "tell_epoch",
+    "to_store",
 ]
 
 #: What objects remembered: by the way from the root, changed counters (".inner.epoch") and states (".inner()").
@@ -76,6 +79,26 @@ def has_state(thing: Any) -> bool:
     except (TypeError, ValueError):  # litdata's and mosaicml's datasets want to be told how far a loader has read
         return False
     return True
+
+
+def to_store(state: Any, owner: Any) -> Any:
+    """A copy of what a `state_dict` gave, as a checkpoint can have it.
+
+    Raises:
+        CheckpointError: It holds something that cannot be stored.
+    """
+    try:
+        return pack(copy.deepcopy(state))
+    except NoForm as error:
+        raise CheckpointError(
+            f"the state of {type(owner).__name__} holds a {error}, which a checkpoint cannot have: numbers, strings, "
+            f"tensors, arrays, and lists, tuples and dicts of them can be stored."
+        ) from None
+
+
+def from_store(stored: Any, owner: Any) -> Any:
+    """The reverse of `to_store`: a copy, so that nobody changes the checkpoint's."""
+    return copy.deepcopy(unpack_hyperparameters({"state": stored}, (type(owner),))["state"])
 
 
 def library_of(thing: Any) -> str:
@@ -129,7 +152,7 @@ def remembered(root: Any, beginning: Memory | None = None) -> Memory:
     for path, part in _parts(root, deep=not isinstance(root, DataLoader)):
         if _keeps_itself(path, part):
             with contextlib.suppress(CheckpointError):  # it cannot be kept
-                found[f"{path}()"] = plain_value(part.state_dict(), f"the state of {type(part).__name__}")
+                found[f"{path}()"] = to_store(part.state_dict(), part)
         else:
             found |= {name: vars(part)[name.rpartition(".")[2]] for name in _counters(path, part)}
     if beginning is None:
@@ -141,7 +164,7 @@ def recall(root: Any, memory: Memory) -> None:
     """Put back what `remembered` gave."""
     for path, part in list(_parts(root, deep=not isinstance(root, DataLoader))):
         if f"{path}()" in memory and _keeps_itself(path, part):
-            part.load_state_dict(copy.deepcopy(memory[f"{path}()"]))
+            part.load_state_dict(from_store(memory[f"{path}()"], part))
         for name, value in memory.items():
             owner, _, attribute = name.rpartition(".")
             if owner == path and not name.endswith("()") and hasattr(part, "__dict__") and hasattr(part, attribute):

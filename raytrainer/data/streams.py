@@ -24,7 +24,7 @@ class LoaderStream:
     kind = "loader"
 
     def __init__(self, loader: Any) -> None:
-        self.loader = loader
+        self.loader = self.owner = loader
         self.processes = getattr(loader, "num_workers", 0)
 
     def begin(self) -> None:
@@ -47,7 +47,7 @@ class DatasetStream:
     processes = 0
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset = self.owner = dataset
 
     def begin(self) -> None:
         """An epoch begins where the dataset begins."""
@@ -72,7 +72,7 @@ class ProcessesStream:
     kind = "processes"
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader, self.processes = loader, loader.num_workers
+        self.loader, self.processes, self.owner = loader, loader.num_workers, loader.dataset
         self._init = loader.worker_init_fn
         loader.collate_fn = _CollateWithState(loader.collate_fn)
         self.begin()

@@ -98,6 +98,8 @@ class RunData:
         if reload and stage not in self.task.loaders and stage not in self.task.datasets:
             self._sources.pop(stage, None)
             self._close_feeds(stage)
+            if stage == "train":
+                self._states = []  # of the loader before
         if stage not in self._feeds and stage in self.task.datasets:
             self._feeds[stage] = self._dataset_feeds(stage)
         if stage not in self._feeds:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -49,6 +50,28 @@ class Numbers(IterableDataset[Any]):
         self.start = state["at"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))
+
+
+class Arrays(Numbers):
+    """Its state holds what NumPy and torch hold, and changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws, self.place = numpy.random.RandomState(3), torch.zeros(1, dtype=torch.long)
+
+    def __iter__(self):
+        for sample in super().__iter__():
+            self.place.fill_(self.at)
+            yield torch.cat([sample, torch.tensor([self.draws.rand()])])
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"numpy": self.draws.get_state(), "place": self.place, "rest": [self.at]}
+        return {**super().state_dict(), **state, "at": numpy.int64(self.at)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({**state, "at": int(state["at"])})
+        self.draws.set_state(state["numpy"])
+        assert int(state["place"]) == state["at"] == state["rest"][0]
 
 
 class Stateless(IterableDataset[Any]):
@@ -155,6 +178,8 @@ def litdatas(processes: int) -> Any:
 STREAMS: dict[str, Callable[[], Any]] = {
     "dataset": lambda: DataLoader(Numbers(), 2),
     "dataset, unbatched": lambda: DataLoader(Numbers(), None),
+    "dataset, arrays": lambda: DataLoader(Arrays(), 2),
+    "dataset, arrays, process": lambda: DataLoader(Arrays(), 2, num_workers=1),
     "dataset, process": lambda: DataLoader(Numbers(), 2, num_workers=1),
     "dataset, 3 processes": lambda: DataLoader(Numbers(), 2, num_workers=3, persistent_workers=True),
     "own loader": lambda: OwnLoader(False),
