@@ -108,6 +108,7 @@ WORDS: dict[str, dict[str, str]] = {
         "BasePredictionWriter": "`PredictionWriter`, which writes Parquet; your own: `on_predict_batch_end` of a "
         "`WorkerCallback`",
         "Checkpoint": "none; derive from `ModelCheckpoint`",
+        "ModelCheckpoint": '`save_last="link"` writes a whole checkpoint, as True does',
         "ModelPruning": "none; `torch.nn.utils.prune` in a `WorkerCallback`'s `on_train_epoch_end`",
         "RichProgressBar": "`ProgressBar`, which is made with rich",
         "TQDMProgressBar": "`ProgressBar`",

@@ -53,6 +53,7 @@ class ModelCheckpoint(Callback):
         mode: "min" when smaller is better, "max" when larger is.
         save_top_k: How many to keep: 0 none, -1 all; without `monitor` only 0, 1 and -1.
         save_last: True keeps "last.ckpt" too, written at every moment that a checkpoint could be, and at the end.
+            "link" does the same: every checkpoint is whole.
         every_n_epochs: Save after every so many epochs [1]; 0 turns this off.
         every_n_train_steps: Instead, save whenever so many more optimizer steps are reached or passed.
         train_time_interval: Instead, save when so much time has passed since the last save or the start of training.
@@ -61,6 +62,9 @@ class ModelCheckpoint(Callback):
             once that is over: validation, hooks, schedulers and other callbacks.
         save_weights_only: Leave out what only resuming needs (optimizers, schedulers, counters).
         auto_insert_metric_name: Put "name=" before each value in `filename`; a "/" in a name becomes "_".
+        save_on_exception: When the run fails, save what can be had of its state, under the name that is due (and as
+            "last.ckpt", with `save_last`). It takes no part in what is best, and is not removed.
+        enable_version_counter: Add "-v1" and so on to a name that is taken; False replaces the checkpoint there.
         on_error: What to do about a checkpoint that cannot be written, because the disk is full, say: "raise" ends the
             run; "warn" says so and trains on, with the checkpoints that there are.
         verbose: Log every save.
@@ -80,6 +84,12 @@ class ModelCheckpoint(Callback):
 
     runs_last: ClassVar[bool] = True
 
+    #: The name of what `save_last` keeps; may be a template, as `filename`.
+    CHECKPOINT_NAME_LAST = "last"
+
+    #: What the names of checkpoints end in.
+    FILE_EXTENSION = ".ckpt"
+
     def __init__(
         self,
         dirpath: str | os.PathLike[str] | None = None,
@@ -87,7 +97,7 @@ class ModelCheckpoint(Callback):
         monitor: str | None = None,
         mode: str = "min",
         save_top_k: int = 1,
-        save_last: bool | None = None,
+        save_last: bool | str | None = None,
         every_n_epochs: int | None = None,
         *,
         every_n_train_steps: int | None = None,
@@ -95,6 +105,8 @@ class ModelCheckpoint(Callback):
         save_on_train_epoch_end: bool | None = None,
         save_weights_only: bool = False,
         auto_insert_metric_name: bool = True,
+        save_on_exception: bool = False,
+        enable_version_counter: bool = True,
         on_error: str = "raise",
         verbose: bool = False,
     ) -> None:
@@ -104,6 +116,9 @@ class ModelCheckpoint(Callback):
         self.filename = filename or "{epoch}-{step}"
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.save_last, self.save_weights_only, self.verbose = save_last, save_weights_only, verbose
+        if save_last not in (None, True, False, "link"):
+            raise ConfigurationError(f'ModelCheckpoint(save_last={save_last!r}): give True, False or "link".')
+        self.save_on_exception, self.enable_version_counter = save_on_exception, enable_version_counter
         self.auto_insert_metric_name = auto_insert_metric_name
         self.every_n_train_steps = every_n_train_steps or None
         self.train_time_interval = train_time_interval
@@ -197,6 +212,19 @@ class ModelCheckpoint(Callback):
         self._save_if_due(trainer)
         if self.save_last and trainer.global_step != self._last_saved_step:
             self._save_as_last(trainer)
+
+    def on_exception(self, trainer: RunningTrainer, module: Module, exception: BaseException) -> None:
+        """Save what there is, if asked to. If that fails too, say so, and leave the first exception to be raised."""
+        if not self.save_on_exception or not self._active(trainer) or not trainer.state.has_begun:
+            return
+        paths = [self._new_path(trainer, None)] + ([self._last_path(trainer)] if self.save_last else [])
+        for path in paths:
+            try:
+                trainer.save_checkpoint(path, weights_only=self.save_weights_only)
+            except Exception as error:
+                _log.warning("ModelCheckpoint could not save %s: %s", path, error)
+            else:
+                _log.info("Saved %s after %s.", path, type(exception).__name__)
 
     def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
@@ -305,13 +333,7 @@ class ModelCheckpoint(Callback):
             trainer.remove_checkpoint(drop)
 
     def _save_as_last(self, trainer: RunningTrainer) -> None:
-        folder = self._folder(trainer)
-
-        def taken(name: str) -> bool:
-            path = join_path(folder, name)
-            return path != self.last_model_path and (trainer.checkpoint_exists(path) or not reserve(path))
-
-        path = join_path(folder, free_name("last", ".ckpt", taken))
+        path, previous = self._last_path(trainer), self.last_model_path
         before = self._record()
         self.last_model_path, self._last_saved_step = path, trainer.global_step
 
@@ -320,6 +342,23 @@ class ModelCheckpoint(Callback):
                 self.last_model_path = before["last_model_path"]
 
         self._save_or_restore(trainer, path, before, take_back)
+        if previous not in ("", path) and self._may_remove(trainer, previous):
+            trainer.remove_checkpoint(previous)
+
+    def _last_path(self, trainer: RunningTrainer) -> str:
+        folder = self._folder(trainer)
+        stem = fill_template(self.CHECKPOINT_NAME_LAST, self._candidates(trainer), self.auto_insert_metric_name)
+
+        def taken(name: str) -> bool:
+            path = join_path(folder, name)
+            return path != self.last_model_path and (trainer.checkpoint_exists(path) or not reserve(path))
+
+        return join_path(folder, self._free_name(stem, taken))
+
+    def _free_name(self, stem: str, taken: Callable[[str], bool]) -> str:
+        if not self.enable_version_counter:
+            return stem + self.FILE_EXTENSION
+        return free_name(stem, self.FILE_EXTENSION, taken)
 
     def _rank(self) -> None:
         scores = self._scores()
@@ -355,7 +394,7 @@ class ModelCheckpoint(Callback):
             new = path not in self.best_k_models and not trainer.checkpoint_exists(path)
             return path != drop and not (new and reserve(path))
 
-        return join_path(folder, free_name(stem, ".ckpt", taken))
+        return join_path(folder, self._free_name(stem, taken))
 
     def require_writable(self) -> None:
         """Find out whether the folder, if it is known by now, can be written to; see `Raises` above."""

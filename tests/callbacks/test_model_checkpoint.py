@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import Tiny, data
 
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.errors import ConfigurationError
 
 
@@ -344,3 +346,61 @@ def test_train_time_interval_excludes_the_others(other):
 def test_train_time_interval_is_a_timedelta(value):
     with pytest.raises(ConfigurationError, match="timedelta above zero"):
         ModelCheckpoint(train_time_interval=value)
+
+
+# ---------------------------------------------------------------- names and failures
+
+
+def test_names_of_last_and_of_files(tmp_path, local_trainer):
+    class Own(ModelCheckpoint):
+        CHECKPOINT_NAME_LAST = "{epoch}-last"
+        FILE_EXTENSION = ".saved"
+
+    saving = Own(tmp_path, save_last=True)
+    local_trainer(max_epochs=3, callbacks=saving).fit(Tiny(), data())
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["epoch=2-last.saved", "epoch=2-step=30.saved"]
+    assert saving.last_model_path == str(tmp_path / "epoch=2-last.saved")
+
+
+@pytest.mark.parametrize(("counter", "names"), [(True, ["x-v1.ckpt", "x.ckpt"]), (False, ["x.ckpt"])])
+def test_names_that_are_taken(counter, names, tmp_path, local_trainer):
+    for steps in (1, 2):
+        saving = ModelCheckpoint(tmp_path, "x", enable_version_counter=counter)
+        local_trainer(max_steps=steps, callbacks=saving).fit(Tiny(), data())
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == names
+    assert read_checkpoint(saving.best_model_path)["global_step"] == 2
+
+
+@pytest.mark.parametrize("save_last", [None, True, "link"])
+@pytest.mark.parametrize("hook", ["training_step", "on_validation_epoch_end"])
+def test_a_failed_run_is_saved_if_asked_for(hook, save_last, tmp_path, local_trainer):
+    class Fails(Tiny):
+        def training_step(self, batch, batch_idx):
+            if hook == "training_step" and self.global_step == 13:
+                raise ArithmeticError
+            return super().training_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            if hook != "training_step" and self.global_step == 10:
+                raise ArithmeticError
+
+    saving = ModelCheckpoint(tmp_path / "a", save_on_exception=True, save_last=save_last, every_n_train_steps=100)
+    with pytest.raises(ArithmeticError):
+        local_trainer(max_epochs=2, callbacks=saving).fit(Fails(), data(), data(4))
+    paths = sorted((tmp_path / "a").glob("*.ckpt"))
+    assert len(paths) == 1 + bool(save_last)
+    for path in paths:
+        assert read_checkpoint(path)["global_step"] == (13 if hook == "training_step" else 10)
+    module, trainer = Tiny(), local_trainer(max_epochs=2)
+    trainer.fit(module, data(), data(4), ckpt_path=paths[0])
+    assert trainer.global_step == 20
+    with pytest.raises(ArithmeticError):
+        local_trainer(max_epochs=2, callbacks=ModelCheckpoint(tmp_path / "b", every_n_train_steps=100)).fit(
+            Fails(), data(), data(4)
+        )
+    assert not list((tmp_path / "b").glob("*.ckpt"))
+
+
+def test_last_is_one_of_three():
+    with pytest.raises(ConfigurationError, match="save_last='copy'"):
+        ModelCheckpoint(save_last="copy")
