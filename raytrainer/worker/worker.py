@@ -231,10 +231,7 @@ class Worker:
     def capture(
         self, weights_only: bool = False, replica: bool = False, live: bool = False, final: bool = False
     ) -> dict[str, Any]:
-        """This worker's share of a checkpoint, copied aside.
-
-        `live` leaves tensors in main memory uncopied, for a caller that reads them before training goes on, if it does.
-        """
+        """This worker's share of a checkpoint, copied aside; `live`: what a caller will read in time stays uncopied."""
         state = capture_state(self.run, weights_only, replica, final)
         return state if live and self.device.type == "cpu" else self._staging.copy(state)
 
