@@ -1,9 +1,9 @@
 """What DDP wraps: a training step after which every rank takes part in averaging, whatever its step returned.
 
 DDP averages when each parameter's gradient has come, so a rank without a loss would keep all others waiting. Its
-backward pass is made up for here, of zeros; and a *vote* is averaged along with the gradients, one more number: 1 from
-each rank that has a loss. Where the mean is 0, nobody had one, and gradients are to be absent, as in one process: an
-optimizer that is given zeros moves weights by momentum and weight decay.
+backward pass is made up for here, of zeros; and a *vote* is averaged along with the gradients, one more number: above 0
+from each rank that has a loss. Where the mean is 0, nobody had one, and gradients are to be absent, as in one process:
+an optimizer that is given zeros moves weights by momentum and weight decay.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class JoinedStep(nn.Module):
         self._sparse = _sparse_parameters(module)
         self._trained = [p for p in module.parameters() if p.requires_grad]
         dense = [p for p in self._trained if id(p) not in self._sparse]
-        last = dense[-1] if dense else self._trained[-1]
+        real = [p for p in dense if not p.is_complex()]
+        last = (real or dense or self._trained)[-1]
         # of a dtype that is there already: DDP's buckets, hence its collectives, are by dtype
-        vote = nn.Parameter(torch.zeros(1, dtype=last.dtype, device=last.device))
+        vote = nn.Parameter(torch.zeros((), dtype=last.dtype, device=last.device))
         # its gradient is the first to come, so it gets a place among the last parameters, which DDP expects first.
         # DDP numbers parameters as it finds them, and looks at the module that it finds one in for sparse gradients
         if backwards:
@@ -73,9 +74,11 @@ class JoinedStep(nn.Module):
         elif skips:
             others = self._trained if self._all_needed else []
             zero = self.vote.new_zeros((), dtype=torch.float32)
-            joined = _Join.apply(zero, self.vote, 0.0, [id(p) in self._sparse for p in others], *others)
+            joined = _Zero.apply(zero, self.vote, [id(p) in self._sparse for p in others], *others)
         else:
-            joined = _Join.apply(loss, self.vote, 1.0, [])
+            # the vote is zero, and so changes nothing; its gradient is the loss's own factor (that of a scaler, say)
+            vote = self.vote.real if self.vote.is_complex() else self.vote
+            joined = loss + (vote if vote.dtype == loss.dtype else vote.to(loss.dtype))
         self.__dict__.update(result=result, skipped=skips)
         return joined
 
@@ -88,20 +91,19 @@ class JoinedStep(nn.Module):
         return [p for p in self._trained if p.grad is None]
 
 
-class _Join(torch.autograd.Function):
-    """A loss as it is, of which the vote is made to depend, and other parameters with gradients of zero."""
+class _Zero(torch.autograd.Function):
+    """Zero, which gives gradients of zero to the vote and to other parameters."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, vote: Tensor, value: float, sparse: list[bool], *others: Tensor) -> Tensor:
-        ctx.vote, ctx.value, ctx.sparse, ctx.others = vote, value, sparse, others
-        return loss.view_as(loss)
+    def forward(ctx: Any, zero: Tensor, vote: Tensor, sparse: list[bool], *others: Tensor) -> Tensor:
+        ctx.vote, ctx.sparse, ctx.others = vote, sparse, others
+        return zero.view_as(zero)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        vote = torch.full_like(ctx.vote, ctx.value)
         zeros = [_sparse_zero(p) if s else torch.zeros_like(p) for p, s in zip(ctx.others, ctx.sparse, strict=True)]
-        return gradient, vote, None, None, *zeros
+        return None, torch.zeros_like(ctx.vote), None, *zeros
 
 
 def _sparse_zero(parameter: Tensor) -> Tensor:
