@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,11 +35,11 @@ def loss_of(outputs: Any) -> Tensor | None:
     """
     if outputs is None or isinstance(outputs, Tensor):
         return outputs
-    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     if isinstance(loss, Tensor):
         return loss
     raise ConfigurationError(
-        f"training_step returned {type(outputs).__name__}{sorted(outputs) if isinstance(outputs, dict) else ''}: "
+        f"training_step returned {type(outputs).__name__}{sorted(outputs) if isinstance(outputs, Mapping) else ''}: "
         f'return the loss as a tensor, a dict with a tensor under "loss", or None to skip the batch.'
     )
 

@@ -35,7 +35,6 @@ class Window:
     def __init__(self, view: TrainerView, recorder: Recorder, several: bool) -> None:
         self._view, self._recorder, self._several = view, recorder, several
         self._keeps = True
-        self._missing = False  # a batch of this window was not kept
         self._batches: list[tuple[Any, int]] = []
         self._evaluations = 0
         self.losses: list[Tensor | None] = []  # of the window's batches but the last, as of the latest evaluation
@@ -45,23 +44,25 @@ class Window:
         self.losses.append(loss)
         if self._keeps:
             self._batches.append((batch, index))
-        else:
-            self._missing = True
 
-    def evaluate(self) -> Iterator[tuple[Any, int]]:
+    def evaluate(self, count: int) -> Iterator[tuple[Any, int]]:
         """An evaluation begins: the batches (and their numbers) to go through before the last one.
+
+        Args:
+            count: How many there are.
 
         Raises:
             ConfigurationError: They were not kept.
         """
         self._evaluations += 1
-        if self._evaluations == 1 or not self.losses:
+        if self._evaluations == 1 or count == 0:
             return iter(())
-        if self._missing:
+        if len(self._batches) < count:
             raise ConfigurationError(
-                "accumulate_grad_batches with an optimizer that has called its closure once in each step so far, and "
-                "now twice: to be evaluated again, a window's batches must be kept from its beginning. Take the "
-                "closure in `def step(self, closure)`, without a default, which says that it is called several times."
+                "accumulate_grad_batches with an optimizer that evaluates its closure again, where a window's earlier "
+                "batches are gone: the run goes on from a checkpoint in the middle of a window (choose one made after "
+                "a step), or the optimizer has called its closure once in each step so far. Then take the closure in "
+                "`def step(self, closure)`, without a default, which says that it is called several times."
             )
         self._several = True
         self.losses = []
@@ -72,11 +73,13 @@ class Window:
         found = [loss for loss in (*self.losses, last) if loss is not None]
         return torch.stack([loss.reshape(()) for loss in found]).sum() if found else torch.zeros((), device=device)
 
-    def end(self) -> None:
-        """The step is made."""
+    def end(self) -> int:
+        """The step is made; how often its loss was evaluated."""
+        evaluations = self._evaluations
         if self.losses and not self._several:
             self._keeps = False
-        self._batches, self.losses, self._evaluations, self._missing = [], [], 0, False
+        self._batches, self.losses, self._evaluations = [], [], 0
+        return evaluations
 
     @contextmanager
     def unheard(self) -> Iterator[None]:

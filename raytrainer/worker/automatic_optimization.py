@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,7 +106,12 @@ class AutomaticOptimization:
                 self.window.add(batch, index, self._weighted(loss))
         elif self.optimizer_step is not None:
             self.optimizer_step(self.view.current_epoch, index, self.given, self._closure)
-            self.window.end()
+            if self.window.end() == 0:
+                raise ConfigurationError(
+                    f"The closure was not called in batch {index}, so that training_step has not run: optimizer_step "
+                    f"must call optimizer_closure(), or optimizer.step(closure=optimizer_closure), and "
+                    f"{type(self.optimizer).__name__}.step call what it is given."
+                )
         else:
             self._evaluate()
             self.step_optimizer(self.optimizer)
@@ -119,10 +124,11 @@ class AutomaticOptimization:
     def end_chunk(self) -> None:
         """Nothing is left to wait for."""
 
+    @torch.enable_grad()
     def _closure(self) -> Any:
         """The window's loss and its gradients, at the weights of now; the same on all workers."""
         batch, index = self.batch, self.index
-        for earlier in self.window.evaluate():
+        for earlier in self.window.evaluate(index % self.accumulate):
             self.batch, self.index = earlier
             self.syncs = False
             self.strategy.sync_next(False)
@@ -199,6 +205,6 @@ def visible(outputs: Any) -> Any:
     """What `on_train_batch_end` is given of a training step's outputs: a dict whose loss is detached, or None."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
-    if isinstance(outputs, dict):
+    if isinstance(outputs, Mapping):
         return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
     return outputs

@@ -36,7 +36,7 @@ class GivenOptimizer:
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Make a step; the optimizer runs the closure, if there is one."""
         own: Any = self.__dict__["optimizer"]
-        return own.step(**kwargs) if closure is None else own.step(closure, **kwargs)
+        return own.step(**kwargs) if closure is None else own.step(closure=closure, **kwargs)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:

@@ -146,6 +146,6 @@ def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:
-    state: dict[str, Any] = scheduler.state_dict()
+    state: dict[str, Any] = scheduler.state_dict() or {}
     # some torch schedulers put callables there, which a checkpoint must not hold
     return {name: value for name, value in state.items() if not callable(value)}

@@ -11,6 +11,7 @@ from tiny import Tiny, data, weights
 
 import raytrainer
 from raytrainer.errors import ConfigurationError
+from raytrainer.worker.accumulation_window import Window
 from raytrainer.worker.closures import Closure, takes_closure
 
 
@@ -199,3 +200,76 @@ def test_a_skipped_window_has_no_loss(local_trainer):
     local_trainer(max_epochs=1, accumulate_grad_batches=2).fit(Skips(), data(8))
     assert found[:3] == [True, None, False]
     assert isinstance(found[3], torch.Tensor) and not found[3].requires_grad
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_closure_that_is_never_called(own, local_trainer):
+    """Nothing would train, without a word."""
+
+    class Forgets(Net):
+        make = staticmethod(lambda parameters: Optional(parameters, lr=0.1) if own else _timed(parameters, (0,)))
+
+        if own:
+
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+                pass
+
+    with pytest.raises(ConfigurationError, match=r"not called in batch 0.*optimizer_closure\(\)"):
+        local_trainer(max_epochs=1).fit(Forgets(), data(4))
+
+
+class Decorated(torch.optim.SGD):
+    """Its closure runs where gradients are off, and is given by name only."""
+
+    @torch.no_grad()
+    def step(self, *, closure=None):
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("manual", [True, False])
+def test_a_step_without_gradients(manual, local_trainer):
+    class Steps(Net):
+        make = staticmethod(lambda parameters: Decorated(parameters, lr=0.1))
+
+        def training_step(self, batch, batch_idx):
+            if self.automatic_optimization:
+                return super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            assert optimizer.step(closure=lambda: 5.0) == 5.0
+            return None
+
+    module = Steps()
+    module.automatic_optimization = not manual
+    before = weights(module)
+    local_trainer(max_epochs=1).fit(module, data(4))
+    assert not torch.equal(before, weights(module))
+
+
+def test_a_run_that_goes_on_within_a_window():
+    """Its earlier batches are not there to be evaluated again; nothing silently adds up instead."""
+
+    one = Window(None, None, several=True)
+    one.add("batch 1", 1, None)  # batch 0 was before
+    assert list(one.evaluate(2)) == []
+    with pytest.raises(ConfigurationError, match="in the middle of a window"):
+        one.evaluate(2)
+
+
+def test_a_mapping_of_another_kind(local_trainer):
+    from collections import UserDict
+
+    seen = []
+
+    class Maps(Net):
+        def training_step(self, batch, batch_idx):
+            return UserDict(loss=super().training_step(batch, batch_idx), note="here")
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen.append((outputs["note"], outputs["loss"].requires_grad))
+
+    local_trainer(max_epochs=1).fit(Maps(), data(4))
+    assert seen == [("here", False)] * 2
