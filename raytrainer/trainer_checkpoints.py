@@ -76,7 +76,8 @@ class CheckpointVerbs(TrainerRuns):
         return self._writer.exists(filepath)
 
     def _read(self, ckpt_path: CheckpointPath | None, weights_only: bool | None = None) -> dict[str, Any] | None:
-        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir, weights_only)
+        lazily = self._settings.sharding is not None
+        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir, weights_only, lazily)
 
     def _chosen(self, stage: str, model: Module | None, ckpt_path: CheckpointPath | None) -> CheckpointPath | None:
         """The checkpoint that an evaluation uses: of the trainer's own fit, without a model, the best."""

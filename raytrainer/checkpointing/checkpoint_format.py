@@ -3,6 +3,8 @@
     name.ckpt/
       meta.json        format, version, epoch, step, versions of the software; its files with sizes and checksums
       state-<id>.pt    a dict of plain values and tensors, written by torch.save
+      pieces-<id>.json, rank<n>-<id>.safetensors
+                       of a module in shards: its tensors, see `piece_files.py`
 
 How files come there, and are checked, is `checkpoint_files.py`'s. Reading never executes code from a file
 (`weights_only=True`).
@@ -26,7 +28,8 @@ import torch
 from raytrainer.checkpointing.checkpoint_files import NewCheckpoint
 from raytrainer.checkpointing.checksums import ChecksummedWriter
 from raytrainer.checkpointing.lightning_files import read_lightning_file
-from raytrainer.checkpointing.pieces import whole_state
+from raytrainer.checkpointing.piece_files import read_pieces, write_pieces
+from raytrainer.checkpointing.pieces import KEY, map_tree, whole_state
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, folder_at, is_file, locate
 from raytrainer.checkpointing.plain_values import plain_value
 from raytrainer.checkpointing.reservations import release
@@ -43,20 +46,26 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
     Args:
         path: The directory to make, or its URI.
-        checkpoint: Plain values and tensors; those in pieces are put together.
+        checkpoint: Plain values and tensors, which may be in pieces.
 
     Raises:
         CheckpointError: Something in it is neither; names it. Or it cannot be written; names the file.
     """
     with ExitStack() as stack:
         stack.callback(release, os.fspath(path))
-        state = {name: _packed(name, value) for name, value in whole_state(checkpoint).items()}
+        if KEY not in checkpoint:  # what cannot be stored is told before anything is written
+            state = {name: _packed(name, value) for name, value in checkpoint.items()}
         new = stack.enter_context(NewCheckpoint(folder_at(path)))
+        extra: dict[str, Any] = {}
+        if KEY in checkpoint:
+            rest, extra["pieces"] = write_pieces(new, checkpoint)
+            state = {name: _packed(name, value) for name, value in rest.items()}
         name = f"state-{new.id}.pt"
         new.write(name, lambda file: _save(state, file))
         new.publish(
             {
                 "state": name,
+                **extra,
                 "epoch": checkpoint.get("epoch"),
                 "global_step": checkpoint.get("global_step"),
                 "versions": _versions(),
@@ -108,6 +117,7 @@ def read_checkpoint(
     map_location: Any = "cpu",
     owners: Sequence[type] = (),
     weights_only: bool | None = None,
+    lazily: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint, executing nothing from it.
 
@@ -116,6 +126,7 @@ def read_checkpoint(
         map_location: Where to put tensors, as for `torch.load`.
         owners: The classes that are being loaded: hyperparameters may be classes and functions of their package.
         weights_only: See `read_lightning_file`.
+        lazily: Leave tensors that are in pieces where they are; see `pieces.py`.
 
     Raises:
         CheckpointError: There is none, or a file of it is missing or not what was written; or it is foreign, newer than
@@ -138,13 +149,22 @@ def read_checkpoint(
         raise CheckpointError(f"{path}: this is not a checkpoint of raytrainer.")
     with folder.open(name, meta["files"][name]) as file:
         try:
-            state = torch.load(file, map_location=map_location, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"{path}/{name}: the file is damaged, or holds more than plain data, which is never executed: {error}"
             ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}/{name}: it holds a {type(state).__name__}, not a state.")
+    index = meta.get("pieces")
+    if index is not None:
+        if index not in meta["files"]:
+            raise CheckpointError(f"{path}: this is not a checkpoint of raytrainer.")
+        state = read_pieces(folder, index, meta["files"][index], state)
+        if not lazily:
+            state = whole_state(state)
+            if isinstance(map_location, (str, torch.device)):
+                state = dict(map_tree(state, lambda v, path: v.to(map_location) if isinstance(v, torch.Tensor) else v))
     for name in state.keys() & set(HYPERPARAMETERS):
         state[name] = unpack_hyperparameters(state[name], owners)
     return state

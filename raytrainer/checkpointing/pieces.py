@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from raytrainer.errors import CheckpointError
+from raytrainer.hparams import HYPERPARAMETERS
 
-__all__ = ["KEY", "InPieces", "Mark", "Piece", "Stored", "join_pieces", "map_tree", "whole_state"]
+__all__ = ["KEY", "InPieces", "Mark", "Piece", "Stored", "join_pieces", "map_tree", "split", "whole_state"]
 
 #: Where a state has its pieces: a list by rank of {key: Piece}.
 KEY = "pieces"
@@ -109,6 +110,13 @@ def map_tree(tree: Any, change: Callable[[Any, str], Any], path: str = "") -> An
     return change(tree, path)
 
 
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of a state that may have tensors in pieces, and those that are to stay what they are."""
+    plain = {"own", *HYPERPARAMETERS}
+    tree = {name: value for name, value in state.items() if name not in plain and name != KEY}
+    return tree, {name: value for name, value in state.items() if name in plain}
+
+
 def join_pieces(state: Mapping[str, Any], change: Callable[[InPieces], Any]) -> dict[str, Any]:
     """A state with `change` of each tensor that is in pieces, and without its pieces; any other state as it is."""
     if KEY not in state:
@@ -120,9 +128,8 @@ def join_pieces(state: Mapping[str, Any], change: Callable[[InPieces], Any]) -> 
             return value
         return change(InPieces(value, [Piece(**pieces[value.key]) for pieces in by_rank if value.key in pieces]))
 
-    rest = {name: value for name, value in state.items() if name != KEY}
-    own = {"own": rest.pop("own")} if "own" in rest else {}  # has nothing that is in pieces
-    return {**map_tree(rest, joined), **own}
+    tree, rest = split(state)
+    return {**map_tree(tree, joined), **rest}
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, map_tree
+from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, map_tree, split
 from raytrainer.private.fsdp_private import place_of
 
 __all__ = ["held_as", "in_pieces", "local_part"]
@@ -39,9 +39,10 @@ def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:
         pieces[path] = {"at": at, "shape": shape, "data": local_part(value.detach())}
         return Mark(path, tuple(value.shape), value.dtype)
 
-    own = {"own": state["own"]} if "own" in state else {}
-    tree = map_tree({name: value for name, value in state.items() if name != "own"}, apart)
-    return {**(tree if common else {}), **own, KEY: pieces}
+    tree, rest = split(state)
+    tree = map_tree(tree, apart)
+    own = {"own": rest["own"]} if "own" in rest else {}
+    return {**(tree | rest if common else own), KEY: pieces}
 
 
 def held_as(value: Any, like: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import signal
 
 import pytest
@@ -95,6 +97,47 @@ def test_any_number_of_workers_in_any_strategy_goes_on(forked, tmp_path):
         assert_equal(module, plain, atol=1e-6)
         assert trainer.validate(module, loader(13, 2), ckpt_path=path)
     assert_equal(alone, module)
+
+
+@pytest.fixture
+def saved(forked, tmp_path):
+    """A checkpoint in shards, and the module that it is of."""
+    torch.manual_seed(0)
+    module = Net()
+    trainer = forked(max_epochs=1, enable_checkpointing=True, callbacks=[rt.ModelCheckpoint(tmp_path, save_last=True)])
+    trainer.fit(module, loader(32, 4, torch.float32))
+    return module, tmp_path / "last.ckpt"
+
+
+def test_files(saved):
+    """Each worker's tensors are in a safetensors file of its own, which others can read."""
+    module, path = saved
+    files = sorted(re.sub("-[0-9a-f]{12}", "", file.name) for file in path.iterdir())
+    assert files == ["meta.json", "pieces.json", "rank0.safetensors", "rank1.safetensors", "state.pt"]
+    meta = json.loads((path / "meta.json").read_text())
+    assert set(meta["files"]) == {file.name for file in path.iterdir()} - {"meta.json"}
+    safetensors = pytest.importorskip("safetensors.torch")
+    parts = [safetensors.load_file(file) for file in sorted(path.glob("rank*"))]
+    rows = [part["state_dict/blocks.0.up.weight"] for part in parts]
+    assert torch.equal(torch.cat(rows), module.blocks[0].up.weight)
+    assert "state_dict/inp.weight" in parts[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("pattern", ["rank1-*", "pieces-*", "state-*"])
+def test_damage_is_told_with_the_file(damage, pattern, saved, forked):
+    _, path = saved
+    file = next(path.glob(pattern))
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        data[len(data) - len(data) // 4] ^= 1
+        file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    with pytest.raises(rt.CheckpointError, match=file.name):
+        Net.load_from_checkpoint(path)
+    with pytest.raises(rt.CheckpointError, match=file.name):
+        forked(max_epochs=2).fit(Net(), loader(32, 4, torch.float32), ckpt_path=path)
 
 
 def test_weights_of_another_shape_are_refused(forked, tmp_path):

@@ -27,6 +27,7 @@ def read_to_resume(
     loggers: Sequence[Logger],
     default_root_dir: str,
     weights_only: bool | None = None,
+    lazily: bool = False,
 ) -> dict[str, Any] | None:
     """The checkpoint, with where it was found as "path"; None: there is none to use.
 
@@ -36,6 +37,7 @@ def read_to_resume(
         loggers: They say where checkpoints go that have no folder of their own.
         default_root_dir: Where those go without a logger.
         weights_only: False: execute what a file of Lightning's asks for.
+        lazily: Leave tensors that are in pieces to the workers, each of which reads what it needs.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -56,7 +58,7 @@ def read_to_resume(
             log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
             return None
     assert path is not None
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    checkpoint = read_checkpoint(path, weights_only=weights_only, lazily=lazily)
     checkpoint["path"] = path
     return checkpoint
 

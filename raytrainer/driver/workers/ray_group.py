@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -12,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytrainer.checkpointing.piece_files import brought_along
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
@@ -201,7 +203,9 @@ class RayGroup:
     ) -> list[Any]:
         """Have these workers (None: all) obey; their answers."""
         if verb.shares:
-            args = [ray.put(pack(value)) for value in args]  # once, however many workers there are
+            near = all(place.host == socket.gethostname() for place in self.places)
+            given = args if near else [brought_along(value) for value in args]
+            args = [ray.put(pack(value)) for value in given]  # once, however many workers there are
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
         refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"

@@ -1,0 +1,175 @@
+"""Tensors in pieces on a disk: a safetensors file for each worker, and an index of who has which block of what.
+
+    rank<n>-<id>.safetensors   what worker n has given, but for blocks that an earlier one has given too
+    pieces-<id>.json           for each tensor its blocks: file, first byte, size, checksum, place in the whole
+
+A reader that needs some blocks reads these alone, and checks what it has read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.checkpointing.checkpoint_files import CheckpointFolder, NewCheckpoint
+from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
+from raytrainer.checkpointing.pieces import KEY, Mark, map_tree, split
+from raytrainer.checkpointing.places import folder_at
+from raytrainer.errors import CheckpointError
+
+__all__ = ["StoredPiece", "brought_along", "read_pieces", "write_pieces"]
+
+#: The format's names of types.
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+_MARK = "__in_pieces__"
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A block of a tensor in a file of a checkpoint.
+
+    Attributes:
+        checkpoint: Path or URI.
+        file: Its file there.
+        begin: Its first byte in the file.
+        record: Size and checksum of its bytes.
+        dtype: Of its numbers.
+        shape: Its own.
+    """
+
+    checkpoint: str
+    file: str
+    begin: int
+    record: FileRecord
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The block.
+
+        Raises:
+            CheckpointError: The file is missing, or not what was written.
+        """
+        folder = folder_at(self.checkpoint)
+        shown = f"{self.checkpoint}/{self.file}"
+        data = bytearray(self.record.bytes)
+        try:
+            with folder.storage.open(folder.inside(self.file)) as file:
+                file.seek(self.begin)
+                check_file(file, self.record, shown, memoryview(data))
+        except FileNotFoundError:
+            raise CheckpointError(f"{shown}: the file is missing; use another checkpoint.") from None
+        except OSError as error:
+            raise CheckpointError(f"{shown}: the file cannot be read: {error}") from error
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape) if data else torch.empty(self.shape)
+
+
+class _Nowhere:
+    def write(self, data: Any, /) -> None:
+        """Drop it; what is wanted is its checksum."""
+
+
+def write_pieces(new: NewCheckpoint, state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Write a state's pieces.
+
+    Returns:
+        The state without them, its marks as plain values, and the name of the index.
+    """
+    index: dict[str, list[dict[str, Any]]] = {}
+    given: set[tuple[str, tuple[int, ...]]] = set()
+    for rank, pieces in enumerate(state[KEY]):
+        own = {k: p for k, p in pieces.items() if 0 not in p["shape"] and (k, tuple(p["at"])) not in given}
+        given |= {(key, tuple(piece["at"])) for key, piece in own.items()}
+        if own:
+            _write_rank(new, f"rank{rank}-{new.id}.safetensors", own, index)
+    name = f"pieces-{new.id}.json"
+    new.write(name, lambda file: file.write(json.dumps(index).encode()))
+    tree, rest = split(state)
+    return map_tree(tree, _plain_mark) | rest, name
+
+
+def _plain_mark(value: Any, path: str) -> Any:
+    return {_MARK: value.key, "shape": list(value.shape), "dtype": value.dtype} if isinstance(value, Mark) else value
+
+
+def _write_rank(
+    new: NewCheckpoint, name: str, pieces: Mapping[str, Mapping[str, Any]], index: dict[str, list[dict[str, Any]]]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for key, piece in pieces.items():
+        data: Tensor = piece["data"]
+        if data.dtype not in _NAMES:
+            raise CheckpointError(f"checkpoint entry {key} is of {data.dtype}, which cannot be saved in shards.")
+        end = begin + data.numel() * data.element_size()
+        header[key] = {"dtype": _NAMES[data.dtype], "shape": list(piece["shape"]), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def save(file: ChecksummedWriter) -> None:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key, piece in pieces.items():
+            data = piece["data"].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            sums = ChecksummedWriter(_Nowhere())
+            sums.write(data)
+            entry = {
+                "at": list(piece["at"]), "shape": list(piece["shape"]), "dtype": header[key]["dtype"], "file": name,
+                "begin": file.bytes, **sums.record().as_json(),
+            }  # fmt: skip
+            index.setdefault(key, []).append(entry)
+            file.write(data)
+
+    new.write(name, save)
+
+
+def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `write_pieces`; nothing but the index is read until a piece is asked for.
+
+    Raises:
+        CheckpointError: The index is missing, or not what was written.
+    """
+    with folder.open(name, record) as file:
+        index: dict[str, list[dict[str, Any]]] = json.loads(file.read())
+    by_rank: dict[str, dict[str, Any]] = {}
+    for key, entries in index.items():
+        for entry in entries:
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            sums = FileRecord(entry["bytes"], entry["checksum"])
+            stored = StoredPiece(folder.shown, entry["file"], entry["begin"], sums, dtype, shape)
+            by_rank.setdefault(entry["file"], {})[key] = {"at": tuple(entry["at"]), "shape": shape, "data": stored}
+    return {**_with_marks(state), KEY: list(by_rank.values())}
+
+
+def brought_along(state: Any) -> Any:
+    """A state whose pieces are in memory, as far as only this machine can read them."""
+    if not isinstance(state, dict) or KEY not in state:
+        return state
+
+    def here(value: Any, path: str) -> Any:
+        return value.read() if isinstance(value, StoredPiece) and "://" not in value.checkpoint else value
+
+    return {**state, KEY: [map_tree(pieces, here) for pieces in state[KEY]]}
+
+
+def _with_marks(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        if _MARK in tree:
+            return Mark(tree[_MARK], tuple(tree["shape"]), tree["dtype"])
+        return {key: _with_marks(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        items = [_with_marks(item) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
