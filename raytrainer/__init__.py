@@ -54,6 +54,7 @@ from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
+from raytrainer.strategies.materialising import on_meta
 from raytrainer.trainer import Trainer
 from raytrainer.version import __version__
 
@@ -112,6 +113,7 @@ __all__ = [
     "WorkerLostError",
     "__version__",
     "data_part",
+    "on_meta",
     "rank",
     "seed_everything",
     "tune_resources",

@@ -146,8 +146,8 @@ def test_public_names():
         "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError", "RichModelSummary",
         "SerializationError", "SimpleProfiler", "StochasticWeightAveraging", "TensorBoardLogger", "ThroughputMonitor",
         "Timer", "Trainer", "TuneReportCallback", "UnknownArgumentError", "WandbLogger", "WorkerCallback",
-        "WorkerError", "WorkerLostError", "__version__", "data_part", "rank", "seed_everything", "tune_resources",
-        "world_size",
+        "WorkerError", "WorkerLostError", "__version__", "data_part", "on_meta", "rank", "seed_everything",
+        "tune_resources", "world_size",
     }  # fmt: skip
     public = {
         n

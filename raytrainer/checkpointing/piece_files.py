@@ -9,6 +9,7 @@ A reader that needs some blocks reads these alone, and checks what it has read.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -153,9 +154,9 @@ def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: 
     return {**_with_marks(state), KEY: list(by_rank.values())}
 
 
-def brought_along(state: Any) -> Any:
-    """A state whose pieces are in memory, as far as only this machine can read them."""
-    if not isinstance(state, dict) or KEY not in state:
+def brought_along(state: Any, hosts: Sequence[str]) -> Any:
+    """A state for processes on these hosts: what only this machine can read is read, if some are on others."""
+    if not isinstance(state, dict) or KEY not in state or set(hosts) == {socket.gethostname()}:
         return state
 
     def here(value: Any, path: str) -> Any:

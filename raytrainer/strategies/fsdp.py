@@ -25,6 +25,7 @@ from raytrainer.private.fsdp_private import (
     own_parameters,
 )
 from raytrainer.strategies.gatherings import Gatherings
+from raytrainer.strategies.materialising import Materialiser, is_on_meta
 from raytrainer.strategies.shard_clipping import clip_shards
 from raytrainer.strategies.sharded_state import ShardedState
 from raytrainer.strategies.sharder import Sharder
@@ -50,6 +51,7 @@ class FSDPStrategy(ShardedState):
         store: A store that they share.
         precision: Of the run.
         compiles: Options of torch.compile, for each block; None: not compiled.
+        seed: Of the run.
     """
 
     inference_mode = False  # parameters gathered in it could not be trained with
@@ -63,11 +65,13 @@ class FSDPStrategy(ShardedState):
         settings: FSDP,
         mesh: Any,
         store: Any,
+        *,
         precision: str,
         compiles: dict[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(ranks, device, control)
-        self.mesh, self._store = mesh, store
+        self.mesh, self._store, self._seed = mesh, store, seed
         self._sharder = Sharder(settings, mesh, precision, compiles)
         self._root: Any = None
         self._step: Callable[[], Any] = lambda: None  # what the root's forward pass is, of now
@@ -97,7 +101,8 @@ class FSDPStrategy(ShardedState):
         if sync_batchnorm and self.device.type == "cuda" and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self._root = module
-        said = self._sharder.shard(module, convert)
+        self.comes_home = not is_on_meta(module)
+        said = self._sharder.shard(module, convert, Materialiser(module, self.device, self._seed))
         if not self._sharder.settings.cpu_offload:
             module.to(self.device)
         shards = self.mesh.get_group(self.mesh.ndim - 1)

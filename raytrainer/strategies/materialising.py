@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,42 @@ from torch import Tensor, nn
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.seeds import derive_seed
 
-__all__ = ["Materialiser", "is_on_meta"]
+__all__ = ["Materialiser", "is_on_meta", "on_meta", "refuse_meta"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def on_meta(make: Callable[[], M]) -> M:
+    """A module whose parameters have shapes only, for a model that is too large for this process.
+
+    Workers of strategy "fsdp" make it real block by block, and cut each block into shards before they make the next.
+    The weights depend on the Trainer's seed alone, on however many workers. After `fit` the module here is as it was;
+    the trained weights are in checkpoints.
+
+    Each module in it that has parameters or buffers of its own sets them in `reset_parameters()`, as torch's own
+    modules do; models of transformers do so in their way. What stays unset is an error that names it.
+
+    Args:
+        make: Constructs the module.
+
+    Example:
+        module = raytrainer.on_meta(lambda: Llama(layers=32, dim=4096))
+    """
+    with torch.device("meta"):
+        return make()
 
 
 def is_on_meta(module: nn.Module) -> bool:
     """Whether any of its parameters or buffers has a shape only."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def refuse_meta(module: nn.Module) -> None:
+    """Raise a ConfigurationError for a module that has no weights yet."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ConfigurationError(
+            'a module on the meta device (on_meta) has no weights yet: train it with strategy="fsdp", which makes them.'
+        )
 
 
 class Materialiser:
@@ -48,9 +78,12 @@ class Materialiser:
         if not members:
             return
         made: dict[int, Tensor] = {}
-        versions: dict[int, int] = {}
         for member in members:
-            member._apply(lambda tensor: self._filled(tensor, made, versions), recurse=False)
+            for kind in (member._parameters, member._buffers):
+                for name, tensor in kind.items():
+                    if tensor is not None and tensor.is_meta:
+                        kind[name] = self._memory(tensor, made)  # type: ignore[assignment]
+        versions = {id(tensor): tensor._version for member in members for _, tensor in _own_tensors(member)}
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(derive_seed(self._seed, "initial weights", self._names[id(part)]))
@@ -58,31 +91,29 @@ class Materialiser:
                 self._initialiser(member)(member)
         self._refuse_unset(members, versions)
 
-    def _filled(self, tensor: Tensor, made: dict[int, Tensor], versions: dict[int, int]) -> Tensor:
-        """Memory in place of a meta tensor, filled with what initialisation must replace."""
-        if not tensor.is_meta:
-            return tensor
+    def _memory(self, tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
+        """Memory in place of a meta tensor, filled with what initialisation must replace; tied ones stay tied."""
         if id(tensor) not in made:
             real = torch.empty_like(tensor, device=self._device)
-            with torch.no_grad():
-                if real.is_floating_point() or real.is_complex():
-                    real.fill_(float("nan"))
-                else:
-                    real.zero_()
-            made[id(tensor)] = real
+            if real.is_floating_point() or real.is_complex():
+                real.fill_(float("nan"))
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(real, requires_grad=tensor.requires_grad) if parameter else real
         return made[id(tensor)]
 
     def _initialiser(self, member: nn.Module) -> Callable[[nn.Module], Any]:
-        reset = getattr(member, "reset_parameters", None)
-        if callable(reset):
-            return lambda module: reset()
+        for name in ("reset_parameters", "_reset_parameters"):
+            reset = getattr(member, name, None)
+            if callable(reset):
+                return lambda module, reset=reset: reset()  # type: ignore[misc]
         return self._initialisers.get(id(member), lambda module: None)
 
     def _refuse_unset(self, members: list[nn.Module], versions: dict[int, int]) -> None:
         unset = []
         for member in members:
             for name, tensor in _own_tensors(member):
-                if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                untouched = versions.get(id(tensor)) == tensor._version
+                if untouched or (tensor.is_floating_point() and bool(tensor.isnan().any())):
                     path = self._names[id(member)]
                     unset.append((f"{path}.{name}" if path else name, type(member).__name__))
         if unset:

@@ -119,6 +119,8 @@ class ShardedState(GroupStrategy):
 
     @torch.no_grad()
     def home_state(self, module: nn.Module) -> dict[str, Any] | None:
+        if not self.comes_home:
+            return None
         whole: dict[str, Any] = {}
         for name, value in self.module_state(module).items():
             tensor = value.full_tensor() if isinstance(value, DTensor) else value

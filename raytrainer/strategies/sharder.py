@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from raytrainer.errors import ConfigurationError
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import drop_forward_hooks
 from raytrainer.private.torch_private import BATCH_NORMS
+from raytrainer.strategies.materialising import Materialiser, is_on_meta
 from raytrainer.strategies.sharding_blocks import find_blocks, refuse_tied
 from raytrainer.strategies.shards import local_part
 
@@ -41,25 +43,33 @@ class Sharder:
         # the root's forward pass is the step, which runs under autocast, and whose targets stay what they are
         self._root_policy = dataclasses.replace(self._policy, cast_forward_inputs=False)
 
-    def shard(self, module: nn.Module, convert: Callable[[nn.Module], None]) -> str:
+    def shard(self, module: nn.Module, convert: Callable[[nn.Module], None], materialiser: Materialiser) -> str:
         """Do so; return a line that says how.
 
         Args:
             module: The root, anywhere.
             convert: Casts it to the run's precision.
+            materialiser: Makes parts real that are on the meta device.
         """
         blocks: dict[str, Any]
         if any(isinstance(part, FSDPModule) for part in module.modules()):  # by the user's configure_model
             convert(module)
+            if is_on_meta(module):
+                raise ConfigurationError(
+                    "a module made with on_meta whose configure_model calls fully_shard: leave one of the two out; "
+                    "rt.FSDP(blocks=...) says what is sharded as one."
+                )
             blocks = {name: part for name, part in module.named_modules() if name and isinstance(part, FSDPModule)}
         else:
             blocks = dict(find_blocks(module, self.settings.blocks))
             refuse_tied(module, blocks)
             convert(module)
             for block in blocks.values():
+                materialiser.make(block, {})
                 self._wrap(block)
                 self._norms(block)
                 self._shard(block, self.settings.reshard_after_forward)
+        materialiser.make(module, blocks)
         self._norms(module)
         drop_forward_hooks(module, lambda: self._shard(module, None, self._root_policy))
         self._prefetch(list(blocks.values()))

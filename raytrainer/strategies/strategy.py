@@ -41,11 +41,13 @@ from raytrainer.data.sharding import Share
 from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies.clipping import clip_whole_gradients
+from raytrainer.strategies.materialising import refuse_meta
 
 __all__ = ["NOTHING", "Step", "Strategy"]
 
 #: What a worker whose slice of a batch is empty has to gather.
 NOTHING: Any = object()
+
 
 #: A step of a module: (batch, batch_idx, dataloader_idx).
 Step: TypeAlias = Callable[[Any, int, int], Any]
@@ -57,11 +59,9 @@ class Strategy(ABC):
     What is written here holds where each worker has the whole module; a strategy that shards it overrides that.
     """
 
-    #: Whether evaluations may run under `torch.inference_mode`.
-    inference_mode: bool = True
-
-    #: Whether `shape` compiles what is to be compiled.
-    compiles_blocks: bool = False
+    inference_mode: bool = True  # whether evaluations may run under `torch.inference_mode`
+    compiles_blocks: bool = False  # whether `shape` compiles what is to be compiled
+    comes_home: bool = True  # whether the weights go into the driver's module at the end
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
@@ -96,6 +96,7 @@ class Strategy(ABC):
 
     def place(self, module: nn.Module) -> None:
         """Bring the module, as it was sent, to the device."""
+        refuse_meta(module)
         module.to(self.device)
 
     def shape(self, module: nn.Module, convert: Callable[[nn.Module], None], sync_batchnorm: bool) -> str | None:
@@ -166,9 +167,8 @@ class Strategy(ABC):
         """An automatic backward pass is done."""
         return None
 
-    def refresh(self, module: nn.Module) -> None:
+    def refresh(self, module: nn.Module) -> None:  # noqa: B027
         """Parameters have been changed, or are to be looked at, outside of a pass: forget copies of them."""
-        return None
 
     def agree_on_infinities(self, found: Iterable[Tensor]) -> None:
         """Make numbers that are non-zero on any worker non-zero on all."""

@@ -14,10 +14,12 @@ from raytrainer.worker.process_group import ProcessGroup
 __all__ = ["make_strategy"]
 
 
-def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group: ProcessGroup | None) -> Strategy:
+def make_strategy(
+    settings: Settings, ranks: Ranks, device: torch.device, group: ProcessGroup | None, seed: int = 0
+) -> Strategy:
     """This worker's side of it; without a group, of one worker. All workers must call it together."""
     if group is not None and settings.sharding is not None:
-        return _sharded(settings, settings.sharding, ranks, device, group)
+        return _sharded(settings, settings.sharding, ranks, device, group, seed)
     if group is None or ranks.world_size == 1:
         return SingleStrategy(ranks, device)
     group.set_timeout(settings.ddp.timeout_seconds)
@@ -32,14 +34,17 @@ def make_strategy(settings: Settings, ranks: Ranks, device: torch.device, group:
     return strategy
 
 
-def _sharded(settings: Settings, sharding: FSDP, ranks: Ranks, device: torch.device, group: ProcessGroup) -> Strategy:
+def _sharded(
+    settings: Settings, sharding: FSDP, ranks: Ranks, device: torch.device, group: ProcessGroup, seed: int
+) -> Strategy:
     from raytrainer.strategies.fsdp import FSDPStrategy  # a second to import, which others need not spend
 
     group.set_timeout(sharding.timeout_seconds)
     copies = sharding.copies(ranks.num_nodes, ranks.world_size)
     mesh = group.mesh((copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,))
     strategy = FSDPStrategy(
-        ranks, device, group.control, sharding, mesh, group.store, settings.precision, settings.compile
-    )
+        ranks, device, group.control, sharding, mesh, group.store,
+        precision=settings.precision, compiles=settings.compile, seed=seed,
+    )  # fmt: skip
     strategy.votes = group.votes
     return strategy

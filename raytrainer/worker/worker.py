@@ -101,7 +101,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.group is None and task.settings.sharding is not None:
             self.group = lone_group(self.device)
-        self._run = WorkerRun(task, make_strategy(task.settings, self.ranks, self.device, self.group))
+        self._run = WorkerRun(task, make_strategy(task.settings, self.ranks, self.device, self.group, task.seed))
         return self._run.setup()
 
     @verb(Wait.USER_CODE)

@@ -37,7 +37,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
     state |= {
         "epoch": view.current_epoch,
         "global_step": view.global_step,
-        "state_dict": {} if final else run.strategy.module_state(module),
+        "state_dict": {} if final and run.strategy.comes_home else run.strategy.module_state(module),
         **module.hyperparameters_to_save(),
     }
     if not weights_only:

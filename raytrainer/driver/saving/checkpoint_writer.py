@@ -13,7 +13,7 @@ from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.pieces import KEY
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
-from raytrainer.errors import StateLostError, StorageError
+from raytrainer.errors import CheckpointError, StateLostError, StorageError
 from raytrainer.hparams import kept
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
@@ -36,11 +36,23 @@ def idle_checkpoint(module: Module, progress: Progress, rest: Mapping[str, Any] 
         **(rest or {}),
         "epoch": progress.epoch,
         "global_step": progress.step,
-        "state_dict": module.state_dict(),
+        "state_dict": _weights(module, rest),
         **module.hyperparameters_to_save(),
     }
     module.on_save_checkpoint(state)
     return state
+
+
+def _weights(module: Module, rest: Mapping[str, Any] | None) -> Any:
+    """The module's; of one on the meta device those that its workers had at the end."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module.state_dict()
+    if rest is None or not rest.get("state_dict"):
+        raise CheckpointError(
+            "save_checkpoint: the module is on the meta device, and the weights are in the checkpoints of its fit "
+            "alone; save with a ModelCheckpoint, or without weights_only."
+        )
+    return rest["state_dict"]
 
 
 class Captured:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -203,9 +202,8 @@ class RayGroup:
     ) -> list[Any]:
         """Have these workers (None: all) obey; their answers."""
         if verb.shares:
-            near = all(place.host == socket.gethostname() for place in self.places)
-            given = args if near else [brought_along(value) for value in args]
-            args = [ray.put(pack(value)) for value in given]  # once, however many workers there are
+            hosts = [place.host for place in self.places]
+            args = [ray.put(pack(brought_along(value, hosts))) for value in args]  # once for all workers
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
         refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"

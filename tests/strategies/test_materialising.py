@@ -1,0 +1,92 @@
+"""Modules that are made real in their workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sharded_models import WIDTH, Net, loader, same_bits, weights
+from torch import nn
+
+import raytrainer as rt
+
+
+class Resets(Net):
+    """Sets the buffer that it has itself."""
+
+    def reset_parameters(self):
+        self.scale.fill_(1.0)
+
+
+def on_meta():
+    return rt.on_meta(Resets)
+
+
+def trained(forked, folder, workers, epochs=1, **options):
+    module = on_meta()
+    saver = rt.ModelCheckpoint(folder, save_last=True)
+    trainer = forked(
+        num_processes=workers, seed=5, max_epochs=epochs, enable_checkpointing=True, callbacks=[saver], **options
+    )
+    trainer.fit(module, loader(32, 8 // workers, torch.float32))
+    assert all(parameter.is_meta for parameter in module.parameters())  # as it was
+    return trainer, Net.load_from_checkpoint(folder / "last.ckpt")
+
+
+def test_weights_are_the_same_on_any_number_of_workers(forked, tmp_path):
+    class Still(Resets):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    found = []
+    for workers, seed in ((1, 5), (2, 5), (4, 5), (2, 6)):
+        module = rt.on_meta(Still)
+        folder = tmp_path / f"{workers}-{seed}"
+        saver = rt.ModelCheckpoint(folder, save_last=True)
+        trainer = forked(num_processes=workers, seed=seed, max_epochs=1, enable_checkpointing=True, callbacks=[saver])
+        trainer.fit(module, loader(32, 4, torch.float32))
+        found.append(Still.load_from_checkpoint(folder / "last.ckpt"))
+    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+    assert not torch.equal(found[0].head.weight, found[3].head.weight)
+    values = weights(found[0])
+    assert all(value.isfinite().all() for value in values.values())
+    # torch's own initialisation, other in each block
+    bound = WIDTH**-0.5
+    assert values["blocks.0.up.weight"].abs().max() <= bound and values["blocks.0.up.weight"].std() > bound / 4
+    assert not torch.equal(values["blocks.0.up.weight"], values["blocks.1.up.weight"])
+    assert torch.equal(values["blocks.0.norm.weight"], torch.ones(WIDTH))
+
+
+def test_trains_and_goes_on(forked, tmp_path):
+    _, straight = trained(forked, tmp_path / "straight", 2, epochs=2)
+    first, _ = trained(forked, tmp_path / "first", 2)
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    module = on_meta()
+    saver = rt.ModelCheckpoint(tmp_path / "second", save_last=True)
+    again = forked(seed=5, max_epochs=2, enable_checkpointing=True, callbacks=[saver])
+    again.fit(module, loader(32, 4, torch.float32), ckpt_path=tmp_path / "end.ckpt")
+    assert same_bits(straight, Net.load_from_checkpoint(tmp_path / "second" / "last.ckpt"))
+    with pytest.raises(rt.CheckpointError, match="on the meta device"):
+        again.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+
+class Table(nn.Module):
+    def __init__(self, integers):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4) if integers else torch.arange(4.0))
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_what_stays_unset_is_named(integers, forked):
+    class HasTable(Resets):
+        def __init__(self):
+            super().__init__()
+            self.extra = Table(integers)
+
+    with pytest.raises(rt.ConfigurationError, match=r"'extra\.table' \(of a Table\) unset.*reset_parameters\(\)"):
+        forked(max_epochs=1).fit(rt.on_meta(HasTable), loader(32, 4, torch.float32))
+
+
+def test_other_strategies_refuse_it(forked):
+    with pytest.raises(rt.ConfigurationError, match=r'on the meta device .* strategy="fsdp"'):
+        forked(strategy="local", max_epochs=1).fit(on_meta(), loader(32, 4, torch.float32))
