@@ -94,3 +94,32 @@ def test_joining():
         join_parts([torch.zeros(1), None])
     with pytest.raises(DataError, match="different structure"):
         join_parts([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
+
+
+class Moves:
+    """An object with a tensor inside, that moves itself; not known here."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, device: object) -> Moves:
+        return Moves(self.x.to(device))
+
+
+def test_outputs_with_tensors_out_of_reach_are_refused() -> None:
+    with pytest.raises(DataError, match=r"a step returned a Moves.*Return tensors, or a dict"):
+        join_parts([{"out": Moves(torch.ones(1))}, {"out": Moves(torch.ones(2))}])
+
+
+def test_outputs_that_torch_concatenates_stay_what_they_are() -> None:
+    tensordict = pytest.importorskip("tensordict")
+    parts = [tensordict.TensorDict({"x": torch.full((rows, 2), float(rows))}, [rows]) for rows in (1, 2)]
+    joined = join_parts(parts)
+    assert type(joined) is tensordict.TensorDict and joined.batch_size == (3,)
+    assert joined["x"][:, 0].tolist() == [1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("parts", [["a", "b"], [None, None], [{"s": "a", "n": None}, {"s": "b", "n": None}]])
+def test_outputs_without_tensors_come_through(parts: list[object]) -> None:
+    expected = None if parts[0] is None else parts if parts[0] == "a" else {"s": ["a", "b"], "n": None}
+    assert join_parts(parts) == expected
