@@ -68,6 +68,10 @@ TERMINATED = (
     MODULE
     + """
 class Tells(raytrainer.Callback):
+    def on_train_chunk_end(self, trainer, module, report):
+        if trainer.global_step > 6:
+            print("under way", flush=True)
+
     def teardown(self, trainer, module, stage):
         print("torn down", flush=True)
 
@@ -86,7 +90,7 @@ def test_sigterm_ends_in_order(ray_session, tmp_path):
     """Ray would have the process aborted after three seconds; what is being written then would be half a file."""
     idle_pool.close_idle()
     with script(tmp_path / "terminated.py", TERMINATED, ray_session) as running:
-        running.wait_for("pausing")
+        running.wait_for("under way")  # so that there is a snapshot
         os.kill(running.process.pid, signal.SIGTERM)
         assert running.process.wait(60) == 128 + signal.SIGTERM, running.output.read_text()
         assert running.lines("torn down")

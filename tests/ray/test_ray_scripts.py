@@ -24,16 +24,47 @@ if __name__ == "__main__":
     exec("class Cell(Net):\\n    def on_train_end(self):\\n        self.ended = True\\nmodule = Cell()", cell)
     trainer().fit(cell["module"], loader())
     assert cell["module"].ended and cell["module"].batches == 4
+
+    # what of this process travels: where modules are found, torch's default dtype, the level of a logger
+    sys.path.insert(0, sys.argv[2])
+    import found_elsewhere
+    import logging
+    logging.getLogger("of_the_script").setLevel(logging.ERROR)
+    torch.set_default_dtype(torch.float64)
+    module = found_elsewhere.Net()
+    trainer().fit(module, torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2))
+    assert module.seen == ["torch.float64", logging.ERROR], module.seen
     print("cell", flush=True)
     # neither closed nor shut down: the end of the process does it
 """
 )
 
 
+ELSEWHERE = """
+import logging, torch, raytrainer
+
+class Net(raytrainer.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.seen = [str(torch.get_default_dtype()), logging.getLogger("of_the_script").level]
+        return self.layer(batch + torch.zeros(2)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
 @pytest.mark.late(2)
 def test_main_and_notebook_cells(ray_session, tmp_path):
     pool.close_idle()
-    with script(tmp_path / "main.py", MAIN, ray_session) as running:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "found_elsewhere.py").write_text(ELSEWHERE)
+    (tmp_path / "scripts").mkdir()
+    with script(tmp_path / "scripts" / "main.py", MAIN, ray_session, str(elsewhere)) as running:
         running.wait_for("cell")
         running.finish()
         assert running.lines("script")
