@@ -7,7 +7,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from raytrainer.ending import Ending
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import (
     Difference,
@@ -251,13 +250,7 @@ class Worker:
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
         run, module = self.run, self.run.module
-        report, ending = FinishReport(), Ending()
-        if run.profiler is not None:
-            with ending.step("stopping the profiler"):
-                report.profile = run.profiler.stop()
-        with ending.step("teardown"):
-            run.teardown()
-        ending.tell()
+        report = FinishReport(profile=run.finish())
         if trained and not self.in_place:
             report.state_dict = run.strategy.home_state(module)
         if trained and not self.in_place and self.ranks.rank == 0:

@@ -252,6 +252,17 @@ class WorkerRun:
             restore_rng(self.rng)
             self.rng = None
 
+    def finish(self) -> bytes | None:
+        """Stop the profiler, and tear down; what it has recorded."""
+        ending, profile = Ending(), None
+        if self.profiler is not None:
+            with ending.step("stopping the profiler"):
+                profile = self.profiler.stop()
+        with ending.step("teardown"):
+            self.teardown()
+        ending.tell()
+        return profile
+
     def teardown(self) -> None:
         """Run the last hooks and leave the process as it was found; each, whatever the others raise."""
         ending = Ending()
