@@ -107,14 +107,14 @@ class FSDPStrategy(ShardedState):
             module.to(self.device)
         shards = self.mesh.get_group(self.mesh.ndim - 1)
         self._gatherings = Gatherings(module, shards, self._store, self.device, self.control)
-        module.__dict__["_fsdp_step"] = lambda: self._step()
+        module.__dict__["_fsdp_step"] = lambda _: self._step()
         register_fsdp_forward_method(module, "_fsdp_step")
         for part in {id(part): part for part, _ in own_parameters(module)}.values():
             if part is not module:
                 part.register_forward_pre_hook(self._gather_root)
         # the first pass makes this the root, whatever hooks of the user call before the first step
         with torch.no_grad():
-            module._fsdp_step()  # type: ignore[operator]
+            module._fsdp_step(None)  # type: ignore[operator]
         self.refresh(module)
         return said
 
@@ -126,10 +126,13 @@ class FSDPStrategy(ShardedState):
             self._root.unshard()
 
     def _run(self, call: Callable[[], Any]) -> Any:
-        """Run something as the root's forward pass; it takes no arguments, which torch would look through."""
+        """Run something as the root's forward pass; its one argument says nothing.
+
+        torch would look through arguments, and on GPUs fails without any.
+        """
         outer, self._step = self._step, call
         try:
-            return self._root._fsdp_step()
+            return self._root._fsdp_step(None)
         finally:
             self._step = outer
 

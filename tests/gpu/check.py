@@ -15,6 +15,7 @@ import checks_data  # noqa: F401
 import checks_devices  # noqa: F401
 import checks_failures  # noqa: F401
 import checks_precision  # noqa: F401
+import checks_sharding  # noqa: F401
 import checks_strategies  # noqa: F401
 import pynvml
 import torch

@@ -1,0 +1,94 @@
+"""Modules in shards (FSDP2 over NCCL): beside one GPU, after a killed worker, compiled, and what they take."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from checks_failures import Victim
+from harness import Net, Rows, check, data, distance, fit, uuids
+
+import raytrainer
+
+
+@check(2, workers="both")
+def fsdp_equals_one_process() -> str:
+    k, worst = len(uuids()), 0.0
+    for options in ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, {"max_epochs": 2}):
+        one, many = Net(), Net()
+        fit(one, data(64 * k, 8 * k), **options)
+        fit(many, data(64 * k, 8), gpus=k, strategy="fsdp", **options)
+        worst = max(worst, distance(one, many))
+    assert worst < 1e-5, worst
+    return f"{k} GPUs against one, also accumulating and clipping: weights differ by {worst:.1e} at most"
+
+
+@check(2, workers="both")
+def fsdp_precisions() -> str:
+    k, said = len(uuids()), []
+    for options in (
+        {"precision": "bf16-mixed"},
+        {"precision": "16-mixed"},
+        {"precision": "bf16-mixed", "compile": True},
+    ):
+        ours, theirs = Rows(), Rows()
+        fit(Net(), data(64 * k), gpus=k, strategy="fsdp", logger=ours, log_every_n_steps=1, **options)
+        fit(Net(), data(64 * k), gpus=k, strategy="ddp", logger=theirs, log_every_n_steps=1, **options)
+        pairs = [(a["loss"], b["loss"]) for a, b in zip(ours.rows, theirs.rows, strict=True) if "loss" in a]
+        worst = max(abs(a - b) for a, b in pairs)
+        assert len(pairs) == 16 and worst < 2e-2, (options, pairs)
+        said.append(f"{', '.join(f'{k}={v}' for k, v in options.items())}: {worst:.1e}")
+    return f"losses beside ddp's differ by at most {'; '.join(said)}"
+
+
+@check(2, workers="all")
+def fsdp_lost_workers_and_resumed_runs() -> str:
+    gpus, folder = len(uuids()), tempfile.mkdtemp()
+    options: dict[str, Any] = {"gpus": gpus, "strategy": "fsdp", "deterministic": True, "max_epochs": 3}
+    calm = Victim()
+    fit(calm, data(64 * gpus), **options)
+    struck = Victim("kill", f"{folder}/flag")
+    (recovery,) = fit(struck, data(64 * gpus), snapshot_every=5, **options).recoveries
+    assert distance(calm, struck) == 0.0, distance(calm, struck)
+    saver = raytrainer.ModelCheckpoint(folder, save_last=True, every_n_train_steps=5)
+    fit(Victim(), data(64 * gpus), callbacks=saver, **{**options, "max_epochs": None, "max_steps": 13})
+    resumed, elsewhere = Victim(), Victim()
+    fit(resumed, data(64 * gpus), ckpt_path=f"{folder}/last.ckpt", **options)
+    assert distance(calm, resumed) == 0.0, distance(calm, resumed)
+    fit(elsewhere, data(64 * gpus), ckpt_path=f"{folder}/last.ckpt", **{**options, "strategy": "ddp"})
+    assert distance(calm, elsewhere) < 1e-5, distance(calm, elsewhere)
+    assert Path(folder, "last.ckpt").is_dir()
+    off = distance(calm, elsewhere)
+    return f"killed: {recovery.seconds:.1f} s, bit-equal; resumed: bit-equal, and as ddp to {off:.1e}"
+
+
+class Wide(Net):
+    """A gigabyte of parameters, in blocks; notes what its worker holds after the last step."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=True)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4096, 4096, bias=False) for _ in range(16))
+        self.held = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        wide = torch.nn.functional.pad(x, (0, 4096 - x.size(1)))
+        for block in self.blocks:
+            wide = wide + block(wide) * 1e-3
+        return torch.nn.functional.mse_loss(self.layers(wide[:, :16]), y)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.held = torch.cuda.memory_allocated()
+
+
+@check(2, workers="all")
+def fsdp_takes_a_share() -> str:
+    k, held = len(uuids()), {}
+    for strategy in ("ddp", "fsdp"):
+        module = Wide()
+        fit(module, data(16 * k), gpus=k, strategy=strategy, max_epochs=1)
+        held[strategy] = module.held / 2**20
+    assert held["fsdp"] < held["ddp"] / k * 1.15, held
+    return f"of 1 GiB of parameters and AdamW's state a worker holds {held['fsdp']:.0f} MiB, with ddp {held['ddp']:.0f}"
