@@ -148,7 +148,8 @@ class AttachedModule(nn.Module):
             reduce_fx: "mean" (weighted by batch size), "sum", "min", "max", or a function of a 1-d tensor of values.
                 Not used for metric objects.
             enable_graph: Accepted for compatibility; values are always detached.
-            sync_dist: Average *step* values over workers; epoch values always are reduced over workers.
+            sync_dist: Reduce *step* values over workers too, by `reduce_fx`, for loggers and callbacks on the driver;
+                epoch values always are.
             sync_dist_group: Not supported: must be None.
             add_dataloader_idx: With several evaluation loaders, add "/dataloader_idx_i" to the name.
             batch_size: Samples in the batch, the weight of the mean. Default: what the batch says of itself (graphs of

@@ -58,18 +58,21 @@ class RunArguments:
     """Epochs at most [1000 when neither max_steps nor max_time is given]; -1: no limit."""
 
     min_epochs: int | None = argument(default=1, check=checks.count, least=0, none=True)
-    """Epochs before a requested stop is honoured; None: 1."""
+    """Epochs before a requested stop (`should_stop`, `EarlyStopping`) is honoured; None: 1. 0: stop at once, within the
+    first epoch too."""
 
     max_steps: int | None = argument(
         default=None, check=checks.count, least=0, none=True, minus_one="no limit", unlimited=True
     )
-    """The run ends exactly at this step, whatever `max_epochs` says; -1 or None: no limit."""
+    """The run ends exactly at this step, whatever `max_epochs` says; -1 or None: no limit. Where manual optimization
+    makes several steps in a batch, it ends with the batch in which the step is reached."""
 
     min_steps: int | None = argument(default=None, check=checks.count, least=0, none=True)
     """A requested stop is honoured from this step on, whatever `min_epochs` says."""
 
     max_time: str | timedelta | Mapping[str, int] | None = argument(default=None, check=checks.duration)
-    """Time to train at most: "DD:HH:MM:SS", a timedelta, or its arguments as a dict; checked about once a second."""
+    """Time to train at most, in each `fit` anew, also where it goes on from a checkpoint: "DD:HH:MM:SS", a timedelta,
+    or its arguments as a dict; checked about once a second."""
 
     # ---------------------------------------------------------------- when to validate
 

@@ -113,6 +113,7 @@ class Worker:
         self._training = TrainingLoop(self.run)
         start = self._training.describe()
         self.run.hooks.call("on_train_start")
+        start.stop = self.run.view.should_stop
         return start
 
     @property

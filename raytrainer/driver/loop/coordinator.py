@@ -230,7 +230,7 @@ class Coordinator:
             return True
         # a requested stop that is honoured now is preceded by one last validation
         stops = self.state.should_stop and schedule.may_stop(self.settings, progress)
-        return stops and progress.validated_at != progress.total_batches
+        return stops and progress.validated_at != progress.total_batches > 0
 
     def _validate(self, steps: int = 0) -> None:
         """Validate, after so many steps that have not been looked at yet."""
