@@ -155,17 +155,17 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
 
     # ---------------------------------------------------------------- weights
 
-    def freeze(self) -> None:
+    def freeze(self) -> Self:
         """No parameter requires gradients; evaluation mode."""
         for parameter in self.parameters():
             parameter.requires_grad = False
-        self.eval()
+        return self.eval()
 
-    def unfreeze(self) -> None:
+    def unfreeze(self) -> Self:
         """All parameters require gradients; training mode."""
         for parameter in self.parameters():
             parameter.requires_grad = True
-        self.train()
+        return self.train()
 
     @classmethod
     def load_from_checkpoint(

@@ -47,9 +47,9 @@ def test_device_follows_the_module():
 
 def test_freeze_and_unfreeze():
     module = Tiny()
-    module.freeze()
+    assert module.freeze() is module
     assert not module.training and not any(p.requires_grad for p in module.parameters())
-    module.unfreeze()
+    assert module.unfreeze() is module
     assert module.training and all(p.requires_grad for p in module.parameters())
 
 

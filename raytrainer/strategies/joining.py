@@ -67,11 +67,12 @@ class JoinedStep(nn.Module):
         result: StepResult = self.__dict__["step"](batch, batch_idx, 0)
         loss = result.loss
         # a loss that is a leaf has a gradient of its own, and none for any parameter
-        skips = loss is None or (loss.grad_fn is None and loss.requires_grad)
+        if loss is not None and loss.grad_fn is None and loss.requires_grad:
+            loss = None
         joined: Tensor | None
         if not torch.is_grad_enabled():
             joined = None
-        elif skips:
+        elif loss is None:
             others = self._trained if self._all_needed else []
             zero = self.vote.new_zeros((), dtype=torch.float32)
             joined = _Zero.apply(zero, self.vote, [id(p) in self._sparse for p in others], *others)
@@ -79,7 +80,7 @@ class JoinedStep(nn.Module):
             # the vote is zero, and so changes nothing; its gradient is the loss's own factor (that of a scaler, say)
             vote = self.vote.real if self.vote.is_complex() else self.vote
             joined = loss + (vote if vote.dtype == loss.dtype else vote.to(loss.dtype))
-        self.__dict__.update(result=result, skipped=skips)
+        self.__dict__.update(result=result, skipped=loss is None)
         return joined
 
     def forget(self) -> None:
