@@ -306,6 +306,27 @@ def _kinds(plan: Any) -> set[str]:
     return {type(plan).__name__}.union(*(_kinds(other) for other in plan.input_dependencies))
 
 
+def paths_read(dataset: Any) -> list[str] | None:
+    """The paths that a dataset of one source of files reads from, files or folders.
+
+    Without Ray Data's plans: not known.
+    """
+    try:
+        plan = dataset._logical_plan.dag
+        while plan.input_dependencies:
+            if len(plan.input_dependencies) > 1:
+                return None
+            plan = plan.input_dependencies[0]
+        if type(plan).__name__ == "ListFiles":
+            return [str(path) for path in plan.paths]
+        if type(plan).__name__ == "Read":
+            return [str(path) for path in plan.datasource._pq_paths]
+        return None
+    except GONE as error:
+        log.debug("the paths of a dataset are not known", exc_info=error)
+        return None
+
+
 def listed_once(dataset: Any) -> tuple[Any, int | None, int | None]:
     """The dataset with its Parquet files listed once, instead of in every epoch; its rows and bytes, where known.
 

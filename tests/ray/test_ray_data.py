@@ -19,6 +19,7 @@ import raytrainer
 from raytrainer import DataModule, Module, RayDataset, Trainer, WorkerCallback
 from raytrainer.callbacks import Callback, ModelCheckpoint
 from raytrainer.driver.cluster.session import free_resources
+from raytrainer.private import ray_private
 
 ROWS = 1000
 DIM = 4
@@ -202,6 +203,27 @@ def test_drop_last(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, k
     for epoch in trained(ray_trainer, tmp_path, data):
         assert [len(batch) for batches in epoch for batch in batches] == [64] * 14
         assert len(set(flat(epoch))) == 14 * 64
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
+def test_a_second_run_with_the_same_dataset(
+    ray_trainer: Make, rays: Any, footers: None, tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are listed, and kept blocks read, once; unless they have changed."""
+    listings = []
+    listed_once = ray_private.listed_once
+    monkeypatch.setattr(ray_private, "listed_once", lambda data: listings.append(1) or listed_once(data))
+    files = tmp_path / "files"
+    files.mkdir()
+    pa.parquet.write_table(table(0, 200), files / "0.parquet", row_group_size=57)
+    data = RayDataset(rays.read_parquet(str(files)), batch_size=16, shuffle=True, keep_in_memory=keep)
+    first, second = (trained(ray_trainer, tmp_path / name, data) for name in ("first", "second"))
+    assert first == second and sorted(flat(first[0])) == list(range(200))
+    assert len(listings) == 1
+    pa.parquet.write_table(table(0, 300), files / "0.parquet", row_group_size=57)
+    third = trained(ray_trainer, tmp_path / "third", data)
+    assert len(listings) == 2
+    assert sorted(flat(third[0])) == list(range(300))
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from raytrainer.data.ray import prepared, spare_splitters
 from raytrainer.data.ray.columns import Columns, advice, cut, views
 from raytrainer.data.ray.row_order import RowOrder
 from raytrainer.data.ray.splitter import Reading, Splitter
@@ -90,20 +91,12 @@ class StreamedBlocks:
     kept: Literal[False] = False
 
     def __init__(self, source: RayDataset, stage: str, remote: bool) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         self.source, self.session, self.remote = source, 0, remote
         self.total: int | None = None
         self._taken: Any = None  # answers when the splitter knows what to execute
         self.splitter: Any = None
         settings = stage == "train", source.batch_size, source.drop_last
-        if remote:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            # no CPU: it only passes references on
-            self.splitter = ray.remote(num_cpus=0)(Splitter).options(scheduling_strategy=here).remote(*settings)
-        else:
-            self.splitter = Splitter(*settings)
+        self.splitter = spare_splitters.take(*settings) if remote else Splitter(*settings)
 
     def take(self, dataset: Any, total: int | None) -> None:
         """Say what is to be executed, and its rows."""
@@ -126,12 +119,11 @@ class StreamedBlocks:
 
     def close(self) -> None:
         """At the end of the run: end the execution."""
-        import ray
-
         if not self.remote:
             self.splitter.close()
-        elif ray.is_initialized():
-            ray.kill(self.splitter)
+        elif self.splitter is not None:
+            spare_splitters.give_back(self.splitter)
+            self.splitter = None
 
     def pieces(
         self, start: int, share: Share, wanted: Reading
@@ -228,9 +220,19 @@ def _prepare(
     keep = source.keep_in_memory
     if keep is None and (kinds is None or not kinds <= _ONLY_READ):
         keep = False
+    # workers that idle for the next run are there for it with what this one finds out
+    known = prepared.find(source.dataset, source.columns) if remote else None
+    if known is not None and known.blocks is not None and keep is not False:
+        refs, counts, taken = known.blocks
+        return KeptBlocks(source, list(refs), list(counts)), taken
     # begun now, its actor's process starts while files are listed
     streamed = StreamedBlocks(source, stage, remote) if keep is False else None
-    dataset, listed_rows, listed_size = ray_private.listed_once(ray_private.lasting_blocks(dataset))
+    if known is None:
+        listed = ray_private.listed_once(ray_private.lasting_blocks(dataset))
+        known = prepared.keep(source.dataset, source.columns, listed) if remote else None
+    else:
+        listed = known.listed
+    dataset, listed_rows, listed_size = listed
     rows, size = listed_rows if listed_rows is not None else rows, listed_size if listed_size is not None else size
     if source.columns is not None:
         dataset = dataset.select_columns(list(source.columns))
@@ -248,6 +250,8 @@ def _prepare(
         return streamed, 0
     blocks = _kept(source, dataset)
     taken = int(dataset.size_bytes())
+    if known is not None:
+        known.blocks = list(blocks.refs), list(blocks.rows), taken
     log.info("The %s dataset stays in the object store: %d rows, %.0f MB.", stage, blocks.total, taken / 1e6)
     return blocks, taken
 

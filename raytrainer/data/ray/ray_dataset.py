@@ -37,7 +37,8 @@ class RayDataset:
         keep_in_memory: True: read once and keep the blocks in Ray's object store; epochs then start at once, and a
             full shuffle costs next to nothing. False: read again in each epoch, for random augmentation in
             `map_batches`, or for more than fits. None: keep what is only read (not mapped by user code) and takes at
-            most 30 % of a node's object store.
+            most 30 % of a node's object store. What is kept stays for the next run on the same workers that is given
+            the same dataset object, if it reads local files, and these have not changed.
 
     Raises:
         ConfigurationError: A value that cannot work.

@@ -69,6 +69,11 @@ class Splitter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
         self._ahead: tuple[Reading, Future[Any]] | None = None
 
+    def begin(self, training: bool, batch_size: int, drop_last: bool) -> None:
+        """Serve another run, as if made for it."""
+        self.close()
+        Splitter.__init__(self, training, batch_size, drop_last)
+
     def take(self, dataset: Any) -> None:
         """Say what is to be executed: a `ray.data.Dataset`."""
         ray_private.quiet_data_logs()

@@ -91,6 +91,8 @@ def release_datasets(task: Task) -> None:
     """The run is over: end what reads its datasets."""
     for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
         blocks.close()
+    if task.datasets:
+        idle_pool.tell_none()
 
 
 @idle_pool.kept()
@@ -111,7 +113,10 @@ def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
     if not found:
         return
     from raytrainer.data.ray import blocks as ray_data
+    from raytrainer.data.ray import prepared, spare_splitters
 
+    for forget in (prepared.forget, spare_splitters.forget):
+        idle_pool.when_none_idle(forget)
     ensure_ray(cluster, workers)
     _leave_a_cpu()
     remote = settings.strategy != "local"
@@ -124,3 +129,4 @@ def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
             blocks, size = ray_data.prepare(dataset, stage, remote, taken)
             taken += size
             task.datasets[stage].append(blocks)
+    prepared.keep_only([source.dataset for datasets in found.values() for source in datasets])

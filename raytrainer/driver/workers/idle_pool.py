@@ -18,7 +18,7 @@ from raytrainer.driver.cluster.session import free_by_node, own_reservation, som
 from raytrainer.errors import ResourceError
 from raytrainer.signals import shield
 
-__all__ = ["IdleGroup", "close_idle", "kept", "put_back", "set_idle_timeout", "take"]
+__all__ = ["IdleGroup", "close_idle", "kept", "put_back", "set_idle_timeout", "take", "tell_none", "when_none_idle"]
 
 log = logging.getLogger("raytrainer")
 
@@ -66,6 +66,7 @@ _changed = threading.Condition()
 _idle: list[tuple[IdleGroup, float]] = []  # with the time until which it is kept, newest last
 _watcher: threading.Thread | None = None
 _timeout = 300.0
+_forgetters: list[Callable[[], None]] = []
 _keeping = 0
 
 
@@ -145,9 +146,11 @@ def put_back(group: IdleGroup) -> None:
     """Keep a group whose run is over, until the idle time is over or others wait for what it holds."""
     global _watcher
     if group.broken:
+        tell_none()
         return
     if _timeout <= 0:
         group.abort()
+        tell_none()
         return
     with shield(), _changed:
         _idle.append((group, time.monotonic() + _timeout))
@@ -218,6 +221,21 @@ def _end(groups: Sequence[IdleGroup]) -> None:
             group.abort()
         except Exception as error:  # e.g. Ray ends just now; the others are to end all the same
             log.debug("Idle workers could not be ended", exc_info=error)
+    tell_none()
+
+
+def when_none_idle(forget: Callable[[], None]) -> None:
+    """Have `forget` called whenever the last idle group has ended: what is kept for the next run goes with it."""
+    if forget not in _forgetters:
+        _forgetters.append(forget)
+
+
+def tell_none() -> None:
+    """See `when_none_idle`; also to be called where something has been kept for the next run."""
+    with _changed:
+        gone = not _idle
+    for forget in _forgetters if gone else ():
+        forget()
 
 
 atexit.register(close_idle)

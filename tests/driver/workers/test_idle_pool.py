@@ -57,6 +57,29 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def test_what_is_kept_for_the_next_run_goes_with_the_last_group(
+    waiting: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(pool, "_forgetters", [])
+
+    def forget() -> None:
+        told.append(1)
+
+    pool.when_none_idle(forget)
+    pool.when_none_idle(forget)
+    first, second = Group("a"), Group("b")
+    put_back(first, second)
+    pool.tell_none()
+    pool._release([first])
+    assert told == []
+    pool.close_idle()
+    assert told == [1]
+    monkeypatch.setattr(pool, "_timeout", 0.0)
+    put_back(Group("a"))
+    assert told == [1, 1]
+
+
 def test_the_newest_that_is_well_is_taken(waiting: set[str]) -> None:
     old, new, ill, other = Group("a"), Group("a"), Group("a", usable=False), Group("b")
     put_back(old, new, other, ill)
