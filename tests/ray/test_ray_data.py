@@ -81,6 +81,8 @@ class Recorder(WorkerCallback):
         self.epochs.append([])
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.epochs:  # the run goes on within an epoch
+            self.epochs.append([])
         self.epochs[-1].append(batch["id"].tolist())
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
