@@ -10,6 +10,7 @@ import pytest
 from forked_group import ForkedGroup
 
 import raytrainer
+from raytrainer import Trainer
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import local_group
 
@@ -65,6 +66,6 @@ def forked(
         }
         if options.get("strategy", "fsdp") != "local":
             quiet |= {"strategy": "fsdp", "num_processes": 2}
-        return raytrainer.Trainer(**{**quiet, **options})
+        return Trainer(**{**quiet, **options})
 
     return make

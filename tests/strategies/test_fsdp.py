@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -366,3 +368,14 @@ def test_compiled_by_block(forked):
 
 def test_one_worker(forked):
     compare(forked, Net, rt.FSDP(), workers=1, val=loader(13, 2), max_epochs=1)
+
+
+def test_the_guides_example(forked, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "examples" / "guide" / "sharded-models.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rt, "Trainer", forked)
+    found: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, str(page), "exec"), found)
+    assert all(parameter.is_meta for parameter in found["module"].parameters())
+    assert all(parameter.isfinite().all() for parameter in found["whole"].parameters())
