@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from raytrainer.errors import ConfigurationError, UnknownArgumentError
+from raytrainer.errors import ConfigurationError, RaytrainerError, UnknownArgumentError
 from raytrainer.plan.argument_names import unknown_argument
 
-__all__ = ["check_names", "instantiate"]
+__all__ = ["check_names", "instantiate", "named"]
 
 
 def instantiate(value: Any) -> Any:
@@ -31,9 +31,26 @@ def instantiate(value: Any) -> Any:
     if extra:
         raise ConfigurationError(f"{path!r}: {extra} beside class_path; arguments go into init_args.")
     cls = _find(path)
-    arguments = instantiate(dict(value.get("init_args") or {}))
+    given = value.get("init_args") or {}
+    arguments = named(given, f"{path}: init_args")
     check_names(cls, arguments)
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except RaytrainerError:
+        raise
+    except Exception as error:  # a string where a number is expected, say
+        raise ConfigurationError(f"{path}: {type(error).__name__}: {error}; init_args are {given}.") from error
+
+
+def named(values: Any, what: str) -> dict[str, Any]:
+    """The objects that a mapping of names describes.
+
+    Raises:
+        ConfigurationError: It is no such mapping.
+    """
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ConfigurationError(f"{what}={values!r}: give names and their values.")
+    return {name: instantiate(value) for name, value in values.items()}
 
 
 def _find(path: Any) -> Any:
@@ -42,7 +59,7 @@ def _find(path: Any) -> Any:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module or "raytrainer"), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"class_path={path!r}: {error}. Give an importable package.module.Class.") from error
     if not callable(found):
         raise ConfigurationError(f"class_path={path!r} is a {type(found).__name__}; give a class.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from raytrainer.callbacks import Tuner
 from raytrainer.checkpointing.places import CheckpointPath
-from raytrainer.config import check_names, instantiate
+from raytrainer.config import check_names, named
 from raytrainer.data.ray.ray_dataset import as_ray_datasets
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.prepare.ray_datasets import has_dataset, lazy_predictions
@@ -59,7 +59,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         Raises:
             ConfigurationError: There is no such argument or class, or a value cannot work.
         """
-        arguments = instantiate(config)
+        arguments = named(config, "config")
         check_names(cls, arguments)
         return cls(**arguments)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.checkpointing.weights import load_into
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.init_calls import construct
 
 __all__ = ["load_datamodule", "load_module"]
@@ -31,6 +31,8 @@ def load_module(
 ) -> Any:
     """See `Module.load_from_checkpoint`."""
     checkpoint = read_checkpoint(path, map_location, (cls,), weights_only)
+    if not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise CheckpointError(f"{path}: it has no state_dict, so there are no weights to load.")
     module = _constructed(cls, checkpoint, "", hparams_file, overrides)
     if strict and not module.strict_loading:
         raise ConfigurationError(

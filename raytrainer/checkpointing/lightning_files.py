@@ -75,7 +75,12 @@ def read_lightning_file(
         content = torch.load(source, map_location=map_location, weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(f"{shown}: this is a file of torch's, but no checkpoint: it has no state_dict.")
-    return _translated(content)
+    try:
+        return _translated(content)
+    except Exception as error:  # something is missing in it, or of another type than Lightning writes
+        raise CheckpointError(
+            f"{shown}: this is no checkpoint as Lightning 2 writes them: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _why_not(shown: str, error: Exception) -> str:

@@ -275,8 +275,7 @@ class Worker:
     @verb(Wait.AT_ONCE)
     def abandon(self) -> None:
         """Drop the run without any further hook."""
-        over = self._forget()  # first: a run whose undoing raises must not be met again by the next one
-        unlink(over, release=True)
+        unlink(self._forget(), release=True)  # forgotten first: if its undoing raises, the next run must not meet it
 
     @verb(Wait.AT_ONCE)
     def rest(self) -> None:

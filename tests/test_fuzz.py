@@ -1,0 +1,16 @@
+"""Three hundred of the inputs of `fuzz.py`; more by its command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz import fuzz
+
+
+def test_nothing_but_errors_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = fuzz(300, 1, tmp_path)
+    assert [outcome for outcome in found if "WRONG" in outcome] == []
+    assert found["damaged_checkpoint: CheckpointError"] == 60  # not one was read
+    assert found["forged_state: CheckpointError"] > 10 and found["configuration: ConfigurationError"] > 10
