@@ -221,7 +221,8 @@ def _end(groups: Sequence[IdleGroup]) -> None:
             group.abort()
         except Exception as error:  # e.g. Ray ends just now; the others are to end all the same
             log.debug("Idle workers could not be ended", exc_info=error)
-    tell_none()
+    if groups:
+        tell_none()
 
 
 def when_none_idle(forget: Callable[[], None]) -> None:

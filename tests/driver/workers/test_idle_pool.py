@@ -68,6 +68,7 @@ def test_what_is_kept_for_the_next_run_goes_with_the_last_group(
 
     pool.when_none_idle(forget)
     pool.when_none_idle(forget)
+    pool.close_idle()  # there was none: what a run has just prepared stays
     first, second = Group("a"), Group("b")
     put_back(first, second)
     pool.tell_none()
