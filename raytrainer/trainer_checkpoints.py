@@ -64,6 +64,8 @@ class CheckpointVerbs(TrainerRuns):
         own = {
             callback.state_key: callback.state_dict() for callback in self._callbacks if isinstance(callback, Callback)
         }
+        if self._datamodule is not None:  # has its state since it came home
+            state["datamodule"] = self._datamodule.state_dict()
         return state | {"callbacks": state["callbacks"] | own}
 
     def remove_checkpoint(self, filepath: str) -> None:

@@ -131,6 +131,7 @@ def test_no_gpu_here(monkeypatch):
     """Told before a Ray is started for them."""
     monkeypatch.setattr(session, "open_nvml", lambda: None)
     monkeypatch.setattr(session, "_running_here", lambda: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by an earlier test
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigurationError, match=r"gpus=2: this machine has no NVIDIA GPU .*num_processes=2"):
         raytrainer.Trainer(gpus=2, logger=False, enable_checkpointing=False).fit(Net(), loader())
@@ -149,12 +150,13 @@ def test_more_workers_than_cpus(monkeypatch, caplog):
     import ray
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(session, "remember", lambda *_: None)
     monkeypatch.setattr(session.os, "cpu_count", lambda: 2)
     for name in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
         monkeypatch.setenv(name, "0")
     with caplog.at_level(logging.INFO, "raytrainer"):
-        session._start(16, None)
-        session._start(1, None)
+        session._start(16, None, None)
+        session._start(1, None, None)
     assert [record.getMessage() for record in caplog.records] == [
         "16 workers share the 2 CPU(s) of this machine: more workers than CPUs train slower.",
         "Starting Ray on this machine, with 17 CPUs: one for each worker, and one for data; the machine has 2.",

@@ -47,7 +47,8 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
         state["stepped"] = run.stepped
         state["worker_callbacks"] = {c.state_key: c.state_dict() for c in run.task.callbacks}
     if run.datamodule is not None:
-        state["datamodule"] = run.datamodule.state_dict()
+        if not final:
+            state["datamodule"] = run.datamodule.state_dict()
         state |= run.datamodule.hyperparameters_to_save("datamodule_")
     if not final:
         for callback in run.task.callbacks:

@@ -13,7 +13,7 @@ import raytrainer
 from raytrainer import DeviceStatsMonitor, Logger
 from raytrainer.callbacks import device_stats_monitor
 from raytrainer.gpu.nvml import Nvml
-from raytrainer.metric_messages import MetricReport, StepRow
+from raytrainer.metric_messages import MetricReport, MetricSpec, StepRow
 from raytrainer.metrics.metric_board import MetricBoard
 
 
@@ -29,9 +29,16 @@ class Rows(Logger):
         pass
 
 
+LOSS = MetricSpec("loss", True, False, False, True, False, "mean", False, None, False)
+
+
 def report(rank: int, steps=(9, 19), **names: str) -> MetricReport:
     rows = [StepRow(s, 0, {"loss": 1.0}) for s in steps if rank == 0 and s != 19]
-    return MetricReport(rows=rows, samples=[StepRow(s, 0, {n: 10.0 * rank + s for n in names.values()}) for s in steps])
+    return MetricReport(
+        rows=rows,
+        specs={"loss": LOSS},
+        samples=[StepRow(s, 0, {n: 10.0 * rank + s for n in names.values()}) for s in steps],
+    )
 
 
 def test_series_of_all_workers_stand_side_by_side():
