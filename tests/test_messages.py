@@ -150,7 +150,7 @@ def test_more_workers_than_cpus(monkeypatch, caplog):
     import ray
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
-    monkeypatch.setattr(session, "remember", lambda *_: None)
+    monkeypatch.setattr(session.inherited, "remember", lambda *_, **__: None)
     monkeypatch.setattr(session.os, "cpu_count", lambda: 2)
     for name in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
         monkeypatch.setenv(name, "0")
