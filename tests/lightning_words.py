@@ -31,6 +31,8 @@ WORDS: dict[str, dict[str, str]] = {
         "strategy": "a name (see Strategies) or settings such as `rt.DDP(...)`",
         "num_nodes": "the same, or a pair for elastic runs; the script is started once, not on each node",
         "precision": 'the same, less `"transformer-engine"`',
+        "min_epochs": "1, not none: a stop asked for in the first epoch waits for its end; 0 stops at once",
+        "max_time": "counts the `fit` in progress, also one that goes on from a checkpoint, rather than all of them",
         "max_steps": "the run ends exactly there, whatever `max_epochs` says, rather than at whichever comes first",
         "val_check_interval": "the same, counted in batches; an interval of time is an error",
         "logger": "the same; loggers live on the driver",
