@@ -7,8 +7,8 @@ __all__ = ["HEAD", "NEW", "RENAMED", "WORDS"]
 HEAD = """\
 # Lightning's names, one by one
 
-Lightning VERSION against this package. A name that is called the same does the same, unless its row says otherwise; the
-README's section "Coming from Lightning" has a port as an example. Made by `python tests/lightning_comparison.py` from
+Lightning VERSION against this package. A name that is called the same does the same, unless its row says otherwise;
+[coming from Lightning](from-lightning.md) has a port as an example. Made by `python tests/lightning_comparison.py` from
 both packages, and tested against what is exported.
 """
 

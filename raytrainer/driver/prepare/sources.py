@@ -43,7 +43,7 @@ def _require_module(model: Any) -> None:
     if any(base.endswith(".LightningModule") and "lightning" in base.split(".")[0] for base in bases):
         raise ConfigurationError(
             f"model={name} is a LightningModule of Lightning's: derive it from raytrainer.Module instead. Its methods "
-            f"can stay as they are; the guide on Lightning lists what differs."
+            f"can stay as they are; examples/guide/from-lightning.md lists what differs."
         )
     if not isinstance(model, Module):
         what = f"model={name}"

@@ -1,6 +1,6 @@
 """`Surroundings`: what a worker's process takes over of the driver's, besides the task itself.
 
-The table in README.md ("Three ways to run") says what does and what does not.
+The table in examples/guide/running.md says what does and what does not.
 """
 
 from __future__ import annotations
