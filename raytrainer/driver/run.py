@@ -12,6 +12,7 @@ from typing import Any
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.driver.cluster.session import explain_lost
+from raytrainer.driver.loop.asked_where import AskedWhere
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.run_services import Rows
@@ -78,7 +79,8 @@ class Run:
             BaseException: The first error, also where the end has met others.
         """
         ending = Ending()
-        with Interrupt() as self._interrupt:
+        local = self.task.settings.strategy == "local"
+        with AskedWhere(lambda: self.coordinator and self.coordinator.group, local), Interrupt() as self._interrupt:
             # twice, as a signal may strike on the way out of the first
             with ending.step("the run"), ending.step("the run"):
                 coordinator = self._begin()

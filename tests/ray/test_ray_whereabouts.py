@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -82,8 +84,8 @@ def line_of(mark: str) -> int:
     return first + next(i for i, line in enumerate(source) if line.endswith(f"# {mark}\n"))
 
 
-def test_each_hang_is_found(ray_trainer, tmp_path):
-    """Asked while it hangs, from another thread; and told when `hang_timeout` is over."""
+def test_each_hang_is_found(ray_trainer, tmp_path, caplog):
+    """Asked while it hangs, from another thread and by a signal; and told when `hang_timeout` is over."""
     trainer = ray_trainer(max_epochs=1, max_failures=0)
     found: dict[str, list[object]] = {}
 
@@ -98,6 +100,9 @@ def test_each_hang_is_found(ray_trainer, tmp_path):
 
             try:
                 eventually(hangs, 90, how)
+                if how == "loops":
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    eventually(lambda: f":{line_of('loops')} in loops" in caplog.text, 60, "the signal's answer")
             finally:
                 found[how] = seen
                 (tmp_path / how).touch()
