@@ -360,7 +360,9 @@ def opened(worker: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shuffle": True}, {"batch_sampler": BatchSampler(range(4), 2, False)}], ids=str
+    "options",
+    [{}, {"shuffle": True}, {"batch_sampler": BatchSampler(range(4), 2, False)}],
+    ids=["plain", "shuffle", "own"],
 )
 def test_worker_init_fn_gets_the_users_dataset(options, local_trainer):
     size = {} if "batch_sampler" in options else {"batch_size": 2}
