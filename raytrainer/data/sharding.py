@@ -237,8 +237,12 @@ class ShardedBatches(Sampler[list[Any]]):
         return max(0, whole - self.skip)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for position, batch in enumerate(itertools.islice(self._shard(), self.skip, None), self.skip):
-            if self.seeded and isinstance(batch, list):
+        batches = itertools.islice(self._shard(), self.skip, None)
+        return self._seeding(batches) if self.seeded else batches
+
+    def _seeding(self, batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        for position, batch in enumerate(batches, self.skip):
+            if isinstance(batch, list):
                 yield SeededIndices(batch, derive_seed(self.seed, "loader", self.rank, self.epoch, position))
             else:
                 yield batch

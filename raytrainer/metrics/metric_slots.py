@@ -69,6 +69,7 @@ class Slot:
 
     __slots__ = (
         "custom",
+        "dtype",
         "folded",
         "fx",
         "kept",
@@ -90,6 +91,7 @@ class Slot:
     def __init__(self, spec: MetricSpec, options: LogOptions | None, fx: Any) -> None:
         self.spec, self.options, self.fx = spec, options, fx
         self.last: Any = None  # latest step value, until it is reported
+        self.dtype: torch.dtype | None = None  # of the tensor that was logged, where its number is kept instead
         self.shown: Any = None  # the latest that was reported in this epoch
         self.reduced = False  # the module sees the epoch's value over all workers
         self.moment = -1  # batch in which it was logged

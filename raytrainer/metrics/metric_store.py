@@ -1,6 +1,7 @@
 """What `self.log` does in a worker: keep values on the device, fetch them together, once a chunk.
 
-A call costs a dictionary lookup and a detached copy. Nothing is reduced, moved or synchronised before `report`.
+A call costs a dictionary lookup and a detached copy, or the number itself where reading it waits for nothing (on
+CPUs). Nothing is reduced, moved or synchronised before `report`.
 """
 
 from __future__ import annotations
@@ -143,16 +144,20 @@ class MetricStore:
                 f"self.log({name!r}, ...) was called in {self.hook} with other options than before; use the same "
                 f"options, or another name."
             )
-        if isinstance(value, Tensor):
+        if type(value) is Tensor and value.is_cpu and not value.ndim:
+            slot.dtype, value = value.dtype, value.item()
+        elif isinstance(value, Tensor):
             # a copy, since the caller may go on to change the tensor in place
             value = value.detach().clone()
             if value.ndim:
                 value = scalar(name, value)
-        elif not isinstance(value, (int, float)):
-            if is_metric(value):
-                self._note_metric(slot, name, value)
-                return
-            value = number(name, value)
+        else:
+            slot.dtype = None
+            if not isinstance(value, (int, float)):
+                if is_metric(value):
+                    self._note_metric(slot, name, value)
+                    return
+                value = number(name, value)
         spec = slot.spec
         if rank_zero_only and self.rank != 0:
             return

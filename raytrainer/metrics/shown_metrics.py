@@ -48,6 +48,8 @@ class ShownMetrics:
                 continue
             value = slot.shown if slot.last is None else slot.last
             if slot.spec.on_step and value is not None:
+                if slot.dtype is not None and not isinstance(value, Tensor):
+                    value = torch.tensor(value, dtype=slot.dtype)
                 self._show(slot, slot.spec.step_name, value, callback=training)
 
     def take_epoch(self, ledger: Ledger, loaders: range | None = None) -> None:

@@ -68,7 +68,9 @@ class AutomaticOptimization:
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
         self.backward = _own(run, "backward")
-        self.step_optimizer = run.profiled("optimizer_step", self.precision.step)
+        scales = run.precision.scaler is not None
+        self.unscale = self.precision.unscale if scales else None
+        self.step_optimizer = run.profiled("optimizer_step", self.precision.step if scales else _step)
         if self.backward is None and run.profiler is not None:
             self.backward = run.profiled("backward", lambda loss: loss.backward())
         self.clip = _own(run, "configure_gradient_clipping")
@@ -82,7 +84,7 @@ class AutomaticOptimization:
         if not own_step and takes is not Closure.NEVER:
             self.optimizer_step = module.optimizer_step
         self.given: Any = self.optimizer  # what optimizer_step is given
-        if run.precision.scaler is not None and self.optimizer is not None:
+        if scales and self.optimizer is not None:
             if takes is Closure.REQUIRED:
                 raise ConfigurationError(
                     f'precision="16-mixed" with {type(self.optimizer).__name__}: an optimizer that evaluates a closure '
@@ -155,7 +157,8 @@ class AutomaticOptimization:
         loss = self._forward_backward()
         optimizer = self.optimizer
         assert optimizer is not None
-        self.precision.unscale(optimizer)
+        if self.unscale is not None:
+            self.unscale(optimizer)
         if self.on_before_optimizer_step is not None:
             self.on_before_optimizer_step(optimizer)
         if self.clip is not None:
@@ -175,7 +178,7 @@ class AutomaticOptimization:
         if loss is not None:
             if self.accumulate > 1:
                 loss = loss / self.accumulate
-            scaled = self.precision.scale(loss)
+            scaled = self.precision.scale(loss) if self.unscale is not None else loss
             if self.on_before_backward is not None:
                 self.on_before_backward(scaled)
             if self.backward is not None:
@@ -194,6 +197,10 @@ class AutomaticOptimization:
         if loss is not None and self.on_after_backward is not None:
             self.on_after_backward()
         return loss
+
+
+def _step(optimizer: Optimizer) -> None:
+    optimizer.step()
 
 
 def _own(run: WorkerRun, name: str) -> Callable[..., Any] | None:

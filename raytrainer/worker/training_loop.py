@@ -151,6 +151,7 @@ class TrainingLoop:
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate = view.accumulate_grad_batches
+        agrees = self._missing.agree is not None
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
         for left in range(batches, 0, -1):
             asked = clock()
@@ -168,12 +169,13 @@ class TrainingLoop:
             index = self.batch
             if watched is not None:
                 watched.add(batch)
-            if batch is None or self._missing.agree is not None:
+            if batch is None or agrees:
                 batch = self._missing.checked(batch)
             if slices.active:
                 batch = slices.take(batch)
             there = batch is not None
-            self._idle = self._idle and not (there and slices.rows)
+            if self._idle and there and slices.rows:
+                self._idle = False
             if transfer is not None and there:
                 batch = transfer(batch, 0)
             if left == 1 and more and run.ahead:

@@ -256,6 +256,22 @@ def test_what_is_logged_after_a_report_began_is_left_for_the_next():
     assert [row.step for row in first.rows] == [0, 1, 2] and first.step == {"x": 2.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_modules_see_the_type_that_they_logged(dtype):
+    store = make()
+    store.in_batches = True
+    store.begin_batch(None)
+    value = torch.tensor(1, dtype=dtype)
+    log(store, "x", value, on_step=True)
+    value.zero_()
+    shown = store.show().callback["x"]
+    assert shown.dtype is dtype and shown == 1
+    store.begin_batch(None)
+    log(store, "x", 2, on_step=True)
+    assert store.show().callback["x"].dtype is torch.float64
+    assert store.report().step == {"x": 2.0}
+
+
 @pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (0, [])])
 def test_log_steps(every, steps):
     store = MetricStore(0, every)
