@@ -77,6 +77,7 @@ class Feed:
         self.may_miss = (
             getattr(self.reader, "collate_fn", None) is not default_collate or self.loader is not self.reader
         )
+        self._requests: Requests | None = None
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self._epoch: int | None = None
         self._before: Past = ()
@@ -215,7 +216,7 @@ class Feed:
             self.reader.generator = torch.Generator().manual_seed(seed)
             if self._drawing is None:
                 self._seed_requests(self.reader, seed, position)
-        read = self._read_alike(epoch, position) if self.share.readers > 1 else self._iterate()
+        read = self._read_alike(epoch, position) if self.share.readers > 1 or self._replays() else self._iterate()
         iterator = self._state.read(read)
         for _ in range(position, skip):  # a loader that cannot skip is replayed
             if next(iterator, END) is END:
@@ -225,15 +226,24 @@ class Feed:
         self._state.about_to_read()
         return LookAhead(iterator, agree if self.ends_unannounced else None, self._state.keep, skip)
 
+    def _replays(self) -> bool:
+        """Whether a resumed run reads the epoch again, in this process: what is drawn there must then be the same."""
+        if self.stage != "train" or self._drawing is not None or self._state.stream is not None:
+            return False
+        if self.reader is None:
+            return not isinstance(self.loader, (list, tuple))
+        return not self.reader.num_workers and library_of(self.reader.dataset) not in STREAMS
+
     def _seed_requests(self, loader: DataLoader[Any], seed: int, position: int) -> None:
         """Have the processes that read an iterable dataset draw from (seed, process, batch)."""
         reader = type(loader).__iter__
         if not loader.num_workers or (reader is not DataLoader.__iter__ and "torchdata." not in reader.__module__):
             return
         batched = loader.batch_sampler is not None
-        size = loader.batch_size if batched else None
-        counts = self._state.counts(position)
-        loader.__dict__["batch_sampler" if batched else "sampler"] = Requests(size, seed, counts)
+        if self._requests is None:
+            self._requests = Requests(loader.batch_size if batched else None)
+        self._requests.begin(seed, self._state.counts(position))
+        loader.__dict__["batch_sampler" if batched else "sampler"] = self._requests
 
     def _iterate(self) -> Iterator[Any]:
         with garbage_left_alone(), control_c_left_alone(self.loader):
@@ -257,7 +267,7 @@ class Feed:
             forget_iterator(self.reader)
 
     def _read_alike(self, epoch: int, begin: int) -> Iterator[Any]:
-        """Batches that are random in the same way on all readers of the share.
+        """Batches that are random in the same way on all readers of the share, and whenever they are read again.
 
         What is drawn in this process (by samplers, and by datasets without loader processes) depends on (seed, share,
         epoch, batch) alone, and leaves the generators of the training (dropout) as they are.

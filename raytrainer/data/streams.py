@@ -177,16 +177,20 @@ class _LoadState:
 class Requests(Sampler[Any]):
     """What a loader asks its processes for where the dataset is iterable: so many samples, with a seed.
 
-    A process's randomness depends on (`seed`, process, batches that it has made), so that it can go on anywhere.
+    A process's randomness depends on (seed, process, batches that it has made), so that it can go on anywhere. Where
+    processes persist, torch keeps what it asks for them by, so this is one object for all epochs.
 
     Args:
         samples: In a batch; None where the loader does not batch.
-        seed: Of this epoch.
-        counts: Batches that each process has made before.
     """
 
-    def __init__(self, samples: int | None, seed: int, counts: list[int]) -> None:
-        self.request = _Request(samples, seed, counts)
+    def __init__(self, samples: int | None) -> None:
+        self.samples = samples
+        self.begin(0, [])
+
+    def begin(self, seed: int, counts: list[int]) -> None:
+        """Ask with the seed of an epoch that begins, or goes on after so many batches of each process."""
+        self.request = _Request(self.samples, seed, counts)
 
     def __iter__(self) -> Iterator[Any]:
         while True:

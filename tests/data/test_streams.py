@@ -91,6 +91,29 @@ class Stateless(IterableDataset[Any]):
             yield torch.tensor([number + 100.0 * self.epochs, torch.rand(()).item(), random.random()])
 
 
+class Drawing(IterableDataset[Any]):
+    """A stream that shuffles files, and within a buffer, by the global generators."""
+
+    def __iter__(self):
+        order = list(range(SAMPLES))
+        random.shuffle(order)
+        if numpy.random.rand() < 0.5:
+            order.reverse()
+        buffer: list[int] = []
+        for number in order:
+            buffer.append(number)
+            if len(buffer) > 4:
+                yield torch.tensor([buffer.pop(int(torch.randint(len(buffer), ())))])
+        yield from (torch.tensor([number]) for number in buffer)
+
+
+class DrawingLoader:
+    """An iterable of batches that draws all of an epoch's at once."""
+
+    def __iter__(self):
+        return iter(list(Drawing()))
+
+
 class OwnLoader:
     """A user's loader with a state, and no torch in it."""
 
@@ -194,6 +217,9 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "litdata, 2 processes": lambda: litdatas(2),
     "stateless": lambda: DataLoader(Stateless(), 2),
     "stateless, 2 processes": lambda: DataLoader(Stateless(), 2, num_workers=2),
+    "global generators": lambda: DataLoader(Drawing(), 2),
+    "global generators, persisting": lambda: DataLoader(Drawing(), None, num_workers=1, persistent_workers=True),
+    "global generators, own loader": lambda: DrawingLoader(),
     "iterable": lambda: Shuffles(False),
     "iterable that counts": lambda: Shuffles(True),
 }
