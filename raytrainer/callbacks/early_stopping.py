@@ -24,7 +24,8 @@ _log = logging.getLogger("raytrainer")
 class EarlyStopping(Callback):
     """Asks the trainer to stop when `monitor` has not improved for `patience` checks.
 
-    A check is of a new value: where nothing has been logged since the last one, there is none.
+    A check is of a new value: where nothing has been logged since the last one, there is none. A run that goes on from
+    a checkpoint by which it had been asked to stop stops at once, unless this object allows more: more `patience`, say.
 
     Args:
         monitor: Name of the metric in `trainer.callback_metrics`.
@@ -77,6 +78,8 @@ class EarlyStopping(Callback):
         self._moment = MonitorMoment(wish)
         self._warned = False
         self._judged = -1  # batch of the value that was checked last
+        self._asked: list[float] | None = None  # by what it asked to stop: the value; best value, checks since then
+        self._resumes = False
         self.best_score = torch.tensor(worst_score(mode))
         self.wait_count = 0
         self.stopped_epoch = 0
@@ -96,6 +99,18 @@ class EarlyStopping(Callback):
         """Find out afresh when to check."""
         if stage == "fit":
             self._moment.begin()
+
+    def on_fit_start(self, trainer: RunningTrainer, module: Module) -> None:
+        """Ask again for the stop that the run goes on from, if there is still reason to."""
+        asked, resumes, self._resumes = self._asked, self._resumes, False
+        if asked is None or not resumes or not self._active(trainer):
+            return
+        value, best, waited = asked
+        verdict = judge(self.rules, StoppingState(best, int(waited)), value, self.monitor)
+        if verdict.stop:
+            self.stopping_reason = verdict.reason
+            trainer.should_stop = True
+            _log.info("EarlyStopping had asked the run that goes on here to stop, and still does: %s", verdict.message)
 
     def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the metric."""
@@ -120,7 +135,7 @@ class EarlyStopping(Callback):
     def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """The next run counts anew."""
         if stage == "fit":
-            self._judged = -1
+            self._judged, self._asked, self._resumes = -1, None, False
 
     def state_dict(self) -> dict[str, Any]:
         """Best value and counters."""
@@ -130,6 +145,7 @@ class EarlyStopping(Callback):
             "stopped_epoch": self.stopped_epoch,
             "patience": self.patience,
             "judged": self._judged,
+            "asked": self._asked,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,6 +154,8 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self._judged = state_dict.get("judged", -1)
+        self._asked = state_dict.get("asked")
+        self._resumes = True
 
     def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
@@ -165,6 +183,7 @@ class EarlyStopping(Callback):
             self.best_score = torch.tensor(verdict.state.best, dtype=torch.float64)
         if verdict.stop:
             self.stopped_epoch, self.stopping_reason = trainer.current_epoch, verdict.reason
+            self._asked = [value, before.best, float(before.wait_count)]
             trainer.should_stop = True
             _log.info("EarlyStopping asks to stop in epoch %d: %s", trainer.current_epoch, verdict.message)
         elif self.verbose and verdict.message:

@@ -93,6 +93,10 @@ class EMAWeightAveraging(WorkerCallback):
             self._averaged.swap(True)
             self._averaged = None
 
+    def on_fit_end(self, trainer: TrainerView, module: Module) -> None:
+        """The same where training had ended by the checkpoint that the run goes on from."""
+        self.on_train_end(trainer, module)
+
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         """Have the averages as the checkpoint's weights."""
         if self._averaged is not None:

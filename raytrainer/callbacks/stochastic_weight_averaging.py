@@ -24,6 +24,11 @@ __all__ = ["StochasticWeightAveraging"]
 
 log = logging.getLogger("raytrainer")
 
+_STALE = (
+    "the statistics of batch normalisation are still those of the weights before averaging; "
+    "torch.optim.swa_utils.update_bn(loader, module) brings them up to date."
+)
+
 
 class StochasticWeightAveraging(WorkerCallback):
     """Averages the weights at the end of each epoch from `swa_epoch_start` on (Izmailov et al., 2018, 1803.05407).
@@ -103,13 +108,18 @@ class StochasticWeightAveraging(WorkerCallback):
         averaged.swap(True)
         norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training and m.track_running_stats]
         if norms and trainer.interrupted:
-            log.warning(
-                "StochasticWeightAveraging: the run was interrupted, so the statistics of batch normalisation are "
-                "still those of the weights before averaging; torch.optim.swa_utils.update_bn(loader, module) brings "
-                "them up to date."
-            )
+            log.warning("StochasticWeightAveraging: the run was interrupted, so %s", _STALE)
         elif norms:
             _update_batch_norm(trainer, norms)
+
+    def on_fit_end(self, trainer: TrainerView, module: Module) -> None:
+        """Put the averages into the module where training had ended by the checkpoint that the run goes on from."""
+        averaged, self._averaged = self._averaged, None
+        if averaged is None or not averaged.count:
+            return
+        averaged.swap(True)
+        if any(isinstance(m, BATCH_NORMS) and m.track_running_stats for m in module.modules()):
+            log.warning("StochasticWeightAveraging: the checkpoint is of a run that had ended, so %s", _STALE)
 
     def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         """Take over the averages, and have the scheduler that takes up the saved state next."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from tiny import Tiny, data
+import torch
+from tiny import Tiny, data, weights
 
-from raytrainer import Callback, ConfigurationError, MetricError, ModelCheckpoint, ProgressBar, WorkerCallback
+from raytrainer import (
+    Callback,
+    ConfigurationError,
+    EMAWeightAveraging,
+    MetricError,
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+    WorkerCallback,
+)
 
 
 class Images(Callback):
@@ -66,3 +76,14 @@ def test_drivers_callbacks_say_where_to_log(how, local_trainer):
 
     with pytest.raises(MetricError, match=r"x.*WorkerCallback"):
         local_trainer(max_epochs=1, callbacks=Wrong()).fit(Tiny(), data())
+
+
+@pytest.mark.parametrize("averaging", [lambda: EMAWeightAveraging(0.5), lambda: StochasticWeightAveraging(0.1, 0)])
+def test_a_finished_run_that_is_started_again_ends_with_the_averages(averaging, local_trainer, tmp_path):
+    module, again = Tiny(), Tiny()
+    local_trainer(max_epochs=2, callbacks=[averaging(), ModelCheckpoint(tmp_path, save_last=True)]).fit(module, data())
+    trainer = local_trainer(max_epochs=2, callbacks=averaging())
+    trainer.fit(again, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(weights(again), weights(module)) and again.events == []
+    trainer.save_checkpoint(tmp_path / "over.ckpt")
+    assert torch.equal(weights(Tiny.load_from_checkpoint(tmp_path / "over.ckpt")), weights(module))

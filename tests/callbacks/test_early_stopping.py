@@ -117,3 +117,26 @@ def test_state_keys_differ_by_metric():
 def test_bad_arguments(arguments):
     with pytest.raises(ConfigurationError, match=next(iter(arguments))):
         EarlyStopping("x", **arguments)
+
+
+@pytest.mark.parametrize("patience,stops", [(2, True), (3, False)])
+@pytest.mark.parametrize("loss", [1.0, float("nan"), 0.1])
+def test_a_stopped_run_stops_again_where_it_goes_on(trainer, loss, patience, stops):
+    rules = {"stopping_threshold": 0.2} if loss == 0.1 else {}
+    first = EarlyStopping("val_loss", patience=2, **rules)
+    for value in (0.5, 0.6, loss):
+        trainer.epoch(first, val={"val_loss": value})
+    assert trainer.should_stop
+    state, reason = first.state_dict(), first.stopping_reason
+    first.teardown(trainer, None, "fit")
+    limits = {} if stops else {"check_finite": False}
+    for callback, loads in (
+        (EarlyStopping("val_loss", patience=patience, **limits, **(rules if stops else {})), True),
+        (first, False),  # another fit, from the beginning
+    ):
+        trainer.should_stop = False
+        if loads:
+            callback.load_state_dict(state)
+        callback.on_fit_start(trainer, None)
+        assert trainer.should_stop == (stops and loads)
+        assert not trainer.should_stop or callback.stopping_reason is reason
