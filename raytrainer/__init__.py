@@ -1,124 +1,33 @@
-"""A PyTorch trainer on Ray actors: `Module`, `DataModule`, `Trainer`."""
+"""A PyTorch trainer on Ray actors: `Module`, `DataModule`, `Trainer`.
+
+What it exports is in `public.py`, and is imported, torch with it, when the first of it is asked for: Ray's processes
+that only execute a dataset import this package too, and do without.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+from typing import TYPE_CHECKING, Any
 
-from raytrainer.callbacks import (
-    BackboneFinetuning,
-    BaseFinetuning,
-    BatchSizeFinder,
-    Callback,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    EMAWeightAveraging,
-    GradientAccumulationScheduler,
-    LambdaCallback,
-    LambdaWorkerCallback,
-    LearningRateFinder,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    OnExceptionCheckpoint,
-    PredictionWriter,
-    ProgressBar,
-    RichModelSummary,
-    StochasticWeightAveraging,
-    ThroughputMonitor,
-    Timer,
-    TuneReportCallback,
-    WorkerCallback,
-    tune_resources,
-)
-from raytrainer.data.combined_loader import CombinedLoader
-from raytrainer.data.ray.ray_dataset import RayDataset
-from raytrainer.datamodule import DataModule
-from raytrainer.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    DisagreementError,
-    MetricError,
-    RaytrainerError,
-    ResourceError,
-    SerializationError,
-    UnknownArgumentError,
-    WorkerError,
-    WorkerLostError,
-)
-from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from raytrainer.module import Module
-from raytrainer.place_in_run import data_part, rank, world_size
-from raytrainer.plan.sharding_settings import FSDP
-from raytrainer.plan.strategy_settings import DDP, DDP2, DP
-from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
-from raytrainer.seeding import seed_everything
-from raytrainer.strategies.materialising import on_meta
-from raytrainer.trainer import Trainer
-from raytrainer.version import __version__
+if TYPE_CHECKING:
+    from raytrainer.public import *  # noqa: F403
+    from raytrainer.public import __all__ as __all__
+else:  # a type checker that sees it takes any name for one of the package's
 
-__all__ = [
-    "DDP",
-    "DDP2",
-    "DP",
-    "FSDP",
-    "AdvancedProfiler",
-    "BackboneFinetuning",
-    "BaseFinetuning",
-    "BatchSizeFinder",
-    "CSVLogger",
-    "Callback",
-    "CheckpointError",
-    "CombinedLoader",
-    "ConfigurationError",
-    "DataError",
-    "DataModule",
-    "DeviceStatsMonitor",
-    "DisagreementError",
-    "EMAWeightAveraging",
-    "EarlyStopping",
-    "GradientAccumulationScheduler",
-    "LambdaCallback",
-    "LambdaWorkerCallback",
-    "LearningRateFinder",
-    "LearningRateMonitor",
-    "Logger",
-    "MLFlowLogger",
-    "MetricError",
-    "ModelCheckpoint",
-    "ModelSummary",
-    "Module",
-    "OnExceptionCheckpoint",
-    "PredictionWriter",
-    "Profiler",
-    "ProgressBar",
-    "PyTorchProfiler",
-    "RayDataset",
-    "RaytrainerError",
-    "ResourceError",
-    "RichModelSummary",
-    "SerializationError",
-    "SimpleProfiler",
-    "StochasticWeightAveraging",
-    "TensorBoardLogger",
-    "ThroughputMonitor",
-    "Timer",
-    "Trainer",
-    "TuneReportCallback",
-    "UnknownArgumentError",
-    "WandbLogger",
-    "WorkerCallback",
-    "WorkerError",
-    "WorkerLostError",
-    "__version__",
-    "data_part",
-    "on_meta",
-    "rank",
-    "seed_everything",
-    "tune_resources",
-    "world_size",
-]
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name not in ("__all__", "__version__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = importlib.import_module("raytrainer.public")
+        globals().update({exported: getattr(public, exported) for exported in public.__all__}, __all__=public.__all__)
+        try:
+            return globals()[name]  # a submodule too, now that they have been imported
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

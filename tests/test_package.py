@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 import raytrainer
 
 ROOT = Path(raytrainer.__file__).parent
@@ -39,7 +41,7 @@ FLOORS = [
     ["driver"],
     ["trainer_tuning", "trainer_runs", "trainer_checkpoints"],
     ["trainer"],
-    ["cli", "doctor", "reference", "__init__", "__main__"],
+    ["public", "cli", "doctor", "reference", "__init__", "__main__"],
 ]
 
 #: Where ray is imported: the driver's side of it, what runs in its actors, data and callbacks of its own.
@@ -177,9 +179,23 @@ def test_modules_declare_what_they_offer():
 
 
 def test_importing_does_not_import_ray():
-    code = "import sys, raytrainer; print({'ray', 'lightning', 'tensorboardX'} & set(sys.modules))"
+    code = "import sys; from raytrainer import *; print({'ray', 'lightning', 'tensorboardX'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "set()"
+
+
+def test_what_executes_a_ray_dataset_does_without_torch():
+    code = "import sys, raytrainer.data.ray.splitter; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "False"
+
+
+def test_names_that_there_are_not():
+    assert raytrainer.profilers.Profiler is raytrainer.Profiler and "Trainer" in dir(raytrainer)
+    with pytest.raises(AttributeError, match="'raytrainer' has no attribute 'Tranier'"):
+        _ = raytrainer.Tranier
+    with pytest.raises(ImportError, match="Tranier"):
+        from raytrainer import Tranier  # noqa: F401
 
 
 def test_training_in_process_does_not_import_ray():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["Failed", "choose_culprit", "is_consequence"]
 
-_CONSEQUENCE_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "DistError"})
+_CONSEQUENCE_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "SplitterLost"})
 _CONSEQUENCE_WORDS = (
     "connection closed by peer",
     "connection reset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import ray
 import torch
 from ray_models import eventually
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 import raytrainer
 from raytrainer import DataModule, Module, RayDataset, Trainer, WorkerCallback
 from raytrainer.callbacks import Callback, ModelCheckpoint
+from raytrainer.data.ray import spare_splitters
 from raytrainer.driver.cluster.session import free_resources
 from raytrainer.private import ray_private
 
@@ -265,6 +268,37 @@ def test_early_stop(ray_trainer: Make, rays: Any, parquet: str) -> None:
     trainer = ray_trainer(max_epochs=9, callbacks=[StopAt()])
     trainer.fit(Net(), RayDataset(rays.read_parquet(parquet), batch_size=16, keep_in_memory=False))
     assert trainer.current_epoch == 1
+
+
+class KillSplitter(Callback):
+    """Ends the process that executes the dataset, once."""
+
+    every_n_train_steps = 1
+
+    def __init__(self, splitters: list[Any]) -> None:
+        self.splitters = splitters
+
+    def on_train_chunk_end(self, trainer: Trainer, module: Any, report: Any) -> None:
+        if trainer.global_step == 20 and len(self.splitters) == 1:
+            ray.kill(self.splitters[0])
+
+
+def test_a_lost_splitter_is_replaced(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    read: Callable[..., Any],
+) -> None:  # fmt: skip
+    splitters: list[Any] = []
+    new = spare_splitters.new
+    monkeypatch.setattr(spare_splitters, "new", lambda *args: splitters.append(new(*args)) or splitters[-1])
+    spare_splitters.forget()
+    way = (False, False, True, 2)
+    # without a snapshot it goes on from the beginning
+    options = {"callbacks": [Recorder(tmp_path), KillSplitter(splitters)], "max_failures": 1, "snapshot_every": 1000}
+    found = trained(ray_trainer, tmp_path, dataset(rays, parquet, monkeypatch, way), **options)
+    assert len(splitters) == 2
+    assert found == read(way)
+    imported = splitters[1].__ray_call__.remote(lambda splitter: "torch" in sys.modules)
+    assert not ray.get(imported)
 
 
 @pytest.mark.usefixtures("footers")

@@ -40,4 +40,5 @@ assert_type(trainer.checkpoint_callback, rt.ModelCheckpoint | None)
 trainer.fit(Net())
 rt.Trainer(max_epoch=3)  # type: ignore[call-arg]
 rt.Trainer(max_epochs="3")  # type: ignore[arg-type]
+rt.Tranier(max_epochs=3)  # type: ignore[attr-defined]
 trainer.max_epochs = 5  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Ray Datasets for training: what the driver prepares, and how blocks get from there to the workers.
+"""Ray Datasets for training: how blocks get to the workers.
 
 A dataset that is only read and is small enough is read once and stays in the object store (`KeptBlocks`): workers take
 rows from shared memory by number, so an epoch starts in milliseconds, in any order, at any batch. Any other is executed
@@ -11,32 +11,25 @@ epoch) alone. With Ray 2.60 and 200 MB of Parquet an epoch's first block came af
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from raytrainer.data.ray import prepared, spare_splitters
-from raytrainer.data.ray.columns import Columns, advice, cut, views
+from raytrainer.data.ray import spare_splitters
+from raytrainer.data.ray.columns import Columns, cut, views
 from raytrainer.data.ray.row_order import RowOrder
-from raytrainer.data.ray.splitter import Reading, Splitter
-from raytrainer.errors import ResourceError
-from raytrainer.private import ray_private
+from raytrainer.data.ray.splitter import Reading, Splitter, SplitterLost
 
 if TYPE_CHECKING:
     from raytrainer.data.ray.ray_dataset import RayDataset
     from raytrainer.data.sharding import Share
 
-__all__ = ["KeptBlocks", "StreamedBlocks", "is_materialized", "prepare", "require_free_cpu", "settings_only"]
+__all__ = ["KeptBlocks", "StreamedBlocks", "settings_only"]
 
 log = logging.getLogger("raytrainer")
 
-#: Share of a node's object store that datasets may take which nobody asked to keep.
-KEEP_SHARE = 0.3
-
-#: Operators that give the same rows in every epoch, so that keeping those changes nothing.
-_ONLY_READ = {"Read", "ReadFiles", "ListFiles", "InputData", "Project", "Limit", "Union"}
-_ONLY_READ |= {"FromItems", "FromBlocks", "FromNumpy", "FromArrow", "FromPandas"}
+_sessions = itertools.count()
 
 
 class KeptBlocks:
@@ -85,37 +78,46 @@ class StreamedBlocks:
         source: The dataset's settings.
         total: Its rows, where they are known without executing it.
         splitter: What executes it: an actor, or the object itself where the worker is the driver's process.
-        session: Counts groups, so that the pieces of one are not handed to the next.
+        session: Counts groups, over all runs, so that the pieces of one are not handed to another.
     """
 
     kept: Literal[False] = False
 
     def __init__(self, source: RayDataset, stage: str, remote: bool) -> None:
-        self.source, self.session, self.remote = source, 0, remote
+        self.source, self.session, self.remote = source, next(_sessions), remote
         self.total: int | None = None
+        self._dataset: Any = None
         self._taken: Any = None  # answers when the splitter knows what to execute
-        self.splitter: Any = None
-        settings = stage == "train", source.batch_size, source.drop_last
-        self.splitter = spare_splitters.take(*settings) if remote else Splitter(*settings)
+        self._settings = settings = stage == "train", source.batch_size, source.drop_last
+        self.splitter: Any = spare_splitters.take(*settings, self.session) if remote else Splitter(*settings)
 
     def take(self, dataset: Any, total: int | None) -> None:
         """Say what is to be executed, and its rows."""
-        self.total = total
+        self.total, self._dataset = total, dataset
         if self.remote:
             self._taken = self.splitter.take.remote(dataset)
         else:
             self.splitter.take(dataset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "source": settings_only(self.source), "_taken": None}
+        return {**self.__dict__, "source": settings_only(self.source), "_dataset": None, "_taken": None}
 
     def renew(self) -> None:
-        """Before each sending to a group."""
+        """Before each sending to a group: the splitter lives and knows what to execute."""
         import ray
+        from ray.exceptions import RayActorError
 
-        self.session += 1
-        if self._taken is not None:
-            ray.get(self._taken)  # calls of several processes have no order: workers might ask before it knows
+        self.session = next(_sessions)
+        if not self.remote:
+            return
+        try:
+            # calls of several processes have no order: workers might ask before it knows
+            ray.get([self._taken, self.splitter.answer.remote()])
+        except RayActorError as error:
+            log.debug("The process that executes a dataset is lost; there is another one", exc_info=error)
+            self.splitter = spare_splitters.new(*self._settings)
+            self.take(self._dataset, self.total)
+            ray.get(self._taken)
 
     def close(self) -> None:
         """At the end of the run: end the execution."""
@@ -154,8 +156,14 @@ class StreamedBlocks:
 
     def _answer(self, pending: Any) -> Any:
         import ray
+        from ray.exceptions import RayActorError
 
-        return ray.get(pending) if self.remote else self.splitter.next(*pending)
+        if not self.remote:
+            return self.splitter.next(*pending)
+        try:
+            return ray.get(pending)
+        except RayActorError as error:
+            raise SplitterLost(f"the process that executes the dataset is gone: {error}") from error
 
 
 def _fetch(ref: Any, source: RayDataset) -> list[tuple[Columns, int]]:
@@ -170,122 +178,3 @@ def settings_only(source: RayDataset) -> RayDataset:
     bare = copy.copy(source)
     object.__setattr__(bare, "dataset", None)
     return bare
-
-
-# ---------------------------------------------------------------- on the driver
-
-
-def is_materialized(source: RayDataset) -> bool:
-    """Whether the dataset's blocks exist already, so that no task is needed to read it."""
-    from ray.data.dataset import MaterializedDataset
-
-    return isinstance(source.dataset, MaterializedDataset)
-
-
-def prepare(source: RayDataset, stage: str, remote: bool, taken: int = 0) -> tuple[KeptBlocks | StreamedBlocks, int]:
-    """Read a dataset into the object store, or make ready to execute it in each epoch.
-
-    Args:
-        source: The dataset and its settings.
-        stage: "train", "val" or "test".
-        remote: Whether workers are actors.
-        taken: Bytes that other datasets of the run take.
-
-    Returns:
-        What workers read from, and the bytes it takes.
-    """
-    dataset = source.dataset
-    if is_materialized(source):
-        _advise(stage, dataset.schema())
-        return _kept(source, dataset), 0
-    with _in_order(dataset):
-        return _prepare(source, dataset, stage, remote, taken)
-
-
-@contextmanager
-def _in_order(dataset: Any) -> Iterator[None]:
-    """Have blocks come in the order of the files, rather than as they are ready: the same rows for the same seed."""
-    options = dataset.context.execution_options
-    before, options.preserve_order = options.preserve_order, True
-    try:
-        yield
-    finally:
-        options.preserve_order = before
-
-
-def _prepare(
-    source: RayDataset, dataset: Any, stage: str, remote: bool, taken: int
-) -> tuple[KeptBlocks | StreamedBlocks, int]:
-    kinds, rows, size = ray_private.plan_size(dataset)
-    keep = source.keep_in_memory
-    if keep is None and (kinds is None or not kinds <= _ONLY_READ):
-        keep = False
-    # workers that idle for the next run are there for it with what this one finds out
-    known = prepared.find(source.dataset, source.columns) if remote else None
-    if known is not None and known.blocks is not None and keep is not False:
-        refs, counts, taken = known.blocks
-        return KeptBlocks(source, list(refs), list(counts)), taken
-    # begun now, its actor's process starts while files are listed
-    streamed = StreamedBlocks(source, stage, remote) if keep is False else None
-    if known is None:
-        listed = ray_private.listed_once(ray_private.lasting_blocks(dataset))
-        known = prepared.keep(source.dataset, source.columns, listed) if remote else None
-    else:
-        listed = known.listed
-    dataset, listed_rows, listed_size = listed
-    rows, size = listed_rows if listed_rows is not None else rows, listed_size if listed_size is not None else size
-    if source.columns is not None:
-        dataset = dataset.select_columns(list(source.columns))
-    if keep is None:
-        room = KEEP_SHARE * _smallest_store() - taken
-        keep = size is not None and size <= room
-    schema = dataset.schema(fetch_if_missing=False)
-    if keep:
-        dataset = dataset.materialize()
-        schema = dataset.schema()
-    _advise(stage, schema)
-    if not keep:
-        streamed = streamed or StreamedBlocks(source, stage, remote)
-        streamed.take(dataset, rows)
-        return streamed, 0
-    blocks = _kept(source, dataset)
-    taken = int(dataset.size_bytes())
-    if known is not None:
-        known.blocks = list(blocks.refs), list(blocks.rows), taken
-    log.info("The %s dataset stays in the object store: %d rows, %.0f MB.", stage, blocks.total, taken / 1e6)
-    return blocks, taken
-
-
-def _advise(stage: str, schema: Any) -> None:
-    hint = advice(schema) if schema is not None else None
-    if hint is not None:
-        log.warning("The %s dataset: %s.", stage, hint)
-
-
-def _kept(source: RayDataset, dataset: Any) -> KeptBlocks:
-    found = list(ray_private.internal_blocks(dataset))
-    return KeptBlocks(source, [ref for ref, _ in found], [rows for _, rows in found])
-
-
-def _smallest_store() -> float:
-    """Bytes of the smallest node's object store."""
-    import ray
-
-    return min(float(n["Resources"].get("object_store_memory", 0)) for n in ray.nodes() if n["Alive"])
-
-
-def require_free_cpu(workers: int, cpus: float = 1.0) -> None:
-    """Refuse to begin where the workers take every CPU, since Ray Data's tasks would wait for one without a word.
-
-    Raises:
-        ResourceError: Says what there is, and what to do.
-    """
-    import ray
-
-    have, needed = ray.cluster_resources().get("CPU", 0.0), workers * cpus + 1
-    if have < needed:
-        raise ResourceError(
-            f"{workers} worker(s) take every CPU of this Ray, which has {have:g}, and reading a Ray Dataset needs one "
-            f"more. Use fewer workers, start Ray with ray.init(num_cpus={needed:g}) (it counts what it is told), let "
-            f"raytrainer start it, or give the dataset as ds.materialize()."
-        )

@@ -1,4 +1,4 @@
-"""Splitters' processes, kept for the next run: to start one takes as long as to import torch.
+"""Splitters' processes, kept for the next run, since to start one takes a second.
 
 As what `prepared.py` keeps, they go with the last workers that idle.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from raytrainer.data.ray.splitter import Splitter
 
-__all__ = ["forget", "give_back", "take"]
+__all__ = ["forget", "give_back", "new", "take"]
 
 log = logging.getLogger("raytrainer")
 
@@ -23,18 +23,24 @@ PATIENCE = 5.0
 _spare: list[tuple[str, Any]] = []  # with the Ray that they are of
 
 
-def take(training: bool, batch_size: int, drop_last: bool) -> Any:
-    """An actor for a run, kept or new."""
+def take(training: bool, batch_size: int, drop_last: bool, session: int) -> Any:
+    """An actor for a run, kept or new; sessions up to this one are of earlier runs."""
+    cluster = _here()
+    while _spare:
+        owner, actor = _spare.pop()
+        if owner == cluster:
+            actor.begin.remote(training, batch_size, drop_last, session)
+            return actor
+    return new(training, batch_size, drop_last)
+
+
+def new(training: bool, batch_size: int, drop_last: bool) -> Any:
+    """An actor of its own."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here: str = ray.get_runtime_context().get_node_id()
-    while _spare:
-        cluster, actor = _spare.pop()
-        if cluster == here and _answers(actor.begin.remote(training, batch_size, drop_last)):
-            return actor
     # no CPU: it only passes references on
-    affinity = NodeAffinitySchedulingStrategy(here, soft=True)
+    affinity = NodeAffinitySchedulingStrategy(_here(), soft=True)
     return (
         ray.remote(num_cpus=0)(Splitter).options(scheduling_strategy=affinity).remote(training, batch_size, drop_last)
     )
@@ -46,10 +52,17 @@ def give_back(actor: Any) -> None:
 
     if not ray.is_initialized():
         return
-    if len(_spare) < KEPT and _answers(actor.close.remote()):
-        _spare.append((ray.get_runtime_context().get_node_id(), actor))
+    if len(_spare) < KEPT and _answers(actor.rest.remote()):
+        _spare.append((_here(), actor))
     else:
         _kill(actor)
+
+
+def _here() -> str:
+    import ray
+
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
 
 
 def forget() -> None:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer.data.ray.dealing import Dealer, Piece, mixed
-from raytrainer.data.ray.remainder import Windows, left_over
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.private import ray_private
 
-__all__ = ["Reading", "Splitter"]
+__all__ = ["Reading", "Splitter", "SplitterLost"]
 
 #: Blocks that a shuffle in windows holds, to draw the next one from.
 BLOCK_WINDOW = 4
@@ -45,6 +44,10 @@ class Reading:
     before: tuple[tuple[int, int], ...] = ()
 
 
+class SplitterLost(DataError):
+    """The process that executes a dataset is gone. The run goes on with another one, as after a lost worker."""
+
+
 class Splitter:
     """Executes a dataset once an epoch and deals its blocks to the workers that ask.
 
@@ -69,10 +72,20 @@ class Splitter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="raytrainer-data")
         self._ahead: tuple[Reading, Future[Any]] | None = None
 
-    def begin(self, training: bool, batch_size: int, drop_last: bool) -> None:
-        """Serve another run, as if made for it."""
-        self.close()
+    def begin(self, training: bool, batch_size: int, drop_last: bool, session: int) -> None:
+        """Serve another run, as if made for it; whoever asks for a session up to this one belongs to an earlier run."""
         Splitter.__init__(self, training, batch_size, drop_last)
+        self.token = session, 0
+
+    def rest(self) -> None:
+        """Wait for another run, without anything of this one."""
+        self.dataset, self.failure = None, None
+        self.close()
+        if not gc.get_freeze_count():
+            gc.freeze()  # what has been imported need not be looked through at each run's end
+
+    def answer(self) -> None:
+        """All that it was told before has been obeyed."""
 
     def take(self, dataset: Any) -> None:
         """Say what is to be executed: a `ray.data.Dataset`."""
@@ -90,11 +103,11 @@ class Splitter:
         """Pieces for one part, at least one but at the end; and at the end the rows of the shortest and longest part.
 
         Raises:
-            DataError: The workers have gone on to a later epoch.
+            DataError: The workers have gone on to a later epoch, or a later run has begun.
             Exception: Whatever the dataset's execution raised.
         """
         if token < self.token:
-            raise DataError("a worker asked for data of an epoch that is over")
+            raise DataError("a worker asked for data of an epoch or a run that is over")
         try:
             if token > self.token:
                 self.token, self.failure = token, None
@@ -163,6 +176,8 @@ class Splitter:
         if not isinstance(wanted.shuffle, bool):
             blocks = mixed(blocks, BLOCK_WINDOW, drawn)
         pieces: Iterator[Piece[Any]] = (Piece(ref, 0, rows) for ref, rows in blocks)
+        if wanted.before:
+            from raytrainer.data.ray.remainder import Windows, left_over  # which imports torch
         for count, batches in wanted.before:
             orders = [Windows(wanted.shuffle, self.batch_size, wanted.seed, wanted.epoch, i) for i in range(count)]
             pieces = left_over(pieces, batches, self.batch_size, self.drop_last, orders)

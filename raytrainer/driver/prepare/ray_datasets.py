@@ -75,7 +75,7 @@ def lazy_predictions(task: Task, settings: Settings, cluster: Cluster, checkpoin
     datasets = find_datasets("predict", task.loaders, task.datamodule, task.module, cluster, settings.world_size)
     if datasets is None:
         return None
-    from raytrainer.data.ray import blocks as ray_data
+    from raytrainer.data.ray import kept_or_streamed as ray_data
     from raytrainer.driver.prepare import ray_predictions
 
     ensure_ray(cluster, settings.world_size)
@@ -112,7 +112,7 @@ def prepare_datasets(task: Task, settings: Settings, cluster: Cluster) -> None:
                 found[stage] = datasets
     if not found:
         return
-    from raytrainer.data.ray import blocks as ray_data
+    from raytrainer.data.ray import kept_or_streamed as ray_data
     from raytrainer.data.ray import prepared, spare_splitters
 
     for forget in (prepared.forget, spare_splitters.forget):

@@ -11,8 +11,9 @@ import torch
 
 from raytrainer.data.ray import blocks as ray_data
 from raytrainer.data.ray.ray_feed import RayFeed
-from raytrainer.data.ray.splitter import Splitter
+from raytrainer.data.ray.splitter import Reading, Splitter
 from raytrainer.data.sharding import Share
+from raytrainer.errors import DataError
 from raytrainer.plan.settings import build_settings
 
 
@@ -99,3 +100,27 @@ def test_short_batches_that_are_done_do_not_count_as_full_ones() -> None:
     rest, batches = read(blocks, 1, [(3, 2)], 1000)
     assert sorted(first + rest) == list(range(13))
     assert batches == -(-(13 - len(first)) // 2)
+
+
+def test_a_splitter_that_is_kept_gives_nothing_of_this_run_to_workers_of_the_last() -> None:
+    splitter = Splitter(True, 4, False)
+    wanted = Reading(0, 5, False)
+
+    def ask(session: int) -> Any:
+        return splitter.next((session, 1), 0, 1, wanted)
+
+    splitter.dataset = Blocks(30)
+    assert ask(3)[0]
+    splitter.close()
+    splitter.begin(True, 4, False, 4)
+    with pytest.raises(DataError, match="that is over"):
+        ask(3)  # they had asked ahead, and are heard before the dataset is there
+    splitter.dataset = Blocks(50)
+    with pytest.raises(DataError, match="that is over"):
+        ask(3)
+    rows, ends = 0, None
+    while ends is None:
+        pieces, ends = ask(5)
+        rows += sum(piece.rows for piece in pieces)
+    assert rows == 50 and ends == (50, 50)
+    splitter.close()

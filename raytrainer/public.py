@@ -1,0 +1,118 @@
+"""What `raytrainer` exports, which its `__getattr__` imports when the first of these names is asked for."""
+
+from __future__ import annotations
+
+from raytrainer.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LambdaWorkerCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    PredictionWriter,
+    ProgressBar,
+    RichModelSummary,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+    TuneReportCallback,
+    WorkerCallback,
+    tune_resources,
+)
+from raytrainer.data.combined_loader import CombinedLoader
+from raytrainer.data.ray.ray_dataset import RayDataset
+from raytrainer.datamodule import DataModule
+from raytrainer.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    DisagreementError,
+    MetricError,
+    RaytrainerError,
+    ResourceError,
+    SerializationError,
+    UnknownArgumentError,
+    WorkerError,
+    WorkerLostError,
+)
+from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from raytrainer.module import Module
+from raytrainer.place_in_run import data_part, rank, world_size
+from raytrainer.plan.sharding_settings import FSDP
+from raytrainer.plan.strategy_settings import DDP, DDP2, DP
+from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from raytrainer.seeding import seed_everything
+from raytrainer.strategies.materialising import on_meta
+from raytrainer.trainer import Trainer
+from raytrainer.version import __version__
+
+__all__ = [
+    "DDP",
+    "DDP2",
+    "DP",
+    "FSDP",
+    "AdvancedProfiler",
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BatchSizeFinder",
+    "CSVLogger",
+    "Callback",
+    "CheckpointError",
+    "CombinedLoader",
+    "ConfigurationError",
+    "DataError",
+    "DataModule",
+    "DeviceStatsMonitor",
+    "DisagreementError",
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LambdaWorkerCallback",
+    "LearningRateFinder",
+    "LearningRateMonitor",
+    "Logger",
+    "MLFlowLogger",
+    "MetricError",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "Module",
+    "OnExceptionCheckpoint",
+    "PredictionWriter",
+    "Profiler",
+    "ProgressBar",
+    "PyTorchProfiler",
+    "RayDataset",
+    "RaytrainerError",
+    "ResourceError",
+    "RichModelSummary",
+    "SerializationError",
+    "SimpleProfiler",
+    "StochasticWeightAveraging",
+    "TensorBoardLogger",
+    "ThroughputMonitor",
+    "Timer",
+    "Trainer",
+    "TuneReportCallback",
+    "UnknownArgumentError",
+    "WandbLogger",
+    "WorkerCallback",
+    "WorkerError",
+    "WorkerLostError",
+    "__version__",
+    "data_part",
+    "on_meta",
+    "rank",
+    "seed_everything",
+    "tune_resources",
+    "world_size",
+]
