@@ -25,6 +25,7 @@ from raytrainer.private.fsdp_private import (
     own_parameters,
 )
 from raytrainer.strategies.gatherings import Gatherings
+from raytrainer.strategies.group_strategy import take_from_first
 from raytrainer.strategies.materialising import Materialiser, is_on_meta
 from raytrainer.strategies.shard_clipping import clip_shards
 from raytrainer.strategies.sharded_state import ShardedState
@@ -241,7 +242,5 @@ class FSDPStrategy(ShardedState):
     def end_evaluation(self, module: nn.Module) -> None:
         self.refresh(module)
 
-    @torch.no_grad()
     def sync_buffers(self, module: nn.Module) -> None:
-        for buffer in module.buffers():
-            dist.broadcast(buffer.data, src=0)
+        take_from_first(module.buffers())

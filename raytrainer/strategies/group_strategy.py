@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies.meeting import NEXT, Meeting
 from raytrainer.strategies.strategy import Strategy
 
-__all__ = ["GroupStrategy"]
+__all__ = ["GroupStrategy", "take_from_first"]
 
 
 class _Gather(torch.autograd.Function):
@@ -79,3 +79,24 @@ class GroupStrategy(Strategy):
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+@torch.no_grad()
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give every worker rank 0's values, in place.
+
+    gloo takes what is not contiguous for its memory, so views with holes and expanded tensors travel as copies; NCCL
+    refuses them.
+    """
+    for tensor in tensors:
+        own = tensor.data
+        if own.layout is torch.strided:
+            for dimension, stride in enumerate(own.stride()):
+                if stride == 0 and own.shape[dimension] > 1:
+                    own = own.narrow(dimension, 0, 1)  # one number that is seen many times
+        if own.layout is not torch.strided or own.is_contiguous():
+            dist.broadcast(own, src=0)
+        else:
+            whole = own.contiguous()
+            dist.broadcast(whole, src=0)
+            own.copy_(whole)

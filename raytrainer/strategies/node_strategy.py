@@ -213,7 +213,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         # one all_reduce, since gloo has no reduce_scatter of uneven parts
-        total = torch.cat(gradients)
+        total = torch.cat(gradients).contiguous()  # gloo adds up what lies at the same place in memory
         if total.numel():
             dist.all_reduce(total, group=ctx.group)
         return total.split(ctx.sizes)[ctx.index], None, None, None

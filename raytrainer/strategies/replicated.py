@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +16,7 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
 from raytrainer.private.torch_private import all_averaged, fix_buckets
 from raytrainer.strategies.averaging import average_gradients
-from raytrainer.strategies.group_strategy import GroupStrategy
+from raytrainer.strategies.group_strategy import GroupStrategy, take_from_first
 from raytrainer.strategies.joining import JoinedStep, leaves_of
 from raytrainer.strategies.meeting import END
 from raytrainer.strategies.step_result import StepResult
@@ -51,7 +50,7 @@ class ReplicatedStrategy(GroupStrategy):
             return step
         if not module.automatic_optimization:
             # DDP allows one backward pass for each forward pass, so sync_manual averages; here ranks begin alike
-            _broadcast_state(module)
+            take_from_first((*module.parameters(), *module.buffers()))
             return step
         # The sum of three or more numbers depends, in its last bit, on the order in which they are added, and that on
         # a gradient's place in DDP's buckets. With more than two workers the places are therefore fixed.
@@ -137,15 +136,7 @@ class ReplicatedStrategy(GroupStrategy):
         buffers = dict(module.named_buffers()) if self.settings.broadcast_buffers else {}
         return dict(module.named_parameters()), buffers
 
-    @torch.no_grad()
     def sync_buffers(self, module: nn.Module) -> None:
         if not self.settings.broadcast_buffers:
             return
-        for buffer in module.buffers():
-            dist.broadcast(buffer.data, src=0)
-
-
-@torch.no_grad()
-def _broadcast_state(module: nn.Module) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.data, src=0)
+        take_from_first(module.buffers())
