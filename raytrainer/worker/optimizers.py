@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from raytrainer.errors import ConfigurationError
@@ -31,9 +32,11 @@ def parse_optimizers(
         own_step: The module's own `lr_scheduler_step` steps them, so that they need no `step`.
 
     Raises:
-        ConfigurationError: Some other form, or a scheduler's options that cannot work.
+        ConfigurationError: Some other form, options of a scheduler that cannot work, or an optimizer that does nothing.
     """
     optimizers, items = _parts(answer)
+    for optimizer in optimizers:
+        _check_fused(optimizer)
     schedulers = [_scheduler(item, manual, steps=not (manual or own_step)) for item in items]
     for config in schedulers:
         of = getattr(config.scheduler, "optimizer", None)
@@ -43,6 +46,28 @@ def parse_optimizers(
                 f"did not return: it would change the rate of nothing that trains. Return that optimizer too."
             )
     return optimizers, schedulers
+
+
+def _check_fused(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, SGD):
+        return
+    dtypes = {
+        parameter.dtype
+        for group in optimizer.param_groups
+        if group.get("fused")
+        for parameter in group["params"]
+        if parameter.device.type == "cpu"
+    }
+    for dtype in dtypes & {torch.bfloat16, torch.float16}:
+        # torch 2.13 and others leave all but the last few numbers as they are
+        weights = torch.ones(64, dtype=dtype)
+        weights.grad = torch.ones_like(weights)
+        SGD([weights], lr=0.5, fused=True).step()
+        if (weights == 1).any():
+            raise ConfigurationError(
+                f"SGD(fused=True) with {dtype} weights on a CPU: torch {torch.__version__} does not update them there. "
+                f"Leave fused out."
+            )
 
 
 def _parts(answer: Any) -> tuple[list[Optimizer], list[Any]]:

@@ -130,3 +130,16 @@ def test_who_steps_by_hand_needs_neither_a_metric_nor_a_step():
 def test_refused(answer, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_optimizers(answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_sgd_updates_all_weights_or_is_refused(dtype):
+    weights = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    optimizer = SGD([weights], 0.5, fused=True)
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    if (weights != 1).all():
+        assert parse_optimizers(optimizer) == ([optimizer], [])
+    else:
+        with pytest.raises(ConfigurationError, match="Leave fused out"):
+            parse_optimizers(optimizer)
