@@ -119,32 +119,17 @@ class BaseFinetuning(WorkerCallback):
             cover_groups(trainer.lr_scheduler_configs)
 
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
-        """Note what trains, in which groups."""
-        if "worker_callbacks" not in checkpoint:
-            return
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        checkpoint["finetuning"] = {
-            "trained": [name for parameter, name in names.items() if parameter.requires_grad],
-            "tracked": [name for name, norm in _norms(module) if norm.track_running_stats],
-            "groups": [
-                [[names[p] for p in g["params"] if p in names] for g in o.param_groups] for o in trainer.optimizers
-            ],
-        }
+        """Note which batch normalisations track statistics; what trains, in which groups, a checkpoint has anyway."""
+        if "worker_callbacks" in checkpoint:
+            tracked = [name for name, norm in _norms(module) if norm.track_running_stats]
+            checkpoint["finetuning"] = {"tracked": tracked}
 
     def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
-        """Have the same parts train, in the same groups; these take up their state next."""
+        """Have the same ones track them."""
         saved = checkpoint.get("finetuning")
-        if saved is None:
-            return
-        named, trained, tracked = dict(module.named_parameters()), set(saved["trained"]), set(saved["tracked"])
-        for name, parameter in named.items():
-            parameter.requires_grad = name in trained
-        for name, norm in _norms(module):
-            norm.track_running_stats = name in tracked
-        for optimizer, groups in zip(trainer.optimizers, saved["groups"], strict=False):
-            for names in groups[len(optimizer.param_groups) :]:
-                optimizer.add_param_group({"params": [named[name] for name in names]})
-        cover_groups(trainer.lr_scheduler_configs)
+        if saved is not None:
+            for name, norm in _norms(module):
+                norm.track_running_stats = name in saved["tracked"]
 
     def state_dict(self) -> dict[str, Any]:
         """The latest epoch that has begun."""

@@ -32,6 +32,7 @@ from raytrainer.worker.optimizers import parse_optimizers
 from raytrainer.worker.precision import Precision
 from raytrainer.worker.run_data import RunData
 from raytrainer.worker.signatures import bind_step
+from raytrainer.worker.switched_parts import SwitchedParts
 from raytrainer.worker.torch_flags import apply_flags
 
 __all__ = ["WorkerRun"]
@@ -112,6 +113,7 @@ class WorkerRun:
         transfer = self.data.bind_transfer(self.hooks, self.precision.convert_input)
         self.transfer = None if transfer is None else self.profiled("transfer_batch_to_device", transfer)
         self._sample_memory()
+        self.switched = SwitchedParts(module)
         if not task.resuming:
             self.configure()
         return self.describe()
@@ -130,6 +132,7 @@ class WorkerRun:
                 module.configure_optimizers()
             for optimizer in view.optimizers:
                 self.strategy.check_optimizer(optimizer)
+            self.switched.note_groups(view.optimizers)
             if not view.optimizers:
                 log.warning("configure_optimizers returned None: nothing will be optimised.")
         if self.task.settings.compile is not None and not self.strategy.compiles_blocks:

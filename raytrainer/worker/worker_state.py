@@ -45,6 +45,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
         state["lr_schedulers"] = [_scheduler_state(c.scheduler) for c in view.lr_scheduler_configs]
         state["precision"] = run.precision.state_dict()
         state["stepped"] = run.stepped
+        state["switched"] = run.switched.changes(view.optimizers, view.modes)
         state["worker_callbacks"] = {c.state_key: c.state_dict() for c in run.task.callbacks}
     if run.datamodule is not None:
         if not final:
@@ -102,6 +103,7 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
         return
     for callback in run.task.callbacks:
         callback.on_load_checkpoint(view, module, checkpoint)
+    run.switched.take_up(checkpoint.get("switched") or {}, view.optimizers, view.lr_scheduler_configs)
     states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     for what, saved, own in (
         ("optimizers", states, view.optimizers),

@@ -1,0 +1,80 @@
+"""What a run's hooks have switched: which parameters train, which modules are in training mode, who optimizes what.
+
+No state dict has it, and hooks that have been called are not called again where a run goes on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from raytrainer.callbacks._added_groups import cover_groups
+from raytrainer.view.scheduler_config import SchedulerConfig
+
+__all__ = ["SwitchedParts"]
+
+
+class SwitchedParts:
+    """Compares a module with what it was like when the run was set up.
+
+    What has not changed since then is not kept: a run that goes on may begin otherwise than the one before on purpose.
+
+    Args:
+        module: As it is set up, before the hooks of training.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        self._modes = {name: part.training for name, part in module.named_modules()}
+        self._groups: list[int] = []
+
+    def note_groups(self, optimizers: Sequence[Optimizer]) -> None:
+        """How many parameter groups `configure_optimizers` has made."""
+        self._groups = [len(optimizer.param_groups) for optimizer in optimizers]
+
+    def changes(self, optimizers: Sequence[Optimizer], modes: Mapping[nn.Module, bool]) -> dict[str, Any]:
+        """What has changed, as plain values; empty if nothing has.
+
+        Args:
+            optimizers: The run's.
+            modes: Of each module outside of the evaluation in progress; empty if there is none.
+        """
+        module = self._module
+        toggled = module.__dict__.get("_toggled", {})  # by toggle_optimizer, for a while
+        named = dict(module.named_parameters())
+        trained = {name: toggled.get(parameter, parameter.requires_grad) for name, parameter in named.items()}
+        training = {name: modes.get(part, part.training) for name, part in module.named_modules()}
+        names = {id(parameter): name for name, parameter in named.items()}
+        added = [
+            [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups[made:]]
+            for optimizer, made in zip(optimizers, self._groups, strict=False)
+        ]
+        changes = {
+            "trained": {n: flag for n, flag in trained.items() if self._trained.get(n, flag) != flag},
+            "modes": {n: flag for n, flag in training.items() if self._modes.get(n, flag) != flag},
+            "groups": added if any(added) else [],
+        }
+        return changes if any(changes.values()) else {}
+
+    def take_up(
+        self, changes: Mapping[str, Any], optimizers: Sequence[Optimizer], configs: Sequence[SchedulerConfig]
+    ) -> None:
+        """Change the module, and the optimizers before they load their states, as `changes` says."""
+        if not changes:
+            return
+        named, parts = dict(self._module.named_parameters()), dict(self._module.named_modules())
+        for name, flag in changes["trained"].items():
+            if name in named:
+                named[name].requires_grad = flag
+        for name, flag in changes["modes"].items():
+            if name in parts:
+                parts[name].training = flag
+        for optimizer, made, groups in zip(optimizers, self._groups, changes["groups"], strict=False):
+            for names in groups[len(optimizer.param_groups) - made :]:
+                optimizer.add_param_group({"params": [named[name] for name in names if name in named]})
+        if changes["groups"]:
+            cover_groups(configs)
