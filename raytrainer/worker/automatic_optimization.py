@@ -13,7 +13,6 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.strategies.step_result import StepResult, loss_of, require_graph
 from raytrainer.worker.accumulation_window import Window
 from raytrainer.worker.closures import Closure, takes_closure
-from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
@@ -91,7 +90,6 @@ class AutomaticOptimization:
                     f'several times cannot work with scaled gradients; use "bf16-mixed".'
                 )
             self.given = ScaledOptimizer(self.optimizer, run.precision)
-        run.view.given_optimizers = [GivenOptimizer(optimizer, run.module) for optimizer in run.view.optimizers]
         self.window = Window(run.view, run.recorder, several=takes is Closure.REQUIRED)
         self.batch: Any = None
         self.index = 0

@@ -25,6 +25,7 @@ from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
 from raytrainer.worker.compiling import compile_module
+from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.hook_calls import Hooks, overridden
 from raytrainer.worker.logger_recorder import Recorder, WorkerLogger
 from raytrainer.worker.node_slices import Slices
@@ -132,6 +133,7 @@ class WorkerRun:
                 module.configure_optimizers()
             for optimizer in view.optimizers:
                 self.strategy.check_optimizer(optimizer)
+            view.given_optimizers = [GivenOptimizer(optimizer, module) for optimizer in view.optimizers]
             self.switched.note_groups(view.optimizers)
             if not view.optimizers:
                 log.warning("configure_optimizers returned None: nothing will be optimised.")

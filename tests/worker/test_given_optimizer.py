@@ -140,3 +140,26 @@ def test_a_plateau_scheduler_that_is_stepped_by_hand(monitors, local_trainer):
     module.monitors = monitors
     local_trainer(max_epochs=2).fit(module, data(4))
     assert module.rates == [0.1, 0.05, 0.025, 0.0125]  # by nobody else, at no epoch's end
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_every_hook_of_a_fit_is_given_it(manual, local_trainer):
+    """Also those before training: an optimizer with modes of its own is switched around the sanity check too."""
+    seen = []
+
+    class Hooks(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if manual else loss
+
+        def look(self, *args):
+            seen.append(self.optimizers().optimizer is self.trainer.optimizers[0])
+
+        on_fit_start = on_validation_start = on_train_start = on_train_epoch_start = on_train_end = on_fit_end = look
+
+    local_trainer(max_epochs=1, num_sanity_val_steps=1).fit(Hooks(), data(), data(4))
+    assert seen == [True] * 7
