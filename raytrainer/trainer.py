@@ -99,15 +99,15 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         require_data("fit", "train", loaders, module, datamodule)
         tell_of_half_a_validation(module, loaders, datamodule)
         run = self._begin("fit", module, datamodule, loaders)
-        checkpoint = self._read(ckpt_path, weights_only)
-        if checkpoint is None and not self.fast_dev_run:
+        beginning = self._read(ckpt_path, weights_only)
+        if beginning is None and not self.fast_dev_run:
             for callback in self._callbacks:
                 if isinstance(callback, Tuner):
                     callback.tune(cast(Any, self), module, loaders.get("train"), datamodule)
         with run.started() as coordinator:
-            if checkpoint is not None:
-                run.resume(checkpoint, coordinator)
-            report = coordinator.fit(checkpoint)
+            if beginning is not None:
+                run.resume(beginning.state, coordinator)
+            report = coordinator.fit(beginning)
             self._fitted = Fitted(module, coordinator.end_state)
             bring_home(module, datamodule, report, coordinator.group, driver_side(self._settings))
             self._emit("on_fit_end")
@@ -194,7 +194,9 @@ class Trainer(CheckpointVerbs, TuningVerbs):
             return None
         chosen = self._chosen("predict", given, ckpt_path)
         run = self._begin("predict", module, datamodule, loaders)
-        return lazy_predictions(run.task, self._settings, self._groups.cluster, self._read(chosen, weights_only))
+        beginning = self._read(chosen, weights_only)
+        state = None if beginning is None else beginning.state
+        return lazy_predictions(run.task, self._settings, self._groups.cluster, state)
 
     def _evaluate(
         self,
@@ -221,12 +223,12 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         if self._settings.limit(name) == 0:
             log.info("limit_%s_batches=0: nothing to %s.", name, stage)
             return [], [], 1
-        checkpoint = self._read(chosen, weights_only)
+        beginning = self._read(chosen, weights_only)
         run = self._begin(stage, module, datamodule, loaders)
-        self._state.resumed_from = None if checkpoint is None else checkpoint.pop("path")
+        self._state.resumed_from = None if beginning is None else beginning.state.pop("path")
         run.task.ask_predictions = ask_predictions
         with run.started() as coordinator:
-            values, predictions = coordinator.evaluate(stage, checkpoint)
+            values, predictions = coordinator.evaluate(stage, beginning)
         batches = self._state.num_batches[stage]
         results = by_loader(values, len(batches)) if any(n != 0 for n in batches) else []
         if verbose:

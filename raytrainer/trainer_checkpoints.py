@@ -10,6 +10,7 @@ from typing import Any
 from raytrainer.callbacks import Callback, ModelCheckpoint
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath
+from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
 from raytrainer.driver.saving.checkpoint_writer import idle_checkpoint
 from raytrainer.errors import CheckpointError
@@ -77,7 +78,7 @@ class CheckpointVerbs(TrainerRuns):
         """Whether a whole checkpoint is there."""
         return self._writer.exists(filepath)
 
-    def _read(self, ckpt_path: CheckpointPath | None, weights_only: bool | None = None) -> dict[str, Any] | None:
+    def _read(self, ckpt_path: CheckpointPath | None, weights_only: bool | None = None) -> Beginning | None:
         lazily = self._settings.sharding is not None
         return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir, weights_only, lazily)
 

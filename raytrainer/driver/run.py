@@ -32,6 +32,7 @@ from raytrainer.profilers import Profiler
 from raytrainer.signals import shield, terminate
 from raytrainer.task import Task
 from raytrainer.view.run_state import RunState, nothing
+from raytrainer.worker.hook_calls import overridden
 
 __all__ = ["Run"]
 
@@ -80,7 +81,7 @@ class Run:
         """
         ending = Ending()
         local = self.task.settings.strategy == "local"
-        with AskedWhere(lambda: self.coordinator and self.coordinator.group, local), Interrupt() as self._interrupt:
+        with AskedWhere(self._group, local), Interrupt() as self._interrupt:
             # twice, as a signal may strike on the way out of the first
             with ending.step("the run"), ending.step("the run"):
                 coordinator = self._begin()
@@ -95,6 +96,9 @@ class Run:
         if self._interrupt.terminated and not isinstance(ending.error, SystemExit):
             raise terminate() from ending.error
         ending.tell()
+
+    def _group(self) -> WorkerGroup | None:
+        return None if self.coordinator is None else self.coordinator.group
 
     def _begin(self) -> Coordinator:
         """Data and workers; before there is anything to lose, Ctrl-C ends it at once."""
@@ -273,7 +277,7 @@ class Run:
             return False
         with self.state.clock.phase("saving"):
             captured = coordinator.capture(weights_only)
-            if any(_overrides(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
+            if any(overridden(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
                 state = captured.resolve()
                 tensors = tensors_in(state)
                 self.emit("on_save_checkpoint", state)
@@ -291,8 +295,3 @@ class Run:
             raise CheckpointError("save_checkpoint: the run has failed before there was a snapshot to save.")
         self.emit("on_save_checkpoint", state)
         return state
-
-
-def _overrides(callback: Callback, hook: str) -> bool:
-    own = getattr(getattr(callback, hook, None), "__func__", None)
-    return own is not getattr(Callback, hook)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.callbacks.callback import WorkerCallback
+from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.module import Module
 from raytrainer.worker.inference_tensors import explain_inference_tensor
@@ -29,7 +29,7 @@ def overridden(owner: object, name: str) -> bool:
     if value is None:
         return False
     function = getattr(value, "__func__", value)
-    return all(getattr(base, name, None) is not function for base in (Module, WorkerCallback, DataHooks))
+    return all(getattr(base, name, None) is not function for base in (Module, WorkerCallback, Callback, DataHooks))
 
 
 class Hooks:

@@ -28,6 +28,7 @@ from raytrainer.driver.loop.replica_check import ReplicaCheck
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import longest, shortest
+from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
@@ -88,9 +89,9 @@ class Coordinator:
 
     # ---------------------------------------------------------------- fit
 
-    def fit(self, checkpoint: dict[str, Any] | None = None) -> FinishReport:
+    def fit(self, beginning: Beginning | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
-        resumed, lost = checkpoint, None
+        resumed, lost = beginning, None
         progress = self.state.progress
         progress.seconds = 0.0  # max_time counts this fit
         self._resumes = bool(progress.batch or progress.before or progress.epoch_ended)
@@ -100,7 +101,7 @@ class Coordinator:
                 # in here, since workers may be lost while others are being replaced
                 if lost is not None:
                     self.group = self._recovery.regroup(lost)
-                    resumed, lost = self._recovery.go_back(checkpoint), None
+                    resumed, lost = self._recovery.go_back(beginning), None
                     self._resumes = False  # to workers that are new, all of it is
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
@@ -109,15 +110,15 @@ class Coordinator:
                     raise
                 lost = error
             except MoreWorkers as more:
-                self.group, resumed, self._resumes = more.group, more.state, False
+                self.group, resumed, self._resumes = more.group, Beginning(more.state), False
 
-    def _attempt(self, checkpoint: dict[str, Any] | None) -> FinishReport:
-        self._setup(checkpoint)
+    def _attempt(self, beginning: Beginning | None) -> FinishReport:
+        self._setup(beginning)
         self._emit_once("on_fit_start")
         self.group.call(Worker.start_fit, self.state.progress.epoch)
         unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
         if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
-            if checkpoint is None and self.validates and self.settings.num_sanity_val_steps != 0:
+            if beginning is None and self.validates and self.settings.num_sanity_val_steps != 0:
                 self._evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
             self._start_training()
             empty = self.state.num_training_batches == 0
@@ -137,22 +138,24 @@ class Coordinator:
         self.end_state = self._capture.at_end(self.group)
         return self._finish(trained=True)
 
-    def _setup(self, checkpoint: dict[str, Any] | None) -> None:
+    def _setup(self, beginning: Beginning | None) -> None:
         self._emit_once("setup", self.task.stage)
         self._chunks.forget()
-        self.task.resuming = checkpoint is not None
+        self.task.resuming = beginning is not None
         with self.interrupt.at_once(not self.state.trainer.has_begun):
             reports = self.group.setup(self.task)
-            if checkpoint is not None:
-                reports = self.group.call(Worker.restore, checkpoint)
+            if beginning is not None:
+                reports = self.group.call(Worker.restore, beginning.state)
         self.state.trainer.status = "running"
         self.state.world_size, self.state.parts = self.group.size, reports[0].parts
         if reports[0].shape is not None:
             log.info("%s", reports[0].shape)
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
-        if checkpoint is not None and self.task.stage == "fit":
-            before = checkpoint.get("parts") or checkpoint.get("world_size", self.state.parts)
-            schedule.rescale(self.state.progress, before, self.state.parts)
+        if beginning is not None:
+            if self.task.stage == "fit":
+                before = beginning.state.get("parts") or beginning.state.get("world_size", self.state.parts)
+                schedule.rescale(self.state.progress, before, self.state.parts)
+            beginning.taken_up(for_good=not self.snapshots.enabled)
 
     def _emit_once(self, hook: str, *args: Any) -> None:
         """For hooks of a whole run, which a recovery must not repeat."""
@@ -251,13 +254,13 @@ class Coordinator:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, stage: str, checkpoint: dict[str, Any] | None = None) -> tuple[Reduced, list[Any]]:
+    def evaluate(self, stage: str, beginning: Beginning | None = None) -> tuple[Reduced, list[Any]]:
         """Validate, test or predict.
 
         Returns:
             Epoch metrics, and for "predict" the outputs: (loader, batch, output), in order.
         """
-        self._setup(checkpoint)
+        self._setup(beginning)
         self.state.trainer.stage = stage
         values, predictions = self._evaluation.run(self.group, stage)
         self._finish(trained=False)

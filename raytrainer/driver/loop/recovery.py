@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from raytrainer.driver.loop.run_services import RunServices
+from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -66,15 +67,17 @@ class WorkerRecovery:
         except ResourceError as not_had:
             raise not_had from error
 
-    def go_back(self, original: dict[str, Any] | None) -> dict[str, Any] | None:
+    def go_back(self, original: Beginning | None) -> Beginning | None:
         """Put the driver where training goes on; return the state to restore, None for the beginning.
 
         Args:
             original: The checkpoint that the `fit` began with.
         """
         state = self._state
-        checkpoint = self._snapshots.latest() or original
-        if checkpoint is not None:
+        snapshot = self._snapshots.latest()
+        beginning = original if snapshot is None else Beginning(snapshot)
+        if beginning is not None:
+            checkpoint = beginning.state
             self._capture.restore(checkpoint)
             state.should_stop = checkpoint.get("should_stop", False)
             self._services.restore_callbacks(checkpoint.get("callbacks") or {})
@@ -84,7 +87,7 @@ class WorkerRecovery:
             state.plateaus.clear()
             state.should_stop = False
             self._services.restore_callbacks(self._callbacks_before)
-        return checkpoint
+        return beginning
 
     def note(self, workers: int) -> None:
         """Training goes on: say what was lost, if anything was, and how long it took until here."""

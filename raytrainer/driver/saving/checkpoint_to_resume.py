@@ -5,16 +5,18 @@ Which folders are searched is decided here; how one is listed, local or remote, 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, newest_checkpoint
+from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.errors import CheckpointError
 from raytrainer.loggers import Logger
+from raytrainer.worker.hook_calls import overridden
 
 __all__ = ["read_to_resume"]
 
@@ -28,7 +30,7 @@ def read_to_resume(
     default_root_dir: str,
     weights_only: bool | None = None,
     lazily: bool = False,
-) -> dict[str, Any] | None:
+) -> Beginning | None:
     """The checkpoint, with where it was found as "path"; None: there is none to use.
 
     Args:
@@ -45,7 +47,7 @@ def read_to_resume(
     if ckpt_path is None:
         return None
     if isinstance(ckpt_path, RayCheckpoint):
-        return {**read_checkpoint(ckpt_path), "path": str(ckpt_path)}
+        return Beginning({**read_checkpoint(ckpt_path), "path": str(ckpt_path)})
     path: str | None = os.fspath(ckpt_path)
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     if path == "best":
@@ -59,8 +61,12 @@ def read_to_resume(
             return None
     assert path is not None
     checkpoint = read_checkpoint(path, weights_only=weights_only, lazily=lazily)
-    checkpoint["path"] = path
-    return checkpoint
+    # what is not as it was read cannot be read anew
+    changed = "made_by" in checkpoint or any(
+        isinstance(callback, Callback) and overridden(callback, "on_load_checkpoint") for callback in callbacks
+    )
+    again = None if changed else functools.partial(read_checkpoint, path, lazily=lazily)
+    return Beginning({**checkpoint, "path": path}, again)
 
 
 def _newest(savers: Sequence[ModelCheckpoint], loggers: Sequence[Logger], default_root_dir: str) -> str | None:

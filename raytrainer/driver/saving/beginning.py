@@ -1,0 +1,39 @@
+"""`Beginning`: the state that workers begin with, in the driver's memory only until they have taken it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Beginning"]
+
+
+class Beginning:
+    """A checkpoint or a snapshot for workers to take up.
+
+    Args:
+        state: It.
+        again: Reads it anew, for workers in place of those that were lost before there was a snapshot. None: it cannot
+            be read anew, and is kept.
+    """
+
+    def __init__(self, state: dict[str, Any], again: Callable[[], dict[str, Any]] | None = None) -> None:
+        self._state: dict[str, Any] | None = state
+        self._again = again
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """It, read anew if it was let go.
+
+        Raises:
+            CheckpointError: It is not there any more.
+        """
+        if self._state is None:
+            assert self._again is not None
+            self._state = self._again()
+        return self._state
+
+    def taken_up(self, for_good: bool) -> None:
+        """Let go of it. `for_good`: it will not be asked for again."""
+        if for_good or self._again is not None:
+            self._state = None
