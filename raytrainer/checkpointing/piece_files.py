@@ -21,17 +21,10 @@ from raytrainer.checkpointing.checkpoint_files import CheckpointFolder, NewCheck
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
 from raytrainer.checkpointing.pieces import KEY, Mark, map_tree, split
 from raytrainer.checkpointing.places import folder_at
+from raytrainer.checkpointing.safetensors_files import DTYPES, NAMES
 from raytrainer.errors import CheckpointError
 
 __all__ = ["StoredPiece", "brought_along", "read_pieces", "write_pieces"]
-
-#: The format's names of types.
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 _MARK = "__in_pieces__"
 
@@ -111,10 +104,10 @@ def _write_rank(
     begin = 0
     for key, piece in pieces.items():
         data: Tensor = piece["data"]
-        if data.dtype not in _NAMES:
+        if data.dtype not in NAMES:
             raise CheckpointError(f"checkpoint entry {key} is of {data.dtype}, which cannot be saved in shards.")
         end = begin + data.numel() * data.element_size()
-        header[key] = {"dtype": _NAMES[data.dtype], "shape": list(piece["shape"]), "data_offsets": [begin, end]}
+        header[key] = {"dtype": NAMES[data.dtype], "shape": list(piece["shape"]), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -147,7 +140,7 @@ def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: 
     by_rank: dict[str, dict[str, Any]] = {}
     for key, entries in index.items():
         for entry in entries:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             sums = FileRecord(entry["bytes"], entry["checksum"])
             stored = StoredPiece(folder.shown, entry["file"], entry["begin"], sums, dtype, shape)
             by_rank.setdefault(entry["file"], {})[key] = {"at": tuple(entry["at"]), "shape": shape, "data": stored}

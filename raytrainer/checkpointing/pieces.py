@@ -95,6 +95,13 @@ class InPieces:
             raise CheckpointError(f"the checkpoint lacks {left} numbers of {self.key!r}; use another checkpoint.")
         return found
 
+    def row_blocks(self) -> list[tuple[int, int]]:
+        """The rows (first, one past the last) between which pieces begin, in order: what can be had at a time."""
+        if not self.shape:
+            return [(0, 1)]
+        starts = sorted({piece.at[0] for piece in self._pieces.values()} | {0})
+        return list(zip(starts, [*starts[1:], self.shape[0]], strict=True))
+
     def whole(self) -> Tensor:
         """All of it."""
         return self.block([0] * len(self.shape), self.shape)

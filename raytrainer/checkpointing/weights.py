@@ -41,8 +41,13 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
 
     Raises:
         CheckpointError: The safetensors package is missing, the file cannot be written, or another one is there that
-            holds no weights.
+            holds no weights. Or the module has none: it is on the meta device.
     """
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise CheckpointError(
+            f"{path}: this {type(module).__name__} is on the meta device and has no weights; they are in the "
+            f"checkpoints of its fit: raytrainer.export_weights(checkpoint, folder) writes them."
+        )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     if not str(path).endswith(".safetensors"):
         put_in_place(str(path), lambda new: torch.save(state, new))
