@@ -60,6 +60,16 @@ class AttachedModule(nn.Module):
         return self.__dict__.get("_device") or torch.device("cpu")
 
     @property
+    def device_mesh(self) -> Any:
+        """The workers as torch's DeviceMesh, for `configure_model`, with strategies "fsdp" and `ModelParallel`.
+
+        Its dimensions are "data_parallel" and "tensor_parallel", with "replicate" before them where there are several
+        copies. None with all other strategies, and outside a run.
+        """
+        view = self.__dict__.get("_view")
+        return None if view is None else view.strategy.device_mesh
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter; torch's default if there is none."""
         for parameter in self.parameters():

@@ -28,6 +28,7 @@ from raytrainer.callbacks import (
     WorkerCallback,
     tune_resources,
 )
+from raytrainer.checkpointing.checkpoint_export import export_weights
 from raytrainer.data.combined_loader import CombinedLoader
 from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.datamodule import DataModule
@@ -47,11 +48,11 @@ from raytrainer.errors import (
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.place_in_run import data_part, rank, world_size
-from raytrainer.plan.sharding_settings import FSDP
+from raytrainer.plan.sharding_settings import FSDP, ModelParallel
 from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from raytrainer.seeding import seed_everything
-from raytrainer.strategies.materialising import on_meta
+from raytrainer.strategies.meta_modules import on_meta
 from raytrainer.trainer import Trainer
 from raytrainer.version import __version__
 
@@ -84,6 +85,7 @@ __all__ = [
     "MLFlowLogger",
     "MetricError",
     "ModelCheckpoint",
+    "ModelParallel",
     "ModelSummary",
     "Module",
     "OnExceptionCheckpoint",
@@ -110,6 +112,7 @@ __all__ = [
     "WorkerLostError",
     "__version__",
     "data_part",
+    "export_weights",
     "on_meta",
     "rank",
     "seed_everything",

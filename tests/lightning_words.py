@@ -81,7 +81,8 @@ WORDS: dict[str, dict[str, str]] = {
             _KEYS,
         ),
         **dict.fromkeys(("example_input_array", "to_onnx", "to_tensorrt", "to_torchscript"), _ONNX),
-        **dict.fromkeys(("configure_sharded_model", "device_mesh", "fabric", "on_gpu"), "none"),
+        **dict.fromkeys(("configure_sharded_model", "fabric", "on_gpu"), "none"),
+        "device_mesh": "the same, with `rt.ModelParallel` and `rt.FSDP`; with copies, \"replicate\" is first",
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)` does it, also for what a base class has saved",
         "trainer": "a view of the run while it lasts; then the Trainer",
         "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
@@ -239,6 +240,7 @@ NEW: dict[str, dict[str, str]] = {
     "Strategies": {
         "auto": "an argument in Lightning too, beside the registry",
         "local": "one worker, in the driver's process",
+        "model_parallel": "Lightning's `ModelParallelStrategy`; settings: `rt.ModelParallel(tensor=..., data=...)`",
         "ddp_cpu": "`ddp` on CPUs, as in older releases",
         "dp": "one batch split over workers whose outputs are gathered, as in older releases; processes, not threads",
         "ddp2": "the same within each node",

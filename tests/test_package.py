@@ -140,7 +140,7 @@ def test_public_names():
     assert set(raytrainer.__all__) == {
         "DDP", "DDP2", "DP", "FSDP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder",
         "CSVLogger", "Callback", "CheckpointError", "CombinedLoader", "ConfigurationError", "DataError",
-        "DataModule",
+        "DataModule", "ModelParallel",
         "DeviceStatsMonitor", "DisagreementError", "EMAWeightAveraging", "EarlyStopping",
         "GradientAccumulationScheduler", "LambdaCallback",
         "LambdaWorkerCallback", "LearningRateFinder", "LearningRateMonitor", "Logger", "MLFlowLogger", "MetricError",
@@ -148,7 +148,8 @@ def test_public_names():
         "ProgressBar", "PyTorchProfiler", "RayDataset", "RaytrainerError", "ResourceError", "RichModelSummary",
         "SerializationError", "SimpleProfiler", "StochasticWeightAveraging", "TensorBoardLogger", "ThroughputMonitor",
         "Timer", "Trainer", "TuneReportCallback", "UnknownArgumentError", "WandbLogger", "WorkerCallback",
-        "WorkerError", "WorkerLostError", "__version__", "data_part", "on_meta", "rank", "seed_everything",
+        "WorkerError", "WorkerLostError", "__version__", "data_part", "export_weights", "on_meta", "rank",
+        "seed_everything",
         "tune_resources", "world_size",
     }  # fmt: skip
     public = {

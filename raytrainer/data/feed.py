@@ -72,7 +72,7 @@ class Feed:
         reading = loader if self.reader is None else self.reader
         self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
         self._state = EpochState(self.loader, self._drawing, seed)
-        dealt = share.count == 1 or sharded.splits
+        dealt = sharded.splits or share.count == share.readers == 1
         self.watched = None if dealt else Fingerprint(stage, share.index, remedy(loader))
         self.may_miss = (
             getattr(self.reader, "collate_fn", None) is not default_collate or self.loader is not self.reader

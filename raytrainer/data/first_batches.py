@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raytrainer.metric_messages import ReadSample
 
-__all__ = ["Fingerprint", "read_alike"]
+__all__ = ["Fingerprint", "read_alike", "read_apart"]
 
 #: Batches that are looked at.
 BATCHES = 8
@@ -82,6 +82,18 @@ def read_alike(samples: Sequence[ReadSample | None]) -> tuple[int, int, str] | N
                 continue
             for path, found in one.leaves.items():
                 if other.leaves.get(path) == found:
+                    return first, second, path
+    return None
+
+
+def read_apart(samples: Sequence[ReadSample | None]) -> tuple[int, int, str] | None:
+    """Two workers that are to read the same part and read different ones, and in which leaf; None if there are none."""
+    for second, other in enumerate(samples):
+        for first, one in enumerate(samples[:second]):
+            if one is None or other is None or one.part != other.part or one.batches != other.batches:
+                continue
+            for path in one.leaves.keys() & other.leaves.keys():
+                if other.leaves[path] != one.leaves[path]:
                     return first, second, path
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytrainer.errors import MetricError
 from raytrainer.metric_messages import Number
 
-__all__ = ["as_tensor", "exact", "number", "scalar"]
+__all__ = ["as_tensor", "exact", "number", "plain", "scalar"]
 
 
 def scalar(name: str, value: Tensor) -> Tensor:
@@ -25,6 +25,23 @@ def scalar(name: str, value: Tensor) -> Tensor:
             f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log one element, e.g. its mean."
         )
     return value.reshape(())
+
+
+def plain(name: str, value: Tensor) -> Tensor:
+    """A logged tensor of a class derived from Tensor, as a tensor; of a DTensor the same on all workers.
+
+    Raises:
+        MetricError: Each worker has a part of it only.
+    """
+    if not hasattr(value, "placements"):
+        return value
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise MetricError(
+            f"self.log({name!r}, <DTensor>): each worker has a part of it; log its full_tensor(), which all workers "
+            f"must ask for."
+        )
+    local: Tensor = value.to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def number(name: str, value: Any) -> Number:

@@ -17,7 +17,7 @@ from raytrainer.errors import MetricError
 from raytrainer.metric_messages import LogCall, MetricReport, MetricSpec, Reduced, StepRow
 from raytrainer.metrics.batch_weight import BatchWeight
 from raytrainer.metrics.device_fetch import begin_fetch
-from raytrainer.metrics.exact_numbers import exact, number, scalar
+from raytrainer.metrics.exact_numbers import exact, number, plain, scalar
 from raytrainer.metrics.metric_objects import is_metric, path_of, step_value
 from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, spec_for
 from raytrainer.metrics.shown_metrics import ShownMetrics
@@ -29,9 +29,8 @@ class MetricStore:
     """Collects what one worker logs."""
 
     def __init__(self, rank: int, log_every_n_steps: int, root: nn.Module | None = None) -> None:
-        self.rank = rank
         self.root = root if root is not None else nn.Module()  # the module in which metric objects are found
-        self.every = log_every_n_steps
+        self.rank, self.every = rank, log_every_n_steps
         self.hook: str | None = None  # the hook that runs; None where logging is not allowed
         self._weight = BatchWeight(tells=rank == 0)
         self._whole_node = False
@@ -40,6 +39,7 @@ class MetricStore:
         self._shown = ShownMetrics()
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
         self.calls: Callable[[], list[LogCall]] = list  # what `self.logger` was asked to do since the last report
+        self.twin = False  # whether another worker logs the very same, which counts
         self.first_of_node = True  # among workers that see the same batch of a node: the one whose values count
         self._samples: list[StepRow] = []
         self._begun: list[Callable[[], MetricReport]] = []  # what is being fetched, in order
@@ -121,7 +121,7 @@ class MetricStore:
             self._whole_node = False
 
     def _is_first(self, spec: MetricSpec) -> bool:
-        return self.first_of_node or not spec.once_per_node
+        return not self.twin and (self.first_of_node or not spec.once_per_node)
 
     def counts(self, spec: MetricSpec) -> bool:
         """Whether this worker's values of the epoch are wanted."""
@@ -148,7 +148,7 @@ class MetricStore:
             slot.dtype, value = value.dtype, value.item()
         elif isinstance(value, Tensor):
             # a copy, since the caller may go on to change the tensor in place
-            value = value.detach().clone()
+            value = (value if type(value) is Tensor else plain(name, value)).detach().clone()
             if value.ndim:
                 value = scalar(name, value)
         else:

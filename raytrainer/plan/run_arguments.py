@@ -28,7 +28,8 @@ class RunArguments:
     """"auto" (one worker and no cluster in use: "local", otherwise "ddp"), "local" (the driver's process), "ddp" (one
     batch per worker), "ddp_cpu" (ddp on CPUs), "ddp_spawn" (the same as "ddp"), "ddp2" (one batch per node, split over
     its workers), "dp" (one batch for the job, split over the workers of one node), "fsdp" (one batch per worker, the
-    module in shards); or a `DDP`, `DDP2`, `DP` or `FSDP` object, which has settings."""
+    module in shards), "model_parallel" (layers split over the workers of a node); or a `DDP`, `DDP2`, `DP`, `FSDP` or
+    `ModelParallel` object, which has settings."""
 
     num_nodes: int | tuple[int, int] = argument(default=1)
     """Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be had again

@@ -151,7 +151,7 @@ def _refuse_contradictions(settings: Settings, given: dict[str, Any]) -> None:
             'gradient_compression="bf16" on CPUs: torch has it for NCCL only; use gpus=..., "fp16", or None.'
         )
     if settings.sharding is not None:
-        settings.sharding.copies(settings.num_nodes, settings.world_size)
+        settings.sharding.layout(settings.num_nodes, settings.world_size)
         if settings.sharding.cpu_offload and not settings.on_gpu:
             raise ConfigurationError("FSDP(cpu_offload=True) on CPUs: everything is in main memory there; drop it.")
     if settings.auto_select_gpus and (isinstance(settings.gpus, tuple) or settings.gpus < 1):

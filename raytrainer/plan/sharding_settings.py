@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
 
-__all__ = ["FSDP", "seconds_to_wait"]
+__all__ = ["FSDP", "ModelParallel", "seconds_to_wait"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,45 +54,115 @@ class FSDP:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _blocks(self.blocks))
         for name in ("cpu_offload", "activation_checkpointing"):
-            checks.boolean(f"FSDP: {name}", getattr(self, name))
-        _copies("FSDP", self.replicate)
+            checks.boolean(f"{self.shown}: {name}", getattr(self, name))
+        _copies(self.shown, self.replicate)
         reshard = self.reshard_after_forward
         if reshard is not None and not isinstance(reshard, bool) and not (isinstance(reshard, int) and reshard > 1):
             raise ConfigurationError(
-                f"FSDP: reshard_after_forward={reshard!r}: give True, False, None, or a number of workers above 1."
+                f"{self.shown}: reshard_after_forward={reshard!r}: give True, False, None, or a number of workers "
+                f"above 1."
             )
         if self.prefetch is not None:
-            checks.count("FSDP: prefetch", self.prefetch, least=1)
+            checks.count(f"{self.shown}: prefetch", self.prefetch, least=1)
         object.__setattr__(self, "process_group_timeout", seconds_to_wait(self.process_group_timeout))
 
     @property
     def timeout_seconds(self) -> float:
         return float(self.process_group_timeout)  # type: ignore[arg-type]  # normal since __post_init__
 
-    def copies(self, num_nodes: int, world_size: int) -> int:
-        """How many copies of the shards there are.
+    @property
+    def shown(self) -> str:
+        """Its name in messages."""
+        return type(self).__name__
+
+    def copies_on(self, num_nodes: int) -> int:
+        """How many copies of the shards there are to be."""
+        return 1 if self.replicate is None else num_nodes if self.replicate == "nodes" else int(self.replicate)
+
+    def layout(self, num_nodes: int, world_size: int) -> tuple[int, int, int]:
+        """How workers are laid out: copies, workers that a copy's shards are on, workers that split a layer.
 
         Raises:
             ConfigurationError: Workers cannot be divided so.
         """
-        copies = 1 if self.replicate is None else num_nodes if self.replicate == "nodes" else int(self.replicate)
+        copies = self.copies_on(num_nodes)
         if world_size % copies:
             raise ConfigurationError(
-                f"FSDP(replicate={self.replicate!r}) with {world_size} workers: their number must be a multiple of it."
+                f"{self.shown}(replicate={self.replicate!r}) with {world_size} workers: their number must be a "
+                f"multiple of it."
             )
         shards = world_size // copies
         if copies > 1 and shards == 1:
             raise ConfigurationError(
-                f"FSDP(replicate={self.replicate!r}) with {world_size} workers, each of which would have the whole "
-                f'module: that is strategy="ddp"; give fewer copies, or none.'
+                f"{self.shown}(replicate={self.replicate!r}) with {world_size} workers, each of which would have the "
+                f'whole module: that is strategy="ddp"; give fewer copies, or none.'
             )
+        self._check_reshard(shards)
+        return copies, shards, 1
+
+    def _check_reshard(self, shards: int) -> None:
         reshard = self.reshard_after_forward
         if isinstance(reshard, int) and not isinstance(reshard, bool) and (shards % reshard or reshard >= shards):
             raise ConfigurationError(
-                f"FSDP(reshard_after_forward={reshard}) with shards on {shards} workers: give a number that divides "
-                f"{shards} and is below it, True or False."
+                f"{self.shown}(reshard_after_forward={reshard}) with shards on {shards} workers: give a number that "
+                f"divides {shards} and is below it, True or False."
             )
-        return copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParallel(FSDP):
+    """Layers split over `tensor` workers, which compute each batch together; what they hold in shards over `data`.
+
+    The module's `configure_model` says how layers are split, with torch's `parallelize_module` and
+    `self.device_mesh["tensor_parallel"]`, as for Lightning's `ModelParallelStrategy`. It may call `fully_shard` with
+    `self.device_mesh["data_parallel"]` too; else this is done as with `FSDP`, whose other arguments hold here too.
+
+    Workers of one part of the data have neighbouring ranks, and read the same batches.
+
+    Args:
+        tensor: Workers that split layers. None: as many as `data` and `replicate` leave; without either, those of a
+            node.
+        data: Workers that shards are on, each with batches of its own. None: as many as are left.
+        replicate: Copies of all that, each with batches of its own: "nodes", a number, or None for one. They are the
+            mesh's first dimension, "replicate", where there are several.
+
+    Raises:
+        ConfigurationError: A value is not allowed.
+    """
+
+    name: ClassVar[str] = "model_parallel"
+
+    tensor: int | None = None
+    data: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tensor", "data"):
+            if getattr(self, name) is not None:
+                checks.count(f"{self.shown}: {name}", getattr(self, name), least=1)
+
+    def layout(self, num_nodes: int, world_size: int) -> tuple[int, int, int]:
+        copies = self.copies_on(num_nodes)
+        given = f"ModelParallel(tensor={self.tensor}, data={self.data}, replicate={self.replicate!r})"
+        known = copies * (self.tensor or 1) * (self.data or 1)
+        whole = self.tensor is not None and self.data is not None
+        if world_size % known or (whole and known != world_size):
+            raise ConfigurationError(
+                f"{given} with {world_size} workers: their number must be the product"
+                f"{'' if whole else ', or a multiple of it'}; leave tensor or data out, and it is what others leave."
+            )
+        if self.tensor is None and self.data is None:
+            tensor = max(1, world_size // max(copies, num_nodes))
+        else:
+            tensor = self.tensor or world_size // known
+        data = self.data or world_size // copies // tensor
+        if copies > 1 and data == 1:
+            raise ConfigurationError(
+                f"{given} with {world_size} workers: nothing would be in shards, as data is 1; give data={copies} "
+                f"instead of replicate."
+            )
+        self._check_reshard(data)
+        return copies, data, tensor
 
 
 def _blocks(blocks: Any) -> tuple[Any, ...] | None:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
-from raytrainer.plan.sharding_settings import FSDP, seconds_to_wait
+from raytrainer.plan.sharding_settings import FSDP, ModelParallel, seconds_to_wait
 
 __all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
 
-STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn", "ddp2", "dp", "fsdp")
+STRATEGIES = ("auto", "local", "ddp", "ddp_cpu", "ddp_spawn", "ddp2", "dp", "fsdp", "model_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class DP(DDP):
     name: ClassVar[str] = "dp"
 
 
-_OBJECTS: dict[str, type[DDP | FSDP]] = {"ddp2": DDP2, "dp": DP, "fsdp": FSDP}
+_OBJECTS: dict[str, type[DDP | FSDP]] = {"ddp2": DDP2, "dp": DP, "fsdp": FSDP, "model_parallel": ModelParallel}
 
 
 def parse_strategy(value: Any) -> tuple[str, DDP | FSDP]:
@@ -101,7 +101,9 @@ def parse_strategy(value: Any) -> tuple[str, DDP | FSDP]:
         return value.name, value
     if isinstance(value, type) and issubclass(value, (DDP, FSDP)):
         raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
-    checks.choice("strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...), FSDP(...).")
+    checks.choice(
+        "strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...), FSDP(...), ModelParallel(...)."
+    )
     return value, _OBJECTS.get(value, DDP)()
 
 
@@ -110,7 +112,8 @@ def effective_batch(batch_size: int | None, parts: int, accumulate: int, strateg
 
     Args:
         batch_size: Samples in a loader's batch.
-        parts: Batches that are read at the same time: one per worker (ddp), per node (ddp2), or one (dp).
+        parts: Batches that are read at the same time: one per worker (ddp), per node (ddp2), per group of workers that
+            split layers (model_parallel), or one (dp).
         accumulate: Batches per step.
         strategy: Its name, which says whether a worker, a node or the whole job reads a batch.
 
@@ -119,12 +122,13 @@ def effective_batch(batch_size: int | None, parts: int, accumulate: int, strateg
     """
     if batch_size is None:
         return None
-    unit = {"ddp2": "node", "dp": "job"}.get(strategy, "worker")
+    unit = {"ddp2": "node", "dp": "job", "model_parallel": "group of workers"}.get(strategy, "worker")
+    several = "groups of workers" if unit.startswith("group") else f"{unit}s"
     factors = [f"{batch_size} samples a batch"]
     if unit == "job":
         factors.append("1 for the whole job")
     else:
-        factors.append(f"{parts} {unit}{'s' if parts != 1 else ''}")
+        factors.append(f"{parts} {unit if parts == 1 else several}")
     if accumulate > 1:
         factors.append(f"{accumulate} accumulated")
     return f"{' x '.join(factors)} = {batch_size * parts * accumulate} samples a step"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
@@ -125,6 +126,9 @@ def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
             gradient = parameter.unsharded_accumulated_grad
             if gradient is None and hasattr(parameter, "_unsharded_param"):
                 gradient = parameter._unsharded_param.grad
+            if isinstance(gradient, DTensor):  # of a layer that is split
+                placements = parameter._unsharded_param.placements
+                gradient = gradient.redistribute(placements=placements).to_local()
             if gradient is not None:
                 found[name] = gradient.detach()
     except AttributeError as error:
@@ -139,6 +143,8 @@ def put_accumulated_gradients(module: nn.Module, gradients: Mapping[str, Tensor]
             if name in gradients:
                 whole = parameter._unsharded_param
                 value = gradients[name].to(whole.device, copy=True)
+                if isinstance(whole, DTensor):
+                    value = DTensor.from_local(value, whole.device_mesh, whole.placements, run_check=False)
                 if value.dtype == whole.dtype:
                     whole.grad = value
                 else:

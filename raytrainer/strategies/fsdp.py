@@ -26,10 +26,14 @@ from raytrainer.private.fsdp_private import (
 )
 from raytrainer.strategies.gatherings import Gatherings
 from raytrainer.strategies.group_strategy import take_from_first
-from raytrainer.strategies.materialising import Materialiser, is_on_meta
+from raytrainer.strategies.materialising import Materialiser
+from raytrainer.strategies.meta_modules import is_on_meta, start_weights_of
+from raytrainer.strategies.reading_weights import WeightFiles
+from raytrainer.strategies.same_start import SameStart
 from raytrainer.strategies.shard_clipping import clip_shards
 from raytrainer.strategies.sharded_state import ShardedState
 from raytrainer.strategies.sharder import Sharder
+from raytrainer.strategies.sharding_refusals import explained, refuse_hooks, refuse_sharded_loss
 from raytrainer.strategies.step_result import StepResult
 from raytrainer.strategies.strategy import Step
 
@@ -38,7 +42,10 @@ __all__ = ["FSDPStrategy"]
 
 @final
 class FSDPStrategy(ShardedState):
-    """Each worker reads its own share of every loader, and holds a shard of every parameter.
+    """Each worker holds a shard of every parameter, and reads its own share of every loader.
+
+    With `ModelParallel`, workers that split layers with each other read one share. The mesh's last dimension is theirs,
+    and shards are over the dimensions before.
 
     The user's module is the root: its training step is what FSDP takes for the forward pass. So everything that is in
     no block is whole during a step, whatever the step calls, and its own `forward` is an ordinary method.
@@ -48,7 +55,7 @@ class FSDPStrategy(ShardedState):
         device: Its device.
         control: A gloo group for agreements that must not wait for the device.
         settings: The strategy's.
-        mesh: The workers, in one dimension, or in two: copies by shards.
+        mesh: The workers: (copies, if there are several), shards, workers that split layers.
         store: A store that they share.
         precision: Of the run.
         compiles: Options of torch.compile, for each block; None: not compiled.
@@ -56,7 +63,7 @@ class FSDPStrategy(ShardedState):
     """
 
     inference_mode = False  # parameters gathered in it could not be trained with
-    compiles_blocks = True
+    compiles_blocks = builds_alike = True
 
     def __init__(
         self,
@@ -72,8 +79,11 @@ class FSDPStrategy(ShardedState):
         seed: int = 0,
     ) -> None:
         super().__init__(ranks, device, control)
-        self.mesh, self._store, self._seed = mesh, store, seed
-        self._sharder = Sharder(settings, mesh, precision, compiles)
+        self.device_mesh, self._store, self._seed = mesh, store, seed
+        self._splitters = int(mesh.size(mesh.ndim - 1))
+        names = mesh.mesh_dim_names[:-1]
+        self.mesh = mesh[names if len(names) > 1 else names[0]]
+        self._sharder = Sharder(settings, self.mesh, precision, compiles)
         self._root: Any = None
         self._step: Callable[[], Any] = lambda: None  # what the root's forward pass is, of now
         self._reduces = True
@@ -82,7 +92,16 @@ class FSDPStrategy(ShardedState):
 
     @property
     def share(self) -> Share:
-        return Share(self.ranks.rank, self.ranks.world_size)
+        ranks, splitters = self.ranks, self._splitters
+        return Share(ranks.rank // splitters, ranks.world_size // splitters, readers=splitters)
+
+    @property
+    def stream(self) -> int:
+        return self.share.index
+
+    @property
+    def counts(self) -> bool:
+        return self.ranks.rank % self._splitters == 0
 
     # ---------------------------------------------------------------- building
 
@@ -93,6 +112,7 @@ class FSDPStrategy(ShardedState):
                 part.to(self.device)
             else:
                 part._apply(self._moved, recurse=False)
+        self._start = SameStart(module)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor.to(self.device)
@@ -101,13 +121,18 @@ class FSDPStrategy(ShardedState):
         """Shard the module, block by block; return a line that says how."""
         if sync_batchnorm and self.device.type == "cuda" and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        self._start.share(module, self.device, self.control)
         self._root = module
         self.comes_home = not is_on_meta(module)
-        said = self._sharder.shard(module, convert, Materialiser(module, self.device, self._seed))
+        source = None if self.resumes else start_weights_of(module)
+        files = None if source is None else WeightFiles(module, source)
+        given = files.given if files is not None else set()
+        said = self._sharder.shard(module, convert, Materialiser(module, self.device, self._seed, given))
         if not self._sharder.settings.cpu_offload:
             module.to(self.device)
         shards = self.mesh.get_group(self.mesh.ndim - 1)
-        self._gatherings = Gatherings(module, shards, self._store, self.device, self.control)
+        timeout = self._sharder.settings.timeout_seconds
+        self._gatherings = Gatherings(module, shards, self._store, self.device, self.control, timeout)
         module.__dict__["_fsdp_step"] = lambda _: self._step()
         register_fsdp_forward_method(module, "_fsdp_step")
         for part in {id(part): part for part, _ in own_parameters(module)}.values():
@@ -117,6 +142,8 @@ class FSDPStrategy(ShardedState):
         with torch.no_grad():
             module._fsdp_step(None)  # type: ignore[operator]
         self.refresh(module)
+        if files is not None:
+            files.load(module)
         return said
 
     # ---------------------------------------------------------------- training
@@ -133,16 +160,26 @@ class FSDPStrategy(ShardedState):
         """
         outer, self._step = self._step, call
         try:
-            return self._root._fsdp_step(None)
+            with explained():
+                return self._root._fsdp_step(None)
         finally:
             self._step = outer
 
     def prepare(self, module: nn.Module, step: Step) -> Step:
         self.gatherings.forget()
         self.refresh(module)
+        refuse_hooks(module)
         self._shards = list(module.parameters())  # the shards, which module.parameters() are not while it is gathered
         if not module.automatic_optimization:
-            return lambda batch, batch_idx, dataloader_idx: self._run(lambda: step(batch, batch_idx, dataloader_idx))
+
+            def manual(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+                self.gatherings.begin_step("manual")
+                self.gatherings.keep(True)
+                output = self._run(lambda: step(batch, batch_idx, dataloader_idx))
+                self.gatherings.end_step()
+                return output
+
+            return manual
 
         def forward(batch: Any, batch_idx: int, dataloader_idx: int) -> StepResult:
             results: list[StepResult] = []
@@ -152,7 +189,10 @@ class FSDPStrategy(ShardedState):
                 return results[0].loss
 
             self.gatherings.begin_step(self._reduces)
+            self.gatherings.keep(True)
             loss: Tensor | None = self._run(loss_of_step)
+            self.gatherings.keep(False)
+            refuse_sharded_loss(loss, self.device_mesh)
             result = results[0]._replace(loss=loss)
             # a loss that is a leaf has a gradient of its own, and none for any parameter
             if loss is None or loss.grad_fn is None:
@@ -186,12 +226,13 @@ class FSDPStrategy(ShardedState):
                 f'"ddp", or an optimizer that updates number by number, such as AdamW.'
             )
         for group in optimizer.param_groups:
-            kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+            kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
             fast = [option for option in ("foreach", "fused") if group.get(option)]
             if fast and len(kinds) > 1:
                 raise ConfigurationError(
-                    f"{name}({fast[0]}=True) with parameters in shards and whole ones (ignored_params) in one group: "
-                    f"torch cannot update them together; give them in two parameter groups, or leave {fast[0]} out."
+                    f"{name}({fast[0]}=True) with parameters on several device meshes in one group (layers that "
+                    f"are split, and others), or with whole ones (ignored_params): torch cannot update them together; "
+                    f"give them in separate parameter groups, or leave {fast[0]} out."
                 )
 
     def sync_next(self, sync: bool) -> None:
@@ -199,10 +240,13 @@ class FSDPStrategy(ShardedState):
             self._reduces = sync
             self._root.set_requires_gradient_sync(sync)
 
-    def begin_backward(self, module: nn.Module, loss: Tensor) -> Tensor:
-        """A backward pass begins within the training step: it is one of the root's."""
-        result: Tensor = self._run(lambda: loss)
-        return result
+    def manual_backward(self, module: nn.Module, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """A backward pass within the training step: it is one of the root's."""
+        refuse_sharded_loss(loss, self.device_mesh)
+        loss = self._run(lambda: loss)
+        self.gatherings.keep(False)
+        backward(loss)
+        self.gatherings.keep(True)
 
     def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
         """The backward pass itself has reduced them."""
@@ -243,4 +287,4 @@ class FSDPStrategy(ShardedState):
         self.refresh(module)
 
     def sync_buffers(self, module: nn.Module) -> None:
-        take_from_first(module.buffers())
+        take_from_first(buffer for buffer in module.buffers() if not isinstance(buffer, DTensor))

@@ -6,14 +6,13 @@ Two things leave a worker without a reason to: it has no batch left in an evalua
 In an evaluation workers agree, batch by batch, on who has one. While some have none, the first that has one tells them
 what it gathers; they gather it with it and drop it. They run no code of the user's.
 
-In training nothing is told from step to step. A worker that skips a batch does what its latest step did, from the point
-that it has got to, with zeros for gradients. In the first step, of which there is no record yet, workers tell the
-group's store what they do, and one that skips reads it there.
+In training nothing is told from step to step (`collective_order.py`). A worker that skips a batch does what its latest
+step did, from the point that it has got to, with zeros for gradients. In the first step, of which there is no record
+yet, workers tell the group's store what they do, and one that skips reads it there.
 """
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -25,15 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from raytrainer.errors import RaytrainerError
 from raytrainer.private.fsdp_private import reduce_zeros, wind_up_backward
+from raytrainer.strategies.collective_order import END, CollectiveOrder, Event
 
 __all__ = ["Gatherings"]
-
-log = logging.getLogger("raytrainer")
-
-#: (what, which module, numbers sent): "gather" or "reduce".
-_Event = tuple[str, int, int]
-
-_END, _NOBODY = "end", "nobody"
 
 # torch 2.13 has given them other names
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,21 +42,22 @@ class Gatherings:
         store: A store that they share.
         device: This worker's.
         control: A gloo group of all workers.
+        timeout: Seconds that a collective waits for the others.
     """
 
-    def __init__(self, root: nn.Module, group: Any, store: Any, device: torch.device, control: Any) -> None:
-        self.root, self._group, self._store, self._device, self._control = root, group, store, device, control
-        self.modules = [part for part in root.modules() if isinstance(part, FSDPModule)]
+    def __init__(
+        self, root: nn.Module, group: Any, store: Any, device: torch.device, control: Any, timeout: float
+    ) -> None:
+        self.root, self._group, self._device, self._control = root, group, device, control
+        named: dict[str, Any] = {name: part for name, part in root.named_modules() if isinstance(part, FSDPModule)}
+        self.modules: list[Any] = list(named.values())
         self._members = dist.get_process_group_ranks(group)
         name = [uuid.uuid4().hex if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(name, src=0, group=control)  # what the store has of earlier modules stays theirs
-        self._name = f"raytrainer/{name[0]}"
+        self._order = CollectiveOrder(store, f"raytrainer/{name[0]}", list(named), timeout)
         self._leader: int | None = None  # of an evaluation's round in which somebody has no batch
         self._watching = False
-        self._happened: list[_Event] = []
-        self._known: dict[bool, list[_Event]] = {}  # what a step does, by whether it reduces
-        self._kind = True
-        self._step = 0
+        self._kind: Any = True
         for index, part in enumerate(self.modules):
             part.set_custom_all_gather(_Gather(self, index))  # type: ignore[arg-type]
             part.set_custom_reduce_scatter(_Reduce(self, index))  # type: ignore[arg-type]
@@ -77,22 +71,29 @@ class Gatherings:
 
     def forget(self) -> None:
         """What is trained has changed: the next step of each kind is told again."""
-        self._known.clear()
+        self._order.forget()
 
-    def begin_step(self, reduces: bool) -> None:
-        """A training step begins; `reduces`: its backward pass averages gradients."""
-        self._watching, self._kind = self.several, reduces
-        self._happened = []
-        self._step += 1
+    def keep(self, gathered: bool) -> None:
+        """Whether a backward pass leaves parameters gathered.
+
+        A step may have passes of its own (`torch.autograd.grad`, for a penalty on gradients), after which the loss's
+        needs the same weights again.
+        """
+        for part in self.modules:
+            part.set_reshard_after_backward(not gathered, recurse=False)
+
+    def begin_step(self, kind: Any) -> None:
+        """A training step begins; of automatic ones, `kind` says whether the backward pass averages gradients."""
+        self._watching = self.several
+        if self._watching:
+            self._kind = kind
+            self._order.begin(kind)
 
     def end_step(self) -> None:
         """Its backward pass is done."""
-        if not self._watching:
-            return
-        self._watching = False
-        if self._kind not in self._known:
-            self._tell(len(self._happened), _END)
-            self._known[self._kind] = self._happened
+        if self._watching:
+            self._watching = False
+            self._order.end()
 
     def skip_step(self, nothing: bool) -> bool:
         """This worker has no loss for this step; take part in what the others do for theirs.
@@ -109,12 +110,13 @@ class Gatherings:
         if not self._watching:
             wind_up_backward(self.root)
             return nothing
-        counter = f"{self._name}/{self._step}/nothing"
+        order = self._order
         if nothing:
-            self._store.add(counter, 1)
-        known = self._known.get(self._kind)
+            order.count("nothing")
+        known = order.expected
         if known is not None:
-            self._repeat(known)
+            for event in known[len(order.happened) :]:
+                self._take_part(event)
             somebody = True
         else:
             somebody = self._follow()
@@ -130,7 +132,7 @@ class Gatherings:
         # all have told by now: they have come as far as the reduction
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        return int(self._store.add(counter, 0)) == dist.get_world_size()
+        return order.count("nothing", 0) == dist.get_world_size()
 
     def _reduce_all(self) -> None:
         """All workers skip a step of which there is no record: reduce what earlier batches have left, in any order."""
@@ -141,30 +143,19 @@ class Gatherings:
         for module in self.modules:
             reduce_zeros(module)
 
-    def _repeat(self, known: Sequence[_Event]) -> None:
-        done = len(self._happened)
-        if self._happened != known[:done]:
-            raise RaytrainerError(
-                f"training_step skipped its batch after it had gathered other parameters than it usually does "
-                f"({self._happened[-1:]} after {done - 1} others): with fsdp all workers must use the same layers in "
-                f"the same order, up to where one returns None."
-            )
-        for event in known[done:]:
-            self._take_part(event)
-
     def _follow(self) -> bool:
         """Do what the others do in this step, as they tell the store; return whether any of them has gradients."""
         # who comes last of those that skip ends it, if nobody is left
-        if self._store.add(f"{self._name}/{self._step}/skipped", 1) == dist.get_world_size():
-            self._tell(len(self._happened), _NOBODY)
-        while (word := self._store.get(self._key(len(self._happened))).decode()) not in (_END, _NOBODY):
-            what, index, numbers = word.split()
-            self._take_part((what, int(index), int(numbers)))
-        return bool(word == _END)
+        if self._order.count("skipped") == dist.get_world_size():
+            self._order.nobody()
+        while not isinstance(word := self._order.next_word(), str):
+            self._take_part(word)
+        return word == END
 
-    def _take_part(self, event: _Event) -> None:
+    def _take_part(self, event: Event) -> None:
         what, index, _ = event
-        position = len(self._happened)
+        order = self._order
+        position = len(order.happened)
         module: Any = self.modules[index]
         if what == "gather":
             module.reshard()  # what comes first in a step need not be the first that this worker has of it
@@ -172,9 +163,9 @@ class Gatherings:
             module.reshard()
         else:
             reduce_zeros(module)
-        if self._happened[position:] != [event]:
+        if order.happened[position:] != [event]:
             raise RaytrainerError(
-                f"a worker that skips a batch cannot do what the others do: {event}, not {self._happened[position:]}; "
+                f"a worker that skips a batch cannot do what the others do: {event}, not {order.happened[position:]}; "
                 f"with fsdp, training_step may return None only where each parameter that trains is used in each step."
             )
 
@@ -183,15 +174,7 @@ class Gatherings:
         if self._leader is not None:
             self._announce(index)
         if self._watching:
-            if self._kind not in self._known:
-                self._tell(len(self._happened), f"{what} {index} {numbers}")
-            self._happened.append((what, index, numbers))
-
-    def _key(self, position: int) -> str:
-        return f"{self._name}/{self._step}/{position}"
-
-    def _tell(self, position: int, word: str) -> None:
-        self._store.set(self._key(position), word)
+            self._order.note((what, index, numbers))
 
     # ---------------------------------------------------------------- evaluation
 

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.strategies.shards import held_as
 
-__all__ = ["Materialiser", "is_on_meta", "on_meta", "refuse_meta"]
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def on_meta(make: Callable[[], M]) -> M:
-    """A module whose parameters have shapes only, for a model that is too large for this process.
-
-    Workers of strategy "fsdp" make it real block by block, and cut each block into shards before they make the next.
-    The weights depend on the Trainer's seed alone, on however many workers. After `fit` the module here is as it was;
-    the trained weights are in checkpoints.
-
-    Each module in it that has parameters or buffers of its own sets them in `reset_parameters()`, as torch's own
-    modules do; models of transformers do so in their way. What stays unset is an error that names it.
-
-    Args:
-        make: Constructs the module.
-
-    Example:
-        module = raytrainer.on_meta(lambda: Llama(layers=32, dim=4096))
-    """
-    with torch.device("meta"):
-        return make()
-
-
-def is_on_meta(module: nn.Module) -> bool:
-    """Whether any of its parameters or buffers has a shape only."""
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
-def refuse_meta(module: nn.Module) -> None:
-    """Raise a ConfigurationError for a module that has no weights yet."""
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise ConfigurationError(
-            'a module on the meta device (on_meta) has no weights yet: train it with strategy="fsdp", which makes them.'
-        )
+__all__ = ["Materialiser"]
 
 
 class Materialiser:
@@ -60,10 +27,11 @@ class Materialiser:
         module: The root.
         device: Where parts are made.
         seed: The run's.
+        given: Names of parameters and buffers that get their values later.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, seed: int) -> None:
-        self._root, self._device, self._seed = module, device, seed
+    def __init__(self, module: nn.Module, device: torch.device, seed: int, given: Container[str] = frozenset()) -> None:
+        self._root, self._device, self._seed, self._given = module, device, seed, given
         self._names = {id(part): name for name, part in module.named_modules()}
         self._initialisers = _initialisers(module)
 
@@ -78,9 +46,12 @@ class Materialiser:
         if not members:
             return
         made: dict[int, Tensor] = {}
+        splits: list[tuple[Any, str, DTensor]] = []  # what configure_model has split, or sharded
         for member in members:
             for kind in (member._parameters, member._buffers):
                 for name, tensor in kind.items():
+                    if isinstance(tensor, DTensor) and tensor.is_meta:
+                        splits.append((kind, name, tensor))
                     if tensor is not None and tensor.is_meta:
                         kind[name] = self._memory(tensor, made)  # type: ignore[assignment]
         versions = {id(tensor): tensor._version for member in members for _, tensor in _own_tensors(member)}
@@ -90,11 +61,15 @@ class Materialiser:
             for member in members:
                 self._initialiser(member)(member)
         self._refuse_unset(members, versions)
+        for kind, name, split in splits:
+            kind[name] = _split(kind[name], split)
 
     def _memory(self, tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
         """Memory in place of a meta tensor, filled with what initialisation must replace; tied ones stay tied."""
         if id(tensor) not in made:
-            real = torch.empty_like(tensor, device=self._device)
+            real = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            if not isinstance(tensor, DTensor):
+                real = torch.empty_like(tensor, device=self._device)  # with its memory format
             if real.is_floating_point() or real.is_complex():
                 real.fill_(float("nan"))
             parameter = isinstance(tensor, nn.Parameter)
@@ -112,10 +87,12 @@ class Materialiser:
         unset = []
         for member in members:
             for name, tensor in _own_tensors(member):
+                path = self._names[id(member)]
+                full = f"{path}.{name}" if path else name
                 untouched = versions.get(id(tensor)) == tensor._version
-                if untouched or (tensor.is_floating_point() and bool(tensor.isnan().any())):
-                    path = self._names[id(member)]
-                    unset.append((f"{path}.{name}" if path else name, type(member).__name__))
+                missing = untouched or (tensor.is_floating_point() and bool(tensor.isnan().any()))
+                if missing and full not in self._given:
+                    unset.append((full, type(member).__name__))
         if unset:
             shown = ", ".join(f"{name!r} (of a {kind})" for name, kind in unset[:5])
             more = f" and {len(unset) - 5} more" if len(unset) > 5 else ""
@@ -124,6 +101,12 @@ class Materialiser:
                 f"reset_parameters() that sets all parameters and buffers which they have themselves, tables made in "
                 f"__init__ included; it is called once a module, on the device, with a generator that is seeded."
             )
+
+
+def _split(whole: Tensor, like: DTensor) -> Tensor:
+    """This worker's part of a tensor that all have whole."""
+    part = held_as(whole.detach(), like, whole.device)
+    return nn.Parameter(part, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else part
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from raytrainer.strategies.shards import local_part
 
@@ -55,6 +55,6 @@ def _norm(gradients: list[Tensor]) -> Tensor:
         mesh = first.device_mesh
         total = total.to(mesh.device_type)
         for dimension, placement in enumerate(first.placements):
-            if isinstance(placement, Shard):
+            if placement.is_shard() or not placement.is_replicate():
                 dist.all_reduce(total, group=mesh.get_group(dimension))
     return total.sqrt().cpu()

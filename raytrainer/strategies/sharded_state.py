@@ -115,7 +115,9 @@ class ShardedState(GroupStrategy):
         if self.ranks.rank == 0:
             return {}
         saved = module.state_dict()
-        return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+        return {
+            name: buffer for name, buffer in module.named_buffers() if name in saved and not isinstance(buffer, DTensor)
+        }
 
     @torch.no_grad()
     def home_state(self, module: nn.Module) -> dict[str, Any] | None:

@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from raytrainer.errors import ConfigurationError
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import drop_forward_hooks
 from raytrainer.private.torch_private import BATCH_NORMS
-from raytrainer.strategies.materialising import Materialiser, is_on_meta
+from raytrainer.strategies.materialising import Materialiser
 from raytrainer.strategies.sharding_blocks import find_blocks, refuse_tied
+from raytrainer.strategies.sharding_refusals import refuse_mixed, refuse_unfit
 from raytrainer.strategies.shards import local_part
 
 __all__ = ["Sharder"]
@@ -31,7 +31,7 @@ class Sharder:
 
     Args:
         settings: The strategy's.
-        mesh: The workers, in one dimension, or in two: copies by shards.
+        mesh: The workers that shards are on, in one dimension, or in two: copies by shards.
         precision: Of the run.
         compiles: Options of torch.compile, for each block; None: not compiled.
     """
@@ -52,14 +52,12 @@ class Sharder:
             materialiser: Makes parts real that are on the meta device.
         """
         blocks: dict[str, Any]
+        refuse_unfit(module)
         if any(isinstance(part, FSDPModule) for part in module.modules()):  # by the user's configure_model
             convert(module)
-            if is_on_meta(module):
-                raise ConfigurationError(
-                    "a module made with on_meta whose configure_model calls fully_shard: leave one of the two out; "
-                    "rt.FSDP(blocks=...) says what is sharded as one."
-                )
-            blocks = {name: part for name, part in module.named_modules() if name and isinstance(part, FSDPModule)}
+            blocks = {name: part for name, part in _sharded_parts(module).items() if name}
+            for name, block in blocks.items():
+                materialiser.make(block, {n: inner for n, inner in blocks.items() if n.startswith(f"{name}.")})
         else:
             blocks = dict(find_blocks(module, self.settings.blocks))
             refuse_tied(module, blocks)
@@ -68,9 +66,11 @@ class Sharder:
                 materialiser.make(block, {})
                 self._wrap(block)
                 self._norms(block)
+                refuse_mixed(block, _sharded_parts(block))
                 self._shard(block, self.settings.reshard_after_forward)
         materialiser.make(module, blocks)
         self._norms(module)
+        refuse_mixed(module, _sharded_parts(module))
         drop_forward_hooks(module, lambda: self._shard(module, None, self._root_policy))
         self._prefetch(list(blocks.values()))
         return self._describe(module, blocks)
@@ -133,3 +133,7 @@ class Sharder:
             f"fsdp: {count:,} parameters in {shards} shard{'s' if shards > 1 else ''}{times}, "
             f"{mine / 2**20:,.1f} MiB of them on each worker; {found}"
         )
+
+
+def _sharded_parts(module: nn.Module) -> dict[str, Any]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, FSDPModule)}

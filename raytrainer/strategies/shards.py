@@ -45,8 +45,11 @@ def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:
     return {**(tree | rest if common else own), KEY: pieces}
 
 
-def held_as(value: Any, like: Tensor) -> Tensor:
-    """A tensor of a state, whole or in pieces, as this worker holds `like`: its shard, or all of it."""
+def held_as(value: Any, like: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor of a state, whole or in pieces, as this worker holds `like`: its shard, or all of it.
+
+    On the same device, unless another is given.
+    """
     if not isinstance(like, DTensor):
         whole: Tensor = value.whole() if isinstance(value, InPieces) else value
         return whole
@@ -57,7 +60,7 @@ def held_as(value: Any, like: Tensor) -> Tensor:
         part = value.block(at, shape)
     else:
         part = value[tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))]
-    local = part.to(local_part(like).device, copy=True)
+    local = part.to(device or local_part(like).device, copy=True).contiguous()
     with torch.no_grad():
         return DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

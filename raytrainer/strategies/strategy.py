@@ -9,7 +9,7 @@ a run comes to them:
     prepare                 the training step, with whatever synchronises gradients
     sync_next, end_backward, settle
                             each backward pass that the loop runs
-    begin_backward, sync_manual, end_manual
+    manual_backward, sync_manual, end_manual
                             with manual optimization: each backward pass, and a chunk's end
     agree_on_infinities, clip_gradients
                             before an optimizer's step
@@ -22,7 +22,7 @@ a run comes to them:
     home_state              what the driver's module takes up at the end
 
 A worker's *rank* is its place in the group; its *part of the data* is `share`, with `split` a slice of each batch.
-They are different numbers: workers that hold pieces of one model read the same part.
+They differ: workers that hold pieces of one model read the same part.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ from raytrainer.data.sharding import Share
 from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies.clipping import clip_whole_gradients
-from raytrainer.strategies.materialising import refuse_meta
+from raytrainer.strategies.meta_modules import refuse_meta
 
 __all__ = ["NOTHING", "Step", "Strategy"]
 
 #: What a worker whose slice of a batch is empty has to gather.
 NOTHING: Any = object()
-
 
 #: A step of a module: (batch, batch_idx, dataloader_idx).
 Step: TypeAlias = Callable[[Any, int, int], Any]
@@ -61,7 +60,10 @@ class Strategy(ABC):
 
     inference_mode: bool = True  # whether evaluations may run under `torch.inference_mode`
     compiles_blocks: bool = False  # whether `shape` compiles what is to be compiled
+    resumes: bool = False  # whether a checkpoint's weights will be loaded
+    builds_alike: bool = False  # whether all workers draw the same until the module has its form
     comes_home: bool = True  # whether the weights go into the driver's module at the end
+    device_mesh: Any = None  # the workers as torch's DeviceMesh, where shards are
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
@@ -143,9 +145,9 @@ class Strategy(ABC):
         """Raise a ConfigurationError for one that cannot work with parameters as they are held here."""
         return None
 
-    def begin_backward(self, module: nn.Module, loss: Tensor) -> Tensor:
-        """A manual backward pass is to begin with this loss; return the one that it begins with."""
-        return loss
+    def manual_backward(self, module: nn.Module, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """Do a manual backward pass: `backward(loss)`."""
+        backward(loss)
 
     @abstractmethod
     def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:
@@ -155,17 +157,15 @@ class Strategy(ABC):
             DisagreementError: Other workers are at another one.
         """
 
-    def end_manual(self, batch_idx: int) -> None:
+    def end_manual(self, batch_idx: int) -> None:  # noqa: B027
         """A chunk of manual optimization is through, with this batch: see that nobody waits in `sync_manual`."""
-        return None
 
     def may_skip_alone(self, module: nn.Module) -> bool:
         """Whether a worker may leave out a training step that others take: nobody would wait for it."""
         return True
 
-    def end_backward(self, module: nn.Module) -> None:
+    def end_backward(self, module: nn.Module) -> None:  # noqa: B027
         """An automatic backward pass is done."""
-        return None
 
     def refresh(self, module: nn.Module) -> None:  # noqa: B027
         """Parameters have been changed, or are to be looked at, outside of a pass: forget copies of them."""
@@ -196,13 +196,11 @@ class Strategy(ABC):
         """
         return has_batch
 
-    def end_round(self, module: nn.Module) -> None:
+    def end_round(self, module: nn.Module) -> None:  # noqa: B027
         """This worker has evaluated its batch."""
-        return None
 
-    def end_evaluation(self, module: nn.Module) -> None:
+    def end_evaluation(self, module: nn.Module) -> None:  # noqa: B027
         """After an evaluation's last hook, on every worker."""
-        return None
 
     def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters, and buffers, of which every worker is to hold the same. None, where workers hold pieces."""

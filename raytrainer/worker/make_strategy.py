@@ -40,8 +40,11 @@ def _sharded(
     from raytrainer.strategies.fsdp import FSDPStrategy  # a second to import, which others need not spend
 
     group.set_timeout(sharding.timeout_seconds)
-    copies = sharding.copies(ranks.num_nodes, ranks.world_size)
-    mesh = group.mesh((copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,))
+    copies, data, tensor = sharding.layout(ranks.num_nodes, ranks.world_size)
+    dimensions = {"replicate": copies, "data_parallel": data, "tensor_parallel": tensor}
+    if copies == 1:
+        del dimensions["replicate"]
+    mesh = group.mesh(tuple(dimensions.values()), tuple(dimensions))
     strategy = FSDPStrategy(
         ranks, device, group.control, sharding, mesh, group.store,
         precision=settings.precision, compiles=settings.compile, seed=seed,

@@ -56,8 +56,7 @@ class ManualOptimization:
             loss = precision.scale(loss)
             if before_backward is not None:
                 before_backward(loss)
-            loss = strategy.begin_backward(module, loss)
-            module.backward(loss, *args, **kwargs)
+            strategy.manual_backward(module, loss, lambda loss: module.backward(loss, *args, **kwargs))
             if self.syncs:
                 strategy.sync_manual(module, self.index, self.calls)
                 self.calls += 1

@@ -34,6 +34,7 @@ class Slices:
         self.active = strategy.split.count > 1
         self.rows = 1
         self._total = 1
+        metrics.twin = not strategy.counts and not self.active
         metrics.first_of_node = strategy.counts and (not self.active or strategy.split.index == 0)
 
     def take(self, batch: Any) -> Any:

@@ -108,7 +108,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
         self.votes = dist.new_group(backend="gloo")
         self._of_node: tuple[Any, Any] | None = None
-        self._meshes: dict[tuple[int, ...], Any] = {}
+        self._meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
         self._device = device
         self.timeout = timeout
 
@@ -131,14 +131,14 @@ class ProcessGroup:
             return groups[own], groups[own]
         return groups[own], [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in members][own]
 
-    def mesh(self, shape: tuple[int, ...]) -> Any:
-        """The workers as a DeviceMesh, in rank order: (shards) or (copies, shards). All must call it together."""
-        if shape not in self._meshes:
+    def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+        """The workers as a DeviceMesh, in rank order. All must call it together."""
+        key = shape, names
+        if key not in self._meshes:
             from torch.distributed.device_mesh import init_device_mesh
 
-            names = ("copies", "shards")[-len(shape) :]
-            self._meshes[shape] = init_device_mesh(self._device.type, shape, mesh_dim_names=names)
-        return self._meshes[shape]
+            self._meshes[key] = init_device_mesh(self._device.type, shape, mesh_dim_names=names)
+        return self._meshes[key]
 
     def set_timeout(self, seconds: float) -> None:
         """Let collectives wait so long for the other workers from now on."""

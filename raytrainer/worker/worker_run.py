@@ -51,6 +51,7 @@ class WorkerRun:
 
     def __init__(self, task: Task, strategy: Strategy) -> None:
         self.task, self.strategy = task, strategy
+        strategy.resumes = task.resuming
         self.profiler = task.profiler
         if self.profiler is not None:
             self.profiler.start(strategy.ranks.rank, strategy.device)
@@ -100,8 +101,10 @@ class WorkerRun:
         self._attach(view)
         if self.datamodule is not None:
             self.datamodule.trainer = view
+        own = self.strategy.stream
+        building = 0 if self.strategy.builds_alike else own
         if task.reseed:
-            seed_generators(derive_seed(task.seed, "rank", self.strategy.stream))
+            seed_generators(derive_seed(task.seed, "rank", building))
         self.strategy.place(module)
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
@@ -109,6 +112,8 @@ class WorkerRun:
         module.configure_model()
         self._attach(view)
         self._shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
+        if task.reseed and own != building:
+            seed_generators(derive_seed(task.seed, "rank", own))
         if task.stage == "fit" and not module.training:
             module.train()
         transfer = self.data.bind_transfer(self.hooks, self.precision.convert_input)

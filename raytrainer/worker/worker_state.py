@@ -85,7 +85,8 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
 def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
 
-    With another number of workers than the checkpoint was made with, each worker's own streams begin anew.
+    With another number of workers than the checkpoint was made with, or other parts of the data, each worker's own
+    streams begin anew.
 
     Raises:
         CheckpointError: The checkpoint does not fit the module or its optimizers.
@@ -126,7 +127,8 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     view.global_step, view.current_epoch = checkpoint["global_step"], checkpoint["epoch"]
     run.stepped = checkpoint.get("stepped", checkpoint["global_step"])
     by_rank = checkpoint.get("own") or []
-    if len(by_rank) == view.ranks.world_size:
+    as_before = checkpoint.get("parts") in (None, run.strategy.share.count)
+    if as_before and len(by_rank) == view.ranks.world_size:
         _restore_own(run, by_rank[view.ranks.rank])
     elif by_rank:
         load_states(module, {})  # the state dict may have those of one worker

@@ -36,7 +36,7 @@ def test_sharding():
     fsdp = rt.FSDP(blocks="layers.*", replicate="nodes", process_group_timeout=timedelta(minutes=2))
     settings = build_settings(strategy=fsdp, num_nodes=2, num_processes=4)
     assert settings.strategy == "fsdp" and settings.sharding is fsdp and settings.world_size == 8
-    assert fsdp.copies(2, 8) == 2 and fsdp.timeout_seconds == 120.0 and fsdp.blocks == ("layers.*",)
+    assert fsdp.layout(2, 8) == (2, 4, 1) and fsdp.timeout_seconds == 120.0 and fsdp.blocks == ("layers.*",)
     assert pickle.loads(pickle.dumps(fsdp)) == fsdp
     assert build_settings(strategy="fsdp").sharding == rt.FSDP()
     assert build_settings(strategy="ddp").sharding is None
@@ -79,6 +79,19 @@ def test_settings_of_an_object():
         (lambda: build_settings(strategy=rt.FSDP(replicate=2), num_processes=2), 'that is strategy="ddp"'),
         (lambda: build_settings(strategy=rt.FSDP(replicate=2), num_processes=3), "3 workers: .* a multiple"),
         (lambda: build_settings(strategy=rt.FSDP(reshard_after_forward=3), num_processes=4), "divides 4"),
+        (lambda: rt.ModelParallel(tensor=0), "ModelParallel: tensor=0"),
+        (
+            lambda: build_settings(strategy=rt.ModelParallel(tensor=3), num_processes=4),
+            "4 workers: .* or a multiple of it",
+        ),
+        (
+            lambda: build_settings(strategy=rt.ModelParallel(tensor=2, data=2), num_processes=8),
+            "8 workers: .* the product;",
+        ),
+        (
+            lambda: build_settings(strategy=rt.ModelParallel(tensor=2, replicate=2), num_processes=4),
+            "nothing .* in shards",
+        ),
         (lambda: rt.DDP(gradient_compression="int8"), "gradient_compression='int8'.*'bf16'"),
         (lambda: rt.DDP2(bucket_cap_mb=0), "bucket_cap_mb=0"),
         (lambda: rt.DDP(find_unused_parameters=1), "DDP: find_unused_parameters=1"),
@@ -112,3 +125,21 @@ def test_samples_in_a_step():
     assert effective_batch(16, 2, 4, "ddp2") == "16 samples a batch x 2 nodes x 4 accumulated = 128 samples a step"
     assert effective_batch(16, 1, 1, "dp") == "16 samples a batch x 1 for the whole job = 16 samples a step"
     assert effective_batch(None, 2, 1, "ddp") is None
+
+
+@pytest.mark.parametrize(
+    "strategy, nodes, workers, layout",
+    [
+        (rt.FSDP(), 2, 8, (1, 8, 1)),
+        (rt.FSDP(replicate="nodes"), 2, 8, (2, 4, 1)),
+        (rt.ModelParallel(), 1, 4, (1, 1, 4)),
+        (rt.ModelParallel(), 2, 8, (1, 2, 4)),
+        (rt.ModelParallel(tensor=2), 1, 8, (1, 4, 2)),
+        (rt.ModelParallel(data=2), 1, 8, (1, 2, 4)),
+        (rt.ModelParallel(tensor=2, replicate="nodes"), 2, 8, (2, 2, 2)),
+        (rt.ModelParallel(tensor=1, data=2, replicate=2), 1, 4, (2, 2, 1)),
+    ],
+)
+def test_layouts(strategy, nodes, workers, layout):
+    """Copies, workers that shards are on, workers that split layers."""
+    assert strategy.layout(nodes, workers) == layout

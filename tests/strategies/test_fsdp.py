@@ -183,11 +183,73 @@ class Fused(Net):
         return torch.optim.AdamW(self.parameters(), 0.01, fused=True)
 
 
+class Adapter(nn.Module):
+    """A layer that stays as it is, and what is learned beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Adapters(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+        for block in self.blocks:
+            block.up = Adapter(block.up)
+
+
+class PenaltyOnGradients(Net):
+    """A backward pass within the step, through which the loss's goes again."""
+
+    def penalised(self, batch):
+        x, y = batch
+        x = x.clone().requires_grad_(True)
+        found = self(x)
+        (gradient,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        return F.mse_loss(found, y) + gradient.square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.penalised(batch)
+
+
+class ManualPenalty(PenaltyOnGradients):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            self.manual_backward(self.penalised(batch))
+            optimizer.step()
+
+
+class LogsNorm(Net):
+    def on_before_optimizer_step(self, optimizer):
+        self.log("norm", nn.utils.get_total_norm([p.grad for p in self.parameters()]))
+
+
+class HooksGradients(Net):
+    def configure_optimizers(self):
+        self.head.weight.register_post_accumulate_grad_hook(halve)
+        return super().configure_optimizers()
+
+
+def halve(parameter):
+    parameter.grad.mul_(0.5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         Manual, Adversaries, Unfreezes, CallsEverywhere, OneBlockTwice, TiedOutsideOfBlocks, ShardsItself, Foreach,
-        Fused,
+        Fused, PenaltyOnGradients, ManualPenalty, LogsNorm, HooksGradients,
     ],
 )  # fmt: skip
 def test_modules(make, forked):
@@ -252,6 +314,40 @@ def test_a_worker_may_skip_a_batch(how, rank, accumulate, forked):
     forked(**options).fit(shared, DataLoader(table(32), batch_size=4))
     forked(strategy="local", **options).fit(alone, joined(32, 4, 2))
     assert_equal(alone, shared)
+
+
+class DropsBatches:
+    """Collates rows, but for batches that `drops(rank, batch)`."""
+
+    def __init__(self, drops):
+        self.drops, self.firsts = drops, table(32, torch.float32).tensors[0]
+
+    def __call__(self, rows):
+        batch = torch.utils.data.default_collate(rows)
+        index = int((self.firsts == batch[0][0]).all(1).nonzero()[0])
+        return None if self.drops(index % 2, index // 8) else batch
+
+
+@pytest.mark.parametrize("make", [Net, Manual])
+@pytest.mark.parametrize("drops", [lambda rank, batch: rank == 1 and batch in (0, 2), lambda rank, batch: True])
+def test_batches_that_are_none(make, drops, forked):
+    """With manual optimization, all workers skip a batch that one has not."""
+    torch.manual_seed(0)
+    trainer = forked(max_epochs=1)
+    trainer.fit(make(), DataLoader(table(32, torch.float32), batch_size=4, collate_fn=DropsBatches(drops)))
+    expected = {(Net, False): 4, (Net, True): 4, (Manual, False): 4, (Manual, True): 0}
+    assert trainer.global_step == expected[make, drops(0, 1)]
+
+
+def test_adapters(forked):
+    torch.manual_seed(0)
+    start = Adapters()
+    alone, shared = copy.deepcopy(start), copy.deepcopy(start)
+    forked(strategy="local", precision=64, max_epochs=2).fit(alone, loader(32, 8))
+    forked(precision=64, max_epochs=2).fit(shared, loader(32, 4))
+    assert_equal(alone, shared)
+    assert torch.equal(start.inp.weight.double(), shared.inp.weight)
+    assert not torch.equal(start.blocks[0].up.up.weight.double(), shared.blocks[0].up.up.weight)
 
 
 def test_a_loss_without_a_graph_is_an_error(forked):
@@ -370,12 +466,14 @@ def test_one_worker(forked):
     compare(forked, Net, rt.FSDP(), workers=1, val=loader(13, 2), max_epochs=1)
 
 
-def test_the_guides_example(forked, tmp_path, monkeypatch):
+def test_the_guides_examples(forked, tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "examples" / "guide" / "sharded-models.md"
-    code = page.read_text().split("```python\n")[1].split("```")[0]
+    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rt, "Trainer", forked)
     found: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(code, str(page), "exec"), found)
+    for code in blocks:
+        exec(compile(code, str(page), "exec"), found)
     assert all(parameter.is_meta for parameter in found["module"].parameters())
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
     assert all(parameter.isfinite().all() for parameter in found["whole"].parameters())

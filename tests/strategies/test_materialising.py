@@ -69,6 +69,42 @@ def test_trains_and_goes_on(forked, tmp_path):
         again.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
 
+class Tunable(Resets):
+    def __init__(self):
+        super().__init__()
+        self.lr, self.batch_size = 0.1, 1
+
+    def train_dataloader(self):
+        return loader(32, self.batch_size, torch.float32)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+@pytest.mark.parametrize("make", [Tunable, lambda: rt.on_meta(Tunable)], ids=["real", "on meta"])
+def test_tuning(make, forked):
+    module = make()
+    before = {name: value.clone() for name, value in weights(module).items()}
+    trainer = forked(max_epochs=2)
+    assert trainer.scale_batch_size(module, max_trials=2) == module.batch_size == 4
+    assert trainer.lr_find(module, num_training=20).suggestion() > 0.0
+    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in weights(module).items())
+
+
+def test_the_best_checkpoint_and_weights_alone(forked, tmp_path):
+    module = on_meta()
+    saver = rt.ModelCheckpoint(tmp_path, monitor="val", save_top_k=2, save_weights_only=True)
+    trainer = forked(max_epochs=4, enable_checkpointing=True, callbacks=[saver])
+    trainer.fit(module, loader(32, 4, torch.float32), loader(13, 2, torch.float32))
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    found = trainer.validate(module, loader(13, 2, torch.float32), ckpt_path="best")[0]["val"]
+    assert found == pytest.approx(float(saver.best_model_score), rel=1e-5)
+    whole = Resets.load_from_checkpoint(saver.best_model_path)
+    predicted = trainer.predict(module, loader(8, 4, torch.float32), ckpt_path="best")
+    expected = [whole(x) for x, _ in loader(8, 4, torch.float32)]
+    torch.testing.assert_close(predicted, expected)
+
+
 class Table(nn.Module):
     def __init__(self, integers):
         super().__init__()

@@ -1,11 +1,12 @@
-"""`SameData`: says once where workers read the same though they are to read different parts."""
+"""`SameData`: finds workers that read the same where they are to read different parts, or the other way round."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from raytrainer.data.first_batches import read_alike
+from raytrainer.data.first_batches import read_alike, read_apart
+from raytrainer.errors import DataError
 from raytrainer.metric_messages import MetricReport, ReadSample
 
 __all__ = ["SameData"]
@@ -20,11 +21,23 @@ class SameData:
         self._said: set[str] = set()
 
     def check(self, reports: Sequence[MetricReport]) -> None:
-        """Take up what workers report, by rank."""
+        """Take up what workers report, by rank.
+
+        Raises:
+            DataError: Workers that compute each batch together have read different ones.
+        """
         for loader in sorted({sample.loader for report in reports for sample in report.reads} - self._said):
             samples: list[ReadSample | None] = [
                 next((sample for sample in report.reads if sample.loader == loader), None) for report in reports
             ]
+            apart = read_apart(samples)
+            if apart is not None:
+                one, other, leaf = apart
+                raise DataError(
+                    f"ranks {one} and {other} are to compute each batch of the {loader} loader together, and have read "
+                    f"different ones: batch{leaf} differs. This loader's data is not dealt out for you: give both the "
+                    f"same, by rt.data_part() rather than by the rank."
+                )
             found = read_alike(samples)
             if found is None:
                 continue

@@ -1,0 +1,161 @@
+"""The order in which workers gather and reduce in training steps: known from earlier steps, and seen to be the same.
+
+Collectives pair by their order. Where user code decides what comes next (a layer that is left out at random, a
+`manual_backward` that one worker does not call), one worker's gathering of a block would be taken for the gathering of
+another block, without a word; or all would wait for ever. So workers tell the group's store what they do in a step of
+which there is no record. Later steps are compared with the record, which takes no talking; a worker that does something
+else in one waits for all others to do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from raytrainer.errors import DisagreementError
+
+__all__ = ["END", "NOBODY", "CollectiveOrder", "Event"]
+
+#: (what, which module, numbers sent): "gather" or "reduce".
+Event = tuple[str, int, int]
+
+#: What a step may end with: it is over, or no worker has done anything in it.
+END, NOBODY = "end", "nobody"
+
+#: Seconds that a worker waits for others to do what they have not done in earlier steps.
+_PATIENCE = 300.0
+
+
+class CollectiveOrder:
+    """What one worker does, step by step.
+
+    Args:
+        store: A store of all workers.
+        name: Of its own in the store.
+        names: The modules', by index.
+        timeout: Seconds that a collective waits for the others.
+    """
+
+    def __init__(self, store: Any, name: str, names: Sequence[str], timeout: float) -> None:
+        self._store, self._name, self._names = store, name, names
+        self._patience = timedelta(seconds=min(timeout / 2, _PATIENCE))
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._known: dict[Any, list[list[Event]]] = {}  # what steps of a kind do; the latest first
+        self._kind: Any = None
+        self._follows: list[Event] | None = None  # what this step does so far, as one before it
+        self._step = 0
+        self._left: list[list[str]] = []  # keys of the latest meetings
+        self.happened: list[Event] = []
+
+    def forget(self) -> None:
+        """What is trained has changed: the next step of each kind is told again."""
+        self._known.clear()
+
+    def begin(self, kind: Any) -> None:
+        """A step begins. All workers' steps of one kind are expected to do the same."""
+        self._step += 1
+        self._kind, self.happened = kind, []
+        self._follows = next(iter(self._known.get(kind, [])), None)
+
+    @property
+    def expected(self) -> list[Event] | None:
+        """What the step does if it is like those before it."""
+        return self._follows
+
+    def note(self, event: Event) -> None:
+        """This worker is about to do something that needs the others.
+
+        Raises:
+            DisagreementError: Others do something else.
+        """
+        position, follows = len(self.happened), self._follows
+        if follows is None:
+            self._tell(position, _word(event))
+        elif position >= len(follows) or follows[position] != event:
+            self._meet(position, _word(event))
+            self._follows = self._like([*self.happened, event])
+        self.happened.append(event)
+
+    def end(self) -> None:
+        """The step is over.
+
+        Raises:
+            DisagreementError: It is not, for others.
+        """
+        follows = self._follows
+        if follows is None or len(follows) != len(self.happened):
+            self._meet(len(self.happened), END)
+        known = self._known.setdefault(self._kind, [])
+        if not known or known[0] != self.happened:
+            known[:] = [self.happened, *(steps for steps in known if steps != self.happened)]
+
+    def nobody(self) -> None:
+        """No worker does anything in this step."""
+        self._tell(len(self.happened), NOBODY)
+
+    def count(self, what: str, more: int = 1) -> int:
+        """How many workers have said `what` of this step, with this one if it does."""
+        return int(self._store.add(f"{self._name}/{self._step}/{what}", more))
+
+    def next_word(self) -> Event | str:
+        """What the others do next: an event; END or NOBODY. Waits for them to tell."""
+        word = self._store.get(self._key(len(self.happened))).decode()
+        if word in (END, NOBODY):
+            return str(word)
+        what, index, numbers = word.split()
+        return what, int(index), int(numbers)
+
+    def _like(self, steps: list[Event]) -> list[Event] | None:
+        found = (known for known in self._known.get(self._kind, []) if known[: len(steps)] == steps)
+        return next(found, None)
+
+    def _key(self, position: int) -> str:
+        return f"{self._name}/{self._step}/{position}"
+
+    def _tell(self, position: int, word: str) -> None:
+        there = self._store.compare_set(self._key(position), "", word).decode()
+        if there != word:
+            raise self._disagreement(word, f"where another one comes to {self._shown(there)}")
+
+    def _meet(self, position: int, word: str) -> None:
+        """Go on when all workers are about to do this."""
+        self._tell(position, word)
+        keys = [self._key(position), f"{self._key(position)}/here", f"{self._key(position)}/all"]
+        if self._store.add(keys[1], 1) == self._size:
+            self._store.set(keys[2], "")
+        try:
+            self._store.wait([keys[2]], self._patience)
+        except RuntimeError:  # torch's own error for a time that is over
+            others = f"to which others have not come for {self._patience.total_seconds():.0f} s"
+            raise self._disagreement(word, others) from None
+        # all have left the meeting before the last one
+        self._left.append(keys)
+        if len(self._left) > 2:
+            old = self._left.pop(0)
+            for key in old if self._rank == 0 else ():
+                self._store.delete_key(key)
+
+    def _disagreement(self, word: str, others: str) -> DisagreementError:
+        before = f" after {self._shown(_word(self.happened[-1]))}" if self.happened else ""
+        return DisagreementError(
+            f"workers do different things in one training step: rank {self._rank} comes to {self._shown(word)}"
+            f"{before}, {others}. With fsdp all workers gather each layer's parameters together, so that all must use "
+            f"the same layers in the same order, and call manual_backward equally often. Draw what decides on that "
+            f"alike on all workers; to skip a batch, return None from training_step before anything else (with manual "
+            f"optimization: call manual_backward with a loss of zero, such as 0.0 * self(x).sum())."
+        )
+
+    def _shown(self, word: str) -> str:
+        if word in (END, NOBODY):
+            return "its end"
+        what, index, _ = word.split()
+        name = self._names[int(index)]
+        part = repr(name) if name else "what is in no block"
+        return f"{'gathering' if what == 'gather' else 'averaging the gradients of'} {part}"
+
+
+def _word(event: Event) -> str:
+    return " ".join(map(str, event))

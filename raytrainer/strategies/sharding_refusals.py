@@ -1,0 +1,120 @@
+"""What torch's `fully_shard` cannot do with a module, told before training with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["explained", "refuse_hooks", "refuse_mixed", "refuse_sharded_loss", "refuse_unfit"]
+
+
+def refuse_unfit(module: nn.Module) -> None:
+    """Refuse parameters that cannot be sharded.
+
+    Raises:
+        ConfigurationError: Names them.
+    """
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ConfigurationError(
+            f"fsdp: {_shown(lazy)} have no shape yet (lazy modules): call the module with one batch before fit."
+        )
+    scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise ConfigurationError(
+            f"fsdp: {_shown(scalars)} have no dimension, along which they could be cut: give them one, as "
+            f"nn.Parameter(torch.tensor([1.0])), or make them buffers if they do not train."
+        )
+    sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", None) is True]
+    if sparse:
+        raise ConfigurationError(
+            f"fsdp: {_shown(sparse)} give sparse gradients (sparse=True), which cannot be averaged in shards: leave "
+            f'sparse out, or use strategy="ddp".'
+        )
+    refuse_hooks(module)
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Refuse hooks on gradients of parameters: FSDP computes gradients of other tensors, whose hooks they are not.
+
+    Raises:
+        ConfigurationError: Names the parameters.
+    """
+    hooked = [name for name, parameter in module.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        raise ConfigurationError(
+            f"fsdp: register_hook was called on {_shown(hooked)}; such a hook is never called, since gradients arise "
+            f"elsewhere and come to the shards when they are averaged. Use register_post_accumulate_grad_hook, in "
+            f"configure_optimizers, or change gradients in on_before_optimizer_step."
+        )
+
+
+def refuse_mixed(module: nn.Module, within: Mapping[str, nn.Module]) -> None:
+    """Refuse parameters of several types that would be gathered together, if they train.
+
+    Args:
+        module: What is gathered together, but for what is `within` parts of it.
+        within: Those, by name.
+
+    Raises:
+        ConfigurationError: Names one of each type.
+    """
+    apart = {id(parameter) for part in within.values() if part is not module for parameter in part.parameters()}
+    kinds: dict[object, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in apart:
+            kinds.setdefault(parameter.dtype, name)
+    if len(kinds) > 1:
+        shown = ", ".join(f"{name!r} ({str(dtype).removeprefix('torch.')})" for dtype, name in kinds.items())
+        raise ConfigurationError(
+            f"fsdp: parameters of several types would be gathered together: {shown}, of a {type(module).__name__}. "
+            f"Give them one type, or name blocks that keep them apart: FSDP(blocks=[...]); those that do not train "
+            f"(requires_grad=False) may be of any."
+        )
+
+
+_WHOLE_WHEN = (
+    "With fsdp a block's parameters are whole only while the block's forward runs. Call the block rather than a part "
+    "of it, or name its parts as blocks: FSDP(blocks=[...]). What sums up parameters, such as a penalty, belongs into "
+    "the block's forward, or into the optimizer (weight_decay)."
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Add to torch's complaint about shards among whole tensors what that means here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            error.add_note(_WHOLE_WHEN)
+        raise
+
+
+def refuse_sharded_loss(loss: object, mesh: Any) -> None:
+    """Refuse a loss that is computed of shards: its backward pass would go past what averages gradients.
+
+    One of layers that are split (torch's `loss_parallel`) is the same on all workers that split them.
+
+    Args:
+        loss: What the step has returned.
+        mesh: Of all workers; its last dimension splits layers.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    if isinstance(loss, DTensor) and loss.device_mesh.mesh_dim_names != mesh.mesh_dim_names[-1:]:
+        raise ConfigurationError(f"training_step has computed its loss from parameters in shards. {_WHOLE_WHEN}")
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more

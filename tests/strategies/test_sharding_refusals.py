@@ -1,0 +1,172 @@
+"""What fsdp cannot do: told before training, or as soon as it shows, rather than a wrong result or a wait for ever."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sharded_models import Net, loader
+from torch import nn
+
+import raytrainer as rt
+
+
+class LeavesOutBackward(Net):
+    """Rank 1 does not call `manual_backward` in batch `at`."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        if self.global_rank == 0 or batch_idx != self.at:
+            self.manual_backward(loss)
+        optimizer.step()
+
+
+class ReturnsEarly(LeavesOutBackward):
+    def training_step(self, batch, batch_idx):
+        return None if self.global_rank == 1 and batch_idx == self.at else super().training_step(batch, batch_idx)
+
+
+class DropsLayers(Net):
+    """In batch `at` each rank leaves out another block: as many gatherings, of the same size."""
+
+    def training_step(self, batch, batch_idx):
+        self.drops = batch_idx == self.at
+        return super().training_step(batch, batch_idx)
+
+    def forward(self, x):
+        x = self.inp(x)
+        for index, block in enumerate(self.blocks):
+            x = x if self.drops and index == self.global_rank else block(x)
+        return self.head(x)
+
+
+class StopsEarly(Net):
+    """Rank 1 leaves out the last block: what it does is a beginning of what the other does."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        for block in self.blocks[: 2 if self.global_rank == 1 else 3]:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "make, at",
+    [
+        (LeavesOutBackward, 0), (LeavesOutBackward, 2), (ReturnsEarly, 0), (ReturnsEarly, 3), (DropsLayers, 0),
+        (DropsLayers, 2), (StopsEarly, 0),
+    ],
+)  # fmt: skip
+def test_workers_that_do_different_things(make, at, forked):
+    module = make()
+    module.at = at
+    trainer = forked(max_epochs=1, strategy=rt.FSDP(process_group_timeout=6))
+    with pytest.raises(rt.DisagreementError, match=r"different things in one training step: rank \d comes to "):
+        trainer.fit(module, loader(32, 4, torch.float32))
+
+
+class Alternates(Net):
+    """What a step does depends on the batch, on all workers alike."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        for index, block in enumerate(self.blocks):
+            x = x if index == self.skipped else block(x)
+        return self.head(x)
+
+    def training_step(self, batch, batch_idx):
+        self.skipped = (batch_idx * 2) % 5
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.skipped = 0
+        super().validation_step(batch, batch_idx)
+
+
+def test_what_steps_do_may_change_on_all_workers_alike(forked):
+    from sharded_models import compare
+
+    class Last(Alternates):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx % 3)
+
+    compare(forked, Last, max_epochs=3)
+
+
+def with_part(part):
+    class Has(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = part()
+
+    return Has
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(1.0))
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
+class HooksInConfigureModel(Net):
+    def configure_model(self):
+        self.head.weight.register_hook(lambda gradient: gradient * 0)
+
+
+class HooksInConfigureOptimizers(Net):
+    def configure_optimizers(self):
+        self.blocks[0].up.weight.register_hook(lambda gradient: gradient * 0)
+        return super().configure_optimizers()
+
+
+class Penalty(Net):
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) + sum(parameter.square().sum() for parameter in self.parameters())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (with_part(Scalar), r"'extra\.value' have no dimension"),
+        (with_part(lambda: nn.LazyLinear(3)), r"'extra\.weight', 'extra\.bias' have no shape yet"),
+        (with_part(lambda: nn.Embedding(3, 3, sparse=True)), r"'extra' give sparse gradients"),
+        (with_part(Complex), r"several types .*'inp\.weight' \(float32\), 'extra\.value' \(complex64\)"),
+        (HooksInConfigureModel, r"register_hook was called on 'head\.weight'"),
+        (HooksInConfigureOptimizers, r"register_hook was called on 'blocks\.0\.up\.weight'"),
+        (Penalty, r"computed its loss from parameters in shards"),
+    ],
+)
+def test_refused(make, message, forked):
+    with pytest.raises(rt.ConfigurationError, match=message):
+        forked(max_epochs=1).fit(make(), loader(32, 4, torch.float32))
+
+
+class PartOfABlock(Net):
+    def forward(self, x):
+        return self.head(self.blocks[0].down(self.blocks[1].up(self.inp(x))))
+
+
+def test_a_part_of_a_block_is_explained(forked):
+    with pytest.raises(RuntimeError) as caught:
+        forked(max_epochs=1).fit(PartOfABlock(), loader(32, 4, torch.float32))
+    assert any("Call the block rather than a part of it" in note for note in caught.value.__notes__)
+
+
+def test_logging_a_part_of_a_number_is_refused(forked):
+    class Logs(Net):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.log("sum", self.head.weight.sum())
+
+    with pytest.raises(rt.MetricError, match=r"log its full_tensor\(\)"):
+        forked(max_epochs=1).fit(Logs(), loader(32, 4, torch.float32))
