@@ -92,3 +92,57 @@ def fsdp_takes_a_share() -> str:
         held[strategy] = module.held / 2**20
     assert held["fsdp"] < held["ddp"] / k * 1.15, held
     return f"of 1 GiB of parameters and AdamW's state a worker holds {held['fsdp']:.0f} MiB, with ddp {held['ddp']:.0f}"
+
+
+class SplitNet(Net):
+    """Its hidden layer is split, where the strategy splits layers."""
+
+    def configure_model(self) -> None:
+        mesh = None if self.device_mesh is None else self.device_mesh["tensor_parallel"]
+        if mesh is None or mesh.size() == 1:
+            return
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        parallelize_module(self.layers, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+
+
+@check(2, workers="both")
+def split_layers_equal_one_gpu() -> str:
+    k, worst, last = len(uuids()), 0.0, 0.0
+    for options in ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}):
+        ours, theirs = Rows(), Rows()
+        one, many = SplitNet(), SplitNet()
+        fit(one, data(64, 8), logger=theirs, log_every_n_steps=1, **options)
+        strategy = raytrainer.ModelParallel(tensor=k)
+        fit(many, data(64, 8), gpus=k, strategy=strategy, logger=ours, log_every_n_steps=1, **options)
+        worst = max(worst, distance(one, many))
+        pairs = [(a["loss"], b["loss"]) for a, b in zip(ours.rows, theirs.rows, strict=True) if "loss" in a]
+        assert len(pairs) == 16 // options.get("accumulate_grad_batches", 1), (len(ours.rows), options)
+        last = max(last, *(abs(a - b) for a, b in pairs))
+    assert worst < 1e-5 and last < 1e-5, (worst, last)
+    seen = f"weights differ by {worst:.1e}, losses by {last:.1e}"
+    return f"layers split over {k} GPUs, also accumulating and clipping: {seen}"
+
+
+@check(2, workers="both")
+def shards_go_on_on_fewer_and_on_more_gpus() -> str:
+    k, folder = len(uuids()), tempfile.mkdtemp()
+    straight = SplitNet()
+    fit(straight, data(64, 8 * k), max_epochs=4)
+    runs: list[tuple[int, Any]] = [
+        (k, "fsdp"),
+        (1, "fsdp"),
+        (k, raytrainer.ModelParallel(tensor=k)),
+        (k, raytrainer.FSDP()),
+    ]
+    path = None
+    for epoch, (gpus, strategy) in enumerate(runs, 1):
+        module = SplitNet()
+        saver = raytrainer.ModelCheckpoint(f"{folder}/{epoch}", save_last=True)
+        parts = k if strategy in ("fsdp", raytrainer.FSDP()) and gpus > 1 else 1
+        loader = data(64, 8 * k // parts)
+        fit(module, loader, gpus=gpus, strategy=strategy, max_epochs=epoch, callbacks=saver, ckpt_path=path)
+        path = f"{folder}/{epoch}/last.ckpt"
+    off = distance(straight, module)
+    assert off < 1e-5, off
+    return f"fsdp on {k} -> fsdp on 1 -> layers split over {k} -> fsdp on {k}, an epoch each: as one GPU to {off:.1e}"
