@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from raytrainer.errors import MetricError
 from raytrainer.metric_messages import MetricSpec, Number, Partial
 from raytrainer.metrics.metric_objects import reset
 
-__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "spec_for"]
+__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "refuse_shared", "spec_for"]
 
 #: The options of `Module.log` that must be the same in each call, in this order: prog_bar, logger, on_step, on_epoch,
 #: reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only. A plain tuple, since each call makes and compares one.
@@ -218,3 +219,18 @@ def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | Non
     full = name if loader is None else f"{name}/dataloader_idx_{loader}"
     shown = logger is not False
     return MetricSpec(full, step, epoch, prog_bar, shown, sync_dist, reduction, rank_zero_only, loader, once_per_node)
+
+
+def refuse_shared(ledgers: Mapping[str, Ledger], current: Ledger, hook: str | None, name: str, metric: Any) -> None:
+    """Training and validation must not update one object: a validation within an epoch would take its batches.
+
+    Raises:
+        MetricError: They do.
+    """
+    for key, ledger in ledgers.items():
+        if ledger is not current and any(slot.metric is metric for slot in ledger.slots.values()):
+            there = "training" if key == "train" else "validation"
+            raise MetricError(
+                f"self.log({name!r}, <{type(metric).__name__}>) in {hook}: {there} logs the same metric object, which "
+                f"would mix both; use one object a stage, as self.train_acc and self.val_acc."
+            )

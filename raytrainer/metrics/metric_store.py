@@ -19,7 +19,7 @@ from raytrainer.metrics.batch_weight import BatchWeight
 from raytrainer.metrics.device_fetch import begin_fetch
 from raytrainer.metrics.exact_numbers import exact, number, plain, scalar
 from raytrainer.metrics.metric_objects import is_metric, path_of, step_value
-from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, spec_for
+from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, refuse_shared, spec_for
 from raytrainer.metrics.shown_metrics import ShownMetrics
 
 __all__ = ["MetricStore"]
@@ -175,7 +175,7 @@ class MetricStore:
     def _note_metric(self, slot: Slot, name: str, metric: Any) -> None:
         """A torchmetrics object: its step value is what it has returned last; its epoch value is asked of it later."""
         if slot.metric is None:
-            self._refuse_shared(name, metric)
+            refuse_shared(self._ledgers, self._current, self.hook, name, metric)
             path = path_of(metric, self.root, name)
             slot.spec, slot.metric = replace(slot.spec, metric=path), metric
         elif slot.metric is not metric:
@@ -185,16 +185,6 @@ class MetricStore:
             value = step_value(metric, name)
             slot.last = scalar(name, value.detach().clone()) if isinstance(value, Tensor) else float(value)
             slot.moment = self.moment
-
-    def _refuse_shared(self, name: str, metric: Any) -> None:
-        """Training and validation must not update one object: a validation within an epoch would take its batches."""
-        for key, ledger in self._ledgers.items():
-            if ledger is not self._current and any(slot.metric is metric for slot in ledger.slots.values()):
-                there = "training" if key == "train" else "validation"
-                raise MetricError(
-                    f"self.log({name!r}, <{type(metric).__name__}>) in {self.hook}: {there} logs the same metric "
-                    f"object, which would mix both; use one object a stage, as self.train_acc and self.val_acc."
-                )
 
     def _new_slot(self, name: str, options: LogOptions, sync_dist_group: Any) -> Slot:
         if sync_dist_group is not None:
