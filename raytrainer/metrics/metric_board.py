@@ -13,6 +13,7 @@ from raytrainer.errors import MetricError
 from raytrainer.metric_messages import MetricReport, MetricSpec, Number, Reduced
 from raytrainer.metrics.exact_numbers import as_tensor, exact
 from raytrainer.metrics.reductions import reduce_partials, reduce_steps
+from raytrainer.plan.folding import by_text, ranks_text
 
 __all__ = ["MetricBoard", "MetricTime"]
 
@@ -59,8 +60,10 @@ class MetricBoard:
         """
         specs, training = reports[0].specs, self.now.stage == "train"
         for name, spec in specs.items():
-            values = [report.step[name] for report in reports if name in report.step]
-            if not spec.on_step or not values:
+            if not spec.on_step:
+                continue
+            values = [report.step[name] for report in _heard(reports, spec) if name in report.step]
+            if not values:
                 continue
             value = reduce_steps(spec, values, reports[0].fx.get(name))
             if training:
@@ -71,12 +74,14 @@ class MetricBoard:
                 self.logged[spec.step_name] = as_tensor(value)
         by_step_name = {spec.step_name: spec for spec in specs.values()}
         rows: Rows = []
-        others = [{row.step: row.values for row in report.rows} for report in reports[1:]]
+        shared = any(spec.sync_dist for spec in by_step_name.values())
+        others = [{row.step: row.values for row in report.rows} for report in reports[1:]] if shared else []
         for row in reports[0].rows:
             merged = {}
+            theirs = [by_step[row.step] for by_step in others if row.step in by_step]
             for name, value in row.values.items():
-                values = [value, *(r[row.step][name] for r in others if name in r.get(row.step, {}))]
                 spec = by_step_name[name]
+                values = [value, *(other[name] for other in theirs if name in other)] if spec.sync_dist else [value]
                 merged[name] = reduce_steps(spec, values, reports[0].fx.get(spec.name))
             rows.append((row.step, row.epoch, merged))
         rows = _with_samples(rows, reports)
@@ -160,6 +165,13 @@ class MetricBoard:
         self.news = kept
 
 
+def _heard(reports: Sequence[MetricReport], spec: MetricSpec) -> Sequence[MetricReport]:
+    """Reports that have a say in a step value: all, or the first that has it, where it is not to be reduced."""
+    if spec.sync_dist:
+        return reports
+    return next(([report] for report in reports if spec.name in report.step), [])
+
+
 _SAMPLED: dict[str, Callable[[list[Number]], Number]] = {"min": min, "max": max, "sum": sum, "mean": fmean}
 
 
@@ -183,17 +195,22 @@ def _with_samples(rows: Rows, reports: Sequence[MetricReport]) -> Rows:
 def _check_names(reports: Sequence[MetricReport], what: str, batches: Sequence[Sequence[int]] | None = None) -> None:
     """Every worker must have logged the same names, but for those of rank 0 alone and of loaders it had no batch of."""
     specs = {n: report.specs[n] for report in reports for n in report.epoch if not report.specs[n].rank_zero_only}
-    details = []
+    lacking: dict[int, str] = {}
+    in_order = sorted(specs.items())
     for rank, report in enumerate(reports):
         own = batches[rank] if batches is not None else [int(not report.idle)]
         missing = [
             repr(name)
-            for name, spec in sorted(specs.items())
+            for name, spec in in_order
             if name not in report.epoch and any(own) and (spec.loader is None or own[spec.loader])
         ]
         if missing:
-            details.append(f"rank {rank} did not log {', '.join(missing)}")
-    if details:
+            lacking[rank] = ", ".join(missing)
+    if lacking:
+        details = [
+            f"rank{'s' if len(ranks) > 1 else ''} {ranks_text(ranks)} did not log {names}"
+            for ranks, names in by_text(lacking)
+        ]
         raise MetricError(
             f"workers logged different names in {what}: {'; '.join(details)}. Log the same names on every rank, or "
             f"pass rank_zero_only=True for those that only rank 0 has."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from raytrainer.plan.folding import few
+
 __all__ = ["differences"]
 
 #: Weights, reports and verbs of these travel between driver and workers, so they must agree to so many places.
@@ -32,7 +34,7 @@ def differences(own: Mapping[str, str], nodes: Mapping[str, Mapping[str, str]]) 
                 if _head(versions[package], count) != _head(own[package], count):
                     others.setdefault(versions[package], []).append(address)
             lines += [
-                f"{package} {own[package]} here, {version} on {', '.join(where)}" for version, where in others.items()
+                f"{package} {own[package]} here, {version} on {few(where, 4)}" for version, where in others.items()
             ]
         found.append(lines)
     return found[0], found[1]

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Frame", "Whereabouts", "frames_of_threads", "whereabouts"]
+from raytrainer.plan.folding import by_text, ranks_text
+
+__all__ = ["Frame", "Whereabouts", "folded", "frames_of_threads", "whereabouts"]
 
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -64,11 +66,26 @@ class Whereabouts:
     waits_for: str
     threads: str
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """The line and what it waits for, in words."""
         if self.innermost is None:
-            return f"rank {self.rank} on {self.node}: did not answer"
+            return "did not answer"
         at = f"at {self.user}" if self.user is not None else f"in no code of yours, at {self.innermost}"
-        return f"rank {self.rank} on {self.node}: {at}{f', waiting for {self.waits_for}' if self.waits_for else ''}"
+        return f"{at}{f', waiting for {self.waits_for}' if self.waits_for else ''}"
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}: {self.where}"
+
+
+def folded(found: Sequence[Whereabouts]) -> list[str]:
+    """A line for each place; several ranks at the same one share it, with the node of the first of them."""
+    by_rank = {each.rank: each for each in found}
+    lines = []
+    for ranks, where in by_text({each.rank: each.where for each in found}):
+        first = by_rank[ranks[0]]
+        lines.append(str(first) if len(ranks) == 1 else f"ranks {ranks_text(ranks)} (first on {first.node}): {where}")
+    return lines
 
 
 def frames_of_threads(dump: str) -> list[list[Frame]]:

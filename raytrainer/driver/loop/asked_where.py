@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
+from raytrainer.plan.where_it_is import folded
 
 __all__ = ["AskedWhere"]
 
@@ -69,5 +70,5 @@ class AskedWhere:
 
     def _tell(self) -> None:
         group = self._group()
-        lines = [] if group is None else [str(place) for place in group.whereabouts(_PATIENCE)]
+        lines = [] if group is None else folded(group.whereabouts(_PATIENCE))
         log.warning("Asked where the run is:\n%s", "\n".join(lines) or "it has no workers yet, or no longer")

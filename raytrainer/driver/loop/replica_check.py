@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import DisagreementError
 from raytrainer.messages import Difference, Fingerprints
+from raytrainer.plan.folding import ranks_text
 from raytrainer.worker.worker import Worker
 
 __all__ = ["ReplicaCheck"]
@@ -99,10 +100,10 @@ class ReplicaCheck:
         largest, scale = max((d.largest, d.scale) for other, _, d in serious if other == name)
         more = f", and {count - 1} more tensor{'s' if count > 2 else ''}" if count > 1 else ""
         raise DisagreementError(
-            f"after epoch {epoch} rank(s) {ranks} have another {name} than rank 0: it differs by up to {largest:.3g}, "
-            f"and rank 0's largest element is {scale:.3g}{more}. Gradients are averaged in the backward pass; what "
-            f"changes weights or .grad later must do the same on all workers. Look for an optimizer that writes .grad "
-            f"itself, in-place changes on one rank, or random numbers in them. With "
+            f"after epoch {epoch} rank(s) [{ranks_text(ranks)}] have another {name} than rank 0: it differs by up to "
+            f"{largest:.3g}, and rank 0's largest element is {scale:.3g}{more}. Gradients are averaged in the backward "
+            f"pass; what changes weights or .grad later must do the same on all workers. Look for an optimizer that "
+            f"writes .grad itself, in-place changes on one rank, or random numbers in them. With "
             f"strategy=DDP(check_replicas=False) nobody looks."
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -12,12 +12,16 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from raytrainer.errors import WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
-from raytrainer.plan.where_it_is import Whereabouts
+from raytrainer.plan.folding import ranks_text
+from raytrainer.plan.where_it_is import Whereabouts, folded
 from raytrainer.signals import PIECE, hear
 from raytrainer.worker.actor.actor import Failure, Place
 from raytrainer.worker.actor.module_pickling import Pickled
 
 __all__ = ["Answers"]
+
+#: Answers that are still to come, from which on they are not taken one by one.
+MANY = 8
 
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
@@ -78,23 +82,35 @@ class Answers:
                 if left <= PIECE:
                     break
                 continue
-            answer = self._answer(ready[0], of[ready[0]])
-            answers[ready[0]] = answer
-            if isinstance(answer, WorkerLostError):
+            if len(pending) >= MANY:  # those that have answered meanwhile, too
+                more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+                ready += more
+            found = self._answered(ready, of)
+            answers.update(zip(ready, found, strict=True))
+            if any(isinstance(answer, WorkerLostError) for answer in found):
                 break  # the others may hang for ever
-            if isinstance(answer, Failure) and not failed:
+            if not failed and any(isinstance(answer, Failure) for answer in found):
                 failed, deadline = True, time.monotonic() + GRACE
         failures: list[Failure | WorkerLostError]
         failures = [a for a in answers.values() if isinstance(a, (Failure, WorkerLostError))]
         if pending and not failures:
             silent = [of[ref] for ref in refs if ref in pending]
-            reason = f"no answer from rank(s) {silent} for {patience:.0f} s ({what})"
+            reason = f"no answer from rank(s) [{ranks_text(silent)}] for {patience:.0f} s ({what})"
             # told before they are ended: which of them keeps the others waiting shows in what each one waits for
-            found = "".join(f"\n  {each}" for each in self._group.whereabouts(WHERE))
-            failures = [WorkerLostError(silent[0], reason + found)]
+            where = "".join(f"\n  {line}" for line in folded(self._group.whereabouts(WHERE)))
+            failures = [WorkerLostError(silent[0], reason + where)]
         if failures:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
+
+    def _answered(self, refs: Sequence[Any], of: Mapping[Any, int]) -> list[Any]:
+        """What these have answered: fetched at once where nobody is lost, which is a tenth of the time for many."""
+        if len(refs) > 1:
+            try:
+                return [answer.get() if isinstance(answer, Pickled) else answer for answer in ray.get(list(refs))]
+            except RayError:
+                pass
+        return [self._answer(ref, of[ref]) for ref in refs]
 
     def _answer(self, ref: Any, rank: int) -> Any:
         try:
@@ -142,10 +158,15 @@ class Answers:
             self._group.stale = True
         if isinstance(culprit, WorkerLostError):
             raise culprit
+        said = culprit.type_name, culprit.message
         if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
             self._group.abort()
             raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
-        where = WorkerError(culprit.rank, culprit.node, culprit.traceback)
+        alike = [
+            f.rank for f in failures if isinstance(f, Failure) and f is not culprit and (f.type_name, f.message) == said
+        ]
+        others = f"Ranks {ranks_text(alike)} said the same.\n" if len(alike) > 1 else ""
+        where = WorkerError(culprit.rank, culprit.node, culprit.traceback + others)
         try:
             original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None
         except Exception:

@@ -17,10 +17,11 @@ from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.edited_modules import EditedModules
+from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.ray_whereabouts import ask_where
-from raytrainer.driver.workers.task_pickling import pickle_task
+from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks, assign_ranks
@@ -161,14 +162,7 @@ class RayGroup:
 
     def describe(self) -> str:
         """E.g. "4 workers on 2 nodes of 10.0.0.1:6379: h1 gpu 0,1; h2 gpu 0,1"."""
-        nodes = []
-        for node, count in self.by_node.items():
-            here = [place for place in self.places if place.node_id == node]
-            gpus = [str(index) for place in here for index in place.gpus]
-            nodes.append(f"{here[0].host} gpu {','.join(gpus)}" if gpus else f"{here[0].host} cpu x{count}")
-        workers = f"{self.size} worker{'s' if self.size > 1 else ''}"
-        of = "" if started_here() else f" of {place_name()}"
-        return f"{workers} on {len(nodes)} node{'s' if len(nodes) > 1 else ''}{of}: {'; '.join(nodes)}"
+        return described(self.places, "" if started_here() else f" of {place_name()}")
 
     # ---------------------------------------------------------------- verbs
 
@@ -205,7 +199,11 @@ class RayGroup:
             hosts = [place.host for place in self.places]
             args = [ray.put(pack(brought_along(value, hosts))) for value in args]  # once for all workers
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
-        refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
+        if verb.shares or len(told) == 1:
+            refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
+        else:
+            packed = packed_verb(verb, args, kwargs or {})
+            refs = [actor.obey_packed.remote(packed) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 

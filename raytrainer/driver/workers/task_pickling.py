@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import ray
+from ray import cloudpickle
 
 from raytrainer.driver.cluster.inherited import changed_environment
 from raytrainer.errors import SerializationError
 from raytrainer.task import Task
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.surroundings import Surroundings
+from raytrainer.worker.verbs import Verb
 
-__all__ = ["pickle_task"]
+__all__ = ["packed_verb", "pickle_task"]
+
+#: Bytes of a verb's arguments, from which on they go through Ray's object store: once a node.
+LARGE = 2**16
+
+
+def packed_verb(verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A verb and its arguments as one object for `RemoteWorker.obey_packed`, pickled once for all workers."""
+    packed = cloudpickle.dumps((verb.name, args, kwargs))
+    return ray.put(packed) if len(packed) > LARGE else packed
 
 
 def pickle_task(task: Task) -> Pickled:

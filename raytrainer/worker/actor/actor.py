@@ -171,6 +171,11 @@ class RemoteWorker:
 
         return self._guard(obey)
 
+    def obey_packed(self, packed: bytes) -> Any:
+        """The same of a verb that has been pickled, once for all workers: its name, args and kwargs."""
+        name, args, kwargs = pickle.loads(packed)
+        return self.obey(name, *args, **kwargs)
+
     def rest(self) -> Any:
         """The run is over, and there is none for now."""
         return self._guard(self._rest)
