@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from raytrainer.plan.seeds import derive_seed
 
 __all__ = [
     "capture_rng",
+    "hold_rng",
     "host_generators",
     "last_seed",
     "restore_rng",
@@ -105,14 +106,35 @@ def same_rng(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def hold_rng() -> Callable[[], None]:
+    """Remember where this process's generators are; what is returned puts them back there.
+
+    A fifth of what `capture_rng` costs, whose values can be stored.
+    """
+    numpy = sys.modules.get("numpy")
+    own, of_torch = random.getstate(), torch.get_rng_state()
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    of_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+    def put_back() -> None:
+        random.setstate(own)
+        torch.set_rng_state(of_torch)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+        if of_gpu is not None:
+            torch.cuda.set_rng_state(of_gpu)
+
+    return put_back
+
+
 @contextmanager
 def rng_untouched() -> Iterator[None]:
     """Whatever happens inside leaves no trace in the generators."""
-    state = capture_rng()
+    put_back = hold_rng()
     try:
         yield
     finally:
-        restore_rng(state)
+        put_back()
 
 
 @contextmanager

@@ -310,3 +310,17 @@ def test_teardown_and_exception_hooks_after_an_error(local_trainer):
     with pytest.raises(ZeroDivisionError):
         trainer.test(Failing(), data(4))
     assert calls == [ZeroDivisionError, "test"] and trainer.state.status == "failed"
+
+
+@pytest.mark.parametrize(("batches", "asked"), [(1, 1), (0, 0)])
+def test_the_last_batch_is_known_to_be_the_last(batches, asked, local_trainer, monkeypatch):
+    """Where a loader has a length, workers need not be asked whether there is another batch."""
+    from raytrainer.driver.workers.local_group import LocalGroup
+
+    told, call = [], LocalGroup.call
+    monkeypatch.setattr(LocalGroup, "call", lambda *args, **kw: told.append(args[1].__name__) or call(*args, **kw))
+    trainer = local_trainer(max_epochs=1, limit_val_batches=batches, num_sanity_val_steps=0)
+    trainer.fit(Tiny(), data(8), data(8))
+    assert [told.count(f"{verb}evaluat{end}") for verb, end in (("start_", "ion"), ("", "e"), ("end_", "ion"))] == [
+        asked
+    ] * 3

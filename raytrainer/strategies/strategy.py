@@ -14,8 +14,7 @@ a run comes to them:
     agree_on_infinities, clip_gradients
                             before an optimizer's step
     refresh                 after parameters were changed by others
-    begin_evaluation, evaluation_step, begin_round, end_round,
-    end_evaluation, replicas
+    begin_evaluation, evaluation_step, begin_round, end_round, end_evaluation, replicas
     module_state, optimizer_state, accumulated, own_tensors, holds_common, own_part
     take_up, load_module, load_optimizer, put_accumulated
     averaged_tensors, local_part, as_held  what callbacks that average weights copy and change
@@ -59,6 +58,7 @@ class Strategy(ABC):
     """
 
     inference_mode: bool = True  # whether evaluations may run under `torch.inference_mode`
+    evaluates_alone: bool = True  # whether a worker without a batch left is done, whatever the others have
     compiles_blocks: bool = False  # whether `shape` compiles what is to be compiled
     resumes: bool = False  # whether a checkpoint's weights will be loaded
     builds_alike: bool = False  # whether all workers draw the same until the module has its form

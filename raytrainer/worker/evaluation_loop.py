@@ -12,7 +12,7 @@ import torch
 from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.metric_messages import ReadSample, Reduced
-from raytrainer.seeding import capture_rng, restore_rng
+from raytrainer.seeding import hold_rng
 from raytrainer.worker.missing_batches import MissingBatches
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class EvaluationLoop:
     def __init__(self, run: WorkerRun, stage: str, sanity: int | None = None) -> None:
         self.run, self.stage, self.sanity = run, stage, sanity
         self.view = run.view
-        self._rng = capture_rng() if sanity is not None else None  # before the loaders' hooks
+        # before the loaders' hooks; what is begun and cut off is done again by the run that goes on
+        self._put_back = hold_rng() if sanity is not None or run.task.stage == "fit" else None
         self.feeds = run.data.feeds(_LOADER[stage])
         for feed in self.feeds:
             feed.begin(self.view.current_epoch)
@@ -58,6 +59,7 @@ class EvaluationLoop:
         self._iterator: Iterator[Any] | None = None
         self._missing = MissingBatches(_LOADER[stage])
         self._through = False  # with the loader; other workers may not be
+        self._evaluated = run.evaluated.get(stage, 0)
         self._outer = self.view.running, self.view.metrics.in_batches
         self.metrics = run.view.metrics
         run.recorder.evaluation = self
@@ -90,8 +92,8 @@ class EvaluationLoop:
     def evaluate(self, batches: int) -> EvaluationReport:
         """Evaluate at most `batches` batches, going on from loader to loader.
 
-        On a GPU, what the last of them logs comes with the next report, as in training. There always is a next one:
-        whether all batches are done is found by the chunk after the last batch.
+        On a GPU, what the last of them logs comes with the next report, as in training, unless it is known to be the
+        last one of all.
         """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
@@ -128,8 +130,12 @@ class EvaluationLoop:
                 self.done += 1
                 self.by_loader[self.loader] += self.run.slices.rows > 0
                 left -= 1
+        if strategy.evaluates_alone:  # where lengths are known, no other round is needed to find that it is over
+            while self.loader < len(self.feeds) and self._is_through():
+                self._next_loader()
         finished = self.loader >= len(self.feeds)
         self.metrics.begin_batch(None)
+        behind = behind and not finished
         report = self.metrics.finish_report() if behind else self.metrics.report()
         report.reads = tuple(self._reads())
         if finished and self.sanity is None:
@@ -166,6 +172,10 @@ class EvaluationLoop:
         self._through = True
         return None
 
+    def _is_through(self) -> bool:
+        length = self.lengths[self.loader]
+        return self._through or (length is not None and self.batch >= length)
+
     def _next_loader(self) -> None:
         self._iterator, self._through = None, False
         self.loader += 1
@@ -190,7 +200,7 @@ class EvaluationLoop:
             self.run.evaluated[self.stage] += 1
         return output
 
-    def end(self, reduced: Reduced | None = None) -> EvaluationReport:
+    def end(self, reduced: Reduced | None = None, cut_off: bool = False) -> EvaluationReport:
         """The hooks after the last batch, which see values over all workers; report the epoch values."""
         name, module, hooks = self.name, self.run.module, self.run.hooks
         self.metrics.leave_batches(reduced)
@@ -210,13 +220,17 @@ class EvaluationLoop:
             self.metrics.clear(shown=True)
         self.metrics.switch("train")
         report.stop = self.view.should_stop
-        self._leave()
+        self._leave(cut_off)
         return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
 
-    def _leave(self) -> None:
+    def _leave(self, cut_off: bool = False) -> None:
         self.run.recorder.evaluation = None
         self.view.running, self.metrics.in_batches = self._outer
-        if self._rng is not None:
+        if self.sanity is None:
+            if self._put_back is not None and cut_off:
+                self._put_back()
+                self.run.evaluated[self.stage] = self._evaluated
+        elif self._put_back is not None:
             # loaders whose hooks have drawn numbers are made when training would have made them
             self.run.data.forget_drawn(_LOADER[self.stage])
-            restore_rng(self._rng)
+            self._put_back()

@@ -83,6 +83,7 @@ class TrainingLoop:
             val_batches=[feed.length for feed in run.data.feeds("val")] if validates else [],
             plateaus=run.plateaus(),
             stop=self.view.should_stop,
+            divisible=self.feed.divisible,
         )
 
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False) -> TrainStart:

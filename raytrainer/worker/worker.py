@@ -210,10 +210,13 @@ class Worker:
         return self._evaluation.evaluate(batches)
 
     @verb(Wait.USER_CODE)
-    def end_evaluation(self, metrics: Reduced | None = None) -> EvaluationReport:
-        """The last hooks; `metrics` are the evaluation's so far, over all workers."""
+    def end_evaluation(self, metrics: Reduced | None = None, cut_off: bool = False) -> EvaluationReport:
+        """The last hooks; `metrics` are the evaluation's so far, over all workers.
+
+        One that was `cut_off` on some worker leaves no trace in generators: it is done again by a run that goes on.
+        """
         assert self._evaluation is not None
-        report = self._evaluation.end(metrics)
+        report = self._evaluation.end(metrics, cut_off)
         self._evaluation = None
         return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +11,15 @@ import torch
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import keep_types
 from raytrainer.metrics.metric_objects import load_states, states_of
+from raytrainer.metrics.metric_slots import joined_sums
 from raytrainer.seeding import capture_rng
 
 if TYPE_CHECKING:
     from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["capture_state", "most_of_state", "restore_state"]
+
+log = logging.getLogger("raytrainer")
 
 
 def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool = False) -> dict[str, Any]:
@@ -85,8 +89,13 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
 def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
 
+<<<<<<< HEAD
     With another number of workers than the checkpoint was made with, or other parts of the data, each worker's own
     streams begin anew.
+=======
+    With another number of workers than the checkpoint was made with, each worker's own streams begin anew, and what
+    has been summed up of an epoch is handed on.
+>>>>>>> 0f4ce40 (An evaluation whose last batch is known to be the last needs no further round)
 
     Raises:
         CheckpointError: The checkpoint does not fit the module or its optimizers.
@@ -131,7 +140,16 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     if as_before and len(by_rank) == view.ranks.world_size:
         _restore_own(run, by_rank[view.ranks.rank])
     elif by_rank:
-        load_states(module, {})  # the state dict may have those of one worker
+        # the state dict may have those of one worker; whoever was of this rank has the same part of the epoch still
+        rank, size = view.ranks.rank, view.ranks.world_size
+        theirs = by_rank[rank::size]
+        load_states(module, theirs[0].get("metric_objects") or {} if theirs else {})
+        if len(theirs) > 1 and any(own.get("metric_objects") for own in theirs[1:]):
+            log.warning(
+                "%d workers go on with an epoch of %d: metric objects of it lack what some of them had seen.", size,
+                len(by_rank),
+            )  # fmt: skip
+        view.metrics.take_sums(joined_sums([own["metrics"] for own in theirs]))
 
 
 def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:

@@ -32,10 +32,14 @@ class Evaluation:
         services: Whose callbacks are told.
         interrupt: Whether the user asked for the end.
         journal: Where values are logged.
+
+    Attributes:
+        cut_off: Whether Ctrl-C or SIGTERM has ended the latest one before its last batch.
     """
 
     def __init__(self, state: RunState, services: RunServices, interrupt: Interrupt, journal: Journal) -> None:
         self._state, self._services, self._interrupt, self._journal = state, services, interrupt, journal
+        self.cut_off = False
 
     def run(
         self, group: WorkerGroup, stage: str, sanity: int | None = None, then: Callable[[], None] = nothing
@@ -48,6 +52,7 @@ class Evaluation:
             Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
         """
         state, name = self._state, _HOOK[stage]
+        self.cut_off = False
         starts = group.call(Worker.start_evaluation, stage, sanity, state.board.take_news())
         state.should_stop |= any(start.stop for start in starts)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
@@ -56,11 +61,12 @@ class Evaluation:
         self._services.emit(f"on_{name}_start")
         self._services.emit(f"on_{name}_epoch_start")
         reports, predictions = self._chunks(group, stage, sanity)
+        self.cut_off = not reports
         state.interrupted |= self._interrupt.requested
         values = Reduced()
         if reports and sanity is None:
             values = self._reduce(stage, reports)
-        ends: list[EvaluationReport] = group.call(Worker.end_evaluation, values)
+        ends: list[EvaluationReport] = group.call(Worker.end_evaluation, values, self.cut_off)
         self._take(stage, sanity, [end.metrics for end in ends])
         if not reports:
             return Reduced(), []  # interrupted: nobody must take half an evaluation for a whole one
