@@ -12,11 +12,15 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --no-kill
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
 # EDIT the first four numbers above (or give them to sbatch, which wins). CPUs: one per training worker, and some left
 # for reading data. The others: one Ray a node; nobody else on the nodes, whose Ray would want the same ports; a node
-# that fails does not end the job, since the Trainer goes on without it or waits for it.
+# that fails does not end the job, since the Trainer goes on without it or waits for it; two minutes before the time is
+# over this script is told, and has the job queued again (see the end), with one log for all its turns.
 set -euo pipefail
 
 [ $# -gt 0 ] || { echo "usage: sbatch cluster/slurm.sh COMMAND [ARGUMENT...]" >&2 && exit 2; }
@@ -89,4 +93,23 @@ while True:
     time.sleep(2)
 EOF
 
-"$@"
+# USR1 comes before the time limit: the Trainer saves the step that it is in and ends with status 143, and the job goes
+# back into the queue. So a script that says fit(..., ckpt_path="last") takes as many turns as it needs. TERM is a scancel,
+# or a job that Slurm wants the nodes for: the Trainer saves as well, and Slurm knows whether to queue it again.
+"$@" &
+command=$! again='' told=''
+pass_on() { told=yes && kill -TERM "$command" 2>/dev/null || true; }
+trap 'again=yes; pass_on' USR1
+trap pass_on TERM
+while :; do # a signal ends the wait, not the command
+    status=0
+    wait "$command" || status=$?
+    [ -n "$told" ] || break
+    told=''
+done
+if [ -n "$again" ] && [ "$status" = 143 ]; then
+    trap - EXIT
+    finish
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

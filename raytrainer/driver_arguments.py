@@ -42,6 +42,17 @@ class TrainerArguments(RunArguments):
     """Seconds that unused workers are kept for the next run, unless others in the cluster wait for what they hold; 0:
     not at all."""
 
+    # ---------------------------------------------------------------- when the machine is wanted back
+
+    preemption_grace: float | None = argument(default=None, check=checks.seconds_or_none)
+    """Seconds from SIGTERM within which `fit` saves the step that it is in, as "preempted.ckpt" beside the checkpoints
+    of its `ModelCheckpoint`. What does not fit is given up; `ckpt_path="last"` goes on from the newest that there is.
+    0: no checkpoint is made. None: 20; in a job of Ray's three quarters of what `ray job stop` leaves, so 2.25."""
+
+    preemption_exit_code: int | None = argument(default=143, check=checks.exit_code)
+    """The status with which the process ends after SIGTERM (as `SystemExit`). None: `fit` returns, with
+    `trainer.preempted`, and the script decides; the weights are in the checkpoint."""
+
     # ---------------------------------------------------------------- what is told, and where it goes
 
     logger: InitVar[Logger | Iterable[Logger] | bool | None] = argument(default=True)

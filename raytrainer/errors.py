@@ -79,6 +79,10 @@ class StorageError(CheckpointError):
     """A checkpoint could not be written, for reasons of its filesystem."""
 
 
+class GivenUpError(CheckpointError):
+    """A checkpoint has not been written to its end, since there was no time for it."""
+
+
 class ResourceError(RaytrainerError):
     """The cluster cannot give what was asked for, now or within the time to wait."""
 

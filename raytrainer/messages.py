@@ -68,6 +68,7 @@ class TrainStart:
         val_batches: The validation loaders'.
         plateaus: The schedulers that wait for a metric.
         stop: The module or a worker callback has asked the run to stop.
+        divisible: The rest of an epoch of the training loader can be dealt out to another number of workers.
     """
 
     batches: int | None
@@ -75,6 +76,7 @@ class TrainStart:
     val_batches: list[int | None] = field(default_factory=list)
     plateaus: tuple[PlateauWish, ...] = ()
     stop: bool = False
+    divisible: bool = False
 
 
 @dataclass

@@ -22,6 +22,7 @@ from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
 from raytrainer.driver.saving.checkpoint_writer import Captured, CheckpointWriter
+from raytrainer.driver.saving.preemption import Preemption
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.gpu.choice import count_all
@@ -161,8 +162,9 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         self._take_settings(with_accumulation(self._settings, self._callbacks))
         task = self._task(stage, module, datamodule, loaders)
         self._run = run = Run(
-            task, self._state, self._callbacks, _emitter(self), self._logs, self._groups, self._writer, self._probing
-        )
+            task, self._state, self._callbacks, _emitter(self), self._logs, self._groups, self._writer, self._probing,
+            Preemption(self.preemption_grace, self.preemption_exit_code),
+        )  # fmt: skip
         return run
 
     def _require_writable(self) -> None:

@@ -57,7 +57,7 @@ WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 "device_ids", "distributed_sampler_kwargs", "enable_validation", "evaluating", "init_module",
-                "is_last_batch", "precision_plugin", "print", "received_sigterm", "scaler",
+                "is_last_batch", "precision_plugin", "print", "scaler",
             ),
             "none",
         ),
@@ -66,6 +66,7 @@ WORDS: dict[str, dict[str, str]] = {
             "look in `callbacks`",
         ),
         "lightning_module": "`model`",
+        "received_sigterm": "`preempted`",
         "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
         "validate": "the same; without a model, and with no best checkpoint, the weights at the end of `fit`",
@@ -180,9 +181,8 @@ NEW: dict[str, dict[str, str]] = {
     "Trainer arguments": dict.fromkeys(
         (
             "address", "auto_select_gpus", "compile", "float32_matmul_precision", "gpus", "hang_timeout",
-            "idle_timeout", "log_gpu_memory", "max_failures", "num_processes", "placement_timeout", "runtime_env",
-            "seed",
-            "snapshot_every", "worker_output",
+            "idle_timeout", "log_gpu_memory", "max_failures", "num_processes", "placement_timeout",
+            "preemption_exit_code", "preemption_grace", "runtime_env", "seed", "snapshot_every", "worker_output",
         ),
         "see [its meaning](trainer-arguments.md)",
     ),
@@ -196,6 +196,7 @@ NEW: dict[str, dict[str, str]] = {
         "scale_batch_size": "as of Lightning's `Tuner`",
         "peak_memory_bytes": "most memory of each worker's GPU",
         "plot": "metrics over steps, as a figure",
+        "preempted": "whether SIGTERM ended the run",
         "recoveries": "failures that the run has recovered from",
         "settings": "the validated settings",
         "skipped_steps": "steps left out for infinite gradients",

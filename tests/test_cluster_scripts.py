@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -23,7 +25,9 @@ YAMLS = [name for name in TEXTS if name.endswith(".yaml")]
 
 #: Commands that a Slurm node has, as stand-ins that write down how they were called.
 STANDINS = {
-    "scontrol": "printf 'n%s\\n' 1 2 3 4",
+    "scontrol": """
+        [ "$1" = requeue ] && echo "scontrol $*" >>"$LOG" && exit
+        printf 'n%s\\n' 1 2 3 4""",
     "hostname": "echo '10.0.0.1 172.17.0.1 '",
     "ip": "[ $6 = ib0 ] && echo '3: ib0    inet 10.1.0.1/24 brd 10.1.0.255 scope global ib0'",
     "srun": """
@@ -42,7 +46,9 @@ STANDINS = {
             until [ "$(grep -c "^ray start" "$LOG")" = 2 ]; do :; done
             exit 0
         fi
+        trap 'echo saved >>"$LOG"; exit 143' TERM
         echo "python $* RAY_ADDRESS=$RAY_ADDRESS RAY_AUTH_MODE=$RAY_AUTH_MODE" >>"$LOG"
+        [ "$1" = long.py ] && while :; do read -rt 0.1 <> <(:) || :; done
         exit 3""",
 }
 
@@ -106,6 +112,28 @@ def test_slurm_chooses_a_network_and_ray_knows_its_options(slurm: tuple[Path, di
     assert other["address"] == "10.1.0.1:6379"
 
 
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_queues_the_job_again_before_its_time_is_over(
+    number: signal.Signals, again: bool, slurm: tuple[Path, dict[str, str]]
+) -> None:
+    """But not when somebody cancels it."""
+    folder, environment = slurm
+    job = subprocess.Popen(["bash", str(CLUSTER / "slurm.sh"), "python", "long.py"], env=environment)
+    log, deadline = folder / "log", time.monotonic() + 60
+    while not (log.exists() and "python long.py" in log.read_text()):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(number)
+    assert job.wait(60) == 143
+    lines = log.read_text().splitlines()
+    cleared, queued = (
+        f"rm -rf /tmp/ray-{environment['SLURM_JOB_ID']}",
+        f"scontrol requeue {environment['SLURM_JOB_ID']}",
+    )
+    assert "saved" in lines
+    assert (lines[-1] == queued) == again and lines[-1 - again].endswith(cleared)
+
+
 def test_slurm_needs_a_command(slurm: tuple[Path, dict[str, str]]) -> None:
     folder, environment = slurm
     done = run(environment, "bash", str(CLUSTER / "slurm.sh"))
@@ -117,7 +145,7 @@ def test_slurm_needs_a_command(slurm: tuple[Path, dict[str, str]]) -> None:
 #: `sbatch --help` has these; Slurm refuses a job with others.
 SBATCH = {
     "job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "ntasks-per-node", "exclusive", "no-kill", "output",
-    "partition", "account",
+    "partition", "account", "signal", "requeue", "open-mode",
 }  # fmt: skip
 
 

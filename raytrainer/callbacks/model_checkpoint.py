@@ -217,6 +217,8 @@ class ModelCheckpoint(Callback):
         """Save what there is, if asked to. If that fails too, say so, and leave the first exception to be raised."""
         if not self.save_on_exception or not self._active(trainer) or not trainer.state.has_begun:
             return
+        if trainer.preempted and trainer.preemption_grace != 0:
+            return  # it has been saved, or there has been no time
         paths = [self._new_path(trainer, None)] + ([self._last_path(trainer)] if self.save_last else [])
         for path in paths:
             try:

@@ -32,7 +32,7 @@ from raytrainer.checkpointing.checkpoint_meta import (
 )
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
 from raytrainer.checkpointing.storage import Storage
-from raytrainer.errors import CheckpointError, StorageError
+from raytrainer.errors import CheckpointError, GivenUpError, StorageError
 
 __all__ = ["CheckpointFolder", "NewCheckpoint"]
 
@@ -110,12 +110,15 @@ class CheckpointFolder:
 
     # ---------------------------------------------------------------- writing and deleting
 
-    def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> FileRecord:
+    def write(
+        self, name: str, save: Callable[[ChecksummedWriter], object], given_up: Callable[[], bool] | None = None
+    ) -> FileRecord:
         """Write one new file, durably.
 
         Args:
             name: Has the id of its save in it: "state-<id>.pt".
             save: Is given the file to write to.
+            given_up: Asked now and then, whether to leave it at that.
 
         Raises:
             CheckpointError: It cannot be written; names the file and the bytes. Nothing of it is left.
@@ -123,7 +126,7 @@ class CheckpointFolder:
         writer: ChecksummedWriter | None = None
         try:
             with self.storage.create(self.inside(name)) as sink:
-                writer = ChecksummedWriter(sink)
+                writer = ChecksummedWriter(sink, given_up)
                 save(writer)
                 return writer.record()
         except OSError as error:
@@ -197,13 +200,14 @@ class NewCheckpoint:
 
     Args:
         folder: Where it goes. It is made, if need be.
+        given_up: Asked now and then, whether to leave it at that; then writing and publishing raise GivenUpError.
 
     Raises:
         CheckpointError: There is a `meta.json` of somebody else's, or nothing can be written there.
     """
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self.folder, self._storage = folder, folder.storage
+    def __init__(self, folder: CheckpointFolder, given_up: Callable[[], bool] | None = None) -> None:
+        self.folder, self._storage, self._given_up = folder, folder.storage, given_up
         self.id = uuid.uuid4().hex[:12]
         self.files: dict[str, FileRecord] = {}
         self._marker, self._new_meta = f"meta-{self.id}.json", f"new-{self.id}.json"
@@ -243,7 +247,7 @@ class NewCheckpoint:
 
     def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> None:
         """Write one of its files; see `CheckpointFolder.write`."""
-        self.files[name] = self.folder.write(name, save)
+        self.files[name] = self.folder.write(name, save, self._given_up)
 
     def publish(self, meta: Mapping[str, Any]) -> None:
         """Put all its files in place of the checkpoint that was there.
@@ -254,6 +258,8 @@ class NewCheckpoint:
         storage, folder = self._storage, self.folder
         try:
             before = folder.refuse_foreign()
+            if self._given_up is not None and self._given_up():
+                raise GivenUpError(f"{folder.shown}: given up before it was written.")
             folder.write(self._new_meta, lambda file: file.write(meta_bytes(meta, self.files)))
             storage.sync_folder(folder.path)
             storage.replace(folder.inside(self._new_meta), folder.inside(META))

@@ -16,7 +16,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -41,21 +41,25 @@ from raytrainer.hparams import HYPERPARAMETERS
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
 
-def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: str | Path, checkpoint: Mapping[str, Any], given_up: Callable[[], bool] | None = None
+) -> None:
     """Write a checkpoint, replacing one that is there.
 
     Args:
         path: The directory to make, or its URI.
         checkpoint: Plain values and tensors, which may be in pieces.
+        given_up: Asked now and then, whether to leave it at that.
 
     Raises:
         CheckpointError: Something in it is neither; names it. Or it cannot be written; names the file.
+        GivenUpError: Nothing of it is left.
     """
     with ExitStack() as stack:
         stack.callback(release, os.fspath(path))
         if KEY not in checkpoint:  # what cannot be stored is told before anything is written
             state = {name: _packed(name, value) for name, value in checkpoint.items()}
-        new = stack.enter_context(NewCheckpoint(folder_at(path)))
+        new = stack.enter_context(NewCheckpoint(folder_at(path), given_up))
         extra: dict[str, Any] = {}
         if KEY in checkpoint:
             rest, extra["pieces"] = write_pieces(new, checkpoint)

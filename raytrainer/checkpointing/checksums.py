@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointError, GivenUpError
 
 __all__ = ["CHECKSUM", "ChecksummedWriter", "FileRecord", "Sink", "check_file", "seal", "unseal"]
 
@@ -65,10 +65,14 @@ class ChecksummedWriter:
 
     A failure is kept, what comes later is dropped, and `record` raises it: torch's own writer, which is given this
     object, would tell of another failure instead of the first one.
+
+    Args:
+        sink: Where it goes.
+        given_up: Asked for each piece, whether to leave it at that, which is such a failure: GivenUpError.
     """
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink, self._hash = sink, xxhash.xxh3_128()
+    def __init__(self, sink: Sink, given_up: Callable[[], bool] | None = None) -> None:
+        self._sink, self._hash, self._given_up = sink, xxhash.xxh3_128(), given_up
         self.bytes = 0
         self._error: BaseException | None = None
 
@@ -78,6 +82,8 @@ class ChecksummedWriter:
         if self._error is None:
             try:
                 for start in range(0, len(view), _PIECE):
+                    if self._given_up is not None and self._given_up():
+                        raise GivenUpError(f"a checkpoint has been given up after {self.bytes:,} bytes.")
                     piece = view[start : start + _PIECE]
                     self._hash.update(piece)
                     self._sink.write(piece)

@@ -85,6 +85,11 @@ class CombinedFeed:
             feed.begin(self.of_pass(number, at), before if alike else ())
         self._measure()
 
+    @property
+    def divisible(self) -> bool:
+        """See `Feed.divisible`."""
+        return self.mode in ("min_size", "max_size") and all(feed.divisible for feed in self.feeds)
+
     def draw(self) -> int | None:
         """See `Feed.draw`."""
         for feed in self.feeds:

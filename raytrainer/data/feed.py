@@ -106,6 +106,11 @@ class Feed:
         if self.share.index == 0:
             log.warning("%s%s Without any, this stage does nothing.", message[0].upper(), message[1:])
 
+    @property
+    def divisible(self) -> bool:
+        """Whether the rest of an epoch can be dealt out to another number of workers: not where it is read as it is."""
+        return self.batches is not None
+
     def refuse_nothing(self, epoch: int) -> None:
         """The loader ended before its first batch of a training epoch, which would otherwise train for ever."""
         raise DataError(

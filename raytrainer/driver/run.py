@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from raytrainer.callbacks import Callback, WorkerCallback
-from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.driver.cluster.session import explain_lost
 from raytrainer.driver.loop.asked_where import AskedWhere
 from raytrainer.driver.loop.coordinator import Coordinator
@@ -19,20 +17,18 @@ from raytrainer.driver.loop.run_services import Rows
 from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_datasets
 from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.driver.reporting.results import write_profiles
-from raytrainer.driver.reporting.run_loggers import Logs
-from raytrainer.driver.saving.callback_states import own_copy, put_back, states_of, tensors_in
-from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
-from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver.run_checkpoints import RunCheckpoints
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
-from raytrainer.errors import CheckpointError, StorageError, WorkerError
+from raytrainer.errors import WorkerError
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.metric_messages import LogCall
 from raytrainer.profilers import Profiler
 from raytrainer.signals import shield, terminate
-from raytrainer.task import Task
-from raytrainer.view.run_state import RunState, nothing
-from raytrainer.worker.hook_calls import overridden
+from raytrainer.view.run_state import nothing
+
+if TYPE_CHECKING:
+    from raytrainer.driver.workers.ray_more_places import MorePlaces
 
 __all__ = ["Run"]
 
@@ -40,35 +36,12 @@ log = logging.getLogger("raytrainer")
 
 
 @dataclass(eq=False)
-class Run:
-    """What one run needs; the `RunServices` of its coordinator.
+class Run(RunCheckpoints):
+    """What one run does; the `RunServices` of its coordinator. What it needs: see `RunCheckpoints`."""
 
-    Attributes:
-        task: What the workers are given.
-        state: Where the run is.
-        callbacks: Those of the run, in order.
-        emit: Calls a hook of the driver's callbacks.
-        logs: The loggers.
-        groups: Where workers come from.
-        writer: Writes checkpoints.
-        quiet: Whether it is a short run that finds something out, which is not talked about.
-        coordinator: Drives the workers, from their start to the end of the run.
-        failing: Whether callbacks are being told that the run has failed.
-    """
-
-    task: Task
-    state: RunState
-    callbacks: Sequence[Callback | WorkerCallback]
-    emit: Callable[..., None]
-    logs: Logs
-    groups: GroupSupply
-    writer: CheckpointWriter
-    quiet: bool = False
-    coordinator: Coordinator | None = field(default=None, init=False)
-    failing: bool = field(default=False, init=False)
     _held: list[WorkerGroup] = field(default_factory=list, init=False)  # to be given back
     _impatient: bool = field(default=False, init=False)
-    _interrupt: Interrupt = field(default_factory=Interrupt, init=False)
+    places: MorePlaces | None = field(default=None, init=False)  # for further workers
 
     # ---------------------------------------------------------------- start and end
 
@@ -80,8 +53,10 @@ class Run:
             BaseException: The first error, also where the end has met others.
         """
         ending = Ending()
-        local = self.task.settings.strategy == "local"
-        with AskedWhere(self._group, local), Interrupt() as self._interrupt:
+        saves = self.task.stage == "fit" and not self.quiet and not self.task.settings.fast_dev_run
+        grace = self.preemption.seconds(self.callbacks) if saves else 0.0
+        asked = AskedWhere(self._group, self.task.settings.strategy == "local")
+        with asked, Interrupt(grace, self.writer.give_up) as self._interrupt:
             # twice, as a signal may strike on the way out of the first
             with ending.step("the run"), ending.step("the run"):
                 coordinator = self._begin()
@@ -93,8 +68,13 @@ class Run:
             with ending.step("ending the run"), shield():
                 self._interrupt.begin_end()
                 self._end(ending)
-        if self._interrupt.terminated and not isinstance(ending.error, SystemExit):
-            raise terminate() from ending.error
+        if self._interrupt.terminated:
+            error = ending.error
+            last = self.preemption.end(ends_anyway=self.task.stage != "fit")
+            if last is not None:
+                raise last from None if isinstance(error, SystemExit) else error
+            if isinstance(error, SystemExit):
+                return
         ending.tell()
 
     def _group(self) -> WorkerGroup | None:
@@ -119,6 +99,7 @@ class Run:
     def _end(self, ending: Ending) -> None:
         """Everything that is to be done at the end, however it comes; see `Ending`."""
         task, state, error = self.task, self.state, ending.error
+        state.preempted = self._interrupt.terminated
         if error is not None:
             self._fail(error, ending)
         status = "failed" if state.trainer.status == "failed" else "interrupted" if state.interrupted else "success"
@@ -130,6 +111,8 @@ class Run:
         self.emit("teardown", task.stage, around=ending.hook)
         self.logs.finalize(status, ending.hook)
         self._flush(ending)
+        with ending.step("giving places back"):
+            self.withdraw()
         for group in self._held:
             with ending.step("giving workers back"):
                 self.groups.give_back(group)
@@ -143,7 +126,8 @@ class Run:
 
     def _say_ended(self, how: str | BaseException) -> None:
         if isinstance(how, BaseException):
-            how = "interrupted" if isinstance(how, KeyboardInterrupt) else "failed"
+            preempted = self._interrupt.terminated and isinstance(how, SystemExit)
+            how = "interrupted" if preempted or isinstance(how, KeyboardInterrupt) else "failed"
         self.state.trainer.status = how
         self.state.interrupted |= how == "interrupted"
 
@@ -151,6 +135,9 @@ class Run:
         self._say_ended(error)
         with ending.step("taking up what was logged last"):
             self._catch_up_after(error)
+        if self._interrupt.terminated:
+            with ending.step("saving what SIGTERM has left"):
+                self.save_in_the_end(error)
         self.failing = True
         self.emit("on_exception", error, around=ending.hook)
         self.failing = False
@@ -202,14 +189,6 @@ class Run:
         """Make calls that rank 0 has kept; `step` is that of those without one."""
         self.logs.replay(calls, step)
 
-    def callback_states(self) -> dict[str, Any]:
-        """States of the driver's callbacks."""
-        return states_of(self._driver_callbacks)
-
-    def restore_callbacks(self, states: dict[str, Any]) -> None:
-        """Put them back."""
-        put_back(self._driver_callbacks, states)
-
     def regroup(self) -> WorkerGroup:
         """Workers to begin with, or in place of others. They may be long in coming, so Ctrl-C ends that at once."""
         with self._interrupt.at_once():
@@ -220,78 +199,43 @@ class Run:
                 self._held.append(group := self.groups.take(self.task.settings))
         return group
 
-    def grow(self, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
-        """See `GroupSupply.grow`."""
-        with shield():
-            larger = self.groups.grow(self.task.settings, group, ready)
-            if larger is not None:
-                self._held = [*(held for held in self._held if not held.broken), larger]
-        return larger
-
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether there could be more workers than `group` has."""
         return self.groups.can_grow(self.task.settings, group)
 
-    @property
-    def _driver_callbacks(self) -> list[Callback]:
-        return [callback for callback in self.callbacks if isinstance(callback, Callback)]
+    def more_places(self, group: WorkerGroup) -> bool:
+        """See `GroupSupply.more_places`; whether there are any, which are `places` then."""
+        with shield():
+            self.places = self.groups.more_places(self.task.settings, group)
+        return self.places is not None
 
-    # ---------------------------------------------------------------- checkpoints
+    def withdraw(self) -> None:
+        """Give `places` back."""
+        with shield():
+            places, self.places = self.places, None
+            if places is not None:
+                places.give_back()
 
-    def resume(self, checkpoint: dict[str, Any], coordinator: Coordinator) -> None:
-        """Take up the counters and callbacks of a checkpoint; workers take up the rest.
+    def grow(self, group: WorkerGroup) -> WorkerGroup:
+        """A group of `group`'s workers, which ends, and of others in `places`."""
+        with shield():
+            places, self.places = self.places, None
+            assert places is not None
+            larger = self.groups.grow(group, places)
+            self._held = [*(held for held in self._held if not held.broken), larger]
+        return larger
 
-        Raises:
-            CheckpointError: It holds weights only.
-        """
-        if "progress" not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint['path']}: it holds weights only, so training cannot go on from it; load it with "
-                f"{type(self.task.module).__name__}.load_from_checkpoint(...) and fit that."
-            )
-        self.state.resumed_from = path = checkpoint.pop("path")
-        if "made_by" in checkpoint:
-            log.info(
-                "%s is a checkpoint of %s: going on with its weights, %d optimizer(s), %d scheduler(s), epoch %d, step "
-                "%d. Left out: %s.", path, checkpoint["made_by"], len(checkpoint["optimizer_states"]),
-                len(checkpoint["lr_schedulers"]), checkpoint["epoch"], checkpoint["global_step"],
-                ", ".join(checkpoint.pop("left_out")),
-            )  # fmt: skip
-        coordinator.take_up(checkpoint)
-        self.emit("on_load_checkpoint", checkpoint)
-        self.restore_callbacks(checkpoint.get("callbacks") or {})
+    def leaving(self, group: WorkerGroup) -> dict[str, float]:
+        """See `GroupSupply.leaving`."""
+        return self.groups.leaving(group)
 
-    def save(
-        self, path: str, weights_only: bool, wait: bool, on_error: Callable[[StorageError], None] | None = None
-    ) -> bool:
-        """Save a checkpoint of the workers' state; return whether they have one, or had when the run failed.
+    def elsewhere(self, group: WorkerGroup) -> list[int]:
+        """See `GroupSupply.elsewhere`."""
+        return self.groups.elsewhere(self.task.settings, group)
 
-        Raises:
-            CheckpointError: The run has failed, and there is nothing to save.
-        """
-        coordinator = self.coordinator
-        if coordinator is not None and self.failing:
-            write_checkpoint(path, self._rescued(coordinator))
-            return True
-        if coordinator is None or self.state.trainer.status != "running":
-            return False
-        with self.state.clock.phase("saving"):
-            captured = coordinator.capture(weights_only)
-            if any(overridden(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
-                state = captured.resolve()
-                tensors = tensors_in(state)
-                self.emit("on_save_checkpoint", state)
-                state = own_copy(state, keep=tensors)  # hooks may have put in what they go on to change
-                self.writer.save(path, captured.giving(state), on_error)
-            else:
-                self.writer.save(path, captured.resolve, on_error)
-            if wait:
-                self.writer.flush()
-        return True
-
-    def _rescued(self, coordinator: Coordinator) -> dict[str, Any]:
-        state = coordinator.rescue()
-        if state is None:
-            raise CheckpointError("save_checkpoint: the run has failed before there was a snapshot to save.")
-        self.emit("on_save_checkpoint", state)
-        return state
+    def regroup_elsewhere(self, sizes: Sequence[int]) -> WorkerGroup:
+        """See `GroupSupply.take`."""
+        with self._interrupt.at_once(), shield():
+            self._held = [group for group in self._held if not group.broken]
+            self._held.append(group := self.groups.take(self.task.settings, sizes))
+        return group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from raytrainer.errors import MetricError
 from raytrainer.metric_messages import MetricSpec, Number, Partial
 from raytrainer.metrics.metric_objects import reset
 
-__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "refuse_shared", "spec_for"]
+__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "joined_sums", "refuse_shared", "spec_for"]
 
 #: The options of `Module.log` that must be the same in each call, in this order: prog_bar, logger, on_step, on_epoch,
 #: reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only. A plain tuple, since each call makes and compares one.
@@ -178,6 +178,22 @@ class Ledger:
             if slot.spec.metric is not None:
                 slot.metric, slot.logged = root.get_submodule(slot.spec.metric), True
             self.slots[hook, name, loader_idx] = slot
+
+
+def joined_sums(several: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The sums of several workers as those of one; but for metric objects, whose states are elsewhere."""
+    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for item in (item for sums in several for item in sums):
+        found = joined.setdefault(tuple(item["key"]), {**item, "folded": [], "custom": [], "loaders": []})
+        if item["folded"]:
+            total, weight = item["folded"]
+            if found["folded"]:
+                pick = {"min": min, "max": max}.get(item["spec"]["reduce"], lambda one, other: one + other)
+                total, weight = pick(found["folded"][0], total), found["folded"][1] + weight
+            found["folded"] = [total, weight]
+        found["custom"] = found["custom"] + item["custom"]
+        found["loaders"] = sorted({*found["loaders"], *item.get("loaders", ())})
+    return list(joined.values())
 
 
 def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | None, once_per_node: bool) -> MetricSpec:

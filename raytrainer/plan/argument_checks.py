@@ -19,12 +19,14 @@ __all__ = [
     "compile_options",
     "count",
     "duration",
+    "exit_code",
     "fraction_or_count",
     "gpu_span",
     "gpus",
     "number",
     "precision",
     "seconds",
+    "seconds_or_none",
     "seed",
     "span",
     "steps_or_duration",
@@ -85,6 +87,18 @@ def seconds(name: str, value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
         return float(value)
     raise ConfigurationError(f"{name}={value!r}: give seconds, of at least 0.")
+
+
+def seconds_or_none(name: str, value: Any) -> float | None:
+    """`seconds`, or None."""
+    return None if value is None else seconds(name, value)
+
+
+def exit_code(name: str, value: Any) -> int | None:
+    """A process's exit status, or None."""
+    if value is None or (_is_int(value) and 0 <= value <= 255):
+        return value  # type: ignore[no-any-return]
+    raise ConfigurationError(f"{name}={value!r}: give an exit status, an integer from 0 to 255, or None.")
 
 
 def boolean(name: str, value: Any, *, none: bool = False) -> bool | None:

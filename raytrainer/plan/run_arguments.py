@@ -33,7 +33,7 @@ class RunArguments:
 
     num_nodes: int | tuple[int, int] = argument(default=1)
     """Nodes to train on. A pair (fewest, most) makes the run elastic: when workers are lost and not to be had again
-    within `placement_timeout`, it goes on with fewer, and grows again at the next epoch when it can."""
+    within `placement_timeout`, it goes on with fewer, and grows again when it can."""
 
     num_processes: int | tuple[int, int] | None = argument(default=None)
     """CPU workers on each node [1]; or a pair, as for `num_nodes`."""

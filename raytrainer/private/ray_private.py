@@ -21,6 +21,7 @@ __all__ = [
     "client_address",
     "clients_server_died",
     "demand",
+    "draining",
     "end_half_started",
     "free_on_nodes",
     "internal_blocks",
@@ -217,6 +218,20 @@ def free_on_nodes() -> dict[str, dict[str, float]]:
         return dict(available_resources_per_node())
     except GONE as error:
         _without("free resources by node", error)
+        return {}
+
+
+def draining() -> dict[str, int]:
+    """Nodes that are being drained, by id, with the time at which they go: milliseconds since 1970, 0: not said.
+
+    Without `ray._private.state.state.get_draining_nodes`: none, so that a node that goes is lost without a word.
+    """
+    try:
+        from ray._private.state import state
+
+        return {str(node): int(deadline) for node, deadline in (state.get_draining_nodes() or {}).items()}
+    except Exception as error:  # the connection too may fail, in ways of its own
+        _without("nodes that are being drained", error)
         return {}
 
 

@@ -51,6 +51,7 @@ class RunState:
     should_stop: bool = False
     resumed_from: str | None = None  # the checkpoint that a fit went on from
     interrupted: bool = False
+    preempted: bool = False
     sanity_checking: bool = False
     num_training_batches: int | None = None
     batch_size: int | None = None

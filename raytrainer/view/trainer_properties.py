@@ -90,8 +90,13 @@ class TrainerProperties:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the last run."""
+        """Whether Ctrl-C, or SIGTERM, ended the last run."""
         return self._state.interrupted
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM ended the last run: its machine is wanted back. See `preemption_grace`."""
+        return self._state.preempted
 
     @property
     def sanity_checking(self) -> bool:

@@ -89,13 +89,8 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
 def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
 
-<<<<<<< HEAD
     With another number of workers than the checkpoint was made with, or other parts of the data, each worker's own
-    streams begin anew.
-=======
-    With another number of workers than the checkpoint was made with, each worker's own streams begin anew, and what
-    has been summed up of an epoch is handed on.
->>>>>>> 0f4ce40 (An evaluation whose last batch is known to be the last needs no further round)
+    streams begin anew, and what has been summed up of an epoch is handed on.
 
     Raises:
         CheckpointError: The checkpoint does not fit the module or its optimizers.

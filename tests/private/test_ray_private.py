@@ -16,7 +16,7 @@ import ray._private.worker
 import ray.data._internal.logical.interfaces
 import ray.data._internal.util
 
-from raytrainer.driver.cluster import session
+from raytrainer.driver.cluster import resources, session
 from raytrainer.private import ray_private
 
 
@@ -80,10 +80,17 @@ def test_free_resources_are_not_known(monkeypatch):
     assert ray_private.free_on_nodes() == {}
 
 
+def test_nodes_that_go_are_not_known(monkeypatch):
+    monkeypatch.setattr(ray._private.state, "state", SimpleNamespace(get_draining_nodes=lambda: {"a": 5, "b": 0}))
+    assert ray_private.draining() == {"a": 5, "b": 0}
+    monkeypatch.setattr(ray._private.state, "state", Bare())
+    assert ray_private.draining() == {}
+
+
 def test_demand_is_not_known(monkeypatch):
     monkeypatch.setattr(ray._private.worker, "global_worker", Bare())
     assert ray_private.demand() is None
-    assert session.somebody_waits({"CPU"}) is False
+    assert resources.somebody_waits({"CPU"}) is False
 
 
 class Blocks:

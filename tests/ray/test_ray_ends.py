@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -79,7 +80,10 @@ if __name__ == "__main__":
     module = Net(pause=0.02)
     module.register_buffer("large", torch.zeros(20_000_000))
     saves = raytrainer.OnExceptionCheckpoint(os.path.dirname(os.path.abspath(__file__)))
-    over_ray = trainer(address=sys.argv[1], max_epochs=100, snapshot_every=2, callbacks=[Tells(), saves])
+    over_ray = trainer(
+        address=sys.argv[1], max_epochs=100, snapshot_every=2, callbacks=[Tells(), saves],
+        enable_checkpointing=True, default_root_dir=saves.dirpath,
+    )
     over_ray.fit(module, loader(batches=2000))
 """
 )
@@ -94,4 +98,7 @@ def test_sigterm_ends_in_order(ray_session, tmp_path):
         os.kill(running.process.pid, signal.SIGTERM)
         assert running.process.wait(60) == 128 + signal.SIGTERM, running.output.read_text()
         assert running.lines("torn down")
+        (said,) = (line for line in running.output.read_text().splitlines() if line.startswith("Preempted at step"))
+    saved = Path(tmp_path, "checkpoints", "preempted.ckpt")
+    assert json.loads((saved / "meta.json").read_text())["global_step"] == int(said.split()[3].rstrip(",")) > 6
     assert Path(tmp_path, "on_exception.ckpt", "meta.json").exists()

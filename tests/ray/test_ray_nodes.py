@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from exact import Exact, run, same
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray_models import eventually
 
 import raytrainer
 
+PREEMPTED = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 HERE = Path(__file__).parent
 HEALTH = {"initial_delay_ms": 0, "period_ms": 300, "timeout_ms": 3000, "failure_threshold": 3}
 
@@ -91,6 +94,39 @@ class Slow(Exact):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         time.sleep(0.1)
         return super().training_step(batch, batch_idx)
+
+
+class Drains(raytrainer.Callback):
+    """Has Ray drain a node, as an autoscaler does on a notice of preemption, after three steps; then adds one."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster, self.nodes = cluster, list[set[str]]()
+
+    def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:
+        self.nodes.append(set(trainer._run.coordinator.group.by_node))
+        if len(self.nodes) == 3:
+            deadline = int(1000 * (time.time() + 60))
+            gcs = GcsClient(self.cluster.address)
+            accepted, why = gcs.drain_node(self.cluster.pair[1].node_id, PREEMPTED, "wanted back", deadline)
+            assert accepted, why
+            self.cluster.pair.append(self.cluster.add_node(num_cpus=2))
+
+
+def test_a_node_that_is_drained_is_left_before_it_goes(cluster, tmp_path):
+    """And no step is lost, nor trained again."""
+    options = {
+        "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": None, "accumulate_grad_batches": 1,
+        "max_epochs": 4,
+    }  # fmt: skip
+    calm, moved = Slow(), Slow()
+    _, rows = run(calm, tmp_path, **options)
+    drains = Drains(cluster)
+    trainer, moved_rows = run(moved, tmp_path, callbacks=[drains], **options)
+    drained = cluster.pair.pop(1).node_id
+    assert drained in drains.nodes[0] and drained not in drains.nodes[-1]
+    assert same(moved, calm) and moved_rows == rows
+    (recovery,) = trainer.recoveries
+    assert recovery.workers == 4 and recovery.replayed_batches == 0 and recovery.step == recovery.resumed_step
 
 
 def test_a_spare_node_takes_over(cluster, tmp_path):

@@ -84,6 +84,7 @@ class RayFeed:
         self.ends_unannounced = blocks.total is None
         self.nothing = blocks.total == 0  # on any worker
         self.may_miss = self.source.collate_fn is not None  # batches may be None
+        self.divisible = True
         self._limit = settings.limit(stage)
         self._pin = settings.on_gpu
         self._starts = 0

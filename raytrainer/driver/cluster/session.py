@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,12 @@ __all__ = [
     "attached",
     "ensure_ray",
     "explain_lost",
-    "free_by_node",
     "free_resources",
     "may_grow",
     "nodes_gone",
     "own_reservation",
     "place_name",
     "resources_text",
-    "somebody_waits",
     "started_here",
 ]
 
@@ -228,20 +226,6 @@ def free_resources(name: str) -> float:
     return float(ray.available_resources().get(name, 0.0))
 
 
-def free_by_node(name: str) -> dict[str, float]:
-    """How much of "CPU" or "GPU" nobody holds on each living node, by its id."""
-    import ray
-    from ray.util.client import ray as client
-
-    # a client knows but the sums; the cluster's own processes know more
-    nodes = (
-        ray.get(ray.remote(num_cpus=0)(ray_private.free_on_nodes).remote())
-        if client.is_connected()
-        else ray_private.free_on_nodes()
-    )
-    return {node: float(resources.get(name, 0.0)) for node, resources in nodes.items()}
-
-
 def may_grow() -> bool:
     """Whether nodes could join, through an autoscaler or a person: not where this very process has started Ray."""
     return not started_here()
@@ -250,28 +234,6 @@ def may_grow() -> bool:
 def started_here() -> bool:
     """Whether the Ray in use was started by this very process."""
     return ray_private.started_by_this_process()
-
-
-def somebody_waits(kinds: Set[str]) -> bool:
-    """Whether a task, an actor or a placement group waits for nothing but resources of these kinds, such as "CPU".
-
-    A request counts if some node could serve it once resources of these kinds were given up: not where no node has
-    so many, nor where it waits for something else as well. False where Ray does not tell: to a Ray Client, say.
-    """
-    found = ray_private.demand()
-    if found is None:
-        return False
-
-    def could_be_had(bundle: dict[str, float]) -> bool:
-        return any(
-            all((total if name in kinds else free).get(name, 0.0) >= amount for name, amount in bundle.items())
-            for total, free in found.nodes
-        )
-
-    return any(
-        any(kinds & bundle.keys() for bundle in bundles) and all(could_be_had(bundle) for bundle in bundles)
-        for bundles in found.waiting
-    )
 
 
 def resources_text() -> str:

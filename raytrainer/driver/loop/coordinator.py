@@ -23,8 +23,9 @@ from raytrainer.driver.loop.epoch_end import EpochEnd
 from raytrainer.driver.loop.evaluation import Evaluation
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.plateaus import Plateaus
-from raytrainer.driver.loop.recovery import MoreWorkers, WorkerRecovery
+from raytrainer.driver.loop.recovery import WorkerRecovery
 from raytrainer.driver.loop.replica_check import ReplicaCheck
+from raytrainer.driver.loop.resizing import OtherWorkers, Resizing
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import longest, shortest
@@ -79,6 +80,7 @@ class Coordinator:
         self._evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
         self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings.max_failures)
+        self._resizing = Resizing(self.settings, state, services, self._capture)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
@@ -106,11 +108,11 @@ class Coordinator:
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
                 self.group.abort()
-                if not self._recovery.allowed():
+                if self.interrupt.terminated or not self._recovery.allowed():
                     raise
                 lost = error
-            except MoreWorkers as more:
-                self.group, resumed, self._resumes = more.group, Beginning(more.state), False
+            except OtherWorkers as other:
+                self.group, resumed, self._resumes = other.group, Beginning(other.state), False
 
     def _attempt(self, beginning: Beginning | None) -> FinishReport:
         self._setup(beginning)
@@ -125,11 +127,10 @@ class Coordinator:
             if unfinished:
                 self._epoch()
             while not empty and not self._done():
-                if self._recovery.may_grow(self.group):
-                    more = self._recovery.grow(self.group)
-                    if more is not None:
-                        raise MoreWorkers(*more)
+                self._resizing.look(self.group)
                 self._epoch()
+            if self.interrupt.terminated:
+                self.services.preempt()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
             self._chunks.say_whether_time_is_over()
             self._emit_once("on_train_end")
@@ -180,6 +181,7 @@ class Coordinator:
         self._chunks.begin()
         self.snapshots.restart(state.progress.step)
         self._recovery.note(self.group.size)
+        self.interrupt.to_save = True
         state.clock.switch("other")
 
     def _epoch(self) -> None:
@@ -191,25 +193,29 @@ class Coordinator:
         cursor, news = (progress.epoch, progress.batch, progress.before), self.state.board.take_news()
         starts = self.group.call(Worker.start_epoch, *cursor, resumed, news)
         self.state.should_stop |= any(start.stop for start in starts)
-        self._plateaus.wishes = starts[0].plateaus
+        self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)
         self.state.num_training_batches = length = shortest([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
             self._end_batches()
         if self._validation_due(val_every):  # a run that goes on from a checkpoint made right before a validation
-            self._validate()
+            self._validate(min(1, progress.step))
         while not progress.epoch_ended and not self._done():
             report = self._chunks.train(self.group, length, val_every, self._plateaus.step_marks)
             if schedule.epoch_done(progress, length, report.exhausted):
                 self._end_batches()
             self.state.about_to_validate = self._validation_due(val_every)
-            if not self.state.about_to_validate:
+            if not self._validation_would_be_due(val_every):
                 self._plateaus.after_steps(self.group, report.steps, self.validates)
             self.services.emit("on_train_chunk_end", report)
             self.state.about_to_validate = False
             if self._validation_due(val_every):
                 self._validate(report.steps)
             self._capture.snapshot_if_due(self.group)
+            if not self._done():
+                self._resizing.look(self.group)
+        if self.interrupt.terminated:
+            self.services.preempt()
         self.catch_up()
         if not self.state.interrupted:
             self._epoch_end.finish(self.group, self.validates)
@@ -226,8 +232,12 @@ class Coordinator:
         self._chunks.catch_up(self.group, failed)
 
     def _validation_due(self, val_every: int | None) -> bool:
+        return not self.state.interrupted and self._validation_would_be_due(val_every)
+
+    def _validation_would_be_due(self, val_every: int | None) -> bool:
+        """Whether one is due here, be it that a run that goes on from here has to do it."""
         progress = self.state.progress
-        if not self.validates or self.state.interrupted:
+        if not self.validates:
             return False
         if schedule.validation_due(self.settings, progress, val_every, progress.epoch_ended):
             return True
@@ -238,13 +248,15 @@ class Coordinator:
     def _validate(self, steps: int = 0) -> None:
         """Validate, after so many steps that have not been looked at yet."""
         self.catch_up()
-        self.state.trainer.stage = "validate"
+        self.state.trainer.stage, before = "validate", self.state.progress.validated_at
         self.state.progress.validated_at = self.state.progress.total_batches
         with self.state.clock.phase("validating"):
             self._evaluation.run(
                 self.group, "validate", then=lambda: self._plateaus.after_steps(self.group, steps, self.validates)
             )
         self.state.trainer.stage = "train"
+        if self._evaluation.cut_off:
+            self.state.progress.validated_at = before
 
     def _done(self) -> bool:
         """Whether to stop training here, by the limits, by request, or by Ctrl-C."""

@@ -1,4 +1,4 @@
-"""`WorkerRecovery`: other workers for a `fit` that goes on, after some were lost, or because there can be more.
+"""`WorkerRecovery`: other workers for a `fit` that goes on, after some were lost.
 
 What they get back (weights, counters, metrics) is put together in `driver/saving/capture_restore.py`.
 """
@@ -19,17 +19,9 @@ from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
 
-__all__ = ["MoreWorkers", "WorkerRecovery"]
+__all__ = ["WorkerRecovery"]
 
 log = logging.getLogger("raytrainer")
-
-
-class MoreWorkers(Exception):
-    """An elastic run has more workers now: `group`, which goes on from `state`."""
-
-    def __init__(self, group: WorkerGroup, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.group, self.state = group, state
 
 
 class WorkerRecovery:
@@ -49,7 +41,6 @@ class WorkerRecovery:
         self._state, self._services, self._capture, self._snapshots = state, services, capture, snapshots
         self._allowed = max_failures if snapshots.enabled else 0
         self._callbacks_before = services.callback_states()
-        self._grown_in = -1  # the epoch that began with an attempt to get more workers
         self._failed: tuple[WorkerLostError | StateLostError, float, Progress] | None = None  # until training goes on
 
     def allowed(self) -> bool:
@@ -100,21 +91,3 @@ class WorkerRecovery:
         recovery = Recovery(str(error), lost_at.step, now.step, replayed, time.perf_counter() - began, workers)
         self._state.recoveries.append(recovery)
         log.warning("Recovered. %s", recovery)
-
-    def may_grow(self, group: WorkerGroup) -> bool:
-        """Whether to try for more workers: once an epoch, as somebody else may have taken what looks free."""
-        progress = self._state.progress
-        return bool(progress.total_batches and progress.epoch != self._grown_in and self._services.can_grow(group))
-
-    def grow(self, group: WorkerGroup) -> tuple[WorkerGroup, dict[str, Any]] | None:
-        """A larger group, and the state to restore in it, so that training goes on from right here.
-
-        None: `group` is as well as before, and others were faster in taking what looked free.
-        """
-        self._grown_in = epoch = self._state.progress.epoch
-        states: list[dict[str, Any]] = []
-        larger = self._services.grow(group, lambda: states.append(self._capture.capture(group).resolve()))
-        if larger is None:
-            return None
-        log.info("Epoch %d begins with %d workers instead of %d.", epoch, larger.size, group.size)
-        return larger, states.pop()

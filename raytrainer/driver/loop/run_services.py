@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.metric_messages import LogCall
 
-__all__ = ["Rows", "RunServices"]
+__all__ = ["Places", "Rows", "RunServices"]
+
+
+class Places(Protocol):
+    """Room for further workers."""
+
+    def sure(self) -> bool:
+        """Whether workers can start there; never waits. Raises ResourceError where they cannot."""
+
 
 Rows = list[tuple[int, dict[str, float]]]
 
@@ -31,11 +39,36 @@ class RunServices(Protocol):
     def restore_callbacks(self, states: dict[str, Any]) -> None:
         """Put them back."""
 
+    def preempt(self) -> None:
+        """Save the state that the workers have now, and end the run: SIGTERM has come."""
+
     def regroup(self) -> WorkerGroup:
         """New workers, in place of the group's."""
 
-    def grow(self, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
-        """A larger group in place of `group`, which ends after `ready` has been called; None: no more workers now."""
-
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether an elastic run could have more workers than `group` has."""
+
+    @property
+    def places(self) -> Places | None:
+        """Where further workers would be, once these have been asked for."""
+
+    def more_places(self, group: WorkerGroup) -> bool:
+        """Ask for them; whether they are to be had."""
+
+    def withdraw(self) -> None:
+        """Give them back, if there are any."""
+
+    def grow(self, group: WorkerGroup) -> WorkerGroup:
+        """A larger group with workers there, in place of `group`, which ends."""
+
+    def leaving(self, group: WorkerGroup) -> dict[str, float]:
+        """Nodes with workers of this group that are to go, by id, and in how many seconds."""
+
+    def elsewhere(self, group: WorkerGroup) -> list[int]:
+        """Sizes, the most first, of groups that could be without these nodes, and that the run may have."""
+
+    def save_homeless(self, state: dict[str, Any]) -> None:
+        """Save a state for which there are no workers any more."""
+
+    def regroup_elsewhere(self, sizes: Sequence[int]) -> WorkerGroup:
+        """A group of the first of these sizes that is to be had; of none: of any, once there is room."""

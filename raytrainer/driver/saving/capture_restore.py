@@ -45,6 +45,12 @@ class RunCapture:
             self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
         return captured
 
+    def keep(self, state: dict[str, Any]) -> None:
+        """Hold a state in this process, as the newest snapshot: those who have the others are to go."""
+        parts = dict(state)
+        captured = Captured(lambda: [parts], {})
+        self._snapshots.take(captured, self._state.progress.step, 0.0)
+
     def at_end(self, group: WorkerGroup) -> Captured | None:
         """What a checkpoint of the finished fit holds beside the weights, which come home; None: it is not kept."""
         if not self._state.keeps_end:

@@ -13,7 +13,7 @@ from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.pieces import KEY
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
-from raytrainer.errors import CheckpointError, StateLostError, StorageError
+from raytrainer.errors import CheckpointError, GivenUpError, StateLostError, StorageError
 from raytrainer.hparams import kept
 from raytrainer.module import Module
 from raytrainer.plan.steps_and_epochs import Progress
@@ -116,6 +116,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._left_alone = False  # whether the last save has failed, and what it was to replace is to stay
+        self._given_up = False  # nothing more of what there is to do is done
 
     def __reduce__(self) -> Any:
         return CheckpointWriter, ()  # a copy has nothing to write
@@ -136,7 +137,7 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                write_checkpoint(path, resolve())
+                write_checkpoint(path, resolve(), lambda: self._given_up)
             finally:
                 release(path)
 
@@ -153,6 +154,12 @@ class CheckpointWriter:
         with self._changed:
             pending = [job.exists for job in self._jobs if job.path == path]
         return pending[-1] if pending else checkpoint_exists(path)
+
+    def give_up(self) -> None:
+        """From any thread: there is no time for what there is to do. What is half written is deleted; `flush` raises
+        GivenUpError."""
+        with self._changed:
+            self._given_up = bool(self._jobs)
 
     @property
     def busy(self) -> bool:
@@ -207,10 +214,12 @@ class CheckpointWriter:
         while True:
             with self._changed:
                 if not self._jobs:
-                    self._thread = None
+                    self._thread, self._given_up = None, False
                     return
                 job = self._jobs[0]
             try:
+                if self._given_up:
+                    raise GivenUpError(f"{job.path}: there was no time to {'write' if job.exists else 'remove'} it.")
                 if job.exists or not (self._error or self._left_alone):
                     self._left_alone = False
                     job.do()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from raytrainer.driver.cluster.placement_rules import Request, additions, fits
-from raytrainer.driver.cluster.session import Cluster, ensure_ray, free_by_node, own_reservation
+from raytrainer.driver.cluster.resources import draining_nodes, free_by_node
+from raytrainer.driver.cluster.session import Cluster, ensure_ray, own_reservation
 from raytrainer.driver.workers import idle_pool
 from raytrainer.driver.workers.local_group import LocalGroup, local_group
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.settings import Settings
+
+if TYPE_CHECKING:
+    from raytrainer.driver.workers.ray_more_places import MorePlaces
 
 __all__ = ["GroupSupply"]
 
@@ -41,16 +45,22 @@ class GroupSupply:
         if settings.strategy != "local":
             ensure_ray(self.cluster, settings.world_size, settings.gpus)
 
-    def take(self, settings: Settings) -> WorkerGroup:
+    def take(self, settings: Settings, sizes: Sequence[int] = ()) -> WorkerGroup:
         """The workers that the settings ask for; of an elastic run as many of them as there are.
 
         To be called after `prepare`, and within a `shield`, with what keeps the answer.
+
+        Args:
+            settings: Of the run.
+            sizes: Numbers of workers that are known to have room now; others are not tried.
         """
         if settings.strategy == "local":
             return local_group(settings)
         from raytrainer.driver.workers.ray_group import RayGroup
 
-        return idle_pool.take(_requests(settings), self._placement_timeout, RayGroup)
+        requests = _requests(settings)
+        known = [request for request in requests if request.nodes * request.per_node in sizes]
+        return idle_pool.take(known or requests, self._placement_timeout, RayGroup)
 
     def give_back(self, group: WorkerGroup) -> None:
         """The run is over: workers of a cluster are kept for the next one that asks for the same."""
@@ -67,40 +77,49 @@ class GroupSupply:
         free = free_by_node("GPU" if settings.on_gpu else "CPU")
         return any(fits(nodes, workers, free, group.by_node) for nodes, workers in larger)
 
-    def grow(self, settings: Settings, group: WorkerGroup, ready: Callable[[], None]) -> WorkerGroup | None:
-        """More workers for an elastic run: those of `group`, which ends, and others, once these are sure.
+    def more_places(self, settings: Settings, group: WorkerGroup) -> MorePlaces | None:
+        """Reserve places for more workers than `group` has, and have processes started there; None: others have them.
 
         To be called within a `shield`, with what keeps the answer.
-
-        Args:
-            settings: Of the run.
-            group: Stays as it is where no more are to be had.
-            ready: Called when they are, and before `group` ends.
-
-        Returns:
-            A larger group; None: there is none.
         """
-        from raytrainer.driver.cluster.reservation import place_more, remove
-        from raytrainer.driver.workers.ray_group import RayGroup
+        from raytrainer.driver.cluster.reservation import place_more
+        from raytrainer.driver.workers.ray_more_places import MorePlaces
 
-        assert isinstance(group, RayGroup)
         free = free_by_node("GPU" if settings.on_gpu else "CPU")
         for request in _requests(settings):
             by_node = additions(request.nodes, request.per_node, free, group.by_node)
             if by_node is None or request.nodes * request.per_node <= group.size:
                 continue
+            counts = {node: count for node, (_, count) in by_node.items() if count}
             try:
-                more = place_more(request, {node: count for node, (_, count) in by_node.items() if count}, BRIEFLY)
+                slots = place_more(request, counts, BRIEFLY)
             except (ResourceError, ConfigurationError) as error:  # others were faster
                 log.info("No more workers for now: %s", error)
                 continue
-            try:
-                ready()
-            except BaseException:
-                remove(more)
-                raise
-            return group.grown(request, more, {node: stay for node, (stay, _) in by_node.items()})
+            places = MorePlaces(request, slots, {node: stay for node, (stay, _) in by_node.items()})
+            places.try_out()
+            return places
         return None
+
+    def grow(self, group: WorkerGroup, places: MorePlaces) -> WorkerGroup:
+        """A group of the workers of `group`, which ends, and of others in these places.
+
+        To be called within a `shield`, with what keeps the answer.
+        """
+        from raytrainer.driver.workers.ray_group import RayGroup
+
+        assert isinstance(group, RayGroup)
+        return group.grown(places.request, places.slots, places.stay)
+
+    def leaving(self, group: WorkerGroup) -> dict[str, float]:
+        """Nodes with workers of this group that are to go, by id, and in how many seconds each will."""
+        by_node = group.by_node
+        return {node: left for node, left in draining_nodes().items() if node in by_node} if by_node else {}
+
+    def elsewhere(self, settings: Settings, group: WorkerGroup) -> list[int]:
+        """Sizes, the most first, of groups that have room without nodes that are to go, once `group` has ended."""
+        free = free_by_node("GPU" if settings.on_gpu else "CPU")
+        return [nodes * workers for nodes, workers in settings.sizes if fits(nodes, workers, free, group.by_node)]
 
     def with_every_gpu(self, settings: Settings) -> Settings:
         """The settings with what gpus=-1 means on the cluster as it is now."""

@@ -1,6 +1,6 @@
 """Idle worker groups, kept for the next run that asks for the same resources.
 
-They end after a while, or as soon as others wait for what they hold (`session.somebody_waits`).
+They end after a while, or as soon as others wait for what they hold (`resources.somebody_waits`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from raytrainer.driver.cluster.placement_rules import Request
-from raytrainer.driver.cluster.session import free_by_node, own_reservation, somebody_waits
+from raytrainer.driver.cluster.resources import free_by_node, somebody_waits
+from raytrainer.driver.cluster.session import own_reservation
 from raytrainer.errors import ResourceError
 from raytrainer.signals import shield
 

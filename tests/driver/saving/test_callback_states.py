@@ -64,9 +64,9 @@ def test_checkpoints_are_of_the_step_that_they_say(
     real = checkpoint_writer.write_checkpoint
     waited = []
 
-    def late(path: Any, checkpoint: Any) -> None:
+    def late(path: Any, checkpoint: Any, given_up: Any) -> None:
         waited.append(ended.wait(0.0 if len(waited) >= 2 else 5.0))  # the first two are written late
-        real(path, checkpoint)
+        real(path, checkpoint, given_up)
 
     class End(Callback):
         def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raytrainer.driver.cluster import session as cluster
+from raytrainer.driver.cluster import resources as cluster
 from raytrainer.driver.cluster.placement_rules import Request
 from raytrainer.driver.workers import idle_pool as pool
 from raytrainer.errors import ResourceError
