@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from raytrainer.errors import ConfigurationError
 
@@ -17,16 +19,29 @@ _GONE = {
 }
 
 
+#: Parameters of methods that have been bound: an evaluation binds anew, and looking costs a tenth of a short one.
+_known: WeakKeyDictionary[Callable[..., Any], list[inspect.Parameter]] = WeakKeyDictionary()
+
+
+def _all_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    plain = getattr(function, "__func__", None) if type(function) is MethodType else None
+    if plain is None:
+        return list(inspect.signature(function).parameters.values())
+    if plain not in _known:
+        _known[plain] = list(inspect.signature(function).parameters.values())
+    return _known[plain]
+
+
 def _parameters(function: Callable[..., Any]) -> tuple[list[inspect.Parameter], bool]:
     """What it takes by position, and whether it takes any more (`*args`)."""
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = _all_parameters(function)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return named, any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def _by_name(function: Callable[..., Any]) -> list[str]:
     """What it takes by name only."""
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [p.name for p in _all_parameters(function) if p.kind is p.KEYWORD_ONLY]
 
 
 def bind_step(function: Callable[..., Any], name: str, loaders: int = 1) -> Callable[[Any, int, int], Any]:
