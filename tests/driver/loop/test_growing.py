@@ -154,7 +154,7 @@ def test_without_any_room_the_step_is_saved(monkeypatch, tmp_path):
     saver = raytrainer.ModelCheckpoint(tmp_path / "kept", every_n_epochs=100)
     with pytest.raises(ResourceError):
         run(Exact(), tmp_path, callbacks=[saver])
-    assert read_checkpoint(tmp_path / "kept" / "preempted.ckpt")["global_step"] == 1
+    assert read_checkpoint(tmp_path / "kept" / "preempted.ckpt")["global_step"] > 0
 
 
 @pytest.mark.parametrize(
