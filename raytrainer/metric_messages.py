@@ -151,6 +151,19 @@ class MetricReport:
     stop: bool = False
     reads: tuple[ReadSample, ...] = ()  # what loaders gave first
 
+    def shared(self) -> MetricReport:
+        """What counts of it where it is not rank 0's: step values that are reduced over workers, and the epoch's."""
+        names = {name for name, spec in self.specs.items() if spec.sync_dist}
+        if len(names) < len(self.specs):
+            by_row = {self.specs[name].step_name for name in names}
+            self.step = {name: value for name, value in self.step.items() if name in names}
+            self.rows = [
+                StepRow(row.step, row.epoch, {name: v for name, v in row.values.items() if name in by_row})
+                for row in (self.rows if by_row else ())
+            ]
+        self.specs = {name: self.specs[name] for name in self.epoch}
+        return self
+
     def add(self, later: MetricReport) -> None:
         """Take up a report on steps that follows this one."""
         self.specs |= later.specs

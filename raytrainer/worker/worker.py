@@ -146,6 +146,8 @@ class Worker:
         report = self.training.train(batches, stop_at_step, more, vote_every)
         accumulate = self.run.view.accumulate_grad_batches
         self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
+        if self.ranks.rank:  # the driver reads a thousand of these
+            report.metrics = report.metrics.shared()
         return report
 
     @verb(Wait.TRAINING)
@@ -155,7 +157,7 @@ class Worker:
         if failed:
             metrics.switch("train")
             metrics.forget_batch()
-        return metrics.report()
+        return metrics.report().shared() if self.ranks.rank else metrics.report()
 
     @verb(Wait.USER_CODE)
     def end_batches(self, step_schedulers: bool = True) -> MetricReport:

@@ -111,6 +111,8 @@ class Simulated:
             by_row = dict.fromkeys([SPECS[name].step_name for name in NAMES], value)
             logged = [StepRow(s, self.epoch, by_row) for s in rows]
             report.metrics = MetricReport(SPECS, logged, dict.fromkeys(NAMES, value))
+            if rank:
+                report.metrics = report.metrics.shared()
         return list(self.chunks)
 
     def _epoch_metrics(self) -> list[MetricReport]:
