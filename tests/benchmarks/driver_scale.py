@@ -106,6 +106,7 @@ class Simulated:
         self.batch, self.step = self.batch + batches, self.step + batches
         for rank, report in enumerate(self.chunks):
             report.batches = report.steps = batches
+            report.seconds = batches / CHUNK
             report.batch, report.step = self.batch, self.step
             value = self.step + rank / 7
             by_row = dict.fromkeys([SPECS[name].step_name for name in NAMES], value)
@@ -296,7 +297,7 @@ def main() -> None:
         "| workers | ms a chunk | ms at an epoch's end, with a validation | ms reading the reports |\n|---|---|---|---|"
     )
     for workers in options.workers:
-        watch, _ = run(workers, [200])
+        watch, _ = run(workers, [60])
         row = workers, statistics.median(watch.plain), statistics.median(watch.ends), reading(workers)
         table.append(row)
         print(f"| {row[0]:,} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.2f} |", flush=True)
