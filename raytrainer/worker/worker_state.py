@@ -135,9 +135,10 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     if as_before and len(by_rank) == view.ranks.world_size:
         _restore_own(run, by_rank[view.ranks.rank])
     elif by_rank:
-        # the state dict may have those of one worker; whoever was of this rank has the same part of the epoch still
+        # the state dict may have those of one worker; where each has a part of the data, as before, sums are handed on
         rank, size = view.ranks.rank, view.ranks.world_size
-        theirs = by_rank[rank::size]
+        alone = checkpoint.get("parts") in (None, len(by_rank)) and run.strategy.share.count == size
+        theirs = by_rank[rank::size] if alone else []
         load_states(module, theirs[0].get("metric_objects") or {} if theirs else {})
         if len(theirs) > 1 and any(own.get("metric_objects") for own in theirs[1:]):
             log.warning(
