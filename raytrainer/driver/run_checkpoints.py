@@ -140,8 +140,10 @@ class RunCheckpoints:
 
     # ---------------------------------------------------------------- SIGTERM
 
-    def preempt(self) -> None:
+    def end_if_preempted(self) -> None:
         """After SIGTERM: save this very step, and end the run."""
+        if not self._interrupt.terminated:
+            return
         self._let_writer_end()
         self._save_preempted(lambda path: self.save(path, weights_only=False, wait=True))
         raise terminate()

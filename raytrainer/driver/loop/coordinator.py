@@ -129,8 +129,7 @@ class Coordinator:
             while not empty and not self._done():
                 self._resizing.look(self.group)
                 self._epoch()
-            if self.interrupt.terminated:
-                self.services.preempt()
+            self.services.end_if_preempted()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
             self._chunks.say_whether_time_is_over()
             self._emit_once("on_train_end")
@@ -212,10 +211,8 @@ class Coordinator:
             if self._validation_due(val_every):
                 self._validate(report.steps)
             self._capture.snapshot_if_due(self.group)
-            if not self._done():
-                self._resizing.look(self.group)
-        if self.interrupt.terminated:
-            self.services.preempt()
+            self._resizing.look(self.group)
+        self.services.end_if_preempted()
         self.catch_up()
         if not self.state.interrupted:
             self._epoch_end.finish(self.group, self.validates)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.beginning import Beginning

@@ -16,6 +16,7 @@ from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import ResourceError
 from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.settings import Settings
+from raytrainer.plan.steps_and_epochs import is_done
 from raytrainer.view.run_state import RunState
 
 __all__ = ["OtherWorkers", "Resizing"]
@@ -68,6 +69,8 @@ class Resizing:
         """
         progress, now = self._state.progress, time.monotonic()
         if group.in_process or now < self._next or not progress.total_batches:
+            return
+        if self._state.interrupted or is_done(self._settings, progress, self._state.should_stop):
             return
         accumulate = self._settings.accumulated(progress.epoch)
         if progress.epoch_ended or progress.batch % accumulate:

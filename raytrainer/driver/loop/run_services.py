@@ -39,8 +39,8 @@ class RunServices(Protocol):
     def restore_callbacks(self, states: dict[str, Any]) -> None:
         """Put them back."""
 
-    def preempt(self) -> None:
-        """Save the state that the workers have now, and end the run: SIGTERM has come."""
+    def end_if_preempted(self) -> None:
+        """If SIGTERM has come: save the state that the workers have now, and end the run."""
 
     def regroup(self) -> WorkerGroup:
         """New workers, in place of the group's."""
