@@ -146,6 +146,7 @@ class MetricReport:
     epoch: dict[str, Partial] = field(default_factory=dict)
     samples: list[StepRow] = field(default_factory=list)  # of this worker alone
     idle: bool = False  # this worker had no sample in the epoch, so it need not have logged what others did
+    trained: bool = False  # whether training's batches of this worker, in this epoch, came to any loss, or step
     calls: list[LogCall] = field(default_factory=list)
     fx: dict[str, Any] = field(default_factory=dict)
     stop: bool = False

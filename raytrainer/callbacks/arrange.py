@@ -8,6 +8,7 @@ from typing import Any
 from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.callbacks.progress import ProgressBar
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.strangers import is_lightnings
 from raytrainer.stateful_callback import StatefulCallback
 
 __all__ = ["arrange_callbacks"]
@@ -50,6 +51,12 @@ def _check(callback: Any) -> None:
         raise ConfigurationError(f"callback {callback.__name__}, a class: give an object, {callback.__name__}(...).")
     if isinstance(callback, WorkerCallback):
         return
+    if is_lightnings(callback, "Callback"):
+        name = type(callback).__name__
+        raise ConfigurationError(
+            f"callback {name} is Lightning's: take raytrainer's, or derive it from raytrainer.Callback (on the driver) "
+            f"or raytrainer.WorkerCallback (beside the module). examples/guide/lightning.md has each by its name."
+        )
     if not isinstance(callback, Callback):
         raise ConfigurationError(
             f"callback {callback!r}: give a raytrainer Callback (on the driver) or WorkerCallback (beside the module)."

@@ -10,6 +10,7 @@ import torch
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.early_stopping_rule import StoppingRules, StoppingState, StopReason, judge, worst_score
+from raytrainer.plan.missing_metric import missing_metric
 from raytrainer.plan.monitoring import Moment, MonitorMoment
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class EarlyStopping(Callback):
 
     def _check(self, trainer: RunningTrainer) -> None:
         if self.monitor not in trainer.callback_metrics:
-            self._complain(sorted(trainer.callback_metrics))
+            self._complain(trainer)
             return
         when = trainer.metric_time(self.monitor)
         if when is not None:
@@ -189,12 +190,9 @@ class EarlyStopping(Callback):
         elif self.verbose and verdict.message:
             _log.info("EarlyStopping: %s", verdict.message)
 
-    def _complain(self, names: list[str]) -> None:
-        known = ", ".join(names) or "none"
-        message = (
-            f"EarlyStopping(monitor={self.monitor!r}): no such metric was logged; there are: {known}. "
-            f"Call self.log({self.monitor!r}, ...) in the module, or monitor one of these"
-        )
+    def _complain(self, trainer: RunningTrainer) -> None:
+        told = missing_metric(self.monitor, trainer.callback_metrics, any(trainer.num_val_batches))
+        message = f"EarlyStopping(monitor={self.monitor!r}): {told}"
         if self.strict:
             raise ConfigurationError(message + "; strict=False makes this a warning")
         if not self._warned:

@@ -16,6 +16,7 @@ from raytrainer.callbacks.callback import Callback
 from raytrainer.checkpointing.reservations import release, require_writable, reserve
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.plan.argument_checks import choice
+from raytrainer.plan.missing_metric import missing_metric
 from raytrainer.plan.monitoring import Moment, MonitorMoment
 from raytrainer.plan.retention import (
     best_path,
@@ -260,11 +261,8 @@ class ModelCheckpoint(Callback):
         return when.batch == trainer.total_batches
 
     def _missing(self, trainer: RunningTrainer) -> str:
-        known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-        return (
-            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged; there are: {known}. "
-            f"Call self.log({self.monitor!r}, ...) in the module, or monitor one of these"
-        )
+        told = missing_metric(str(self.monitor), trainer.callback_metrics, any(trainer.num_val_batches))
+        return f"ModelCheckpoint(monitor={self.monitor!r}): {told}"
 
     # What
 

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import io
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -42,6 +43,9 @@ DATA: list[Any] = [
     ),
 ]
 
+#: How torch names what it does not make while it reads plain data.
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+
 #: Lightning's own callbacks, whose states mean nothing to those here; `EarlyStopping`'s is translated.
 CALLBACKS = {
     "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "EarlyStopping",
@@ -74,7 +78,7 @@ def read_lightning_file(
             source.seek(0)
         content = torch.load(source, map_location=map_location, weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise CheckpointError(f"{shown}: this is a file of torch's, but no checkpoint: it has no state_dict.")
+        raise CheckpointError(_no_checkpoint(shown, content))
     try:
         return _translated(content)
     except Exception as error:  # something is missing in it, or of another type than Lightning writes
@@ -83,12 +87,22 @@ def read_lightning_file(
         ) from error
 
 
+def _no_checkpoint(shown: str, content: Any) -> str:
+    text = f"{shown}: this is a file of torch's, but no checkpoint: it has no state_dict."
+    if isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        text += " It holds tensors by name, as one itself does: module.load_state_dict(torch.load(path)) takes it up."
+    return text
+
+
 def _why_not(shown: str, error: Exception) -> str:
-    first = str(error).partition("\n")[0]
-    wanted = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    what = f"{shown}: no checkpoint there: neither a directory with a meta.json, nor a file of Lightning's"
+    found = _REFUSED.search(str(error))
+    if found is None:  # no file of torch's at all
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "Unsupported" in line or "Error:" in line), lines[0])
+        return f"{what}: torch cannot read it ({reason.strip()})."
     return (
-        f"{shown}: no checkpoint there: neither a directory with a meta.json, nor a file of Lightning's that holds "
-        f"plain data only. {(wanted or [first])[0].strip()} If you trust the file, allow the class with "
+        f"{what} that holds plain data only: it holds {found[1]}. If you trust the file, allow the class with "
         f"torch.serialization.add_safe_globals([...]), or everything that is in it with weights_only=False."
     )
 

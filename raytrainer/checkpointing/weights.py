@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from raytrainer.checkpointing.exported_file import put_in_place
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointError, ConfigurationError
 
-__all__ = ["export_weights", "load_into"]
+__all__ = ["export_weights", "load_into", "require_state"]
 
 log = logging.getLogger("raytrainer")
 
@@ -34,6 +34,20 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
     for keys_of, names in (("the module", keys.missing_keys), ("the checkpoint", keys.unexpected_keys)):
         if names:
             log.warning("%s: weights that only %s has were left as they are: %s", type(module).__name__, keys_of, names)
+
+
+def require_state(module: nn.Module, state: Any) -> dict[str, Any]:
+    """What `state_dict` returned, if that can be weights: an own one may forget to return them.
+
+    Raises:
+        ConfigurationError: It is no dict.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigurationError(
+            f"{type(module).__name__}.state_dict() returned {type(state).__name__}: return the dict that "
+            f"super().state_dict(...) makes."
+        )
+    return state  # type: ignore[return-value]
 
 
 def export_weights(module: nn.Module, path: str | Path) -> None:

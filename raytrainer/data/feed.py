@@ -19,6 +19,7 @@ from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
 from raytrainer.data.own_readers import kept_readers
 from raytrainer.data.own_sharding import remedy
+from raytrainer.data.refused_loaders import require_loader
 from raytrainer.data.sharded_loader import length_of, shard_loader
 from raytrainer.data.sharding import Share
 from raytrainer.data.streams import Requests
@@ -58,11 +59,7 @@ class Feed:
     """
 
     def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> None:
-        if not hasattr(loader, "__iter__"):
-            raise DataError(
-                f"the {stage} loader is {loader!r}: return a DataLoader, or an iterable of batches, from "
-                f"{stage}_dataloader()."
-            )
+        require_loader(loader, stage)
         self.stage, self.share, self.seed, self.settings = stage, share, seed, settings
         self.source = loader
         sharded = shard_loader(loader, stage, share, seed, settings, epoch)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrainer.checkpointing.pieces import whole_state
-from raytrainer.checkpointing.weights import load_into
+from raytrainer.checkpointing.weights import load_into, require_state
 from raytrainer.data.sharding import Share
 from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
@@ -242,7 +242,7 @@ class Strategy(ABC):
     def module_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's state as a checkpoint has it; live tensors."""
         state: dict[str, Any] = module.state_dict()
-        return state
+        return require_state(module, state)
 
     def load_module(self, module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
         """The reverse of `module_state`.

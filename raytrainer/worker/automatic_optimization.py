@@ -50,6 +50,7 @@ class AutomaticOptimization:
         self.several = run.strategy.ranks.world_size > 1
         # whether workers have losses of their own slices of a node's batch, rather than all of the whole one
         self.weighs = run.slices.active and not overridden(run.module, "training_step_end")
+        self.without_loss = 0  # calls of training_step that gave none
         self.given_any = False  # whether any worker had a loss in the latest window
         settings = run.view.settings
         self.accumulate, self.accumulates = run.view.accumulate_grad_batches, settings.accumulates
@@ -192,7 +193,9 @@ class AutomaticOptimization:
             self.given_any = self.strategy.settle(self.module, loss, self.index)
         elif loss is not None:
             self.given_any = True
-        if loss is not None and self.on_after_backward is not None:
+        if loss is None:
+            self.without_loss += 1
+        elif self.on_after_backward is not None:
             self.on_after_backward()
         return loss
 

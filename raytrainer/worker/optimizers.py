@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.view.scheduler_config import SchedulerConfig
 
-__all__ = ["parse_optimizers"]
+__all__ = ["check_parameters", "parse_optimizers"]
+
+log = logging.getLogger("raytrainer")
 
 _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau"}
 _FORMS = (
@@ -86,13 +90,17 @@ def _parts(answer: Any) -> tuple[list[Optimizer], list[Any]]:
         if items and all(isinstance(item, Mapping) for item in items):
             return _from_dicts(items)
         return _only_optimizers(items), []
-    raise ConfigurationError(f"configure_optimizers returned {answer!r}: return {_FORMS}.")
+    what = f"{answer.__name__}, a class" if isinstance(answer, type) else repr(answer)
+    raise ConfigurationError(f"configure_optimizers returned {what}: return {_FORMS}.")
 
 
 def _only_optimizers(items: Sequence[Any]) -> list[Optimizer]:
     for item in items:
         if not isinstance(item, Optimizer):
-            raise ConfigurationError(f"configure_optimizers returned {item!r} as an optimizer: return {_FORMS}.")
+            schedules = hasattr(item, "step") and not isinstance(item, type)
+            instead = "([optimizer], [scheduler])" if schedules else _FORMS
+            what = f"{type(item).__name__}(...)" if schedules else repr(item)
+            raise ConfigurationError(f"configure_optimizers returned {what} as an optimizer: return {instead}.")
     return list(items)
 
 
@@ -101,10 +109,15 @@ def _from_dicts(items: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], li
     schedulers: list[Any] = []
     for item in items:
         unknown = set(item) - {"optimizer", "lr_scheduler", "monitor"}
-        if unknown or not isinstance(item.get("optimizer"), Optimizer):
+        if unknown or "optimizer" not in item:
             raise ConfigurationError(
-                f"configure_optimizers returned a dict with keys {sorted(item)}: it needs 'optimizer', may have "
-                f"'lr_scheduler' and its 'monitor', and nothing else."
+                f"configure_optimizers returned a dict with keys {sorted(map(str, item))}: it needs 'optimizer', may "
+                f"have 'lr_scheduler' and its 'monitor', and nothing else."
+            )
+        if not isinstance(item["optimizer"], Optimizer):
+            raise ConfigurationError(
+                f"configure_optimizers returned {{'optimizer': {item['optimizer']!r}}}: give an optimizer, such as "
+                f"torch.optim.Adam(self.parameters())."
             )
         optimizers.append(item["optimizer"])
         scheduler = item.get("lr_scheduler")
@@ -126,6 +139,10 @@ def _scheduler(item: Any, manual: bool, steps: bool) -> SchedulerConfig:
             f"lr_scheduler options {sorted(unknown)} are unknown; there are {sorted(_SCHEDULER_KEYS)}."
         )
     scheduler = options.get("scheduler")
+    if isinstance(scheduler, type):
+        raise ConfigurationError(
+            f"lr_scheduler {scheduler.__name__}, a class: give {scheduler.__name__}(optimizer, ...)."
+        )
     if not hasattr(scheduler, "state_dict") or (steps and not hasattr(scheduler, "step")):
         raise ConfigurationError(
             f"lr_scheduler {scheduler!r}: give an object with step() and state_dict(); it needs no step() where the "
@@ -151,3 +168,18 @@ def _scheduler(item: Any, manual: bool, steps: bool) -> SchedulerConfig:
             f'{{"scheduler": ..., "monitor": "<metric name>"}}.'
         )
     return config
+
+
+def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Warn of an optimizer that trains what the module does not hold, as one of another module's parameters does."""
+    own = {id(parameter) for parameter in module.parameters()}
+    for optimizer in optimizers:
+        given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        strange = sum(id(parameter) not in own for parameter in given)
+        if strange:
+            log.warning(
+                "configure_optimizers: %d of the %d tensors of %s are no parameters of this %s: nothing moves them to "
+                "devices, averages their gradients over workers or saves them. Give self.parameters(), or make what "
+                "they belong to an attribute of the module.",
+                strange, len(given), type(optimizer).__name__, type(module).__name__,
+            )  # fmt: skip

@@ -46,7 +46,7 @@ class RunData:
         """The three batch-transfer hooks and the precision's `cast` as one function; None if nothing is to be done."""
         device = self.strategy.device
         found = {name: self._data_hook(name) for name in TRANSFER_HOOKS}
-        before, to_device, after = (hook and hooks.named(name, hook) for name, hook in found.items())
+        before, to_device, after = (hook and _giving(hooks.named(name, hook), name) for name, hook in found.items())
         if device.type != "cpu" and to_device is None:
             to_device = CopyStream(device) if device.type == "cuda" else DataHooks().transfer_batch_to_device
         if before is None and to_device is None and after is None:
@@ -107,7 +107,8 @@ class RunData:
             combined = as_combined(source) if stage == "train" else None
             loaders = as_list(source) if combined is None else [combined]
             if not loaders:
-                raise ConfigurationError(f"{stage}_dataloader() returned {source!r}: return a loader.")
+                given = f"the {stage} loader is" if stage in self.task.loaders else f"{stage}_dataloader() returned"
+                raise ConfigurationError(f"{given} {source!r}: give a DataLoader, or any iterable of batches.")
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share
             feeds = [make_feed(loader, stage, share, seed, settings, self.epoch()) for loader in loaders]
             self._feeds[stage] = [*feeds]
@@ -154,3 +155,15 @@ class RunData:
         """End what loaders have begun."""
         for stage in list(self._feeds):
             self._close_feeds(stage)
+
+
+def _giving(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A hook that must return a batch: where it forgets to, each batch would be left out without a word."""
+
+    def called(*args: Any) -> Any:
+        batch = hook(*args)
+        if batch is None:
+            raise ConfigurationError(f"{name} returned None: return the batch, changed or not.")
+        return batch
+
+    return called

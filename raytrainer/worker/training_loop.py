@@ -61,6 +61,7 @@ class TrainingLoop:
         self.view.forward_epoch = lambda: forward_epoch(run, self.feed, self.epoch, self._longest)
         self._longest: int = 0  # batches of the longest epoch so far
         self._before = False  # groups of other sizes have done part of the epoch
+        self._began = 0, 0  # batch and step at which this worker has taken up the epoch
         self._idle = False  # has had no sample in this epoch: batches were None, or had fewer than the node has workers
 
     def _bind_optimization(self) -> AutomaticOptimization | ManualOptimization:
@@ -98,6 +99,7 @@ class TrainingLoop:
             if self.run.data.has_validation:
                 self.run.data.feeds("val", reload=True)
         self.batch = skip
+        self._began = skip, self.view.global_step
         self._epoch_scheduled = False
         self._idle = skip == 0 or self.run.slices.active
         self.view.running = "train"
@@ -111,6 +113,8 @@ class TrainingLoop:
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._prepare_again()
+        if isinstance(self._run_batch, AutomaticOptimization):
+            self._run_batch.without_loss = 0
         self.feed.draw()
         return self.describe()
 
@@ -285,8 +289,13 @@ class TrainingLoop:
     def _report_epoch(self) -> MetricReport:
         report = self.metrics.report()
         self.metrics.add_epoch(report)
-        report.idle, report.stop = self._idle, self.view.should_stop
+        report.idle, report.stop, report.trained = self._idle, self.view.should_stop, self._has_trained()
         return report
+
+    def _has_trained(self) -> bool:
+        if isinstance(self._run_batch, AutomaticOptimization):
+            return self._run_batch.without_loss < self.batch - self._began[0]
+        return self.view.global_step > self._began[1]
 
 
 def _trained(module: torch.nn.Module) -> list[bool]:

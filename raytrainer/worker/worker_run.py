@@ -29,7 +29,7 @@ from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.hook_calls import Hooks, overridden
 from raytrainer.worker.logger_recorder import Recorder, WorkerLogger
 from raytrainer.worker.node_slices import Slices
-from raytrainer.worker.optimizers import parse_optimizers
+from raytrainer.worker.optimizers import check_parameters, parse_optimizers
 from raytrainer.worker.precision import Precision
 from raytrainer.worker.run_data import RunData
 from raytrainer.worker.signatures import bind_step
@@ -142,6 +142,7 @@ class WorkerRun:
             self.switched.note_groups(view.optimizers)
             if not view.optimizers:
                 log.warning("configure_optimizers returned None: nothing will be optimised.")
+            check_parameters(module, view.optimizers)
         if self.task.settings.compile is not None and not self.strategy.compiles_blocks:
             self._undo_compile = compile_module(module, self.task.settings.compile)
 

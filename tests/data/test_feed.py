@@ -409,7 +409,7 @@ def test_ranks_augment_differently():
         (loader(2, drop_last=True), 1, "train", r"2 sample\(s\), batch_size=3, drop_last=True.*smaller batch_size"),
         (loader(5, drop_last=True), 2, "train", None),
         (loader(3, drop_last=True), 2, "train", r"no batch for rank . of 2.*fewer workers"),
-        (5, 1, "train", r"the train loader is 5: return a DataLoader, or an iterable"),
+        (5, 1, "train", r"the train loader is 5: give a DataLoader"),
     ],
 )
 def test_too_little_to_read(source, world, stage, message):

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -41,13 +42,17 @@ class AskedWhere:
     def __init__(self, group: Callable[[], WorkerGroup | None], in_process: bool) -> None:
         self._group, self._in_process = group, in_process
         self._process = os.getpid()
-        self._entered = self._dumps = False
+        self._dumps = False
+        # a thread that is there already, since the handler must not wait for one to start: it would be seen to
+        self._thread: threading.Thread | None = None
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def __enter__(self) -> AskedWhere:
         main = threading.current_thread() is threading.main_thread()
         if _ASKED is not None and main and signal.getsignal(_ASKED) is signal.SIG_DFL:
+            self._thread = threading.Thread(target=self._answer, name="raytrainer-where", daemon=True)
+            self._thread.start()
             signal.signal(_ASKED, self._asked)
-            self._entered = True
             if self._in_process and sys.__stderr__ is not None:
                 with contextlib.suppress(OSError, ValueError):  # a stderr that is no file
                     faulthandler.register(_ASKED, file=sys.__stderr__, all_threads=True, chain=True)
@@ -57,18 +62,24 @@ class AskedWhere:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if _ASKED is None or not self._entered:
+        if _ASKED is None or self._thread is None:
             return
         if self._dumps:
             faulthandler.unregister(_ASKED)
         signal.signal(_ASKED, signal.SIG_DFL)
-        self._entered = self._dumps = False
+        self._requests.put(False)
+        self._thread.join(_PATIENCE)
+        self._thread, self._dumps = None, False
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # rather than one that a loader has forked
-            threading.Thread(target=self._tell, name="raytrainer-where", daemon=True).start()
+            self._requests.put(True)
 
-    def _tell(self) -> None:
-        group = self._group()
-        lines = [] if group is None else folded(group.whereabouts(_PATIENCE))
-        log.warning("Asked where the run is:\n%s", "\n".join(lines) or "it has no workers yet, or no longer")
+    def _answer(self) -> None:
+        while self._requests.get():
+            group = self._group()
+            try:
+                lines = [] if group is None else folded(group.whereabouts(_PATIENCE))
+            except Exception as error:  # they are being given back, say
+                lines = [f"not to be found out: {error}"]
+            log.warning("Asked where the run is:\n%s", "\n".join(lines) or "it has no workers yet, or no longer")

@@ -7,6 +7,7 @@ come last.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from raytrainer.driver.loop.evaluation import compute_metrics
@@ -21,6 +22,8 @@ from raytrainer.worker.worker import Worker
 
 __all__ = ["EpochEnd"]
 
+log = logging.getLogger("raytrainer")
+
 
 class EpochEnd:
     """The ends of one run's epochs.
@@ -31,18 +34,28 @@ class EpochEnd:
         journal: Where values are logged.
         plateaus: Schedulers that wait for a metric.
         replicas: Whether workers still have the same weights.
+        automatic: Whether training steps are the Trainer's, rather than the module's own.
     """
 
     def __init__(
-        self, state: RunState, services: RunServices, journal: Journal, plateaus: Plateaus, replicas: ReplicaCheck
+        self,
+        state: RunState,
+        services: RunServices,
+        journal: Journal,
+        plateaus: Plateaus,
+        replicas: ReplicaCheck,
+        automatic: bool,
     ) -> None:
         self._state, self._services, self._journal = state, services, journal
-        self._plateaus, self._replicas = plateaus, replicas
+        self._plateaus, self._replicas, self._automatic = plateaus, replicas, automatic
         self._so_far: Reduced | None = None  # values of the epoch in progress, once its batches are over
+        self._began = 0  # batches when it began
+        self._said = False
 
     def forget(self) -> None:
         """Another epoch begins, or other workers go on."""
         self._so_far = None
+        self._began = self._state.progress.total_batches
 
     def sum_up(self, group: WorkerGroup, step_schedulers: bool) -> None:
         """Take up the epoch's values over all workers, before those look at them who see the epoch's end."""
@@ -64,6 +77,8 @@ class EpochEnd:
         self._journal.replay(reports[0].calls)
         compute = partial(compute_metrics, group)
         self._journal.epoch("epoch", self._journal.reduce("train", reports, f"epoch {progress.epoch}", compute=compute))
+        if not any(report.trained for report in reports):
+            self._say_if_idle()
         if progress.epoch_ended:
             self._plateaus.after_epoch(group, validates)
         state.closing = True
@@ -71,3 +86,13 @@ class EpochEnd:
             self._services.emit("on_train_epoch_end")
         finally:
             state.closing = False
+
+    def _say_if_idle(self) -> None:
+        """Warn, once, of an epoch in which no worker has trained: steps that return None skip their batches."""
+        progress = self._state.progress
+        if self._said or not progress.epoch_ended or progress.total_batches == self._began:
+            return
+        self._said = True
+        automatic = "training_step returned None for each of them, or they were None"
+        why = automatic if self._automatic else "no optimizer of self.optimizers() was stepped"
+        log.warning("Epoch %d trained on none of its batches: %s.", progress.epoch, why)

@@ -10,6 +10,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.messages import PlateauWish
 from raytrainer.metric_messages import Number
 from raytrainer.metrics.exact_numbers import exact
+from raytrainer.plan.missing_metric import missing_metric
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
 
@@ -75,12 +76,10 @@ class Plateaus:
             group.call(Worker.step_plateaus, values)
 
     def _complain(self, wish: PlateauWish) -> None:
-        message = (
-            f"{wish.kind} monitors {wish.monitor!r}, which has not been logged; there are "
-            f"{sorted(self._state.board.callback)}."
-        )
+        told = missing_metric(wish.monitor, self._state.board.callback, self._state.progress.validated_at >= 0)
+        message = f"{wish.kind} monitors {wish.monitor!r}: {told}"
         if wish.strict:
-            raise ConfigurationError(f"{message} Log it, or set strict=False to skip the step.")
+            raise ConfigurationError(f"{message}; strict=False leaves the step out")
         if message not in self._warned:
             self._warned.add(message)
             log.warning("%s", message)

@@ -9,6 +9,7 @@ from raytrainer.datamodule import DataModule
 from raytrainer.driver.prepare.ray_datasets import has_dataset
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.plan.strangers import is_lightnings
 from raytrainer.worker.hook_calls import overridden
 
 __all__ = ["require_data", "require_methods", "sources", "tell_of_half_a_validation"]
@@ -23,6 +24,8 @@ def sources(
     _require_module(model)
     loaders = {}
     for stage, value in given.items():
+        if is_lightnings(value, "LightningDataModule"):
+            raise ConfigurationError(_no_datamodule(value))
         if isinstance(value, DataModule):
             if datamodule is not None:
                 raise ConfigurationError("two DataModules were given; pass one.")
@@ -30,8 +33,18 @@ def sources(
         elif value is not None:
             loaders[stage] = value
     if datamodule is not None and not isinstance(datamodule, DataModule):
-        raise ConfigurationError(f"datamodule={type(datamodule).__name__}: give a raytrainer.DataModule.")
+        raise ConfigurationError(_no_datamodule(datamodule))
     return model, datamodule, loaders
+
+
+def _no_datamodule(given: Any) -> str:
+    if isinstance(given, type):
+        return f"datamodule={given.__name__}, a class: give an object of it, such as {given.__name__}()."
+    what = f"datamodule={type(given).__name__}"
+    if is_lightnings(given, "LightningDataModule"):
+        return f"{what} is a LightningDataModule of Lightning's: derive it from raytrainer.DataModule instead."
+    hint = " Loaders are given without a name: fit(module, train_loader, val_loader)." * hasattr(given, "__iter__")
+    return f"{what}: give a raytrainer.DataModule.{hint}"
 
 
 def _require_module(model: Any) -> None:
@@ -40,7 +53,7 @@ def _require_module(model: Any) -> None:
         raise ConfigurationError(f"model={model.__name__}, a class: give an object of it, such as {made}.")
     name = type(model).__name__
     bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
-    if any(base.endswith(".LightningModule") and "lightning" in base.split(".")[0] for base in bases):
+    if is_lightnings(model, "LightningModule"):
         raise ConfigurationError(
             f"model={name} is a LightningModule of Lightning's: derive it from raytrainer.Module instead. Its methods "
             f"can stay as they are; examples/guide/from-lightning.md lists what differs."

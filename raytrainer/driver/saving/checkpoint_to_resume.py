@@ -14,7 +14,7 @@ from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, newest_checkpoint
 from raytrainer.driver.saving.beginning import Beginning
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.loggers import Logger
 from raytrainer.worker.hook_calls import overridden
 
@@ -48,6 +48,8 @@ def read_to_resume(
         return None
     if isinstance(ckpt_path, RayCheckpoint):
         return Beginning({**read_checkpoint(ckpt_path), "path": str(ckpt_path)})
+    if not isinstance(ckpt_path, (str, os.PathLike)):
+        raise ConfigurationError(f'ckpt_path={ckpt_path!r}: give a path, a URI, "last", "best" or None.')
     path: str | None = os.fspath(ckpt_path)
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     if path == "best":

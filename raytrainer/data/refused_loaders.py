@@ -1,0 +1,43 @@
+"""What is given in place of a loader, and cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from raytrainer.errors import DataError
+
+__all__ = ["require_loader"]
+
+
+def require_loader(loader: Any, stage: str) -> None:
+    """Refuse what gives no batches, or others than were meant: a string's letters, a dict's keys, a list of loaders.
+
+    Raises:
+        DataError: Says what it is, and what to give.
+    """
+    if isinstance(loader, type):
+        what = f"{loader.__name__}, a class: give an object, {loader.__name__}(...)"
+    elif isinstance(loader, (str, bytes)):
+        what = f"{loader!r}, a text: give what reads it"
+    elif isinstance(loader, Mapping):
+        values = ", ".join(f"{key!r}: {_kind(value)}" for key, value in list(loader.items())[:5])
+        what = f"a {type(loader).__name__} whose values are not all loaders ({{{values}}}): give loaders only"
+    elif isinstance(loader, (list, tuple)) and any(isinstance(item, DataLoader) for item in loader):
+        at, item = next((at, item) for at, item in enumerate(loader) if not isinstance(item, DataLoader))
+        what = f"a {type(loader).__name__} of loaders, in which number {at} is {_kind(item)}: give loaders only"
+    elif hasattr(loader, "__iter__"):
+        return
+    elif hasattr(loader, "__getitem__"):
+        what = f"a {type(loader).__name__}, which is no loader: give DataLoader(dataset, batch_size=...)"
+    elif callable(loader):
+        what = f"{loader!r}, which is not called here: give what it returns"
+    else:
+        what = f"{loader!r}: give a DataLoader"
+    raise DataError(f"the {stage} loader is {what}. A loader is a DataLoader, or any iterable of batches.")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

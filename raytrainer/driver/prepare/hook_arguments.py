@@ -1,0 +1,64 @@
+"""Hooks that cannot be called with what they are given: told before the run, rather than when one is due."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from raytrainer.callbacks import Callback, WorkerCallback
+from raytrainer.data.data_hooks import DataHooks
+from raytrainer.datamodule import DataModule
+from raytrainer.errors import ConfigurationError
+from raytrainer.module import Module
+from raytrainer.module_hooks import ModuleHooks
+
+__all__ = ["require_hook_arguments"]
+
+#: Called in more than one way, which `worker/signatures.py` finds out.
+_SEVERAL = {"training_step", "validation_step", "test_step", "predict_step"}
+
+
+def require_hook_arguments(
+    module: Module, datamodule: DataModule | None, callbacks: Iterable[Callback | WorkerCallback]
+) -> None:
+    """Refuse a hook that does not take its arguments.
+
+    Raises:
+        ConfigurationError: Names the hook, and what it is called with.
+    """
+    for owner in (module, datamodule, *callbacks):
+        kinds: list[type] = [
+            kind for kind in (ModuleHooks, DataHooks, Callback, WorkerCallback) if isinstance(owner, kind)
+        ]
+        for kind in kinds:
+            for name, declared in vars(kind).items():
+                if inspect.isfunction(declared) and not name.startswith("_") and name not in _SEVERAL:
+                    _require(owner, name, declared)
+
+
+def _require(owner: Any, name: str, declared: Callable[..., Any]) -> None:
+    own = getattr(owner, name, None)
+    if not callable(own) or getattr(own, "__func__", own) is declared:
+        return
+    given = [p for p in list(inspect.signature(declared).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [parameter.name for parameter in given]
+    try:
+        taken = inspect.signature(own)
+    except (TypeError, ValueError):  # made in C, or made up
+        return
+    counts = {len(names), len(names) - names.count("dataloader_idx")}
+    if not any(_takes(taken, count) for count in counts):
+        raise ConfigurationError(
+            f"{type(owner).__name__}.{name}{taken}: it is called as {name}({', '.join(names)}). Give it these "
+            f"parameters."
+        )
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    only_by_name = {p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    try:
+        signature.bind(*[None] * count, **only_by_name)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,219 @@
+"""What is said where a hook returns, or takes, what it should not: the hook, what it returned, what to return."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny import Tiny, data
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import raytrainer as rt
+from raytrainer.errors import CheckpointError, ConfigurationError, DataError
+
+
+def returning(hook: str, value: object, base: type = Tiny, **others: object) -> rt.Module:
+    return type("Odd", (base,), {hook: lambda self, *args, **kwargs: value, **others})()
+
+
+def sgd(module, **options):
+    return torch.optim.SGD(module.parameters(), 0.1, **options)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "predict"])
+def test_a_forgotten_return_of_a_batch(local_trainer, hook, verb):
+    with pytest.raises(ConfigurationError, match=f"{hook} returned None: return the batch"):
+        getattr(local_trainer(max_epochs=1), verb)(returning(hook, None), data())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda m: torch.optim.SGD, "returned SGD, a class"),
+        (lambda m: {"optimizer": "adam"}, r"returned {'optimizer': 'adam'}: give an optimizer, such as"),
+        (lambda m: {}, r"a dict with keys \[\]: it needs 'optimizer'"),
+        (lambda m: (sgd(m), StepLR(sgd(m), 1)), r"StepLR\(...\) as an optimizer: return \(\[optimizer\], \["),
+        (lambda m: ([sgd(m)], [StepLR]), r"lr_scheduler StepLR, a class: give StepLR\(optimizer"),
+        (lambda m: [sgd(m), None], "returned None as an optimizer: return an optimizer, a list"),
+    ],
+)  # fmt: skip
+def test_configure_optimizers(local_trainer, answer, message):
+    class Odd(Tiny):
+        def configure_optimizers(self):
+            return answer(self)
+
+    with pytest.raises(ConfigurationError, match=message):
+        local_trainer(max_epochs=1).fit(Odd(), data())
+
+
+def test_an_optimizer_of_other_parameters_is_warned_of(local_trainer, caplog):
+    class Odd(Tiny):
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), torch.zeros(2, requires_grad=True)], 0.1)
+
+    local_trainer(max_epochs=1).fit(Odd(), data())
+    own = len(list(Odd().parameters()))
+    assert f"1 of the {own + 1} tensors of SGD are no parameters of this Odd" in caplog.text
+    caplog.clear()
+    local_trainer(max_epochs=1).fit(Tiny(), data())
+    assert "no parameters" not in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ("train.csv", "'train.csv', a text"),
+        (DataLoader, "DataLoader, a class: give an object"),
+        (TensorDataset(torch.ones(4, 4)), r"a TensorDataset, which is no loader: give DataLoader\(dataset"),
+        (3, "loader is 3: give a DataLoader"),
+        ([data(), None], "a list of loaders, in which number 1 is None"),
+        ({"a": data(), "b": 3}, "a dict whose values are not all loaders .*'b': a int"),
+        (lambda: data(), "which is not called here: give what it returns"),
+    ],
+)
+def test_what_is_no_loader(local_trainer, stage, loader, message):
+    """From the hook, and handed over."""
+    if stage == "train":
+        given, hooks = [loader], {"train_dataloader": lambda self: loader}
+    else:
+        given, hooks = (
+            [data(), loader],
+            {"train_dataloader": lambda self: data(), "val_dataloader": lambda self: loader},
+        )
+    with pytest.raises(DataError, match=f"the {stage} loader is .*{message.partition('loader is ')[2] or message}"):
+        local_trainer(max_epochs=1).fit(type("Odd", (Tiny,), hooks)())
+    with pytest.raises(DataError, match=f"the {stage} loader is"):
+        local_trainer(max_epochs=1).fit(Tiny(), *given)
+
+
+class Lightnings:
+    """Stand-ins by the names that Lightning's classes have."""
+
+    @staticmethod
+    def object(kind: str) -> object:
+        return type("Old", (type(kind, (), {"__module__": "lightning.pytorch.somewhere"}),), {})()
+
+
+@pytest.mark.parametrize(
+    ("datamodule", "message"),
+    [
+        (rt.DataModule, r"datamodule=DataModule, a class: give an object of it, such as DataModule\(\)"),
+        (data(), r"datamodule=DataLoader: .*fit\(module, train_loader"),
+        (Lightnings.object("LightningDataModule"), "LightningDataModule of Lightning's: derive it"),
+        (3, "datamodule=int: give a raytrainer.DataModule"),
+    ],
+)  # fmt: skip
+def test_datamodules(local_trainer, datamodule, message):
+    with pytest.raises(ConfigurationError, match=message):
+        local_trainer(max_epochs=1).fit(Tiny(), datamodule=datamodule)
+    if "Lightning" in message:
+        with pytest.raises(ConfigurationError, match=message):
+            local_trainer(max_epochs=1).fit(Tiny(), datamodule)
+
+
+def test_a_callback_of_lightnings():
+    with pytest.raises(ConfigurationError, match="callback Old is Lightning's: take raytrainer's, or derive it from"):
+        rt.Trainer(callbacks=[Lightnings.object("Callback")])
+
+
+def test_a_state_dict_that_is_none(local_trainer, tmp_path):
+    trainer = local_trainer(max_epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"Odd.state_dict\(\) returned NoneType: return the dict"):
+        trainer.fit(returning("state_dict", None), data())
+
+
+def test_an_epoch_that_trains_nothing_is_warned_of(local_trainer, caplog):
+    def told(module):
+        caplog.clear()
+        local_trainer(max_epochs=2).fit(module, data())
+        return [r.getMessage() for r in caplog.records if "none of its batches" in r.getMessage()]
+
+    class Manual(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            pass
+
+    class Half(Tiny):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx == 3 else None
+
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        (nothing,) = told(returning("training_step", None))
+        assert nothing.startswith("Epoch 0 trained on none of its batches: training_step returned None")
+        (manual,) = told(Manual())
+        assert "no optimizer of self.optimizers() was stepped" in manual
+        assert told(Half()) == told(Tiny()) == told(returning("on_train_batch_start", -1)) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "hook", "taken", "given"),
+    [
+        ("module", "on_train_epoch_end", lambda self, outputs: None, r"on_train_epoch_end\(\)"),
+        ("module", "setup", lambda self: None, r"setup\(stage\)"),
+        ("module", "on_validation_batch_end", lambda self: None, r"on_validation_batch_end\(outputs, batch, batch_idx"),
+        ("module", "on_train_batch_start", lambda self, batch, i, j: None, r"on_train_batch_start\(batch, batch_idx\)"),
+        ("datamodule", "setup", lambda self: None, r"setup\(stage\)"),
+        ("callback", "on_train_epoch_end", lambda self: None, r"on_train_epoch_end\(trainer, module\)"),
+        ("worker callback", "on_train_batch_end", lambda self, trainer, module: None, r"on_train_batch_end\(trainer"),
+    ],
+)  # fmt: skip
+def test_hooks_that_take_something_else(local_trainer, owner, hook, taken, given):
+    kinds = {"module": Tiny, "datamodule": rt.DataModule, "callback": rt.Callback, "worker callback": rt.WorkerCallback}
+    made = type("Odd", (kinds[owner],), {hook: taken})()
+    trainer = local_trainer(max_epochs=1, callbacks=[made] if "callback" in owner else None)
+    with pytest.raises(ConfigurationError, match=rf"Odd.{hook}\(.*\): it is called as {given}"):
+        trainer.fit(made if owner == "module" else Tiny(), data(), datamodule=made if owner == "datamodule" else None)
+
+
+def test_hooks_that_take_more_or_less_than_they_need(local_trainer):
+    class Fine(Tiny):
+        def setup(self, stage=None): ...
+        def on_train_batch_start(self, batch, batch_idx, unused=0): ...
+        def on_validation_batch_start(self, batch, batch_idx): ...
+        def on_train_epoch_end(self, *args, **kwargs): ...
+        def on_validation_batch_end(self, outputs, batch, batch_idx, *, dataloader_idx=0): ...
+
+    local_trainer(max_epochs=1).fit(Fine(), data(), data())
+
+
+@pytest.mark.parametrize("callback", [rt.EarlyStopping("val_los"), rt.ModelCheckpoint("here", monitor="val_los")])
+def test_a_metric_that_nothing_logs(local_trainer, callback, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = type(callback).__name__
+
+    class Logs(Tiny):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", 1.0, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+    with pytest.raises(ConfigurationError, match=rf"{name}\(monitor='val_los'\): .*Nothing is validated \(there is no"):
+        local_trainer(max_epochs=1, callbacks=[callback]).fit(Logs(), data())
+    with pytest.raises(ConfigurationError, match=r"there are: .*val_loss. Did you mean 'val_loss'\? Call self.log"):
+        local_trainer(max_epochs=1, callbacks=[callback]).fit(Logs(), data(), data())
+
+
+def test_what_a_file_is_that_is_no_checkpoint(local_trainer, tmp_path):
+    weights, module, text = (tmp_path / name for name in ("weights.pt", "module.pt", "text.ckpt"))
+    torch.save(Tiny().state_dict(), weights)
+    torch.save(torch.nn.Linear(1, 1), module)
+    text.write_text("x")
+    messages = {
+        weights: r"holds tensors by name.*load_state_dict\(torch.load\(path\)\)",
+        module: r"it holds torch.nn.modules.linear.Linear. If you trust the file",
+        text: r"nor a file of Lightning's: torch cannot read it",
+    }
+    for path, message in messages.items():
+        with pytest.raises(CheckpointError, match=message):
+            local_trainer(max_epochs=1).fit(Tiny(), data(), ckpt_path=path)
+    with pytest.raises(ConfigurationError, match="ckpt_path=3: give a path"):
+        local_trainer(max_epochs=1).fit(Tiny(), data(), ckpt_path=3)
