@@ -11,6 +11,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raytrainer.cells import in_notebook as _in_notebook
+
 if TYPE_CHECKING:
     from raytrainer.public import *  # noqa: F403
     from raytrainer.public import __all__ as __all__
@@ -31,14 +33,17 @@ else:  # a type checker that sees it takes any name for one of the package's
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to whatever sys.stderr is now, so that a live progress bar or a test can take its place."""
+    """Writes to whatever sys.stderr is now, so that a live progress bar or a test can take its place.
+
+    In a notebook it is sys.stdout: a cell shows what comes by stderr as if it were an error.
+    """
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self):  # type: ignore[no-untyped-def]
-        return sys.stderr
+        return sys.stdout if _in_notebook() else sys.stderr
 
 
 _log = logging.getLogger("raytrainer")

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from raytrainer.cells import html_table
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
 from raytrainer.hparams import HyperparametersMixin
@@ -40,6 +42,27 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         super().__init__(*args, **kwargs)
         self.automatic_optimization = True
         self.strict_loading = True
+
+    def __repr__(self) -> str:
+        """torch's tree of modules where it is short, else the parts alone."""
+        tree = super().__repr__()
+        if tree.count("\n") < 30:
+            return tree
+        parts = "\n".join(f"  ({name}): {kind}, {count} parameters" for name, kind, count in self._parts())
+        return f"{type(self).__name__}(\n{parts}\n)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the parts."""
+        total = sum(p.numel() for p in self.parameters() if not isinstance(p, UninitializedParameter))
+        rows = [("Name", "Type", "Parameters"), *self._parts()]
+        return html_table(rows, [f"{type(self).__name__}: {total:,} parameters"], numbers=[2])
+
+    def _parts(self) -> list[tuple[str, str, str]]:
+        known = [
+            (name, child, [p.numel() for p in child.parameters() if not isinstance(p, UninitializedParameter)])
+            for name, child in self.named_children()
+        ]
+        return [(name, type(child).__name__, f"{sum(sizes):,}") for name, child, sizes in known]
 
     # ---------------------------------------------------------------- optimisation
 

@@ -13,11 +13,14 @@ from typing import Any, Self
 import torch
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks._numbers import format_value
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
+from raytrainer.cells import html_table
 from raytrainer.datamodule import DataModule
 from raytrainer.driver.cluster.session import Cluster, attached, own_reservation
 from raytrainer.driver.prepare.former_hooks import refuse_former_hooks
+from raytrainer.driver.prepare.hook_arguments import require_hook_arguments
 from raytrainer.driver.prepare.short_runs import short_settings
 from raytrainer.driver.reporting.run_loggers import Logs, make_loggers
 from raytrainer.driver.run import Run
@@ -99,6 +102,22 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
         self._fitted: Fitted | None = None
         self._probing = False  # whether this is a copy of a Trainer, for a short run that finds something out
 
+    def __repr__(self) -> str:
+        """What it trains on and until when, and what it has done."""
+        settings, state = self._settings, self._state.trainer
+        where = (
+            "this process" if settings.strategy == "local" else f"{settings.strategy}, {settings.world_size} workers"
+        )
+        limits = [f"{name}={getattr(settings, name)}" for name in ("max_epochs", "max_steps", "max_time")
+                  if getattr(settings, name) not in (None, -1)]  # fmt: skip
+        done = f"{state.fn} {state.status}, epoch {self.current_epoch}, step {self.global_step}" if self._run else "new"
+        return f"<Trainer: {', '.join([where, *limits])}; {done}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same, and the metrics."""
+        rows = [(name, format_value(value.item())) for name, value in sorted(self.callback_metrics.items())]
+        return html_table([("Metric", "Value"), *rows], [repr(self)[1:-1]], numbers=[1])
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: the run, and what the workers of the last fit have left."""
         fitted = None if self._fitted is None else replace(self._fitted, end_state=None)
@@ -157,6 +176,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             raise
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
         refuse_former_hooks(module, self._callbacks)
+        require_hook_arguments(module, datamodule, self._callbacks)
         if stage == "fit":
             self._require_writable()
         self._take_settings(with_accumulation(self._settings, self._callbacks))

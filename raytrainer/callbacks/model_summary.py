@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from raytrainer.callbacks._progress_display import is_live
 from raytrainer.callbacks.callback import Callback
+from raytrainer.cells import html_table, in_notebook, show_html
 from raytrainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -75,7 +76,10 @@ class ModelSummary(Callback):
 
     def show(self, console: Console, rows: Sequence[ModuleRow], totals: ModuleTotals) -> None:
         """Print it as a table for terminals, or elsewhere in plain columns."""
-        if is_live(console):
+        if in_notebook():
+            cells = [("", "Name", "Type", "Params", "Mode"), *(_cells(number, row) for number, row in enumerate(rows))]
+            show_html(html_table(cells, total_lines(totals), numbers=[3]), plain_text(rows, totals))
+        elif is_live(console):
             show_rich(console, rows, totals)
         else:
             print(plain_text(rows, totals), flush=True)
@@ -112,7 +116,7 @@ def plain_text(rows: Sequence[ModuleRow], totals: ModuleTotals) -> str:
     if not rows:
         return "\n".join(lines)
     cells = [("", "Name", "Type", "Params", "Mode")]
-    cells += [(str(i), row.name, row.type, _params(row.params, row.lazy), row.mode) for i, row in enumerate(rows)]
+    cells += [_cells(number, row) for number, row in enumerate(rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     table = []
     for line in cells:
@@ -137,9 +141,13 @@ def rich_table(rows: Sequence[ModuleRow]) -> Table:
         table.add_column(title)
     table.add_column("Params", justify="right")
     table.add_column("Mode")
-    for index, row in enumerate(rows):
-        table.add_row(str(index), row.name, row.type, _params(row.params, row.lazy), row.mode)
+    for number, row in enumerate(rows):
+        table.add_row(*_cells(number, row))
     return table
+
+
+def _cells(number: int, row: ModuleRow) -> tuple[str, str, str, str, str]:
+    return str(number), row.name, row.type, _params(row.params, row.lazy), row.mode
 
 
 def total_lines(totals: ModuleTotals) -> Iterable[str]:

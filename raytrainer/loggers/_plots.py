@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from raytrainer.cells import cell_number, in_notebook, show_png
 from raytrainer.errors import ConfigurationError
 from raytrainer.extras import not_installed
 
@@ -88,6 +89,8 @@ def plot_rows(series: dict[str, Points], names: str | Sequence[str] | None, sour
         _plot_group(axes, title, {name: series[name] for name in in_order})
         if index + columns >= len(groups):
             axes.set_xlabel("step")
+    if in_notebook():
+        figure._ipython_display_()  # type: ignore[attr-defined]
     return figure
 
 
@@ -150,11 +153,21 @@ def _figure_type() -> Any:
         raise not_installed("plot", "matplotlib", "plot") from error
 
     class MetricFigure(Figure):
-        """A figure that pyplot does not know, so that a notebook shows it once and nothing needs closing."""
+        """A figure that pyplot does not know, so that nothing needs closing. A cell shows it once.
+
+        The cell that draws it shows it at once, so that `trainer.plot();` does too, and so does one in a loop.
+        """
+
+        shown_in: int | None = None  # number of the cell that has
 
         def _repr_png_(self) -> bytes:
             buffer = io.BytesIO()
             FigureCanvasAgg(self).print_png(buffer)
             return buffer.getvalue()
+
+        def _ipython_display_(self) -> None:
+            if self.shown_in is None or self.shown_in != cell_number():
+                self.shown_in = cell_number()
+                show_png(self._repr_png_(), repr(self))
 
     return MetricFigure

@@ -171,7 +171,9 @@ def _scheduler(item: Any, manual: bool, steps: bool) -> SchedulerConfig:
 
 
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Warn of an optimizer that trains what the module does not hold, as one of another module's parameters does."""
+    """Warn where there is none, and of one that trains what the module does not hold: another module's parameters."""
+    if not optimizers:
+        log.warning("configure_optimizers returned None: nothing will be optimised.")
     own = {id(parameter) for parameter in module.parameters()}
     for optimizer in optimizers:
         given = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -61,7 +61,7 @@ class TrainingLoop:
         self.view.forward_epoch = lambda: forward_epoch(run, self.feed, self.epoch, self._longest)
         self._longest: int = 0  # batches of the longest epoch so far
         self._before = False  # groups of other sizes have done part of the epoch
-        self._began = 0, 0  # batch and step at which this worker has taken up the epoch
+        self._began = 0, 0, 0  # batch, step and calls without a loss when this worker has taken up the epoch
         self._idle = False  # has had no sample in this epoch: batches were None, or had fewer than the node has workers
 
     def _bind_optimization(self) -> AutomaticOptimization | ManualOptimization:
@@ -99,7 +99,6 @@ class TrainingLoop:
             if self.run.data.has_validation:
                 self.run.data.feeds("val", reload=True)
         self.batch = skip
-        self._began = skip, self.view.global_step
         self._epoch_scheduled = False
         self._idle = skip == 0 or self.run.slices.active
         self.view.running = "train"
@@ -113,8 +112,7 @@ class TrainingLoop:
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._prepare_again()
-        if isinstance(self._run_batch, AutomaticOptimization):
-            self._run_batch.without_loss = 0
+        self._began = skip, self.view.global_step, getattr(self._run_batch, "without_loss", 0)
         self.feed.draw()
         return self.describe()
 
@@ -293,9 +291,8 @@ class TrainingLoop:
         return report
 
     def _has_trained(self) -> bool:
-        if isinstance(self._run_batch, AutomaticOptimization):
-            return self._run_batch.without_loss < self.batch - self._began[0]
-        return self.view.global_step > self._began[1]
+        batches, lost = self.batch - self._began[0], getattr(self._run_batch, "without_loss", None)
+        return self.view.global_step > self._began[1] if lost is None else lost - self._began[2] < batches
 
 
 def _trained(module: torch.nn.Module) -> list[bool]:

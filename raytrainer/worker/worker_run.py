@@ -140,8 +140,6 @@ class WorkerRun:
                 self.strategy.check_optimizer(optimizer)
             view.given_optimizers = [GivenOptimizer(optimizer, module) for optimizer in view.optimizers]
             self.switched.note_groups(view.optimizers)
-            if not view.optimizers:
-                log.warning("configure_optimizers returned None: nothing will be optimised.")
             check_parameters(module, view.optimizers)
         if self.task.settings.compile is not None and not self.strategy.compiles_blocks:
             self._undo_compile = compile_module(module, self.task.settings.compile)

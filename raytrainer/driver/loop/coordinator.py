@@ -84,8 +84,7 @@ class Coordinator:
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
         self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
-        automatic = task.module.automatic_optimization
-        self._epoch_end = EpochEnd(state, services, self._journal, self._plateaus, self._replicas, automatic)
+        self._epoch_end = EpochEnd(task, state, services, self._journal, self._plateaus, self._replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
         self.end_state: Captured | None = None  # of a fit that has ended, if it is kept

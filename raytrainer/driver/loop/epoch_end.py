@@ -17,6 +17,7 @@ from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.metric_messages import MetricReport, Reduced
+from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
 
@@ -29,25 +30,25 @@ class EpochEnd:
     """The ends of one run's epochs.
 
     Args:
+        task: Has the module.
         state: Counters and metrics.
         services: Callbacks.
         journal: Where values are logged.
         plateaus: Schedulers that wait for a metric.
         replicas: Whether workers still have the same weights.
-        automatic: Whether training steps are the Trainer's, rather than the module's own.
     """
 
     def __init__(
         self,
+        task: Task,
         state: RunState,
         services: RunServices,
         journal: Journal,
         plateaus: Plateaus,
         replicas: ReplicaCheck,
-        automatic: bool,
     ) -> None:
         self._state, self._services, self._journal = state, services, journal
-        self._plateaus, self._replicas, self._automatic = plateaus, replicas, automatic
+        self._plateaus, self._replicas, self._automatic = plateaus, replicas, task.module.automatic_optimization
         self._so_far: Reduced | None = None  # values of the epoch in progress, once its batches are over
         self._began = 0  # batches when it began
         self._said = False
