@@ -95,6 +95,7 @@ class TrainReport:
         skipped_steps: Steps in the whole run so far that were left out for infinite gradients.
         steps: Optimizer steps in this chunk.
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
+        row: The loggers' step of the batch done last.
     """
 
     batches: int
@@ -108,6 +109,7 @@ class TrainReport:
     skipped_steps: int = 0
     steps: int = 0
     behind: bool = False
+    row: int = 0
 
 
 @dataclass(frozen=True)

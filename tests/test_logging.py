@@ -331,3 +331,12 @@ def test_log_where_it_is_not_allowed(local_trainer):
 
     with pytest.raises(MetricError, match="predict_step"):
         local_trainer().predict(Predicting(), data(4))
+
+
+def test_the_loader_is_no_part_of_a_name_that_is_given(local_trainer):
+    class Named(Tiny):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.log(f"x/dataloader_idx_{dataloader_idx}", 1.0)
+
+    with pytest.raises(MetricError, match="add_dataloader_idx=False"):
+        local_trainer().validate(Named(), [data(4), data(4)])

@@ -176,9 +176,10 @@ def _progress(content: Mapping[str, Any]) -> tuple[Progress, list[str]]:
     total = batches["total"]["processed"]
     # Lightning steps the schedulers of an epoch before it saves at the epoch's end
     over = batches["is_last_batch"] or epochs["processed"] >= epochs["ready"]
+    counts = {"total_batches": total, "step": step, "row": max(0, step - 1)}
     if over or not done:
-        return Progress(epoch=epochs["ready"] if over else content["epoch"], total_batches=total, step=step), []
-    within = Progress(epoch=content["epoch"], batch=done, total_batches=total, step=step)
+        return Progress(epoch=epochs["ready"] if over else content["epoch"], **counts), []
+    within = Progress(epoch=content["epoch"], batch=done, **counts)
     return within, [f"the sums of the metrics of epoch {within.epoch} so far", "its order, if it is shuffled"]
 
 

@@ -59,19 +59,6 @@ class MetricBoard:
         Those of evaluations are no callback metrics, as each is one batch's.
         """
         specs, training = reports[0].specs, self.now.stage == "train"
-        for name, spec in specs.items():
-            if not spec.on_step:
-                continue
-            values = [report.step[name] for report in _heard(reports, spec) if name in report.step]
-            if not values:
-                continue
-            value = reduce_steps(spec, values, reports[0].fx.get(name))
-            if training:
-                self._show(spec, spec.step_name, value)
-            if spec.prog_bar:
-                self.progress[spec.step_name] = value
-            if spec.logger:
-                self.logged[spec.step_name] = as_tensor(value)
         by_step_name = {spec.step_name: spec for spec in specs.values()}
         rows: Rows = []
         shared = any(spec.sync_dist for spec in by_step_name.values())
@@ -87,6 +74,19 @@ class MetricBoard:
         rows = _with_samples(rows, reports)
         for _, _, merged in rows:
             self.logged.update({name: as_tensor(value) for name, value in merged.items()})
+        for name, spec in specs.items():  # the latest, whether or not a row has them
+            if not spec.on_step:
+                continue
+            values = [report.step[name] for report in _heard(reports, spec) if name in report.step]
+            if not values:
+                continue
+            value = reduce_steps(spec, values, reports[0].fx.get(name))
+            if training:
+                self._show(spec, spec.step_name, value)
+            if spec.prog_bar:
+                self.progress[spec.step_name] = value
+            if spec.logger:
+                self.logged[spec.step_name] = as_tensor(value)
         return rows
 
     def epoch_values(

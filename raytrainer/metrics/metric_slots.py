@@ -151,6 +151,12 @@ class Ledger:
             if slot.metric is not None:
                 reset(slot.metric)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.reset_metrics()
+        self.slots.clear()
+        self.rows.clear()
+
     def sums(self) -> list[dict[str, Any]]:
         """The epoch's sums so far as plain values."""
         return [
@@ -167,9 +173,7 @@ class Ledger:
 
     def take_sums(self, saved: list[dict[str, Any]], root: nn.Module) -> None:
         """Go on from sums that `sums` gave; metric objects are found in `root`."""
-        self.reset_metrics()
-        self.slots.clear()
-        self.rows.clear()
+        self.clear()
         for item in saved:
             hook, name, loader_idx = item["key"]
             slot = Slot(MetricSpec(**item["spec"]), None, None)
@@ -225,6 +229,11 @@ def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | Non
         raise MetricError(f"self.log({name!r}, ..., on_step=False, on_epoch=False) has no effect; set one to True.")
     if not isinstance(name, str) or not name:
         raise MetricError(f"self.log({name!r}, ...): give a name.")
+    if "/dataloader_idx_" in name:
+        raise MetricError(
+            f"self.log({name!r}, ...): the loader is added to the name where there are several, unless it is logged "
+            f"with add_dataloader_idx=False; leave it out."
+        )
     reduction = "custom" if callable(reduce_fx) else _REDUCTIONS.get(str(reduce_fx).lower())
     if reduce_fx in (torch.mean, torch.sum, torch.min, torch.max, torch.amin, torch.amax):
         reduction = reduce_fx.__name__.replace("amin", "min").replace("amax", "max")

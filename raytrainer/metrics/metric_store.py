@@ -34,7 +34,7 @@ class MetricStore:
         self.hook: str | None = None  # the hook that runs; None where logging is not allowed
         self._weight = BatchWeight(tells=rank == 0)
         self._whole_node = False
-        self.moment = 0  # counts batches
+        self.moment = 0  # counts batches, and chunks
         self.in_batches = False  # whether hooks see step values, or the epoch's
         self._shown = ShownMetrics()
         self.loader_idx: int | None = None  # set where there are several evaluation loaders
@@ -92,9 +92,7 @@ class MetricStore:
         """Forget what the current ledger holds; also all that has been `shown` of metrics."""
         if shown:
             self._shown.clear()
-        self._current.reset_metrics()
-        self._slots.clear()
-        self._rows.clear()
+        self._current.clear()
 
     def close(self) -> None:
         """The run is over; epochs that have not ended leave nothing in the module's metrics."""
@@ -198,12 +196,13 @@ class MetricStore:
         self._slots[self.hook, name, loader] = slot
         return slot
 
-    def note_row(self, step: int, epoch: int) -> None:
-        """Keep the values logged since the batch began as a row for the loggers."""
+    def note_row(self, step: int, epoch: int, since: int | None = None) -> None:
+        """Keep the latest values logged after the moment `since` [in this batch] as a row for the loggers."""
+        since = self.moment - 1 if since is None else since
         row = [
-            (slot, slot.last)
+            (slot, slot.shown if slot.last is None else slot.last)
             for slot in self._slots.values()
-            if slot.spec.logger and slot.spec.on_step and slot.moment == self.moment and self._tells_steps(slot.spec)
+            if slot.spec.logger and slot.spec.on_step and slot.moment > since and self._tells_steps(slot.spec)
         ]
         if row:
             self._rows.append((step, epoch, row))

@@ -52,6 +52,7 @@ class Progress:
         shift: The same in batches on each part of this group's, rounded down.
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
+        row: The loggers' step of the batch done last; it counts batches that end in a step, as rows of batches do.
         seconds: Time since this `fit` began to train.
         epoch_ended: The epoch in progress has no batch left; only its end is to be done.
         validated_at: `total_batches` when the latest validation ran; -1 before any.
@@ -63,6 +64,7 @@ class Progress:
     shift: int = 0
     total_batches: int = 0
     step: int = 0
+    row: int = 0
     seconds: float = 0.0
     epoch_ended: bool = False
     validated_at: int = -1

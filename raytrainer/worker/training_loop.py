@@ -51,6 +51,7 @@ class TrainingLoop:
         self.feed: AnyFeed = feeds[0]
         self.epoch = 0
         self.batch = 0
+        self._since = 0  # moment before the batches that are accumulated
         self._iterator: Iterator[Any] | None = None
         self._run_batch = self._bind_optimization()
         bind = run.hooks.bind
@@ -156,6 +157,7 @@ class TrainingLoop:
         accumulate = view.accumulate_grad_batches
         agrees = self._missing.agree is not None
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
+        stepping = True
         for left in range(batches, 0, -1):
             asked = clock()
             if look_ahead is not None:
@@ -184,6 +186,8 @@ class TrainingLoop:
             if left == 1 and more and run.ahead:
                 metrics.begin_report()
                 behind = True
+            if accumulate > 1 and index % accumulate == 0:
+                self._since = metrics.moment
             metrics.begin_batch(batch)
             if self._on_batch_start is not None and there and self._on_batch_start(batch, index) == -1:
                 exhausted = True
@@ -200,7 +204,7 @@ class TrainingLoop:
             self.batch = index + 1
             if stepping:
                 if metrics.is_log_step(run.stepped):
-                    metrics.note_row(run.stepped, self.epoch)
+                    metrics.note_row(run.stepped, self.epoch, self._since if accumulate > 1 else None)
                     if view.samplers:
                         metrics.note_samples(run.stepped, self.epoch, view.samplers)
                 run.stepped += 1
@@ -240,6 +244,7 @@ class TrainingLoop:
             skipped_steps=view.skipped_steps,
             steps=view.global_step - steps_before,
             behind=behind,
+            row=max(0, run.stepped - stepping),
         )
 
     def _step_schedulers(self) -> None:

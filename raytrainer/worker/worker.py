@@ -166,7 +166,9 @@ class Worker:
         return self.training.end_batches(step_schedulers)
 
     @verb(Wait.USER_CODE)
-    def step_plateaus(self, values: dict[int, Number]) -> None:
+    def step_plateaus(self, values: dict[int, Number], metrics: Reduced | None = None) -> None:
+        """Step these schedulers with these values. `metrics`: see `start_epoch`."""
+        self.run.view.metrics.take(metrics)
         self.run.step_plateaus(values)
 
     @verb(Wait.USER_CODE)
@@ -189,8 +191,9 @@ class Worker:
         return self.training.end_epoch(metrics, epoch_ended)
 
     @verb(Wait.USER_CODE)
-    def end_training(self, epochs: int = 0, interrupted: bool = False) -> None:
-        """Training is over, after so many epochs."""
+    def end_training(self, epochs: int = 0, interrupted: bool = False, metrics: Reduced | None = None) -> None:
+        """Training is over, after so many epochs. `metrics`: see `start_epoch`."""
+        self.run.view.metrics.take(metrics)
         self.run.view.interrupted, self.run.view.current_epoch = interrupted, epochs
         self.run.hooks.call("on_train_end")
 

@@ -80,7 +80,7 @@ class Chunks:
         report = merged(reports)
         self._behind = report.behind
         state.clock.chunk(report.seconds, report.data_seconds)
-        progress.batch, progress.step = report.batch, report.step
+        progress.batch, progress.step, progress.row = report.batch, report.step, report.row
         state.skipped_steps = report.skipped_steps
         progress.total_batches += report.batches
         self.begin()

@@ -73,7 +73,7 @@ class Plateaus:
                 acted[wish.index] = self._state.progress.total_batches if time is None else time.batch
                 values[wish.index] = exact(board.callback[wish.monitor].item())
         if values:
-            group.call(Worker.step_plateaus, values)
+            group.call(Worker.step_plateaus, values, board.take_news())
 
     def _complain(self, wish: PlateauWish) -> None:
         told = missing_metric(wish.monitor, self._state.board.callback, self._state.progress.validated_at >= 0)

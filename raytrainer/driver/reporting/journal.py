@@ -53,9 +53,9 @@ class Journal:
             return
         self._logged[f"{kind} values"] = progress.total_batches
         # the step of the batch just done, as for values logged with it
-        self._services.log_rows([(max(0, progress.step - 1), {**values, "epoch": progress.epoch})])
+        self._services.log_rows([(progress.row, {**values, "epoch": progress.epoch})])
 
     def replay(self, calls: Sequence[LogCall]) -> None:
         """Make the calls of rank 0's `self.logger`."""
         if calls:
-            self._services.replay(calls, max(0, self._state.progress.step - 1))
+            self._services.replay(calls, self._state.progress.row)

@@ -89,7 +89,7 @@ class RunCapture:
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Put the driver's counters where a checkpoint has them; the workers' verb `restore` does so for them."""
         state, task = self._state, self._task
-        state.progress = Progress(**checkpoint["progress"])
+        state.progress = Progress(**{"row": max(0, checkpoint["global_step"] - 1)} | checkpoint["progress"])
         if checkpoint.get("seed", task.seed) != task.seed:
             if task.settings.seed is not None:
                 log.warning("Going on with the checkpoint's seed %s, not %s.", checkpoint["seed"], task.settings.seed)
