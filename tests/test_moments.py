@@ -378,3 +378,21 @@ def test_driver_callbacks_know_when_a_metric_was_logged(local_trainer):
     first, second = look.times
     assert first[0] is None and (first[1].stage, first[1].batch) == ("train", 10)
     assert [(when.stage, when.batch) for when in second] == [("validate", 20), ("train", 20)]
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({"max_epochs": 4, "check_val_every_n_epoch": 2}, [20, 40]),
+        ({"max_epochs": 2, "val_check_interval": 5}, [5, 10, 15, 20]),
+        ({"max_steps": 14}, [10, 14]),
+        ({"max_steps": 14, "limit_val_batches": 0}, [10, 14]),
+        ({"max_steps": 34, "check_val_every_n_epoch": 2}, [20]),
+    ],
+)
+@pytest.mark.parametrize("monitor", [None, "step", "epoch"])
+def test_what_needs_no_metric_is_saved_after_validations(monitor, options, saved, local_trainer, tmp_path):
+    """As recorded with Lightning 2.6.6."""
+    saver = ModelCheckpoint(tmp_path, "{step}", monitor, save_top_k=-1)
+    local_trainer(num_sanity_val_steps=0, callbacks=saver, **options).fit(Tiny(), data(), data(4))
+    assert sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.iterdir()) == saved

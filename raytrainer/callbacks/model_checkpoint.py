@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.messages import TrainReport
     from raytrainer.module import Module
+    from raytrainer.plan.settings import Settings
 
 __all__ = ["ModelCheckpoint"]
 
 _log = logging.getLogger("raytrainer")
+
+#: What may be monitored, and stand in file names, without being logged.
+_COUNTERS = ("epoch", "step")
 
 
 class ModelCheckpoint(Callback):
@@ -171,12 +175,12 @@ class ModelCheckpoint(Callback):
     def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """See whether training logs the monitored metric."""
         if self._active(trainer):
-            self._moment.before_validation(self.monitor is not None and self._logged_by(trainer, "train"))
+            self._moment.before_validation(self._logged_by(trainer, "train"))
 
     def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Save, if this is the moment to."""
         if self._active(trainer):
-            now = self._moment.after_validation(self.monitor is None or self._logged_by(trainer, "validate"))
+            now = self._moment.after_validation(self._is_free(trainer) or self._logged_by(trainer, "validate"))
             self._due |= now and self._epoch_due(trainer)
             if not trainer.epoch_ended:
                 self._save_if_due(trainer)
@@ -198,8 +202,8 @@ class ModelCheckpoint(Callback):
         if not self._active(trainer):
             return
         has_validation = any(count != 0 for count in trainer.num_val_batches)
-        by_training = self.monitor is None or self._logged_by(trainer, "train")
-        now = self._moment.after_train_epoch(by_training, has_validation)
+        now = self._moment.after_train_epoch(self._logged_by(trainer, "train"), has_validation)
+        now |= self._is_free(trainer) and self._wish is None and _each_epoch_validates(trainer.settings)
         can_still_come = has_validation and not self._moment.validated
         if not self._has_metric(trainer) and self.save_top_k != 0 and not can_still_come:
             raise ConfigurationError(self._missing(trainer))
@@ -241,13 +245,19 @@ class ModelCheckpoint(Callback):
     def _candidates(self, trainer: RunningTrainer) -> dict[str, float]:
         """What may be monitored and stand in file names."""
         there = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        counters = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        counters = dict(zip(_COUNTERS, (trainer.current_epoch, trainer.global_step), strict=True))
         return there | {name: int(there.get(name, count)) for name, count in counters.items()}
+
+    def _is_free(self, trainer: RunningTrainer) -> bool:
+        """Whether nothing is monitored that has to be logged first: no metric, or a counter."""
+        return self.monitor is None or (self.monitor in _COUNTERS and self.monitor not in trainer.callback_metrics)
 
     def _logged_by(self, trainer: RunningTrainer, stage: str) -> bool:
         """Whether the monitored metric is there, and what logged it last was this."""
-        when = None if self.monitor is None else trainer.metric_time(self.monitor)
-        return self._has_metric(trainer) and (when is None or when.stage == stage)
+        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            return False
+        when = trainer.metric_time(self.monitor)
+        return when is None or when.stage == stage
 
     def _is_judged(self, trainer: RunningTrainer) -> bool:
         """Whether the monitored metric has a value that is new, and tells of the weights that there are now."""
@@ -469,6 +479,11 @@ class ModelCheckpoint(Callback):
         self.best_k_models = {path: torch.tensor(score, dtype=torch.float64) for path, score in scores.items()}
         if scores:
             self._rank()
+
+
+def _each_epoch_validates(settings: Settings) -> bool:
+    """Whether each epoch ends in a validation, unless it is cut short, and has no other."""
+    return settings.check_val_every_n_epoch == 1 and settings.val_check_interval == 1.0
 
 
 def _tensor(value: float | None) -> torch.Tensor | None:
