@@ -25,6 +25,7 @@ from raytrainer.callbacks import (
     ThroughputMonitor,
     Timer,
     TuneReportCallback,
+    WeightAveraging,
     WorkerCallback,
     tune_resources,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "TuneReportCallback",
     "UnknownArgumentError",
     "WandbLogger",
+    "WeightAveraging",
     "WorkerCallback",
     "WorkerError",
     "WorkerLostError",

@@ -40,6 +40,10 @@ WORDS: dict[str, dict[str, str]] = {
         "profiler": "the same names; one file a worker",
         "num_sanity_val_steps": "the same; leaves no metric and no trace in generators; skipped when resuming",
         "use_distributed_sampler": "the same; an evaluation never counts a sample twice",
+        "min_steps": "the same; once it is reached, `min_epochs` no longer counts, rather than both",
+        "check_val_every_n_epoch": "the same; the validation before a stop that was asked for comes in any epoch",
+        "log_every_n_steps": "the same, and counts the batches of an evaluation over all its loaders too; a value is "
+        "in the rows of those steps only that have logged it, and a request to stop adds no row",
         "overfit_batches": "the same; not together with `limit_train_batches` or `limit_val_batches`",
     },
     "Trainer": {
@@ -69,6 +73,11 @@ WORDS: dict[str, dict[str, str]] = {
         "received_sigterm": "`preempted`",
         "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
+        "callback_metrics": "the same; values are float64, or int64 where that would round. A Module sees those of "
+        "metric objects, and over several workers those that a hook at an epoch's end logs, once that hook has ended",
+        "current_epoch": "the same, but an epoch that the run ends within is not counted at the end: another run may "
+        "go on with it",
+        "global_step": "the same; when resuming, right from `on_fit_start` on",
         "validate": "the same; without a model, and with no best checkpoint, the weights at the end of `fit`",
         "test": "as `validate`",
         "save_checkpoint": "makes a directory; `wait=True` returns when it is written",
@@ -88,7 +97,10 @@ WORDS: dict[str, dict[str, str]] = {
         "trainer": "a view of the run while it lasts; then the Trainer",
         "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
         "loggers": "`logger` in a list",
-        "log": "the same; epoch values are reduced over workers without `sync_dist`",
+        "log": "the same; epoch values are reduced over workers without `sync_dist`; `on_step=False` alone means "
+        "`on_epoch=True`",
+        "configure_optimizers": "the same; the `frequency` of a scheduler with `interval=\"step\"` counts optimizer "
+        "steps, over epochs, and one that waits for a metric acts on each value once",
         "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
         "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU "
         "unless `map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
@@ -106,29 +118,37 @@ WORDS: dict[str, dict[str, str]] = {
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)`",
     },
     "Callback": {
+        "on_train_batch_end": "likewise; `outputs` is what `training_step` returned, rather than a dictionary that has "
+        "its `loss`, divided by `accumulate_grad_batches`",
         "on_train_batch_start": "of a `WorkerCallback`, as are all hooks around batches, backward and optimizers",
     },
     "Callbacks": {
         "BasePredictionWriter": "`PredictionWriter`, which writes Parquet; your own: `on_predict_batch_end` of a "
         "`WorkerCallback`",
         "Checkpoint": "none; derive from `ModelCheckpoint`",
-        "ModelCheckpoint": '`save_last="link"` writes a whole checkpoint, as True does',
+        "ModelCheckpoint": "what a step asks for that ends an epoch or comes before a validation is saved after that, "
+        "with its metrics; a monitored metric must be new and of the very weights; one that training logs is looked at "
+        "after epochs; every n steps means when n is reached or passed; `last.ckpt` is written whenever a checkpoint "
+        'could be, and at the end; `save_last="link"` does as True; `current_score` is that of the last look',
         "ModelPruning": "none; `torch.nn.utils.prune` in a `WorkerCallback`'s `on_train_epoch_end`",
         "RichProgressBar": "`ProgressBar`, which is made with rich",
         "TQDMProgressBar": "`ProgressBar`",
         "SpikeDetection": "none; a `WorkerCallback`'s `on_train_batch_end` sees the loss",
-        "WeightAveraging": "`EMAWeightAveraging` and `StochasticWeightAveraging`; no own averaging functions",
+        "WeightAveraging": "averages are on the module's device; the functions are `avg_fn` and `multi_avg_fn`",
         "Callback": "runs on the driver; beside the module, and around batches, `WorkerCallback`",
         "LambdaCallback": "takes hooks by keyword, likewise; those around batches go into `LambdaWorkerCallback`",
-        "EarlyStopping": "its `stopping_reason` is a string: "
+        "EarlyStopping": "looks at new values only; at a metric that training logs after epochs; its "
+        "`stopping_reason` is a string: "
         '`"none"`, `"patience"`, `"not_finite"`, `"stopping_threshold"`, `"divergence_threshold"`',
         "LearningRateFinder": "results are in `result` (`result.suggestion()`); the attribute is always updated",
-        "LearningRateMonitor": "rates go to the loggers; there is no `lrs`",
+        "LearningRateMonitor": "rates are logged with `self.log`: those of an epoch stand in the row of its end; "
+        "without a logger it warns; there is no `lrs`",
         "BatchSizeFinder": "the result is `optimal_batch_size`",
-        "BaseFinetuning": "`make_trainable` is `unfreeze`; no `flatten_modules`",
+        "BaseFinetuning": "no `filter_params`: `unfreeze_and_add_param_group` does it",
         "ProgressBar": "has no `get_metrics`: `metrics` names what to show",
         "StochasticWeightAveraging": "averages are on the module's device",
-        "EMAWeightAveraging": "averages are on the module's device",
+        "EMAWeightAveraging": "averages are on the module's device; `update_every_n_steps=n` updates after steps n, "
+        "2n, ..., rather than 1, n + 1, ...",
         "ThroughputMonitor": "counts samples by itself",
     },
     "Loggers": {
@@ -207,7 +227,8 @@ NEW: dict[str, dict[str, str]] = {
         "time_report": "what the time of a fit went to",
         "where": "where runs go",
         "datamodule": "an attribute in Lightning too",
-        "should_stop": "an attribute in Lightning too",
+        "should_stop": "an attribute in Lightning too; in a worker, `self.trainer.should_stop` tells what was asked "
+        "for there",
         "state": "an attribute in Lightning too; its fields are strings",
     },
     "LightningModule": {

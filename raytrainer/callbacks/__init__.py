@@ -20,6 +20,7 @@ from raytrainer.callbacks.stochastic_weight_averaging import StochasticWeightAve
 from raytrainer.callbacks.throughput_monitor import ThroughputMonitor
 from raytrainer.callbacks.timer import Timer
 from raytrainer.callbacks.tuners import BatchSizeFinder, LearningRateFinder, Tuner
+from raytrainer.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
     "BackboneFinetuning",
@@ -45,6 +46,7 @@ __all__ = [
     "Timer",
     "TuneReportCallback",
     "Tuner",
+    "WeightAveraging",
     "WorkerCallback",
     "tune_resources",
 ]

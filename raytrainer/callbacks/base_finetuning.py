@@ -73,6 +73,16 @@ class BaseFinetuning(WorkerCallback):
                 parameter.requires_grad = True
 
     @staticmethod
+    def make_trainable(modules: Modules) -> None:
+        """`unfreeze`, batch normalisation too."""
+        BaseFinetuning.unfreeze(modules)
+
+    @staticmethod
+    def flatten_modules(modules: Modules) -> list[nn.Module]:
+        """Those of the modules and of all that is in them that have parameters of their own, or nothing in them."""
+        return [m for m in _flatten(modules) if m._parameters or not any(m.children())]
+
+    @staticmethod
     def unfreeze_and_add_param_group(
         modules: Modules,
         optimizer: Optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["LearningRateMonitor", "group_names"]
+
+log = logging.getLogger("raytrainer")
 
 Named = list[tuple["Optimizer", list[str], str | None]]
 
@@ -48,6 +51,14 @@ class LearningRateMonitor(WorkerCallback):
         self.logging_interval = logging_interval
         self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
         self._named: Named = []
+
+    def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Say so if there is no logger."""
+        if stage == "fit" and not trainer.loggers and trainer.is_global_zero:
+            log.warning(
+                "LearningRateMonitor: Trainer(logger=False), so that rates are only in trainer.callback_metrics; give "
+                "a logger, or leave the callback out."
+            )
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Name every parameter group."""

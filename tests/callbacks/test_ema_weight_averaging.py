@@ -8,7 +8,7 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data, weights
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raytrainer import Callback, ConfigurationError, EMAWeightAveraging
+from raytrainer import Callback, ConfigurationError, EMAWeightAveraging, WeightAveraging
 
 
 class Seeing(Tiny):
@@ -54,6 +54,41 @@ def test_averages(every, start, local_trainer):
     plain.load_state_dict({"layer.weight": sanity[:8].view(2, 4), "layer.bias": sanity[8:]})
     local_trainer(max_epochs=2).fit(plain, data())
     assert torch.equal(torch.stack(plain.trained), torch.stack(module.trained))
+
+
+@pytest.mark.parametrize("kind", ["mean", "one by one", "all at once"])
+def test_own_averages_at_own_times(kind, local_trainer):
+    """After each second step, and after epochs; the last values weigh as much as all before them."""
+
+    def one(average, value, count):
+        return (average + value) / 2
+
+    def many(averages, values, count):
+        for average, value in zip(averages, values, strict=True):
+            average.copy_(one(average, value, count))
+
+    class Own(WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return epoch_idx is not None or step_idx % 2 == 1
+
+    functions = {"mean": {}, "one by one": {"avg_fn": one}, "all at once": {"multi_avg_fn": many}}[kind]
+    module = Seeing()
+    local_trainer(max_epochs=2, callbacks=Own(**functions)).fit(module, data(12))
+    taken = [module.trained[i] for i in (1, 3, 5, 5, 7, 9, 11, 11)]
+    expected = taken[0]
+    for count, value in enumerate(taken[1:], start=1):
+        expected = (expected * count + value) / (count + 1) if kind == "mean" else one(expected, value, count)
+    torch.testing.assert_close(weights(module), expected)
+    with pytest.raises(ConfigurationError, match="one of both"):
+        Own(avg_fn=one, multi_avg_fn=many)
+
+
+def test_from_an_epoch_on_its_end_counts_too(local_trainer):
+    module = Seeing()
+    averaging = EMAWeightAveraging(0.5, update_every_n_steps=5, update_starting_at_epoch=1)
+    local_trainer(max_epochs=2, callbacks=averaging).fit(module, data(12))
+    first, second, last = (module.trained[i] for i in (4, 9, 11))
+    torch.testing.assert_close(weights(module), ((first + second) / 2 + last) / 2)
 
 
 def test_a_second_fit_begins_anew(local_trainer):

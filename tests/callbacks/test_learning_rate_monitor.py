@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import Tiny, data
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
@@ -95,3 +96,11 @@ def test_values_follow_the_optimizer():
 def test_bad_interval():
     with pytest.raises(ConfigurationError, match="batch"):
         LearningRateMonitor("batch")
+
+
+def test_without_a_logger_it_says_so(local_trainer, caplog):
+    with caplog.at_level("WARNING", "raytrainer"):
+        trainer = local_trainer(max_epochs=1, callbacks=LearningRateMonitor())
+        trainer.fit(Tiny(), data(4))
+    assert "LearningRateMonitor: Trainer(logger=False)" in caplog.text
+    assert trainer.callback_metrics["lr-SGD"] == 0.1
