@@ -49,7 +49,7 @@ class EMAWeightAveraging(WeightAveraging):
         """As the arguments say."""
         if step_idx is not None:
             done = step_idx + 1
-            return done >= self.update_starting_at_step and done % self.update_every_n_steps == 0
+            return bool(done >= self.update_starting_at_step and done % self.update_every_n_steps == 0)
         begin = self.update_starting_at_epoch
         return begin is not None and epoch_idx is not None and epoch_idx >= begin
 

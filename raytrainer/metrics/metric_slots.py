@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -150,6 +150,14 @@ class Ledger:
         for slot in self.slots.values():
             if slot.metric is not None:
                 reset(slot.metric)
+
+    def row(self, since: int, tells: Callable[[MetricSpec], bool]) -> list[tuple[Slot, Any]]:
+        """The latest step values for the loggers, of slots logged after a moment that this worker tells."""
+        return [
+            (slot, slot.shown if slot.last is None else slot.last)
+            for slot in self.slots.values()
+            if slot.spec.logger and slot.spec.on_step and slot.moment > since and tells(slot.spec)
+        ]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -198,12 +198,7 @@ class MetricStore:
 
     def note_row(self, step: int, epoch: int, since: int | None = None) -> None:
         """Keep the latest values logged after the moment `since` [in this batch] as a row for the loggers."""
-        since = self.moment - 1 if since is None else since
-        row = [
-            (slot, slot.shown if slot.last is None else slot.last)
-            for slot in self._slots.values()
-            if slot.spec.logger and slot.spec.on_step and slot.moment > since and self._tells_steps(slot.spec)
-        ]
+        row = self._current.row(self.moment - 1 if since is None else since, self._tells_steps)
         if row:
             self._rows.append((step, epoch, row))
 
