@@ -258,9 +258,8 @@ class Coordinator:
 
     def _done(self) -> bool:
         """Whether to stop training here, by the limits, by request, or by Ctrl-C."""
-        state = self.state
-        state.interrupted |= self.interrupt.requested
-        return state.interrupted or schedule.is_done(self.settings, state.progress, state.should_stop)
+        self.state.interrupted |= self.interrupt.requested
+        return self.state.interrupted or schedule.is_done(self.settings, self.state.progress, self.state.should_stop)
 
     # ---------------------------------------------------------------- evaluation
 
