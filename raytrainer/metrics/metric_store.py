@@ -207,9 +207,10 @@ class MetricStore:
         return self.rank == 0 or (spec.sync_dist and self._is_first(spec))
 
     def note_samples(self, step: int, epoch: int, samplers: Sequence[Callable[[], dict[str, float]]]) -> None:
-        """Keep what is measured of this worker right now as a row for the loggers."""
-        values = {name: value for sampler in samplers for name, value in sampler().items()}
-        self._samples.append(StepRow(step, epoch, values))
+        """Keep what is measured of this worker right now, if anything is, as a row for the loggers."""
+        if samplers:
+            values = {name: value for sampler in samplers for name, value in sampler().items()}
+            self._samples.append(StepRow(step, epoch, values))
 
     def is_log_step(self, step: int) -> bool:
         """Whether the 0-based `step` is one whose values the loggers are given."""

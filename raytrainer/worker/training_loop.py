@@ -154,10 +154,8 @@ class TrainingLoop:
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         next_batch = run.profiled("next_batch", iterator.__next__)
-        accumulate = view.accumulate_grad_batches
-        agrees = self._missing.agree is not None
+        accumulate, agrees, stepping = view.accumulate_grad_batches, self._missing.agree is not None, True
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
-        stepping = True
         for left in range(batches, 0, -1):
             asked = clock()
             if look_ahead is not None:
@@ -205,8 +203,7 @@ class TrainingLoop:
             if stepping:
                 if metrics.is_log_step(run.stepped):
                     metrics.note_row(run.stepped, self.epoch, self._since if accumulate > 1 else None)
-                    if view.samplers:
-                        metrics.note_samples(run.stepped, self.epoch, view.samplers)
+                    metrics.note_samples(run.stepped, self.epoch, view.samplers)
                 run.stepped += 1
             if look_ahead is not None and last:
                 exhausted = True
@@ -249,11 +246,9 @@ class TrainingLoop:
 
     def _step_schedulers(self) -> None:
         """Step the schedulers that count steps. In manual optimization the user steps them."""
-        if not self.run.module.automatic_optimization:
-            return
         due = [c for c in self.view.lr_scheduler_configs if c.interval == "step" and not c.on_metric]
         scaled = self.run.precision.scaler is not None
-        if not due or (scaled and self.run.precision.skipped):
+        if not self.run.module.automatic_optimization or not due or (scaled and self.run.precision.skipped):
             return
         done = self.run.stepped + 1 - (self.run.precision.skipped_steps if scaled else 0)
         for config in due:
