@@ -202,7 +202,8 @@ NEW: dict[str, dict[str, str]] = {
         (
             "address", "auto_select_gpus", "compile", "float32_matmul_precision", "gpus", "hang_timeout",
             "idle_timeout", "log_gpu_memory", "max_failures", "num_processes", "placement_timeout",
-            "preemption_exit_code", "preemption_grace", "runtime_env", "seed", "snapshot_every", "worker_output",
+            "preemption_exit_code", "preemption_grace", "runtime_env", "seed", "snapshot_every", "spares",
+            "worker_output",
         ),
         "see [its meaning](trainer-arguments.md)",
     ),

@@ -1,4 +1,4 @@
-"""A loader's processes leave their parent's garbage, and Ctrl-C, alone."""
+"""A loader's processes leave their parent's garbage, and Ctrl-C, alone, and end when it does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 __all__ = ["control_c_left_alone", "garbage_left_alone"]
 
 _asked = 0
+_parent = 0  # the process that forks
 _paused = False  # the parent's collector, while it forks
 
 
@@ -52,7 +55,8 @@ def control_c_left_alone(loader: Any) -> Iterator[None]:
 
 
 def _before() -> None:
-    global _paused
+    global _parent, _paused
+    _parent = os.getpid()
     if _asked and gc.isenabled():
         _paused = True
         gc.disable()  # until the child has set aside what it inherits
@@ -68,7 +72,20 @@ def _resume() -> None:
 def _in_child() -> None:
     if _asked:
         gc.freeze()
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                threading.Thread(target=_end_with, args=(os.pidfd_open(_parent),), daemon=True).start()
     _resume()
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as its parent has.
+
+    It has inherited the parent's connections: as long as one end of them is open, nobody hears that the parent is gone.
+    torch looks every 5 s.
+    """
+    select.select([parent], [], [])
+    os._exit(1)
 
 
 if hasattr(os, "register_at_fork"):

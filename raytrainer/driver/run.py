@@ -189,14 +189,15 @@ class Run(RunCheckpoints):
         """Make calls that rank 0 has kept; `step` is that of those without one."""
         self.logs.replay(calls, step)
 
-    def regroup(self) -> WorkerGroup:
-        """Workers to begin with, or in place of others. They may be long in coming, so Ctrl-C ends that at once."""
+    def regroup(self, wounded: WorkerGroup | None = None) -> WorkerGroup:
+        """See `GroupSupply.mend_or_take`. Workers may be long in coming, so Ctrl-C ends that at once."""
+        self.withdraw()  # these were for more workers than there were
         with self._interrupt.at_once():
             if self.coordinator is None:  # else what it had prepared is in use
                 self.groups.prepare(self.task.settings)
             with shield():
-                self._held = [group for group in self._held if not group.broken]
-                self._held.append(group := self.groups.take(self.task.settings))
+                group = self.groups.mend_or_take(self.task.settings, wounded, self._held)
+                self._held = [*(held for held in self._held if not held.broken), group]
         return group
 
     def can_grow(self, group: WorkerGroup) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "choice",
     "compile_options",
     "count",
+    "count_or_auto",
     "duration",
     "exit_code",
     "fraction_or_count",
@@ -177,6 +178,13 @@ def steps_or_duration(name: str, value: Any) -> int | float | str | None:
         steps: int = count(name, value, least=1)
         return steps
     return duration(name, value)
+
+
+def count_or_auto(name: str, value: Any) -> int | str:
+    """A count of at least 0, or "auto"."""
+    if value == "auto" or (_is_int(value) and value >= 0):
+        return value  # type: ignore[no-any-return]
+    raise ConfigurationError(f'{name}={value!r}: give an integer of at least 0, or "auto".')
 
 
 def seed(name: str, value: Any) -> int | None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Recovery", "snapshot_due"]
+__all__ = ["Continuity", "Recovery", "snapshot_due"]
+
+
+@dataclass(frozen=True)
+class Continuity:
+    """Of a group's workers, at its beginning: `kept` were of an earlier group, `spares` had waited to replace some."""
+
+    kept: int = 0
+    spares: int = 0
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,8 @@ class Recovery:
         replayed_batches: Batches per worker that were trained again.
         seconds: From noticing the failure to the new group's readiness.
         workers: Size of the new group.
+        kept: How many of its workers went on in their processes.
+        spares: How many others had waited as spares, and were not started anew.
     """
 
     error: str
@@ -26,11 +36,16 @@ class Recovery:
     replayed_batches: int
     seconds: float
     workers: int
+    kept: int = 0
+    spares: int = 0
 
     def __str__(self) -> str:
+        new = self.workers - self.kept - self.spares
+        parts = [(self.kept, "kept"), (self.spares, "spare"), (new, "new")]
+        which = ", ".join(f"{count} {what}" for count, what in parts if count)
         return (
             f"{self.error}: at step {self.step}; went on from step {self.resumed_step} with {self.workers} worker(s) "
-            f"after {self.seconds:.1f} s, {self.replayed_batches} batches replayed"
+            f"({which}) after {self.seconds:.1f} s, {self.replayed_batches} batches replayed"
         )
 
 

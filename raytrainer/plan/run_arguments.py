@@ -169,12 +169,17 @@ class RunArguments:
     """Give step values to loggers every n steps; 0 or None: never."""
 
     max_failures: int = argument(default=3, check=checks.count, least=0)
-    """Lost workers to recover from in one `fit`: the group is rebuilt and goes on from the newest snapshot or
+    """Lost workers to recover from in one `fit`: others take their places, and all go on from the newest snapshot or
     checkpoint. Errors of user code are never retried. "local" recovers nothing."""
 
     snapshot_every: int | str | timedelta | None = argument(default="auto", check=checks.steps_or_duration)
     """In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at most every 10 s,
     costing under 1 % of the time, but for the first one; None: none."""
+
+    spares: int | str = argument(default="auto", check=checks.count_or_auto)
+    """Processes on each node that wait, without CPUs and GPUs of their own, to take a lost worker's place at once;
+    "auto": one, once training has run for 20 s; 0: none, and a process is started when it is needed. Each takes as much
+    memory as a worker before it has a model."""
 
     hang_timeout: float = argument(default=600.0, check=checks.number, above=0.0, none=False)
     """Seconds without an answer from training workers after which they count as lost; longer than any one batch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raytrainer.plan.folding import by_text, ranks_text
 
-__all__ = ["Frame", "Whereabouts", "folded", "frames_of_threads", "whereabouts"]
+__all__ = ["Frame", "Whereabouts", "folded", "frames_of_threads", "keep_waiting", "whereabouts"]
 
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -20,6 +20,8 @@ _STANDARD = sysconfig.get_path("stdlib")
 
 #: Waits that have a name: part of the file's path, the function ("" for any), what it is.
 _WAITS = (
+    ("raytrainer/strategies/group_strategy.py", "", "the other workers"),
+    ("raytrainer/strategies/meeting.py", "", "the other workers"),
     ("torch/distributed/distributed_c10d.py", "", "the collective {function}"),
     ("torch/distributed/nn/functional.py", "", "the collective {function}"),
     ("torch/utils/data/dataloader.py", "_try_get_data", "a batch from the loader's processes"),
@@ -32,6 +34,10 @@ _WAITS = (
     ("subprocess.py", "", "another program"),
     ("socket.py", "", "the network"),
 )
+
+
+#: How waits begin that may be for other workers. A GPU waits for them too, and the driver for those that do not answer.
+_FOR_OTHERS = ("the collective", "the backward pass", "the other workers", "the GPU", "the driver")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,14 @@ def folded(found: Sequence[Whereabouts]) -> list[str]:
         first = by_rank[ranks[0]]
         lines.append(str(first) if len(ranks) == 1 else f"ranks {ranks_text(ranks)} (first on {first.node}): {where}")
     return lines
+
+
+def keep_waiting(found: Sequence[Whereabouts]) -> list[int]:
+    """The ranks, of workers that do not come to an end, of those that wait for none of the others, as far as one sees.
+
+    Empty: all seem to wait.
+    """
+    return [each.rank for each in found if not each.waits_for.startswith(_FOR_OTHERS)]
 
 
 def frames_of_threads(dump: str) -> list[list[Frame]]:

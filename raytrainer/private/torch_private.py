@@ -21,6 +21,7 @@ from raytrainer.errors import ConfigurationError
 
 __all__ = [
     "BATCH_NORMS",
+    "abort_groups",
     "all_averaged",
     "compile_call",
     "drop_compiled",
@@ -59,6 +60,21 @@ def set_group_timeout(group: Any, seconds: float) -> None:
         log.warning("This torch cannot change the timeout of a process group; collectives wait as long as before.")
         return
     _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def abort_groups() -> bool:
+    """End every collective of this process, also those that another thread waits in; return whether that can be done.
+
+    The groups are gone then. It ends what NCCL does, not what gloo does. Until this has returned, no other thread may
+    use, leave or form a group. Without `_abort_process_group`: False, and nothing happens.
+    """
+    try:
+        from torch.distributed.distributed_c10d import _abort_process_group
+    except ImportError:
+        return False
+    if torch.distributed.is_initialized():
+        _abort_process_group()
+    return True
 
 
 def fix_buckets(ddp: DistributedDataParallel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import raytrainer
-from raytrainer.plan.where_it_is import frames_of_threads, whereabouts
+from raytrainer.plan.where_it_is import frames_of_threads, keep_waiting, whereabouts
 
 OWN, STANDARD = Path(raytrainer.__file__).parent, sysconfig.get_path("stdlib")
 TORCH = f"{STANDARD}/site-packages/torch"
@@ -73,3 +73,18 @@ def test_frames():
     text = dump(STEP, STEP + WORKER)
     assert [len(frames) for frames in frames_of_threads(text)] == [1, 3]
     assert frames_of_threads("noise\n") == []
+
+
+def test_who_keeps_the_others_waiting():
+    """Those that are seen to wait for others do not, unless all do, or have answered by now."""
+    vote = ((f"{OWN}/strategies/group_strategy.py", 65, "answer"),)
+    driver = (f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop")
+    waiting = [whereabouts(i, "n", dump(x + WORKER)) for i, x in enumerate((COLLECTIVE, BACKWARD, vote))]
+    waiting.append(whereabouts(3, "n", dump((driver,))))
+    assert keep_waiting(waiting) == []
+    hung = [
+        whereabouts(4, "n", dump(STEP + WORKER)),
+        whereabouts(5, "n", dump(LOADER + WORKER)),
+        whereabouts(6, "n", ""),
+    ]
+    assert keep_waiting([*waiting, *hung]) == [4, 5, 6]

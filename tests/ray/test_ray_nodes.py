@@ -143,3 +143,4 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     assert struck_rows == rows
     (recovery,) = trainer.recoveries
     assert recovery.workers == 4
+    assert recovery.kept == 2

@@ -43,11 +43,11 @@ class DiesOften(Exact):
 
 
 def test_killed_workers_change_nothing(undisturbed, tmp_path):
-    """Before there is a snapshot and in validation; in one run, as each costs new workers."""
+    """Before there is a snapshot and in validation; the first is replaced by a new process, the second by a spare."""
     deaths = [(1, 0, "train"), (0, 13, "validate")]
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
     module = DiesOften(deaths, tmp_path)
-    trainer, struck_rows = run(module, tmp_path, num_workers=1, **OVER_RAY)
+    trainer, struck_rows = run(module, tmp_path, num_workers=1, spares=1, **OVER_RAY)
     assert len(list(tmp_path.glob("flag*"))) == len(deaths)
     assert same(module, calm)
     assert struck_rows == rows
@@ -56,6 +56,7 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
         assert recovery.workers == 2
         assert recovery.step - recovery.resumed_step <= 3
         assert recovery.seconds > 0
+    assert [(recovery.kept, recovery.spares) for recovery in trainer.recoveries] == [(1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(0, "train"), (9, "train"), (21, "validate")])
@@ -77,7 +78,9 @@ def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
     trainer, struck_rows = run(module, tmp_path, num_workers=1, hang_timeout=4.0, **OVER_RAY)
     assert same(module, calm)
     assert struck_rows == rows
-    assert "hang_timeout" in trainer.recoveries[0].error
+    (recovery,) = trainer.recoveries
+    assert "hang_timeout" in recovery.error and "rank 1 is gone" in recovery.error
+    assert recovery.kept == 1
 
 
 def test_user_errors_are_not_retried(tmp_path):

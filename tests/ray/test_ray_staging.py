@@ -51,11 +51,12 @@ def test_a_state_that_cannot_be_pickled_is_named(staged, tmp_path, monkeypatch):
 def test_a_killed_worker_changes_nothing(tmp_path):
     calm, struck = Exact(), Exact((0, 9), "kill", f"{tmp_path}/flag")
     _, rows = run(calm, tmp_path, save_every=2, **OVER_RAY)
-    trainer, struck_rows = run(struck, tmp_path, save_every=2, **OVER_RAY)
+    trainer, struck_rows = run(struck, tmp_path, save_every=2, spares=1, **OVER_RAY)
     assert same(struck, calm)
     assert struck_rows == rows
     (recovery,) = trainer.recoveries
     assert recovery.step - recovery.resumed_step <= 2
+    assert (recovery.kept, recovery.spares) == (1, 1)
 
 
 class Slow(float):

@@ -79,7 +79,7 @@ class Coordinator:
         self._journal = Journal(state, services)
         self._evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
-        self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings.max_failures)
+        self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings)
         self._resizing = Resizing(self.settings, state, services, self._capture)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
@@ -100,15 +100,14 @@ class Coordinator:
         while True:
             try:
                 self.state.clock.switch("starting")
-                # in here, since workers may be lost while others are being replaced
-                if lost is not None:
-                    self.group = self._recovery.regroup(lost)
+                if lost is not None:  # in here, since workers may be lost while others are being replaced
+                    self.group = self._recovery.regroup(lost, self.group)
                     resumed, lost = self._recovery.go_back(beginning), None
                     self._resumes = False  # to workers that are new, all of it is
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
-                self.group.abort()
                 if self.interrupt.terminated or not self._recovery.allowed():
+                    self.group.abort()
                     raise
                 lost = error
             except OtherWorkers as other:
@@ -180,7 +179,7 @@ class Coordinator:
         self._replicas.begin(self.group)
         self._chunks.begin()
         self.snapshots.restart(state.progress.step)
-        self._recovery.note(self.group.size)
+        self._recovery.note(self.group)
         self.interrupt.to_save = True
         state.clock.switch("other")
 
@@ -212,6 +211,7 @@ class Coordinator:
             if self._validation_due(val_every):
                 self._validate(report.steps)
             self._capture.snapshot_if_due(self.group)
+            self._recovery.prepare(self.group)
             self._resizing.look(self.group)
         self.services.end_if_preempted()
         self.catch_up()

@@ -15,10 +15,14 @@ from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import ResourceError, StateLostError, WorkerLostError
 from raytrainer.plan.recoveries import Recovery
+from raytrainer.plan.settings import Settings
 from raytrainer.plan.steps_and_epochs import Progress
 from raytrainer.view.run_state import RunState
 
 __all__ = ["WorkerRecovery"]
+
+#: Seconds of training after which spares="auto" means one: a run that is shorter is soon repeated.
+AUTO_AFTER = 20.0
 
 log = logging.getLogger("raytrainer")
 
@@ -31,14 +35,16 @@ class WorkerRecovery:
         services: Have new workers, and the callbacks to put back.
         capture: Takes states up.
         snapshots: Has the newest states.
-        max_failures: How often workers may be lost.
+        settings: How often workers may be lost, and how many spare ones wait.
     """
 
     def __init__(
-        self, state: RunState, services: RunServices, capture: RunCapture, snapshots: Snapshots, max_failures: int
+        self, state: RunState, services: RunServices, capture: RunCapture, snapshots: Snapshots, settings: Settings
     ) -> None:
         self._state, self._services, self._capture, self._snapshots = state, services, capture, snapshots
-        self._allowed = max_failures if snapshots.enabled else 0
+        self._allowed = settings.max_failures if snapshots.enabled else 0
+        self._spares = settings.spares
+        self._trains_since: float | None = None
         self._callbacks_before = services.callback_states()
         self._failed: tuple[WorkerLostError | StateLostError, float, Progress] | None = None  # until training goes on
 
@@ -47,13 +53,19 @@ class WorkerRecovery:
         self._allowed -= 1
         return self._allowed >= 0
 
-    def regroup(self, error: WorkerLostError | StateLostError) -> WorkerGroup:
-        """New workers in place of those lost."""
-        if self._failed is None:  # else an earlier one has not been recovered from yet
+    def regroup(self, error: WorkerLostError | StateLostError, group: WorkerGroup) -> WorkerGroup:
+        """Workers to go on with.
+
+        Args:
+            error: What has happened.
+            group: Those that are left of it go on, at the first attempt; at further ones all workers are new.
+        """
+        first = self._failed is None
+        if first:  # else an earlier one has not been recovered from yet
             self._failed = error, time.perf_counter(), self._state.progress
         log.warning("%s Recovering.", error)
         try:
-            return self._services.regroup()
+            return self._services.regroup(group if first and isinstance(error, WorkerLostError) else None)
         except ResourceError as not_had:
             raise not_had from error
 
@@ -79,14 +91,26 @@ class WorkerRecovery:
             self._services.restore_callbacks(self._callbacks_before)
         return beginning
 
-    def note(self, workers: int) -> None:
-        """Training goes on: say what was lost, if anything was, and how long it took until here."""
+    def note(self, group: WorkerGroup) -> None:
+        """Training begins, or goes on: say what was lost, if anything was, and how long it took until here."""
+        self._trains_since = self._trains_since or time.perf_counter()
         if self._failed is None:
             return
         error, began, lost_at = self._failed
         self._failed = None
         now = self._state.progress
         replayed = max(0, lost_at.total_batches - now.total_batches)
-        recovery = Recovery(str(error), lost_at.step, now.step, replayed, time.perf_counter() - began, workers)
+        seconds = time.perf_counter() - began
+        who = group.continuity
+        recovery = Recovery(str(error), lost_at.step, now.step, replayed, seconds, group.size, who.kept, who.spares)
         self._state.recoveries.append(recovery)
         log.warning("Recovered. %s", recovery)
+
+    def prepare(self, group: WorkerGroup) -> None:
+        """Between chunks: have as many spare workers wait as are asked for, as long as one may be needed."""
+        if self._allowed <= 0 or self._trains_since is None:
+            return
+        if not isinstance(self._spares, str):
+            group.keep_spares(self._spares)
+        elif time.perf_counter() - self._trains_since >= AUTO_AFTER:
+            group.keep_spares(1)

@@ -42,8 +42,8 @@ class RunServices(Protocol):
     def end_if_preempted(self) -> None:
         """If SIGTERM has come: save the state that the workers have now, and end the run."""
 
-    def regroup(self) -> WorkerGroup:
-        """New workers, in place of the group's."""
+    def regroup(self, wounded: WorkerGroup | None = None) -> WorkerGroup:
+        """Workers in place of the group's: all new, or those left of a `wounded` group with others for the lost."""
 
     def can_grow(self, group: WorkerGroup) -> bool:
         """Whether an elastic run could have more workers than `group` has."""

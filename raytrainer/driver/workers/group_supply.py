@@ -62,6 +62,18 @@ class GroupSupply:
         known = [request for request in requests if request.nodes * request.per_node in sizes]
         return idle_pool.take(known or requests, self._placement_timeout, RayGroup)
 
+    def mend_or_take(self, settings: Settings, wounded: WorkerGroup | None, held: Sequence[WorkerGroup]) -> WorkerGroup:
+        """A group of those left of a `wounded` one, or, where that cannot be, a new one; groups `held` end before it.
+
+        To be called as `take`.
+        """
+        group = None if wounded is None else wounded.mended()
+        if group is not None:
+            return group
+        for over in held:
+            over.abort()
+        return self.take(settings)
+
     def give_back(self, group: WorkerGroup) -> None:
         """The run is over: workers of a cluster are kept for the next one that asks for the same."""
         idle_pool.set_idle_timeout(self._idle_timeout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raytrainer.worker.actor.actor import Place
+from raytrainer.worker.actor.place import Place
 
 __all__ = ["described"]
 

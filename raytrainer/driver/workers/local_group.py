@@ -14,6 +14,7 @@ import torch
 from raytrainer.gpu.choice import local_ordinal, require_cuda, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
+from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.settings import Settings
 from raytrainer.plan.where_it_is import Whereabouts, whereabouts
 from raytrainer.task import Task
@@ -32,6 +33,7 @@ class LocalGroup:
     size = 1
     in_process = True
     broken = False
+    continuity = Continuity()
     by_node: Mapping[str, int] = {}
 
     def __init__(self, worker: Worker | None = None) -> None:
@@ -73,6 +75,12 @@ class LocalGroup:
 
     def abort(self) -> None:
         self.call_off()
+
+    def mended(self) -> None:
+        return None
+
+    def keep_spares(self, count: int) -> None:
+        pass
 
     def _bring_back(self) -> None:
         """The run is over: the module is on the CPU, as after a run on other processes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -13,10 +13,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from raytrainer.errors import WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.folding import ranks_text
-from raytrainer.plan.where_it_is import Whereabouts, folded
+from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
 from raytrainer.signals import PIECE, hear
-from raytrainer.worker.actor.actor import Failure, Place
+from raytrainer.worker.actor.actor import Failure
 from raytrainer.worker.actor.module_pickling import Pickled
+from raytrainer.worker.actor.place import Place
 
 __all__ = ["Answers"]
 
@@ -43,8 +44,8 @@ class Asked(Protocol):
     outputs: list[str | None]
     stale: bool
 
-    def abort(self) -> None:
-        """Kill the actors."""
+    def lose(self, ranks: Collection[int] = ()) -> None:
+        """The group is of no use any more: these are gone, or keep the others waiting."""
 
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         """Where they are."""
@@ -54,7 +55,7 @@ class Answers:
     """What a group's actors answer.
 
     Args:
-        group: Is aborted, or marked as stale, where a failure asks for that.
+        group: Is told what it has lost, or marked as stale, where a failure asks for that.
     """
 
     def __init__(self, group: Asked) -> None:
@@ -97,8 +98,10 @@ class Answers:
             silent = [of[ref] for ref in refs if ref in pending]
             reason = f"no answer from rank(s) [{ranks_text(silent)}] for {patience:.0f} s ({what})"
             # told before they are ended: which of them keeps the others waiting shows in what each one waits for
-            where = "".join(f"\n  {line}" for line in folded(self._group.whereabouts(WHERE)))
-            failures = [WorkerLostError(silent[0], reason + where)]
+            found = self._group.whereabouts(WHERE)
+            lost = keep_waiting([each for each in found if each.rank in silent]) or silent
+            self._group.lose(lost)
+            raise WorkerLostError(lost[0], reason + "".join(f"\n  {line}" for line in folded(found)))
         if failures:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
@@ -152,15 +155,16 @@ class Answers:
                 ]
             ).rank
         ]
-        if hanging or any(isinstance(failure, WorkerLostError) for failure in failures):
-            self._group.abort()
+        lost = [failure.rank for failure in failures if isinstance(failure, WorkerLostError)]
+        if hanging or lost:
+            self._group.lose(lost)
         else:
             self._group.stale = True
         if isinstance(culprit, WorkerLostError):
             raise culprit
         said = culprit.type_name, culprit.message
         if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
-            self._group.abort()
+            self._group.lose()
             raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
         alike = [
             f.rank for f in failures if isinstance(f, Failure) and f is not culprit and (f.type_name, f.message) == said

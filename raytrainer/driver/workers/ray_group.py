@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.checkpointing.piece_files import brought_along
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
-from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
+from raytrainer.driver.workers.ray_crew import Crew, compare_versions
+from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import ask_where
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
-from raytrainer.plan.ranks import Ranks, assign_ranks
-from raytrainer.plan.versions import differences
+from raytrainer.plan.ranks import assign_ranks
+from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.signals import shield, wait_until
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
-from raytrainer.worker.actor.actor import ASIDE, Place, RemoteWorker, StagingWorker, own_versions
+from raytrainer.worker.actor.place import Place
+from raytrainer.worker.actor.surroundings import Surroundings
 from raytrainer.worker.verbs import Verb, Wait, verb_of
 from raytrainer.worker.worker import Worker
 
@@ -44,8 +44,8 @@ log = logging.getLogger("raytrainer")
 #: Seconds that workers get to hand over a state before they are killed, and to give memory back before the next run.
 PATIENCE = 10.0
 
-#: Seconds for a worker's process to start, its runtime environment included, and for all to join the group.
-START = 1800.0
+#: As `START`, where a group is mended: it is quick, or all workers start anew.
+MENDING = 30.0
 
 
 class RayGroup:
@@ -55,6 +55,7 @@ class RayGroup:
         request: What to ask Ray for.
         timeout: Seconds to wait for the resources.
         slots: Places for all workers, where they have been reserved already.
+        crew: The workers, where there are some already.
 
     Raises:
         ResourceError: The cluster does not give them within `timeout`.
@@ -62,81 +63,53 @@ class RayGroup:
 
     in_process = False
 
-    def __init__(self, request: Request, timeout: float = 60.0, slots: list[Slot] | None = None) -> None:
+    def __init__(
+        self, request: Request, timeout: float = 60.0, slots: list[Slot] | None = None, crew: Crew | None = None
+    ) -> None:
         self.request = request
         self.size = request.nodes * request.per_node
         self._resting: list[Any] = []  # answered when nothing is left of the latest run
         self.session = ray.get_runtime_context().gcs_address
         self.broken = False
+        self._ended = False
+        self._lost: set[int] = set()  # ranks that are gone, or keep the others waiting
         self.hang_timeout: float | None = None  # seconds; of the run in progress
         self.stale = False  # the process group may hold half a collective: join anew before the next run
         self.outputs: list[str | None] = [None] * self.size
         self.places: list[Place] = []
         self._answers = Answers(self)
         self._captures: RayCaptures | None = None  # once there are workers
-        self._actors: list[Any] = []
-        self._modules = EditedModules()
+        self._surroundings: Surroundings | None = None  # of the run's workers
         with shield():
-            self._slots = place(request, timeout) if slots is None else slots
+            self._crew = crew or Crew(request, place(request, timeout) if slots is None else slots, self.stages)
             try:
-                self._start()
+                self._start(START if crew is None else MENDING)
             except BaseException:
                 self.abort()
                 raise
 
     # ---------------------------------------------------------------- start
 
-    def _start(self) -> None:
-        request = self.request
-        if self.stages:
-            actor_class = ray.remote(concurrency_groups={ASIDE: 1})(StagingWorker)
-        else:
-            actor_class = ray.remote(RemoteWorker)
-        for slot in self._slots:
-            strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-            options = {"num_cpus": slot.cpus, "num_gpus": 1 if request.gpu else 0, "scheduling_strategy": strategy}
-            self._actors.append(actor_class.options(**options).remote())
-        self.ranks = [Ranks(rank=i, world_size=self.size) for i in range(self.size)]
-        places: list[Place] = self._answers.all(
-            [actor.where.remote(request.gpu) for actor in self._actors], START, "starting"
-        )
-        # node by node in the order of addresses, and by GPU on each
-        order = sorted(range(self.size), key=lambda i: (_numbers(places[i].address), places[i].node_id, places[i].gpus))
-        self._actors = [self._actors[i] for i in order]
-        self._slots = [self._slots[i] for i in order]
-        self.places = [places[i] for i in order]
+    def _start(self, patience: float) -> None:
+        self.places = self._crew.start(self._answers, patience)
         self.ranks = assign_ranks([place.node_id for place in self.places])
         self._captures = RayCaptures(self, self._actors, self._answers, self.stages)
-        self._compare_versions()
-        self._join()
+        compare_versions(self.places)
+        self._join(patience)
 
-    def _compare_versions(self) -> None:
-        """Name what differs between driver and nodes.
+    @property
+    def _actors(self) -> list[Any]:
+        """By rank."""
+        return self._crew.actors
 
-        Raises:
-            ConfigurationError: It cannot work.
-        """
-        fatal, doubtful = differences(own_versions(), {place.address: place.versions for place in self.places})
-        if fatal:
-            raise ConfigurationError(
-                f"The driver and the nodes run different versions: {'; '.join(fatal)}. Install the same on both."
-            )
-        if doubtful:
-            log.warning("The driver and the nodes run different versions: %s.", "; ".join(doubtful))
+    @property
+    def continuity(self) -> Continuity:
+        """See `WorkerGroup`."""
+        return self._crew.continuity
 
-    def _join(self) -> None:
+    def _join(self, patience: float = START) -> None:
         """Form the process group."""
-        one_node = self.ranks[0].num_nodes == 1
-        # on one machine the loopback interface is fast and always there
-        host = "127.0.0.1" if one_node else self.places[0].address
-        port = 0
-        if self.size > 1:
-            port = self._answers.all([self._actors[0].serve.remote(host, self.size)], START, "serving a rendezvous")[0]
-        joining = [
-            actor.join.remote(ranks, host, port, host if one_node else place.address, self.request.gpu)
-            for actor, ranks, place in zip(self._actors, self.ranks, self.places, strict=True)
-        ]
-        self._answers.all(joining, START, "joining the process group")
+        join(self._answers, self._actors, self.ranks, self.places, self.request.gpu, patience)
         self.stale = False
 
     def whereabouts(self, patience: float) -> list[Whereabouts]:
@@ -151,7 +124,7 @@ class RayGroup:
     @property
     def holds(self) -> set[str]:
         """What others could have if this group ended; nothing where its reservations are somebody else's."""
-        if all(slot.borrowed for slot in self._slots):
+        if all(slot.borrowed for slot in self._crew.slots):
             return set()
         return {"CPU", "GPU"} if self.request.gpu else {"CPU"}
 
@@ -173,8 +146,10 @@ class RayGroup:
         self.hang_timeout = task.settings.hang_timeout
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
-        self._modules.note()
-        pickled, datasets = ray.put(pickle_task(task)), ray.put(task.datasets)
+        self._crew.modules.note()
+        sent = pickle_task(task)
+        self._surroundings = sent.surroundings
+        pickled, datasets = ray.put(sent), ray.put(task.datasets)
         show = task.settings.worker_output == "all"
         loading = [actor.load.remote(pickled, datasets, show) for actor in self._actors]
         self.outputs = self._answers.all(loading, Wait.USER_CODE.seconds(None), "importing the module")
@@ -232,9 +207,10 @@ class RayGroup:
 
     def _outdated(self) -> bool:
         """Whether workers may have imported modules that have been edited since; then they end."""
-        if self._modules.outdated(shipped=bool(ray.get_runtime_context().runtime_env.get("working_dir"))):
+        outdated = self._crew.modules.outdated(bool(ray.get_runtime_context().runtime_env.get("working_dir")))
+        if outdated:
             self.abort()
-        return self.broken
+        return outdated
 
     @staticmethod
     def _wait(refs: list[Any], seconds: float) -> None:
@@ -247,23 +223,51 @@ class RayGroup:
     def call_off(self) -> None:
         """After an error of the driver's side: workers are between verbs, and the next run starts afresh."""
         self.stale = True
+        if self.broken:
+            self.abort()
+
+    def lose(self, ranks: Collection[int] = ()) -> None:
+        """The group is of no use any more: these are gone, or keep the others waiting. It is to be mended or ended."""
+        self.broken = True
+        self._lost.update(ranks)
 
     def abort(self) -> None:
         """Kill the actors and give the resources back."""
         with shield():
-            if self.broken:
+            if self._ended:
                 return  # Ray never answers when a placement group is removed for a second time
-            self.broken = True
+            self.broken = self._ended = True
             if not self._ray_is_there():
                 return  # it went with its Ray
             try:
                 if self._captures is not None:
                     self._captures.wait_handed_over(PATIENCE)
             finally:
-                for actor in self._actors:
-                    with contextlib.suppress(RayError):
-                        ray.kill(actor)
-                remove(self._slots)
+                self._crew.end()
+                remove(self._crew.slots)
+
+    def mended(self) -> RayGroup | None:
+        """See `WorkerGroup`."""
+        if not self.broken or self._ended or not self._ray_is_there() or self._outdated():
+            return None  # nothing is lost, or who is left cannot serve
+        with shield():
+            try:
+                self._crew.mend(self.places, self._lost)
+                self._ended = True  # as the crew is another group's now, which ends it where it cannot be formed
+                return RayGroup(self.request, crew=self._crew)
+            except (RayError, RaytrainerError) as error:
+                log.info("The workers that are left cannot go on, and all start anew: %s", error)
+                self.abort()
+                return None
+            except BaseException:
+                self.abort()
+                raise
+
+    def keep_spares(self, count: int) -> None:
+        """See `WorkerGroup`."""
+        if self._surroundings is not None:
+            slots = {place.node_id: slot for place, slot in zip(self.places, self._crew.slots, strict=True)}
+            self._crew.spares.keep(count, slots, self._actors[0], self._surroundings)
 
     def grown(self, request: Request, more: Sequence[Slot], stay: Mapping[str, int]) -> RayGroup:
         """A larger group, of this one's places and further ones; this one ends.
@@ -273,26 +277,17 @@ class RayGroup:
             more: Places that it has already.
             stay: How many of this one's places it takes up on each node.
         """
-        left, kept = Counter(stay), list[Slot]()
-        for slot, where in zip(self._slots, self.places, strict=True):
-            if left[where.node_id] > 0:
-                left[where.node_id] -= 1
-                kept.append(slot)
-        reserved = {slot.group.id for slot in kept}
-        self._slots = [slot for slot in self._slots if slot.group.id not in reserved]  # what goes with this one
+        kept = self._crew.give_slots(self.places, stay)  # the others go with this one
         with shield():
             self.abort()
             return RayGroup(request, slots=[*kept, *more])
 
     def release(self) -> None:
         """Have the workers drop the run, without waiting for that."""
+        if self.broken:
+            self.abort()
         try:
             if not self.broken and self._ray_is_there():
                 self._resting = [actor.rest.remote() for actor in self._actors]
         except Exception as error:  # of a Ray Client that has lost its cluster; the run is over all the same
             log.debug("Workers could not be told that the run is over", exc_info=error)
-
-
-def _numbers(address: str) -> list[tuple[int, str]]:
-    """A key that sorts 10.0.0.9 before 10.0.0.10."""
-    return [(int(part) if part.isdigit() else -1, part) for part in address.split(".")]

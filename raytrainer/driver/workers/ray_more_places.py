@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import remove
 from raytrainer.errors import ResourceError
-from raytrainer.worker.actor.actor import own_versions
+from raytrainer.worker.actor.place import own_versions
 
 __all__ = ["MorePlaces"]
 

@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrainer.plan.where_it_is import Whereabouts, whereabouts
-from raytrainer.worker.actor.actor import Place
+from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.stack_dump import ask
 
 __all__ = ["ask_where"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from raytrainer.messages import SetupReport
+from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
@@ -29,7 +30,11 @@ class WorkerGroup(Protocol):
 
     @property
     def broken(self) -> bool:
-        """Whether it has been aborted."""
+        """Whether it is of no use any more: it has been aborted, or has lost workers."""
+
+    @property
+    def continuity(self) -> Continuity:
+        """How many of the workers were there before it was mended."""
 
     @property
     def by_node(self) -> Mapping[str, int]:
@@ -65,6 +70,15 @@ class WorkerGroup(Protocol):
 
     def abort(self) -> None:
         """End whatever runs, at once; the group cannot be used any more."""
+
+    def mended(self) -> WorkerGroup | None:
+        """After a loss: a group of the workers that are left, which keep their processes, and of others for those lost.
+
+        This one ends. None: there can be no such group, and all workers are to start anew.
+        """
+
+    def keep_spares(self, count: int) -> None:
+        """From now on, let so many processes on each node wait to take a lost worker's place."""
 
     def release(self) -> None:
         """The run is over: give back what it held."""

@@ -22,19 +22,20 @@ from raytrainer.gpu.choice import use_pci_order
 from raytrainer.place_in_run import take_place
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.ray_private import asked_to_end
+from raytrainer.private.torch_private import abort_groups
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
-from raytrainer.version import __version__
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.output import Output
-from raytrainer.worker.actor.own_gpus import own_gpu_indices
+from raytrainer.worker.actor.place import Place, own_versions
+from raytrainer.worker.actor.process_share import ProcessShare
 from raytrainer.worker.actor.stack_dump import can_be_asked
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.process_memory import keep_heap
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
-__all__ = ["ASIDE", "Failure", "Place", "RemoteWorker", "StagingWorker", "own_versions"]
+__all__ = ["ASIDE", "Failure", "RemoteWorker", "StagingWorker"]
 
 #: Ray's name for the thread in which a worker's actor hands over what it has staged.
 ASIDE = "aside"
@@ -52,28 +53,6 @@ class Failure:
     pickled: bytes | None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a worker is: its node's id, address and host name; PCI indices of its GPUs; versions of what runs there.
-
-    `stacks` is the file on its node that its process `pid` writes its threads' stacks to when it is asked.
-    """
-
-    node_id: str
-    address: str
-    host: str
-    gpus: list[int]
-    versions: dict[str, str]
-    pid: int = 0
-    stacks: str | None = None
-
-
-def own_versions() -> dict[str, str]:
-    """Versions of what driver and workers must share."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"Python": python, "Ray": ray.__version__, "raytrainer": __version__, "torch": torch.__version__}
-
-
 class RemoteWorker:
     """An actor's body. Every method returns a `Failure` instead of raising."""
 
@@ -86,6 +65,7 @@ class RemoteWorker:
         self.device = torch.device("cpu")
         self.output = Output()
         self.stacks = can_be_asked()
+        self.share: ProcessShare | None = None  # once it has been asked for, or taken over
         self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()
         gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
@@ -95,9 +75,23 @@ class RemoteWorker:
         self.node = ray.util.get_node_ip_address()
         if on_gpu:
             use_pci_order()
-        gpus = own_gpu_indices() if on_gpu else []
-        node_id = ray.get_runtime_context().get_node_id()
-        return Place(node_id, self.node, socket.gethostname(), gpus, own_versions(), os.getpid(), self.stacks)
+        share = self.share = self.share or ProcessShare.of_this_process(on_gpu)
+        node_id, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
+        return Place(node_id, self.node, host, share.gpus, own_versions(), os.getpid(), self.stacks, share)
+
+    def take_over(self, share: ProcessShare, pid: int) -> Failure | None:
+        """Have what Ray had given to the process `pid` of this node, which is gone."""
+
+        def take_over() -> None:
+            share.take_over(pid)
+            self.share = share
+
+        failure: Failure | None = self._guard(take_over)
+        return failure
+
+    def imported(self) -> list[str]:
+        """Names of the modules that this process has imported, in that order."""
+        return list(sys.modules)
 
     def serve(self, host: str, world_size: int) -> Failure | int:
         """Serve the rendezvous store; return its port."""
@@ -119,11 +113,7 @@ class RemoteWorker:
         take_place(ranks)
         with contextlib.suppress(OSError, AttributeError):  # only root may; on clusters that somebody else started
             os.setpriority(os.PRIO_PROCESS, 0, 0)
-        if self.worker is not None and self.worker.group is not None:
-            self.worker.abandon()
-            self.worker.group.close()
-            self.worker = None
-            gc.collect()  # DDP's cycles, which hold the old group
+        self._leave()
         if on_gpu:
             # Ray shows each worker its own GPU only
             self.device = torch.device("cuda", 0)
@@ -132,6 +122,19 @@ class RemoteWorker:
         if ranks.world_size > 1:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
+
+    def leave(self) -> Failure | None:
+        """Leave the run and the process group, whose other workers may be gone; the process goes on."""
+        failure: Failure | None = self._guard(self._leave)
+        return failure
+
+    def _leave(self) -> None:
+        if self.worker is not None:
+            self.worker.abandon()
+            if self.worker.group is not None:
+                self.worker.group.close()
+            self.worker = self.task = None
+            gc.collect()  # DDP's cycles, which hold the old group
 
     def load(self, pickled: Pickled, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """Unpickle a task; it stays here until `setup`. Ray has unpickled its datasets.
@@ -263,6 +266,11 @@ class StagingWorker(RemoteWorker):
         """
         staged, self.staged = self.staged, None
         return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
+
+    @ray.method(concurrency_group=ASIDE)
+    def abort_groups(self) -> bool:
+        """Free the main thread from what NCCL waits for. Nothing else is to be told to it until this has answered."""
+        return bool(self._guard(abort_groups) is True)
 
 
 def _refuse_unpicklable(state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ray import cloudpickle
 from raytrainer.private.torch_private import reduce_parametrized
 from raytrainer.worker.actor.surroundings import Surroundings
 
-__all__ = ["Pickled", "dumps"]
+__all__ = ["Pickled", "adopt", "dumps"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,20 @@ class Pickled:
 
     def get(self) -> Any:
         """The thing itself, or rather a copy."""
-        global _adopted
         if self.surroundings is not None:
-            shipped = ray.get_runtime_context().runtime_env.get("working_dir")
-            self.surroundings.adopt(_adopted, keep_folder=bool(shipped))
-            _adopted = self.surroundings
+            adopt(self.surroundings)
         return pickle.loads(self.data)
 
 
 _adopted: Surroundings | None = None  # by this process, latest
+
+
+def adopt(surroundings: Surroundings) -> None:
+    """Make them those of this worker's process, in place of the ones before."""
+    global _adopted
+    shipped = ray.get_runtime_context().runtime_env.get("working_dir")
+    surroundings.adopt(_adopted, keep_folder=bool(shipped))
+    _adopted = surroundings
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]

@@ -1,0 +1,138 @@
+"""`Crew`: the actors of a group, which may outlive it: where some are lost, the others and new ones form another."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.workers.edited_modules import EditedModules
+from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.driver.workers.ray_mending import await_room, free_survivors, hand_over
+from raytrainer.driver.workers.ray_spares import Spares
+from raytrainer.driver.workers.ray_starting import start_actor
+from raytrainer.errors import ConfigurationError, ResourceError
+from raytrainer.plan.recoveries import Continuity
+from raytrainer.plan.versions import differences
+from raytrainer.worker.actor.place import Place, own_versions
+
+__all__ = ["Crew", "compare_versions"]
+
+log = logging.getLogger("raytrainer")
+
+
+class Crew:
+    """Workers and those that wait to become some.
+
+    Args:
+        request: What was asked of Ray.
+        slots: A reservation for each worker.
+        stages: Whether workers are `StagingWorker`s.
+
+    Attributes:
+        actors: The workers, in the order of `slots`.
+        spares: Wait to take lost workers' places.
+        continuity: How many workers there were before the group was formed anew.
+        modules: What they may have imported.
+    """
+
+    def __init__(self, request: Request, slots: Sequence[Slot], stages: bool) -> None:
+        self._request, self._stages = request, stages
+        self.slots = list(slots)
+        self.actors: list[Any] = []
+        self.spares = Spares(stages)
+        self.continuity = Continuity()
+        self.modules = EditedModules()
+        self._claims: list[Any] = []  # hold the resources of workers that have been spares
+
+    def start(self, answers: Answers, patience: float) -> list[Place]:
+        """Start workers where there are none yet, and put all in order; where they are, by rank."""
+        for slot in self.slots[len(self.actors) :]:
+            self.actors.append(start_actor(slot, self._request, self._stages))
+        asked = [actor.where.remote(self._request.gpu) for actor in self.actors]
+        places: list[Place] = answers.all(asked, patience, "starting")
+        order = _in_order(places)
+        self.actors[:] = [self.actors[i] for i in order]
+        self.slots = [self.slots[i] for i in order]
+        return [places[i] for i in order]
+
+    def give_slots(self, places: Sequence[Place], counts: Mapping[str, int]) -> list[Slot]:
+        """Hand over so many reservations on each node, by its id, to another group; the workers there end."""
+        left, given = Counter(counts), list[Slot]()
+        for slot, where in zip(self.slots, places, strict=True):
+            if left[where.node_id] > 0:
+                left[where.node_id] -= 1
+                given.append(slot)
+        reserved = {slot.group.id for slot in given}
+        self.slots = [slot for slot in self.slots if slot.group.id not in reserved]
+        return given
+
+    def mend(self, places: Sequence[Place], lost: Collection[int]) -> None:
+        """Have workers leave a group that has lost some of them, and others come in the place of these.
+
+        Args:
+            places: Where the workers were, by rank.
+            lost: Ranks that are gone, or are not to be waited for.
+
+        Raises:
+            ResourceError: That cannot be done.
+        """
+        survivors = free_survivors(self.actors, lost, self._stages)
+        if not survivors and not self.spares.any_on({place.node_id for place in places}):
+            raise ResourceError("none is left")
+        spares = 0
+        for rank in set(range(len(self.actors))) - set(survivors):
+            with contextlib.suppress(RayError):
+                ray.kill(self.actors[rank])
+            self.actors[rank], claim = self._replaced(rank, places[rank])
+            if claim is not None:
+                self._claims.append(claim)
+                spares += 1
+        self.continuity = Continuity(len(survivors), spares)
+
+    def _replaced(self, rank: int, place: Place) -> tuple[Any, Any | None]:
+        """Another actor in a lost one's place; and one that holds its resources, where the actor itself does not."""
+        slot, request = self.slots[rank], self._request
+        await_room(place, slot)
+        spare = self.spares.take(place.node_id)
+        if spare is None:
+            return start_actor(slot, request, self._stages), None
+        return spare, hand_over(spare, place, slot, request)
+
+    def end(self) -> None:
+        """Kill them all."""
+        for actor in (*self.actors, *self._claims):
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        self.spares.close()
+
+
+def _in_order(places: Sequence[Place]) -> list[int]:
+    """Which is to be of rank 0, 1, ...: node by node in the order of addresses, and by GPU on each."""
+    return sorted(range(len(places)), key=lambda i: (_numbers(places[i].address), places[i].node_id, places[i].gpus))
+
+
+def compare_versions(places: Sequence[Place]) -> None:
+    """Name what differs between driver and nodes.
+
+    Raises:
+        ConfigurationError: It cannot work.
+    """
+    fatal, doubtful = differences(own_versions(), {place.address: place.versions for place in places})
+    if fatal:
+        raise ConfigurationError(
+            f"The driver and the nodes run different versions: {'; '.join(fatal)}. Install the same on both."
+        )
+    if doubtful:
+        log.warning("The driver and the nodes run different versions: %s.", "; ".join(doubtful))
+
+
+def _numbers(address: str) -> list[tuple[int, str]]:
+    """A key that sorts 10.0.0.9 before 10.0.0.10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in address.split(".")]

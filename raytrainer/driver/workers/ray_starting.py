@@ -1,0 +1,57 @@
+"""Starting workers' actors in their reservations, and having them join a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.plan.ranks import Ranks
+from raytrainer.worker.actor.actor import ASIDE, RemoteWorker, StagingWorker
+from raytrainer.worker.actor.place import Place
+
+__all__ = ["START", "actor_class", "join", "options_in", "start_actor"]
+
+#: Seconds for a worker's process to start, its runtime environment included, and for all to join the group.
+START = 1800.0
+
+
+def actor_class(body: type, stages: bool) -> Any:
+    """Ray's class of actors with this body; `stages`: which has what a `StagingWorker` has."""
+    return ray.remote(concurrency_groups={ASIDE: 1})(body) if stages else ray.remote(body)
+
+
+def options_in(slot: Slot, cpus: float, gpus: int) -> dict[str, Any]:
+    """Ray's options for an actor in a reservation."""
+    strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
+    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
+
+
+def start_actor(slot: Slot, request: Request, stages: bool) -> Any:
+    """Begin to start a worker, which uses a reservation up."""
+    return (
+        actor_class(StagingWorker if stages else RemoteWorker, stages)
+        .options(**options_in(slot, slot.cpus, int(request.gpu)))
+        .remote()
+    )
+
+
+def join(
+    answers: Answers, actors: Sequence[Any], ranks: Sequence[Ranks], places: Sequence[Place], gpu: bool, patience: float
+) -> None:
+    """Have workers form a process group, by rank, within so many seconds."""
+    one_node = ranks[0].num_nodes == 1
+    # on one machine the loopback interface is fast and always there
+    host = "127.0.0.1" if one_node else places[0].address
+    port = 0
+    if len(actors) > 1:
+        port = answers.all([actors[0].serve.remote(host, len(actors))], patience, "serving a rendezvous")[0]
+    joining = [
+        actor.join.remote(own, host, port, host if one_node else place.address, gpu)
+        for actor, own, place in zip(actors, ranks, places, strict=True)
+    ]
+    answers.all(joining, patience, "joining the process group")
