@@ -36,7 +36,8 @@ class Victim(Net):
 @check(1, workers="all")
 def lost_workers() -> str:
     gpus, said = len(uuids()), []
-    options = {"gpus": gpus, "snapshot_every": 5, "deterministic": True, "max_epochs": 4, "hang_timeout": 10.0}
+    options = {"gpus": gpus, "snapshot_every": 5, "deterministic": True, "max_epochs": 4, "hang_timeout": 10.0,
+               "spares": 1}  # fmt: skip
     calm, rows = Victim(), Rows()
     fit(calm, data(64 * gpus), logger=rows, log_every_n_steps=1, **options)
     assert len(rows.rows) == 32, rows.rows
@@ -45,6 +46,7 @@ def lost_workers() -> str:
         (recovery,) = fit(struck, data(64 * gpus), logger=(own := Rows()), log_every_n_steps=1, **options).recoveries
         assert distance(calm, struck) == 0.0, how
         assert own.rows == rows.rows, (how, rows.rows, own.rows)
+        assert (recovery.kept, recovery.spares) == (gpus - 1, 1), (how, recovery)
         said.append(f"{how}: {recovery.seconds:.1f} s, {recovery.replayed_batches} batches again")
     return f"{gpus} GPU(s), weights bit-equal to the undisturbed run, and each step logged once. {'; '.join(said)}"
 

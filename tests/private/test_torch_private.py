@@ -33,6 +33,16 @@ def test_timeouts_stay_as_they_are(monkeypatch, told):
     assert set_to == [5.0] and "cannot change the timeout" in told.text
 
 
+def test_groups_cannot_be_aborted(monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(c10d, "_abort_process_group", lambda: calls.append("abort"))
+    assert torch_private.abort_groups() and calls == []  # there is none
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert torch_private.abort_groups() and calls == ["abort"]
+    monkeypatch.delattr(c10d, "_abort_process_group")
+    assert not torch_private.abort_groups()
+
+
 def test_buckets_are_fixed_late(told):
     calls: list[str] = []
     reducer = SimpleNamespace(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 from exact import Died, Exact, Mortal, run, same
+from ray_models import eventually
 
 import raytrainer
 from raytrainer.driver.workers.group_supply import GroupSupply
@@ -57,6 +59,9 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
         assert recovery.step - recovery.resumed_step <= 3
         assert recovery.seconds > 0
     assert [(recovery.kept, recovery.spares) for recovery in trainer.recoveries] == [(1, 0), (1, 1)]
+    reserved = {name for name in ray.cluster_resources() if name.startswith("CPU_group_")}
+    assert reserved
+    eventually(lambda: not reserved & set(ray.available_resources()), 30, "the spare's CPU counts as taken")
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(0, "train"), (9, "train"), (21, "validate")])

@@ -25,8 +25,8 @@ log = logging.getLogger("raytrainer")
 #: Seconds for a worker to come out of what it was at, and to leave the group. One that does not is replaced too.
 LEAVING = 8.0
 
-#: Seconds for Ray to give a lost worker's GPU to the one that holds it for a spare.
-CLAIMING = 15.0
+#: Seconds for Ray to give a lost worker's GPU to the one that holds it for a spare, and for the spare to take it over.
+CLAIMING = 30.0
 
 #: Seconds for Ray to move a reservation from a node that is gone, if another has room; and between looks.
 MOVING, LOOK_EVERY = 3.0, 0.05
