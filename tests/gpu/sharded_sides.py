@@ -199,7 +199,7 @@ def by_hand(job: Job) -> None:
     device = torch.device("cpu") if job.cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if not job.cpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if job.cpu else "nccl", device_id=None if job.cpu else device)
+    dist.init_process_group("gloo" if job.cpu else "cpu:gloo,cuda:nccl", device_id=None if job.cpu else device)
     mesh = dist.init_device_mesh(job.device, (job.workers,))
     with torch.device("meta"):
         model = Model(job.size, job.length)
