@@ -131,7 +131,7 @@ def test_chunks_are_sized_by_the_batches_that_were_waited_for(ahead, local_train
     assert ahead == [0, 3, 3, 4]
     ahead.clear()
     local_trainer().validate(Logging(), data(20))
-    assert ahead == [0, 3, 3, 3, 1]
+    assert ahead == [0, 3, 3, 4]  # whose last batch is known to be the last
 
 
 class Failing(Logging):
@@ -150,6 +150,16 @@ class Failing(Logging):
         return loss
 
 
+class FailsAfterStep(Failing):
+    """Fails when the weights have had the batch."""
+
+    training_step = Logging.training_step
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == self.fails_at:
+            raise self.error
+
+
 class FailsAtChunk(Callback):
     def on_train_chunk_end(self, trainer, module, report):
         if report.batch == 4:
@@ -158,19 +168,27 @@ class FailsAtChunk(Callback):
 
 
 @pytest.mark.parametrize(
-    ("where", "error"), [("batch", ZeroDivisionError), ("batch", KeyboardInterrupt), ("callback", ZeroDivisionError)]
+    ("where", "error"),
+    [
+        ("batch", ZeroDivisionError),
+        ("batch", KeyboardInterrupt),
+        ("after", ZeroDivisionError),
+        ("after", KeyboardInterrupt),
+        ("callback", ZeroDivisionError),
+    ],
 )
 def test_what_a_failed_run_has_logged_is_whole(where, error, ahead, local_trainer, tmp_path):
-    logger, done = Rows(), 6 if where == "batch" else 4
+    logger, done = Rows(), {"batch": 6, "after": 7, "callback": 4}[where]
     callbacks = [OnExceptionCheckpoint(tmp_path), *([FailsAtChunk()] if where == "callback" else [])]
     trainer = local_trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=callbacks)
     with pytest.raises(error):
-        trainer.fit(Failing(error), data(20))
+        trainer.fit((FailsAfterStep if where == "after" else Failing)(error), data(20))
     assert [step for step, values in logger.rows if "step" in values] == list(range(done))
     resumed = local_trainer(max_epochs=1, log_every_n_steps=1, logger=(again := Rows()))
     resumed.fit(Logging(), data(20), ckpt_path=tmp_path / "on_exception.ckpt")
     assert [step for step, values in again.rows if "step" in values] == list(range(done, 10))
     assert resumed.callback_metrics["epoch"] == 4.5
+    assert resumed.global_step == 10
 
 
 def test_rows_up_to_an_error(local_trainer):

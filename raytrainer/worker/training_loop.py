@@ -27,6 +27,7 @@ from raytrainer.worker.automatic_optimization import AutomaticOptimization, visi
 from raytrainer.worker.forward_epoch import forward_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
+from raytrainer.worker.scheduler_steps import SchedulerSteps
 from raytrainer.worker.stop_votes import StopVotes
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class TrainingLoop:
         bind = run.hooks.bind
         self._on_batch_start = bind("on_train_batch_start")
         self._on_batch_end = run.after_batch(bind("on_train_batch_end"))
-        self._scheduler_step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
-        self._epoch_scheduled = False
+        self._schedulers = SchedulerSteps(run)
         self.view.forward_epoch = lambda: forward_epoch(run, self.feed, self.epoch, self._longest)
         self._longest: int = 0  # batches of the longest epoch so far
         self._before = False  # groups of other sizes have done part of the epoch
@@ -100,7 +100,7 @@ class TrainingLoop:
             if self.run.data.has_validation:
                 self.run.data.feeds("val", reload=True)
         self.batch = skip
-        self._epoch_scheduled = False
+        self._schedulers.begin_epoch()
         self._idle = skip == 0 or self.run.slices.active
         self.view.running = "train"
         self._iterator = None
@@ -193,18 +193,19 @@ class TrainingLoop:
             last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
             stepping = last or accumulate == 1 or (index + 1) % accumulate == 0
             outputs = self._run_batch(batch, index, stepping)
-            if stepping and view.lr_scheduler_configs:
-                self._step_schedulers()
-                if last:
-                    self.step_epoch_schedulers()
-            if self._on_batch_end is not None and there:
-                self._on_batch_end(visible(outputs), batch, index)
-            self.batch = index + 1
-            if stepping:
-                if metrics.is_log_step(run.stepped):
-                    metrics.note_row(run.stepped, self.epoch, self._since if accumulate > 1 else None)
-                    metrics.note_samples(run.stepped, self.epoch, view.samplers)
-                run.stepped += 1
+            self.batch = index + 1  # the weights have had it: where a hook fails now, a resumed run goes on after it
+            try:
+                if stepping and view.lr_scheduler_configs:
+                    self._schedulers.after_step()
+                    if last:
+                        self._schedulers.after_epoch(self.epoch)
+                if self._on_batch_end is not None and there:
+                    self._on_batch_end(visible(outputs), batch, index)
+            except BaseException:
+                self._end_step(stepping, accumulate)
+                metrics.begin_batch(None)  # what it has logged counts
+                raise
+            self._end_step(stepping, accumulate)
             if look_ahead is not None and last:
                 exhausted = True
                 break
@@ -244,30 +245,18 @@ class TrainingLoop:
             row=max(0, run.stepped - stepping),
         )
 
-    def _step_schedulers(self) -> None:
-        """Step the schedulers that count steps. In manual optimization the user steps them."""
-        due = [c for c in self.view.lr_scheduler_configs if c.interval == "step" and not c.on_metric]
-        scaled = self.run.precision.scaler is not None
-        if not self.run.module.automatic_optimization or not due or (scaled and self.run.precision.skipped):
-            return
-        done = self.run.stepped + 1 - (self.run.precision.skipped_steps if scaled else 0)
-        for config in due:
-            if done % config.frequency == 0:
-                self._scheduler_step(config.scheduler, None)
-
-    def step_epoch_schedulers(self) -> None:
-        """Step the schedulers that count epochs, once an epoch: with its last batch, or when it proves to be over."""
-        if self._epoch_scheduled or not self.run.module.automatic_optimization:
-            return
-        self._epoch_scheduled = True
-        for config in self.view.lr_scheduler_configs:
-            if config.interval == "epoch" and not config.on_metric and (self.epoch + 1) % config.frequency == 0:
-                self._scheduler_step(config.scheduler, None)
+    def _end_step(self, stepping: bool, accumulate: int) -> None:
+        run = self.run
+        if stepping:
+            if self.metrics.is_log_step(run.stepped):
+                self.metrics.note_row(run.stepped, self.epoch, self._since if accumulate > 1 else None)
+                self.metrics.note_samples(run.stepped, self.epoch, self.view.samplers)
+            run.stepped += 1
 
     def end_batches(self, step_schedulers: bool) -> MetricReport:
         """Step the schedulers that count epochs, if the epoch ends here; report its metrics so far."""
         if step_schedulers:
-            self.step_epoch_schedulers()
+            self._schedulers.after_epoch(self.epoch)
         return self._report_epoch()
 
     def end_epoch(self, reduced: Reduced | None = None, epoch_ended: bool = True) -> MetricReport:

@@ -1,0 +1,41 @@
+"""Steps of the schedulers that follow training rather than a metric. In manual optimization the user makes them."""
+
+from __future__ import annotations
+
+from raytrainer.worker.worker_run import WorkerRun
+
+__all__ = ["SchedulerSteps"]
+
+
+class SchedulerSteps:
+    """Steps schedulers by their `interval` and `frequency`."""
+
+    def __init__(self, run: WorkerRun) -> None:
+        self.run = run
+        self._step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
+        self._epoch_done = False
+
+    def begin_epoch(self) -> None:
+        """Those that count epochs have not been stepped in this one."""
+        self._epoch_done = False
+
+    def after_step(self) -> None:
+        """Step those that count steps."""
+        run, precision = self.run, self.run.precision
+        due = [c for c in run.view.lr_scheduler_configs if c.interval == "step" and not c.on_metric]
+        scaled = precision.scaler is not None
+        if not run.module.automatic_optimization or not due or (scaled and precision.skipped):
+            return
+        done = run.stepped + 1 - (precision.skipped_steps if scaled else 0)
+        for config in due:
+            if done % config.frequency == 0:
+                self._step(config.scheduler, None)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Step those that count epochs, once an epoch: with its last batch, or when it proves to be over."""
+        if self._epoch_done or not self.run.module.automatic_optimization:
+            return
+        self._epoch_done = True
+        for config in self.run.view.lr_scheduler_configs:
+            if config.interval == "epoch" and not config.on_metric and (epoch + 1) % config.frequency == 0:
+                self._step(config.scheduler, None)
