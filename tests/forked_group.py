@@ -20,6 +20,7 @@ import torch
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks
+from raytrainer.plan.recoveries import Continuity
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack, unpack
 from raytrainer.worker.process_group import ProcessGroup, make_store
@@ -39,6 +40,7 @@ class ForkedGroup:
     """
 
     in_process = False
+    continuity = Continuity()
 
     def __init__(self, size: int, nodes: int = 1) -> None:
         self.size, self.nodes, self.broken = size, nodes, False
@@ -107,6 +109,12 @@ class ForkedGroup:
 
     def call_off(self) -> None:
         self.abort()
+
+    def mended(self) -> None:
+        """All workers start anew."""
+
+    def keep_spares(self, count: int) -> None:
+        """There are none."""
 
     def abort(self) -> None:
         self.broken = True

@@ -366,7 +366,9 @@ def test_when_plateau_schedulers_step(scheduler, options, expected, local_traine
 
 
 def test_strict_monitor_names_what_exists(local_trainer):
-    with pytest.raises(ConfigurationError, match=r"ReduceLROnPlateau monitors 'los'.*\['val_loss'\].*strict=False"):
+    with pytest.raises(
+        ConfigurationError, match=r"ReduceLROnPlateau monitors 'los'.*there are: val_loss.*strict=False"
+    ):
         rates({"monitor": "los"}, local_trainer, make=plateau)
 
 

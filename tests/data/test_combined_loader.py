@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter, namedtuple
 from typing import Any
@@ -150,9 +151,13 @@ def test_going_on_at_any_batch(mode: str, processes: int) -> None:
         first = loader(0, 7, shuffle=True, num_workers=processes)
         return feed(rt.CombinedLoader({"a": first, "b": loader(10, 3, shuffle=True)}, mode))
 
-    whole = read(make(), 1)
+    def read_and_close(skip: int = 0) -> list[Any]:
+        with contextlib.closing(make()) as made:
+            return read(made, 1, skip)
+
+    whole = read_and_close()
     for skip in range(len(whole)) if not processes else (len(whole) - 1,):
-        assert read(make(), 1, skip) == whole[skip:]
+        assert read_and_close(skip) == whole[skip:]
 
 
 class Counting(IterableDataset[Any]):

@@ -45,8 +45,11 @@ class DiesOften(Exact):
 
 
 def test_killed_workers_change_nothing(undisturbed, tmp_path):
-    """Before there is a snapshot and in validation; the first is replaced by a new process, the second by a spare."""
-    deaths = [(1, 0, "train"), (0, 13, "validate")]
+    """Before there is a snapshot, and in validation: a new process takes the first one's place, and spares the others'.
+
+    The last one is a worker that has been a spare.
+    """
+    deaths = [(1, 0, "train"), (0, 13, "validate"), (0, 17, "train")]
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
     module = DiesOften(deaths, tmp_path)
     trainer, struck_rows = run(module, tmp_path, num_workers=1, spares=1, **OVER_RAY)
@@ -58,7 +61,7 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
         assert recovery.workers == 2
         assert recovery.step - recovery.resumed_step <= 3
         assert recovery.seconds > 0
-    assert [(recovery.kept, recovery.spares) for recovery in trainer.recoveries] == [(1, 0), (1, 1)]
+    assert [(recovery.kept, recovery.spares) for recovery in trainer.recoveries] == [(1, 0), (1, 1), (1, 1)]
     reserved = {name for name in ray.cluster_resources() if name.startswith("CPU_group_")}
     assert reserved
     eventually(lambda: not reserved & set(ray.available_resources()), 30, "the spare's CPU counts as taken")

@@ -49,17 +49,18 @@ class Crew:
         self.spares = Spares(stages)
         self.continuity = Continuity()
         self.modules = EditedModules()
-        self._claims: list[Any] = []  # hold the resources of workers that have been spares
+        self._claims: list[Any | None] = []  # beside each worker that has been a spare: what holds its resources
 
     def start(self, answers: Answers, patience: float) -> list[Place]:
         """Start workers where there are none yet, and put all in order; where they are, by rank."""
         for slot in self.slots[len(self.actors) :]:
             self.actors.append(start_actor(slot, self._request, self._stages))
+            self._claims.append(None)
         asked = [actor.where.remote(self._request.gpu) for actor in self.actors]
         places: list[Place] = answers.all(asked, patience, "starting")
         order = _in_order(places)
         self.actors[:] = [self.actors[i] for i in order]
-        self.slots = [self.slots[i] for i in order]
+        self.slots, self._claims = [self.slots[i] for i in order], [self._claims[i] for i in order]
         return [places[i] for i in order]
 
     def give_slots(self, places: Sequence[Place], counts: Mapping[str, int]) -> list[Slot]:
@@ -88,12 +89,9 @@ class Crew:
             raise ResourceError("none is left")
         spares = 0
         for rank in set(range(len(self.actors))) - set(survivors):
-            with contextlib.suppress(RayError):
-                ray.kill(self.actors[rank])
-            self.actors[rank], claim = self._replaced(rank, places[rank])
-            if claim is not None:
-                self._claims.append(claim)
-                spares += 1
+            _kill(self.actors[rank], self._claims[rank])  # what it held is free for the next one
+            self.actors[rank], self._claims[rank] = self._replaced(rank, places[rank])
+            spares += self._claims[rank] is not None
         self.continuity = Continuity(len(survivors), spares)
 
     def _replaced(self, rank: int, place: Place) -> tuple[Any, Any | None]:
@@ -107,10 +105,15 @@ class Crew:
 
     def end(self) -> None:
         """Kill them all."""
-        for actor in (*self.actors, *self._claims):
+        _kill(*self.actors, *self._claims)
+        self.spares.close()
+
+
+def _kill(*actors: Any | None) -> None:
+    for actor in actors:
+        if actor is not None:
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        self.spares.close()
 
 
 def _in_order(places: Sequence[Place]) -> list[int]:
