@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quiet_trainers import quiet
 
 import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
@@ -68,18 +69,6 @@ def ray_session(ray_ended: Callable[[], None]) -> str:
 def no_ray(ray_ended: Callable[[], None]) -> None:
     """No Ray is running."""
     ray_ended()
-
-
-def quiet(tmp_path: Path, **options: Any) -> raytrainer.Trainer:
-    """A trainer that says and writes nothing unless asked."""
-    defaults: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": tmp_path,
-    }
-    return raytrainer.Trainer(**{**defaults, **options})
 
 
 @pytest.fixture

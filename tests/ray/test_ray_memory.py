@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HERE
 from scripts import script
 
 HUNGRY = """
@@ -58,7 +57,7 @@ def test_a_worker_killed_for_its_memory(no_ray: Callable[[], None], tmp_path: Pa
     environment = {
         "RAY_memory_usage_threshold": str((used + 3.5e9) / total),  # what two workers and Ray take is far below
         "RAY_memory_monitor_refresh_ms": "100",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     with script(tmp_path / "hungry.py", HUNGRY, **environment) as running:
         running.finish()

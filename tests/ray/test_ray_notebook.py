@@ -131,8 +131,9 @@ async def the_notebook(kernel: Kernel) -> None:
         outputs = await kernel.run(cell)
         if ".fit(" in cell.source:
             fits.append(outputs)
-            # one display for all epochs and validations, which shows the end; few streams beside it
-            (text,) = shown(outputs)
+            # the module's summary, and one display for all epochs and validations, which shows the end; few streams
+            *summary, text = shown(outputs)
+            assert len(summary) <= 1 and all("parameters" in table for table in summary)
             assert text.startswith("Epoch 5/5  23/23  ") and len(text.splitlines()) == 1
             assert len(outputs) <= 8, [output["output_type"] for output in outputs]
         if ".validate(" in cell.source:
@@ -146,7 +147,7 @@ async def the_notebook(kernel: Kernel) -> None:
             assert sum(one == other for one, other in zip(predicted, digits, strict=True)) >= 3
     assert len(fits) == 3
     # the workers are warm, and yet the class that was defined anew is what they trained
-    assert ["val_accuracy" in shown(outputs)[0] for outputs in fits] == [False, False, True]
+    assert ["val_accuracy" in shown(outputs)[-1] for outputs in fits] == [False, False, True]
     assert await kernel.value("float(trainer.callback_metrics['val_accuracy']) > 0.8")
 
 
@@ -163,7 +164,7 @@ async def stopped(kernel: Kernel, pids: list[int]) -> None:
     outputs = await kernel.interrupted(ENDLESS, batches_done)
     assert result(outputs) == (True, "interrupted", True)
     assert "stopping after the batches" in written(outputs)
-    (text,) = shown(outputs)
+    *_, text = shown(outputs)
     assert text.startswith("Epoch ")
     assert await kernel.value(AFTERWARDS) == (["val_accuracy", "val_loss"], False, 23, pids)
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import quiet
 from exact import Exact, loaders, run, same
+from quiet_trainers import quiet
 
 import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
