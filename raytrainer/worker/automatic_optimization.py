@@ -68,9 +68,9 @@ class AutomaticOptimization:
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
         self.backward = _own(run, "backward")
-        scales = run.precision.scaler is not None
-        self.unscale = self.precision.unscale if scales else None
-        self.step_optimizer = run.profiled("optimizer_step", self.precision.step if scales else _step)
+        # asked once: most runs have no scaler, and a small step would notice the calls
+        self.scales = run.precision.scaler is not None
+        self.step_optimizer = run.profiled("optimizer_step", self.precision.step if self.scales else _step)
         if self.backward is None and run.profiler is not None:
             self.backward = run.profiled("backward", lambda loss: loss.backward())
         self.clip = _own(run, "configure_gradient_clipping")
@@ -84,7 +84,7 @@ class AutomaticOptimization:
         if not own_step and takes is not Closure.NEVER:
             self.optimizer_step = module.optimizer_step
         self.given: Any = self.optimizer  # what optimizer_step is given
-        if scales and self.optimizer is not None:
+        if self.scales and self.optimizer is not None:
             if takes is Closure.REQUIRED:
                 raise ConfigurationError(
                     f'precision="16-mixed" with {type(self.optimizer).__name__}: an optimizer that evaluates a closure '
@@ -156,8 +156,8 @@ class AutomaticOptimization:
         loss = self._forward_backward()
         optimizer = self.optimizer
         assert optimizer is not None
-        if self.unscale is not None:
-            self.unscale(optimizer)
+        if self.scales:
+            self.precision.unscale(optimizer)
         if self.on_before_optimizer_step is not None:
             self.on_before_optimizer_step(optimizer)
         if self.clip is not None:
@@ -177,7 +177,7 @@ class AutomaticOptimization:
         if loss is not None:
             if self.accumulate > 1:
                 loss = loss / self.accumulate
-            scaled = self.precision.scale(loss) if self.unscale is not None else loss
+            scaled = self.precision.scale(loss) if self.scales else loss
             if self.on_before_backward is not None:
                 self.on_before_backward(scaled)
             if self.backward is not None:
