@@ -137,7 +137,11 @@ class ModuleHooks(AttachedModule):
         """Before the optimizer's step; gradients are unscaled and not yet clipped."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After each training batch; `outputs` is a dict with the detached "loss", or None."""
+        """After each training batch.
+
+        `outputs` is what `training_step` returned, as a dict, empty where that was None. Its "loss" is detached, and
+        divided by `accumulate_grad_batches`, as it went into the backward pass.
+        """
 
     def on_validation_model_zero_grad(self) -> None:
         """Before a validation in `fit`: free the gradients (not while accumulating)."""

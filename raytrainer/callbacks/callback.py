@@ -194,7 +194,7 @@ class WorkerCallback(StatefulCallback):
     def on_train_batch_end(
         self, trainer: TrainerView, module: Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After each training batch; `outputs` is what `training_step` returned, its loss detached."""
+        """After each training batch; `outputs` as in the module's hook: a dict with the detached "loss"."""
 
     def on_before_zero_grad(self, trainer: TrainerView, module: Module, optimizer: torch.optim.Optimizer) -> None:
         """Before gradients are zeroed."""

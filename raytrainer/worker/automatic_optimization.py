@@ -209,10 +209,16 @@ def _own(run: WorkerRun, name: str) -> Callable[..., Any] | None:
     return run.hooks.guarded(name, getattr(run.module, name)) if overridden(run.module, name) else None
 
 
-def visible(outputs: Any) -> Any:
-    """What `on_train_batch_end` is given of a training step's outputs: a dict whose loss is detached, or None."""
+def visible(outputs: Any, accumulate: int = 1) -> Any:
+    """What `on_train_batch_end` is given of a training step's outputs: a dict, empty where there were none.
+
+    Its loss is detached, and of automatic optimization as it went into the backward pass: divided by `accumulate`.
+    """
+    if outputs is None:
+        return {}
     if isinstance(outputs, Tensor):
-        return {"loss": outputs.detach()}
-    if isinstance(outputs, Mapping):
-        return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in outputs.items()}
-    return outputs
+        outputs = {"loss": outputs}
+    if not isinstance(outputs, Mapping) or not isinstance(loss := outputs.get("loss"), Tensor):
+        return outputs
+    loss = loss.detach()
+    return {**outputs, "loss": loss / accumulate if accumulate > 1 else loss}
