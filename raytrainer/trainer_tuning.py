@@ -81,6 +81,9 @@ class TuningVerbs:
         init_val: int = 2,
         max_trials: int = 25,
         batch_arg_name: str = "batch_size",
+        *,
+        margin: float = 0.0,
+        max_val: int | None = None,
     ) -> int:
         """Find the largest batch size that fits into memory, and set it.
 
@@ -96,6 +99,9 @@ class TuningVerbs:
             init_val: The first size.
             max_trials: Sizes to try at most.
             batch_arg_name: Attribute or hyperparameter of the DataModule or Module, which `train_dataloader` reads.
+            margin: With "binsearch": set a size smaller by this share of the one found, so that something is left for
+                what training needs later.
+            max_val: No size above it; None: no limit.
 
         Returns:
             The size.
@@ -113,5 +119,5 @@ class TuningVerbs:
         return scale_batch_size(
             self._probe, module, datamodule,
             mode=mode, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
-            attribute=batch_arg_name,
+            attribute=batch_arg_name, margin=margin, max_val=max_val,
         )  # fmt: skip

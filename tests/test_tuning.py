@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,22 @@ def test_scale_batch_size(mode, best, error, local_trainer, tmp_path):
     assert sized.hparams.batch_size == best and list(tmp_path.iterdir()) == [] and trainer.global_step == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "best"),
+    [
+        ({"mode": "binsearch", "margin": 0.1}, 33),
+        ({"mode": "power", "margin": 0.1}, 32),
+        ({"mode": "power", "max_val": 20}, 20),
+        ({"mode": "binsearch", "max_val": 20}, 20),
+        ({"init_val": 8, "max_val": 4}, 4),
+    ],
+)
+def test_less_than_the_largest_size(arguments, best, local_trainer):
+    sized, finder = Sized(), BatchSizeFinder(**arguments)
+    local_trainer(max_epochs=1, callbacks=finder).fit(Hungry(), sized)
+    assert finder.optimal_batch_size == sized.hparams.batch_size == best
+
+
 def test_the_module_may_have_the_size(local_trainer):
     class Own(Hungry):
         batch_size = 4
@@ -413,6 +430,7 @@ def test_a_module_that_has_run_once(local_trainer):
             return self.kept["latest"]
 
     module = Normed()
+    module.lock, module.numbers = threading.Lock(), iter(range(3))  # which deepcopy refuses too
     module(torch.ones(1, 4))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     assert len(local_trainer().lr_find(module, data(), num_training=5).results["lr"]) == 5

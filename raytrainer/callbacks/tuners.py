@@ -32,6 +32,7 @@ class LearningRateFinder(Tuner):
         mode: "exponential" or "linear".
         early_stop_threshold: Stop where the loss is so many times its best.
         attr_name: Attribute or hyperparameter to set; None: `lr` or `learning_rate`.
+        update_attr: False: search only.
 
     Attributes:
         result: What the last search has seen.
@@ -45,16 +46,22 @@ class LearningRateFinder(Tuner):
         mode: str = "exponential",
         early_stop_threshold: float | None = 4.0,
         attr_name: str | None = None,
+        update_attr: bool = True,
     ) -> None:
         self.options: dict[str, Any] = {
             "min_lr": min_lr, "max_lr": max_lr, "num_training": num_training, "mode": mode,
-            "early_stop_threshold": early_stop_threshold, "attr_name": attr_name,
+            "early_stop_threshold": early_stop_threshold, "attr_name": attr_name, "update_attr": update_attr,
         }  # fmt: skip
         self.result: LearningRates | None = None
 
+    @property
+    def optimal_lr(self) -> LearningRates | None:
+        """`result`, by Lightning's name."""
+        return self.result
+
     def tune(self, trainer: RunningTrainer, module: Module, loaders: Any, datamodule: DataModule | None) -> None:
         """Search, and set the rate."""
-        self.result = trainer.lr_find(module, loaders, datamodule=datamodule, update_attr=True, **self.options)
+        self.result = trainer.lr_find(module, loaders, datamodule=datamodule, **self.options)
 
 
 class BatchSizeFinder(Tuner):
@@ -68,6 +75,8 @@ class BatchSizeFinder(Tuner):
         init_val: The first size.
         max_trials: Sizes to try at most.
         batch_arg_name: Attribute or hyperparameter of the DataModule or Module.
+        margin: With "binsearch": set a size smaller by this share of the one found.
+        max_val: No size above it; None: no limit.
 
     Attributes:
         optimal_batch_size: What the last search has found.
@@ -80,10 +89,13 @@ class BatchSizeFinder(Tuner):
         init_val: int = 2,
         max_trials: int = 25,
         batch_arg_name: str = "batch_size",
+        *,
+        margin: float = 0.0,
+        max_val: int | None = None,
     ) -> None:
         self.options: dict[str, Any] = {
             "mode": mode, "steps_per_trial": steps_per_trial, "init_val": init_val, "max_trials": max_trials,
-            "batch_arg_name": batch_arg_name,
+            "batch_arg_name": batch_arg_name, "margin": margin, "max_val": max_val,
         }  # fmt: skip
         self.optimal_batch_size: int | None = None
 

@@ -90,6 +90,7 @@ class SizeSearch:
         mode: "power" or "binsearch".
         first: The size to begin with.
         max_trials: Sizes to try at most.
+        largest: No size above this one is tried; None: any.
 
     Attributes:
         size: The next size to try; None when the search is over.
@@ -99,13 +100,15 @@ class SizeSearch:
         ConfigurationError: An argument cannot work.
     """
 
-    def __init__(self, mode: str, first: int, max_trials: int) -> None:
+    def __init__(self, mode: str, first: int, max_trials: int, largest: int | None = None) -> None:
         if mode not in ("power", "binsearch"):
             raise ConfigurationError(f'scale_batch_size(mode={mode!r}): give "power" or "binsearch".')
         if first < 1 or max_trials < 1:
             raise ConfigurationError(f"scale_batch_size(init_val={first}, max_trials={max_trials}): give 1 or more.")
-        self.mode, self._left = mode, max_trials
-        self.size: int | None = first
+        if largest is not None and largest < 1:
+            raise ConfigurationError(f"scale_batch_size(max_val={largest}): give 1 or more, or None.")
+        self.mode, self._left, self._largest = mode, max_trials, largest
+        self.size: int | None = first if largest is None else min(first, largest)
         self.best: int | None = None
         self._failed: int | None = None
 
@@ -122,7 +125,8 @@ class SizeSearch:
 
     def _next(self, size: int) -> int | None:
         if self._failed is None:
-            return size * 2
+            larger = size * 2 if self._largest is None else min(size * 2, self._largest)
+            return larger if larger > size else None
         if self.best is None:  # the first was too large
             return size // 2 or None
         if self.mode == "power" or self._failed - self.best <= 1:

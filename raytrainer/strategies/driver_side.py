@@ -20,8 +20,15 @@ class DriverSide:
     """Where the driver's module is whole: all strategies so far."""
 
     def copy_module(self, module: M) -> M:
-        """A module that a short run may train while the user's own stays as it is."""
-        return copy.deepcopy(module, _computed(module))
+        """A module that a short run may train while the user's own stays as it is.
+
+        What Python cannot copy (a lock, an open file, a generator) both have in common.
+        """
+        computed = _computed(module)
+        try:
+            return copy.deepcopy(module, dict(computed))
+        except Exception:  # whatever a type's own copying raises
+            return copy.deepcopy(module, {**computed, **_in_common(module, computed)})
 
     def take_home(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Put what `Strategy.home_state` gave into the user's module, which has these names."""
@@ -38,6 +45,20 @@ def _computed(module: nn.Module) -> dict[int, Any]:
     `copy.deepcopy`, which takes this as its memo, refuses tensors that have a graph. The next pass makes them anew.
     """
     return {id(tensor): tensor.detach().clone() for _, tensor in attribute_tensors(module) if not tensor.is_leaf}
+
+
+def _in_common(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Values of attributes that cannot be copied, by their ids."""
+    found = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                found[id(value)] = value
+    return found
 
 
 def driver_side(settings: Settings) -> DriverSide:

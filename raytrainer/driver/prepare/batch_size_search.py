@@ -29,9 +29,13 @@ def scale_batch_size(
     init_val: int,
     max_trials: int,
     attribute: str,
+    margin: float,
+    max_val: int | None,
 ) -> int:
     """See `Trainer.scale_batch_size`."""
-    search = SizeSearch(mode, init_val, max_trials)
+    search = SizeSearch(mode, init_val, max_trials, max_val)
+    if not 0 <= margin < 1:
+        raise ConfigurationError(f"scale_batch_size(margin={margin}): give a share to leave free, from 0 to below 1.")
     if steps_per_trial < 1:
         raise ConfigurationError(f"scale_batch_size(steps_per_trial={steps_per_trial}): give 1 or more.")
     before = get_attribute(attribute, datamodule, module)
@@ -47,8 +51,9 @@ def scale_batch_size(
         set_attribute(attribute, before, datamodule, module)
     if search.best is None:
         raise ResourceError(f"scale_batch_size: no batch size from {init_val} down to 1 fits into memory.")
-    set_attribute(attribute, search.best, datamodule, module)
-    return search.best
+    best = max(1, int(search.best * (1 - margin))) if mode == "binsearch" else search.best
+    set_attribute(attribute, best, datamodule, module)
+    return best
 
 
 def _fits(probe: Probe, module: Module, datamodule: DataModule | None) -> bool:
