@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from raytrainer.strategies.strategy import Strategy
 
-__all__ = ["AveragedWeights"]
+__all__ = ["AveragedWeights", "Many", "One", "of_all"]
+
+One = Callable[[Tensor, Tensor, int], Tensor]
+Many = Callable[[Sequence[Tensor], Sequence[Tensor], int], None]
+
+
+def of_all(one: One) -> Many:
+    """What changes all averages at once, from a function that returns one of them."""
+
+    def each(averages: Sequence[Tensor], values: Sequence[Tensor], count: int) -> None:
+        for average, value in zip(averages, values, strict=True):
+            average.copy_(one(average, value, count))
+
+    return each
 
 
 class AveragedWeights:
@@ -22,13 +35,21 @@ class AveragedWeights:
         average: One of the `multi_avg_fn` of `torch.optim.swa_utils`: called with (averages, live values, number of
             values averaged so far), it changes the averages.
         use_buffers: Whether to average buffers; otherwise the module's are always the live ones.
+        device: Where to keep the averages; None: on the module's device.
 
     Attributes:
         count: Values averaged so far.
     """
 
-    def __init__(self, module: nn.Module, strategy: Strategy, average: Callable[..., Any], use_buffers: bool) -> None:
-        self._average, self._strategy = average, strategy
+    def __init__(
+        self,
+        module: nn.Module,
+        strategy: Strategy,
+        average: Callable[..., Any],
+        use_buffers: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._average, self._strategy, self._device = average, strategy, device
         self.count = 0
         self._swapped = False
         self._live: dict[str, Tensor] = {}
@@ -45,11 +66,13 @@ class AveragedWeights:
     def update(self) -> None:
         """Take the module's values of now into the averages; the first ones are the averages."""
         if self.count == 0:
-            self._kept = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+            self._kept = {
+                name: tensor.detach().to(device=self._device, copy=True) for name, tensor in self._live.items()
+            }
         elif self._kept:
             part = self._strategy.local_part  # averages are taken number by number
             kept, live = map(part, self._kept.values()), map(part, self._live.values())
-            self._average(list(kept), [tensor.detach() for tensor in live], self.count)
+            self._average(list(kept), [tensor.detach().to(device=self._device) for tensor in live], self.count)
         self.count += 1
 
     def swap(self, averages: bool) -> None:
@@ -82,7 +105,8 @@ class AveragedWeights:
         """Take both over, by first names, from a checkpoint; copies are made."""
         held = self._strategy.as_held
         self._kept = {
-            name: held(averages[name], live).to(live.device, live.dtype, copy=True) for name, live in self._live.items()
+            name: held(averages[name], live).to(self._device or live.device, live.dtype, copy=True)
+            for name, live in self._live.items()
         }
         for name, live in self._live.items():
             live.copy_(held(current[name], live))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from raytrainer.callbacks.weight_averaging import Many, WeightAveraging
+from raytrainer.callbacks._averaging import Many
+from raytrainer.callbacks.weight_averaging import WeightAveraging
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
 
@@ -22,6 +24,7 @@ class EMAWeightAveraging(WeightAveraging):
         update_starting_at_step: No update before so many steps are done.
         use_buffers: As of `WeightAveraging`.
         update_starting_at_epoch: Also update as this epoch (from 0) and each later one ends.
+        device: As of `WeightAveraging`.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -34,6 +37,8 @@ class EMAWeightAveraging(WeightAveraging):
         update_starting_at_step: int = 0,
         use_buffers: bool = True,
         update_starting_at_epoch: int | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ConfigurationError(f"EMAWeightAveraging(decay={decay!r}): give a number in [0, 1].")
@@ -43,7 +48,7 @@ class EMAWeightAveraging(WeightAveraging):
         self.update_starting_at_epoch = update_starting_at_epoch
         if update_starting_at_epoch is not None:
             checks.count("update_starting_at_epoch", update_starting_at_epoch, least=0)
-        super().__init__(use_buffers)
+        super().__init__(use_buffers, device=device)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """As the arguments say."""

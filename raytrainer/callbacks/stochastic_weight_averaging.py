@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import SWALR, get_swa_multi_avg_fn
 
-from raytrainer.callbacks._averaging import AveragedWeights
+from raytrainer.callbacks._averaging import AveragedWeights, One, of_all
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
@@ -44,6 +44,8 @@ class StochasticWeightAveraging(WorkerCallback):
         swa_epoch_start: The first epoch (from 0) to average: an int, or a fraction of `max_epochs`.
         annealing_epochs: Epochs until the learning rate is reached; 0: at once.
         annealing_strategy: "cos" or "linear".
+        avg_fn: As of `WeightAveraging`; None: the mean.
+        device: As of `WeightAveraging`.
 
     Raises:
         ConfigurationError: An argument is out of range; there is not exactly one optimizer; a fraction of no limit;
@@ -56,6 +58,8 @@ class StochasticWeightAveraging(WorkerCallback):
         swa_epoch_start: int | float = 0.8,
         annealing_epochs: int = 10,
         annealing_strategy: str = "cos",
+        avg_fn: One | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         rates = [swa_lrs] if isinstance(swa_lrs, (int, float)) else list(swa_lrs)
         for rate in rates:
@@ -64,6 +68,7 @@ class StochasticWeightAveraging(WorkerCallback):
         self.swa_epoch_start = checks.fraction_or_count("swa_epoch_start", swa_epoch_start)
         self.annealing_epochs = checks.count("annealing_epochs", annealing_epochs, least=0)
         self.annealing_strategy = checks.choice("annealing_strategy", annealing_strategy, ("cos", "linear"))
+        self.avg_fn, self.device = avg_fn, device
         self._averaged: AveragedWeights | None = None
         self._first = 0
 
@@ -149,7 +154,8 @@ class StochasticWeightAveraging(WorkerCallback):
             )
         scheduler = SWALR(optimizer, rates, self.annealing_epochs, self.annealing_strategy)  # type: ignore[arg-type]
         trainer.lr_scheduler_configs[:] = [SchedulerConfig(scheduler)]
-        self._averaged = AveragedWeights(module, trainer.strategy, get_swa_multi_avg_fn(), use_buffers=False)
+        average = get_swa_multi_avg_fn() if self.avg_fn is None else of_all(self.avg_fn)
+        self._averaged = AveragedWeights(module, trainer.strategy, average, use_buffers=False, device=self.device)
         return self._averaged
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from raytrainer.callbacks._averaging import AveragedWeights
+from raytrainer.callbacks._averaging import AveragedWeights, Many, One, of_all
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 
@@ -16,10 +15,7 @@ if TYPE_CHECKING:
     from raytrainer.module import Module
     from raytrainer.view.trainer_view import TrainerView
 
-__all__ = ["Many", "WeightAveraging"]
-
-One = Callable[[Tensor, Tensor, int], Tensor]
-Many = Callable[[Sequence[Tensor], Sequence[Tensor], int], None]
+__all__ = ["WeightAveraging"]
 
 
 class WeightAveraging(WorkerCallback):
@@ -36,17 +32,23 @@ class WeightAveraging(WorkerCallback):
         avg_fn: Called with an average, the value of now, and how many values the average is made of; returns the new
             average. As that of `torch.optim.swa_utils.AveragedModel`.
         multi_avg_fn: Likewise of all averages and values at once; it changes the averages.
+        device: Where to keep the averages, "cpu" say, which costs a copy at each update; None: on the module's device.
 
     Raises:
         ConfigurationError: Both functions are given.
     """
 
     def __init__(
-        self, use_buffers: bool = True, *, avg_fn: One | None = None, multi_avg_fn: Many | None = None
+        self,
+        use_buffers: bool = True,
+        *,
+        avg_fn: One | None = None,
+        multi_avg_fn: Many | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if avg_fn is not None and multi_avg_fn is not None:
             raise ConfigurationError(f"{type(self).__name__}(avg_fn=..., multi_avg_fn=...): give one of both.")
-        self.use_buffers = use_buffers
+        self.use_buffers, self.device = use_buffers, device
         self._avg_fn, self._multi_avg_fn = avg_fn, multi_avg_fn
         self._averaged: AveragedWeights | None = None
         self._step = 0  # of the last look
@@ -75,8 +77,9 @@ class WeightAveraging(WorkerCallback):
         step = trainer.global_step
         if step == self._step:
             return
-        self._step = step
-        if self.should_update(step_idx=step - 1):
+        made, self._step = range(self._step, step), step
+        # manual optimization may make several in a batch, and is asked of each: none is jumped over
+        if any([self.should_update(step_idx=index) for index in made]):
             self._update(trainer, module)
 
     def on_train_epoch_end(self, trainer: TrainerView, module: Module) -> None:
@@ -132,19 +135,13 @@ class WeightAveraging(WorkerCallback):
         self._averaged.update()
 
     def _averages_of(self, trainer: TrainerView, module: Module) -> AveragedWeights:
-        return AveragedWeights(module, trainer.strategy, self._averaging(), self.use_buffers)
+        return AveragedWeights(module, trainer.strategy, self._averaging(), self.use_buffers, self.device)
 
     def _averaging(self) -> Many:
         """What changes all averages at once."""
-        if self._avg_fn is None:
-            return self._multi_avg_fn or get_swa_multi_avg_fn()
-        one = self._avg_fn
-
-        def each(averages: Sequence[Tensor], values: Sequence[Tensor], count: int) -> None:
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(one(average, value, count))
-
-        return each
+        if self._avg_fn is not None:
+            return of_all(self._avg_fn)
+        return self._multi_avg_fn or get_swa_multi_avg_fn()
 
     def _swap_back(self) -> None:
         if self._averaged is not None:

@@ -56,6 +56,38 @@ def test_averages(every, start, local_trainer):
     assert torch.equal(torch.stack(plain.trained), torch.stack(module.trained))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_averages_are_kept_where_they_are_wanted(device, local_trainer):
+    """On a CPU, say, beside a GPU's weights; tensors without storage cannot come back."""
+    callback = EMAWeightAveraging(0.8, device=device)
+    trainer, module = local_trainer(max_epochs=1, callbacks=callback), Seeing()
+    if device == "meta":
+        with pytest.raises(NotImplementedError, match="meta"):
+            trainer.fit(module, data())
+        return
+    trainer.fit(module, data())
+    torch.testing.assert_close(weights(module), by_hand(module.trained, 0.8)[-1])
+
+
+def test_no_step_is_jumped_over_where_a_batch_has_several(local_trainer):
+    class Two(Seeing):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                self.optimizers().zero_grad()
+                self.manual_backward(self.loss(batch))
+                self.optimizers().step()
+
+    module = Two()
+    local_trainer(max_epochs=1, callbacks=EMAWeightAveraging(0.8, 3)).fit(module, data())
+    due = [i for i in range(10) if any(step % 3 == 0 for step in (2 * i + 1, 2 * i + 2))]
+    expected = by_hand([module.trained[i] for i in due], 0.8)
+    torch.testing.assert_close(weights(module), expected[-1])
+
+
 @pytest.mark.parametrize("kind", ["mean", "one by one", "all at once"])
 def test_own_averages_at_own_times(kind, local_trainer):
     """After each second step, and after epochs; the last values weigh as much as all before them."""

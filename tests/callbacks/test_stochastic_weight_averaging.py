@@ -71,6 +71,22 @@ def test_torchs_recipe(start, first, annealing, strategy, local_trainer):
     assert len([e for e in ours.events if e == "t"]) == 70  # the last ten for the statistics
 
 
+def test_another_average(local_trainer):
+    """The last epoch's weights weigh as much as all before them."""
+    ends = []
+
+    class Ends(Tiny):
+        def on_train_epoch_end(self):
+            ends.append(weights(self))
+
+    module = Ends()
+    callback = StochasticWeightAveraging(
+        0.02, 1, avg_fn=lambda average, value, count: (average + value) / 2, device="cpu"
+    )
+    local_trainer(max_epochs=4, callbacks=callback).fit(module, data())
+    torch.testing.assert_close(weights(module), ends[1] / 4 + ends[2] / 4 + ends[3] / 2)
+
+
 class Sixth(Exact):
     """Plain enough to have its schedulers taken from it."""
 
