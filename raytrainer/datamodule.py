@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -55,7 +57,7 @@ class DataModule(HyperparametersMixin, DataHooks):
         batch_size: int = 1,
         num_workers: int = 0,
         **kwargs: Any,
-    ) -> DataModule:
+    ) -> Self:
         """A DataModule over datasets: a Dataset, a sequence of them, or a mapping of them, for each stage.
 
         Args:
@@ -65,12 +67,25 @@ class DataModule(HyperparametersMixin, DataHooks):
             predict_dataset: For prediction.
             batch_size: Samples per batch and worker.
             num_workers: Loader processes per worker.
-            kwargs: Further arguments of `DataLoader`.
+            kwargs: Further arguments of `DataLoader`, and those of a derived class's `__init__` (which is given
+                `batch_size` and `num_workers` too, if it takes them).
         """
-        return _FromDatasets(
-            {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset},
-            {"batch_size": batch_size, "num_workers": num_workers, **kwargs},
+        options = {"batch_size": batch_size, "num_workers": num_workers, **kwargs}
+        own = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        of_loaders = inspect.signature(DataLoader).parameters
+        made = cls(
+            **{name: value for name, value in options.items() if any_name or name in own or name not in of_loaders}
         )
+        shared = ("batch_size", "num_workers")
+        loading = {
+            name: value for name, value in options.items() if name in of_loaders and (name not in own or name in shared)
+        }
+        given = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        for stage, dataset in given.items():
+            if dataset is not None:
+                setattr(made, f"{stage}_dataloader", partial(_loaders, dataset, stage == "train", loading))
+        return made
 
     @classmethod
     def load_from_checkpoint(
@@ -100,35 +115,14 @@ class DataModule(HyperparametersMixin, DataHooks):
         return made
 
 
-class _FromDatasets(DataModule):
-    def __init__(self, datasets: dict[str, Any], options: dict[str, Any]) -> None:
-        self.datasets = {stage: dataset for stage, dataset in datasets.items() if dataset is not None}
-        self.options = options
-        # a stage without a dataset must look like a stage without a loader
-        for stage in datasets:
-            if stage not in self.datasets:
-                setattr(self, f"{stage}_dataloader", None)
+def _loaders(datasets: Any, shuffle: bool, options: Mapping[str, Any]) -> Any:
+    """A loader of each dataset."""
 
-    def _loaders(self, stage: str, shuffle: bool = False) -> Any:
-        def loader(dataset: Dataset[Any]) -> DataLoader[Any]:
-            shuffled = shuffle and not isinstance(dataset, IterableDataset)
-            return DataLoader(dataset, shuffle=shuffled, **self.options)
+    def loader(dataset: Dataset[Any]) -> DataLoader[Any]:
+        return DataLoader(dataset, shuffle=shuffle and not isinstance(dataset, IterableDataset), **options)
 
-        datasets = self.datasets[stage]
-        if isinstance(datasets, Mapping):
-            return {name: loader(dataset) for name, dataset in datasets.items()}
-        if isinstance(datasets, Sequence) and not isinstance(datasets, Dataset):
-            return [loader(dataset) for dataset in datasets]
-        return loader(datasets)
-
-    def train_dataloader(self) -> Any:
-        return self._loaders("train", shuffle=True)
-
-    def val_dataloader(self) -> Any:
-        return self._loaders("val")
-
-    def test_dataloader(self) -> Any:
-        return self._loaders("test")
-
-    def predict_dataloader(self) -> Any:
-        return self._loaders("predict")
+    if isinstance(datasets, Mapping):
+        return {name: loader(dataset) for name, dataset in datasets.items()}
+    if isinstance(datasets, Sequence) and not isinstance(datasets, Dataset):
+        return [loader(dataset) for dataset in datasets]
+    return loader(datasets)

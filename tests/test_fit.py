@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from typing import ClassVar
 
 import numpy
 import pytest
@@ -204,6 +205,23 @@ def test_loaders_are_reloaded_every_n_epochs(local_trainer):
         assert [epoch for kind, epoch in module.loaded if kind == "train"] == epochs
         assert len([epoch for kind, epoch in module.loaded if kind == "val"]) == len(epochs)
     assert module.story == "s 2 v | 2 v | 4 v | 4 v |"
+
+
+def test_validation_loaders_are_made_anew_for_validations_only(local_trainer):
+    class Loaders(Tiny):
+        made: ClassVar[list] = []
+
+        def train_dataloader(self):
+            self.made.append(f"t{self.current_epoch}")
+            return data(4)
+
+        def val_dataloader(self):
+            self.made.append(f"v{self.current_epoch}")
+            return data(4)
+
+    options = {"reload_dataloaders_every_n_epochs": 1, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}
+    local_trainer(max_epochs=4, **options).fit(Loaders())
+    assert Loaders.made == ["t0", "v0", "t1", "v1", "t2", "t3", "v3"]
 
 
 def test_overfitting_trains_on_the_same_batches_in_order(local_trainer):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from datetime import timedelta
+from typing import ClassVar
 
 import pytest
 import torch
 from tiny import Tiny, data
 
-from raytrainer import Callback, EarlyStopping, ModelCheckpoint, WorkerCallback
+from raytrainer import Callback, EarlyStopping, LambdaWorkerCallback, ModelCheckpoint, WorkerCallback
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint as Saver
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
@@ -396,3 +397,63 @@ def test_what_needs_no_metric_is_saved_after_validations(monitor, options, saved
     saver = ModelCheckpoint(tmp_path, "{step}", monitor, save_top_k=-1)
     local_trainer(num_sanity_val_steps=0, callbacks=saver, **options).fit(Tiny(), data(), data(4))
     assert sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.iterdir()) == saved
+
+
+class Outputs(Tiny):
+    """Notes what `on_train_batch_end` is given."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.given, self.losses = kind, [], []
+        self.automatic_optimization = not kind.startswith("manual")
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            self.optimizers().step()
+        kinds = {"tensor": loss, "dict": {"loss": loss, "extra": loss * 2}, "nothing": None}
+        return kinds[self.kind.removeprefix("manual ")]
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.given.append(outputs)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["tensor", "dict", "nothing", "manual tensor", "manual dict", "manual nothing"])
+def test_outputs_of_a_batch_are_a_dict_with_the_loss_of_its_backward_pass(kind, accumulate, local_trainer):
+    """As in Lightning, module and callbacks alike."""
+    module = Outputs(kind)
+    manual = kind.startswith("manual")
+    seen = []
+    beside = LambdaWorkerCallback(on_train_batch_end=lambda trainer, module, outputs, *args: seen.append(outputs))
+    divisor = 1 if manual else accumulate
+    local_trainer(max_epochs=1, callbacks=beside, accumulate_grad_batches=divisor).fit(module, data(6))
+    assert len(seen) == len(module.given) == 3
+    if kind.endswith("nothing"):
+        assert seen == module.given == [{}] * 3
+        return
+    for outputs, loss in zip(module.given, module.losses, strict=True):
+        assert outputs["loss"].item() == pytest.approx(loss / divisor) and not outputs["loss"].requires_grad
+        assert set(outputs) == ({"loss", "extra"} if kind.endswith("dict") else {"loss"})
+
+
+def test_hooks_see_that_the_driver_was_asked_to_stop(local_trainer):
+    """By `EarlyStopping`, say, which the module has no part in."""
+
+    class Looking(Tiny):
+        seen: ClassVar[list] = []
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+        def on_train_epoch_end(self):
+            self.seen.append((self.current_epoch, self.trainer.should_stop))
+
+        def on_train_end(self):
+            self.seen.append(("end", self.trainer.should_stop))
+
+    stopping = EarlyStopping("val_loss", patience=1)
+    local_trainer(max_epochs=9, callbacks=stopping).fit(Looking(), data(4), data(4))
+    assert Looking.seen == [(0, False), (1, True), ("end", True)]

@@ -130,7 +130,7 @@ def _sharded(
     for sampler in (outer, inner):
         tell_epoch(sampler, epoch)
     train = stage == "train"
-    overfit = train and settings.overfit
+    overfit = stage in ("train", "val") and settings.overfit
     own_sharding = not overfit and own_part(outer) is not None
     if own_sharding and settings.use_distributed_sampler:
         outer = at_its_place(outer, share, stage)

@@ -41,6 +41,7 @@ class RunData:
         self._states: list[dict[str, Any] | None] = []
         self.epoch: Callable[[], int] = lambda: 0  # the one in progress, or the first
         self._drawn: set[str] = set()  # stages whose hook has drawn random numbers
+        self._outdated: set[str] = set()  # stages whose loaders are to be made anew when next needed
 
     def bind_transfer(self, hooks: Hooks, cast: Callable[[Any], Any] | None) -> Callable[[Any, int], Any] | None:
         """The three batch-transfer hooks and the precision's `cast` as one function; None if nothing is to be done."""
@@ -93,9 +94,15 @@ class RunData:
                 self._drawn.add(stage)
         return self._sources[stage]
 
-    def feeds(self, stage: str, reload: bool = False) -> list[AnyFeed]:
+    def make_anew(self, stage: str) -> None:
+        """Call the stage's hook once more when its loaders are next needed."""
+        self._outdated.add(stage)
+
+    def feeds(self, stage: str) -> list[AnyFeed]:
         """The loaders of "train", "val", "test" or "predict", sharded; built once."""
-        if reload and stage not in self.task.loaders and stage not in self.task.datasets:
+        outdated = stage in self._outdated
+        self._outdated.discard(stage)
+        if outdated and stage not in self.task.loaders and stage not in self.task.datasets:
             self._sources.pop(stage, None)
             self._close_feeds(stage)
             if stage == "train":

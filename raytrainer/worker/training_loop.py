@@ -76,13 +76,14 @@ class TrainingLoop:
             return AutomaticOptimization(run, run.strategy.prepare(module, with_loss(run, step)))
         return ManualOptimization(run, run.strategy.prepare(module, step))
 
-    def describe(self) -> TrainStart:
+    def describe(self, begins: bool = True) -> TrainStart:
+        """What is to come, at the run's beginning or at an epoch's."""
         run = self.run
         validates = run.data.has_validation and run.task.settings.limit_val_batches != 0
         return TrainStart(
             batches=self.feed.length,
             batch_size=getattr(self.feed.source, "batch_size", None),
-            val_batches=[feed.length for feed in run.data.feeds("val")] if validates else [],
+            val_batches=[feed.length for feed in run.data.feeds("val")] if validates and begins else [],
             plateaus=run.plateaus(),
             stop=self.view.should_stop,
             divisible=self.feed.divisible,
@@ -96,9 +97,9 @@ class TrainingLoop:
         self.view.current_epoch = self.epoch = epoch
         every = self.view.settings.reload_dataloaders_every_n_epochs
         if every and epoch and epoch % every == 0 and skip == 0:
-            self.feed = self.run.data.feeds("train", reload=True)[0]
-            if self.run.data.has_validation:
-                self.run.data.feeds("val", reload=True)
+            for stage in ("train", "val"):
+                self.run.data.make_anew(stage)
+            self.feed = self.run.data.feeds("train")[0]
         self.batch = skip
         self._schedulers.begin_epoch()
         self._idle = skip == 0 or self.run.slices.active
@@ -115,7 +116,7 @@ class TrainingLoop:
         self._prepare_again()
         self._began = skip, self.view.global_step, getattr(self._run_batch, "without_loss", 0)
         self.feed.draw()
-        return self.describe()
+        return self.describe(begins=False)
 
     def _prepare_again(self) -> None:
         """Where parameters have been frozen or unfrozen since, have the strategy synchronise those that train now."""
@@ -200,7 +201,7 @@ class TrainingLoop:
                     if last:
                         self._schedulers.after_epoch(self.epoch)
                 if self._on_batch_end is not None and there:
-                    self._on_batch_end(visible(outputs), batch, index)
+                    self._on_batch_end(visible(outputs, self._run_batch.accumulate), batch, index)
             except BaseException:
                 self._end_step(stepping, accumulate)
                 metrics.begin_batch(None)  # what it has logged counts
@@ -272,6 +273,13 @@ class TrainingLoop:
         if epoch_ended:
             self.metrics.begin_epoch()
         return report
+
+    def end(self, epochs: int, interrupted: bool, reduced: Reduced | None, stop: bool) -> None:
+        """Training is over, after so many epochs."""
+        view = self.view
+        self.metrics.take(reduced)
+        view.interrupted, view.current_epoch, view.should_stop = interrupted, epochs, stop
+        self.run.hooks.call("on_train_end")
 
     def _report_epoch(self) -> MetricReport:
         report = self.metrics.report()

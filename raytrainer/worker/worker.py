@@ -186,16 +186,17 @@ class Worker:
         return [difference(self.run, name) for name in names]
 
     @verb(Wait.USER_CODE)
-    def end_epoch(self, metrics: Reduced | None = None, epoch_ended: bool = True) -> MetricReport:
-        """The last hooks; `metrics` are the epoch's so far, over all workers."""
+    def end_epoch(self, metrics: Reduced | None = None, epoch_ended: bool = True, stop: bool = False) -> MetricReport:
+        """The last hooks; `metrics` are the epoch's so far, over all workers; `stop`: whether anybody has asked to."""
+        self.run.view.should_stop = stop
         return self.training.end_epoch(metrics, epoch_ended)
 
     @verb(Wait.USER_CODE)
-    def end_training(self, epochs: int = 0, interrupted: bool = False, metrics: Reduced | None = None) -> None:
-        """Training is over, after so many epochs. `metrics`: see `start_epoch`."""
-        self.run.view.metrics.take(metrics)
-        self.run.view.interrupted, self.run.view.current_epoch = interrupted, epochs
-        self.run.hooks.call("on_train_end")
+    def end_training(
+        self, epochs: int = 0, interrupted: bool = False, metrics: Reduced | None = None, stop: bool = False
+    ) -> None:
+        """Training is over, after so many epochs. `metrics`: see `start_epoch`; `stop`: see `end_epoch`."""
+        self.training.end(epochs, interrupted, metrics, stop)
 
     @verb(Wait.USER_CODE)
     def end_fit(self) -> None:

@@ -72,7 +72,8 @@ class EpochEnd:
         state, progress = self._state, self._state.progress
         if self._so_far is None:
             self.sum_up(group, False)
-        reports: list[MetricReport] = group.call(Worker.end_epoch, self._so_far, progress.epoch_ended)
+        end = self._so_far, progress.epoch_ended, state.should_stop
+        reports: list[MetricReport] = group.call(Worker.end_epoch, *end)
         self._replicas.after_epoch(group, progress.epoch)
         state.should_stop |= any(report.stop for report in reports)
         self._journal.replay(reports[0].calls)
