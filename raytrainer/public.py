@@ -5,6 +5,7 @@ from __future__ import annotations
 from raytrainer.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BasePredictionWriter,
     BatchSizeFinder,
     Callback,
     DeviceStatsMonitor,
@@ -65,6 +66,7 @@ __all__ = [
     "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",
+    "BasePredictionWriter",
     "BatchSizeFinder",
     "CSVLogger",
     "Callback",

@@ -12,7 +12,14 @@ from typing import Any, Self
 
 import torch
 
-from raytrainer.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, WorkerCallback
+from raytrainer.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    WorkerCallback,
+)
 from raytrainer.callbacks._numbers import format_value
 from raytrainer.callbacks.arrange import arrange_callbacks
 from raytrainer.callbacks.gradient_accumulation_scheduler import with_accumulation
@@ -145,7 +152,27 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
     @property
     def checkpoint_callback(self) -> ModelCheckpoint | None:
         """The first `ModelCheckpoint`."""
-        return next((c for c in self._callbacks if isinstance(c, ModelCheckpoint)), None)
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        """All of them."""
+        return [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first `EarlyStopping`."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        """All of them."""
+        return [callback for callback in self._callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The one that shows progress."""
+        return next((callback for callback in self._callbacks if isinstance(callback, ProgressBar)), None)
 
     def _probe(self, callbacks: list[Callback | WorkerCallback], loggers: list[Logger], **settings: Any) -> Self:
         """A copy of this Trainer for a short run of its own that writes nothing, with other `settings`."""

@@ -9,7 +9,8 @@ HEAD = """\
 
 Lightning VERSION against this package. A name that is called the same does the same, unless its row says otherwise;
 [coming from Lightning](from-lightning.md) has a port as an example. Made by `python tests/lightning_comparison.py` from
-both packages, and tested against what is exported.
+both packages, and tested against what is exported. Environment variables `PL_TRAINER_...` are not read; the
+[command line](command-line.md) takes the Trainer's arguments.
 """
 
 _WORKERS = "in workers, on `self.trainer`, a view of the run"
@@ -39,6 +40,7 @@ WORDS: dict[str, dict[str, str]] = {
         "callbacks": "`Callback`s run on the driver, `WorkerCallback`s beside the module",
         "profiler": "the same names; one file a worker",
         "num_sanity_val_steps": "the same; leaves no metric and no trace in generators; skipped when resuming",
+        "enable_checkpointing": "the same; False leaves out the default one: a `ModelCheckpoint` that is given saves",
         "use_distributed_sampler": "the same; an evaluation never counts a sample twice",
         "min_steps": "the same; once it is reached, `min_epochs` no longer counts, rather than both",
         "check_val_every_n_epoch": "the same; the validation before a stop that was asked for comes in any epoch",
@@ -52,24 +54,18 @@ WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("local_rank", "node_rank"), "in workers only, on `self.trainer`"),
         **dict.fromkeys(
             (
-                "estimated_stepping_batches", "lr_scheduler_configs", "num_devices", "optimizers", "predicting",
-                "predict_dataloaders", "test_dataloaders", "testing", "train_dataloader", "training", "val_dataloaders",
-                "validating",
+                "estimated_stepping_batches", "lr_scheduler_configs", "num_devices", "optimizers",
+                "predict_dataloaders", "test_dataloaders", "train_dataloader", "val_dataloaders",
             ),
             _WORKERS,
         ),
         **dict.fromkeys(
             (
-                "device_ids", "distributed_sampler_kwargs", "enable_validation", "evaluating", "init_module",
-                "is_last_batch", "precision_plugin", "print", "scaler",
+                "device_ids", "distributed_sampler_kwargs", "enable_validation", "init_module", "is_last_batch",
+                "precision_plugin", "print", "scaler",
             ),
             "none",
         ),
-        **dict.fromkeys(
-            ("checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks", "progress_bar_callback"),
-            "look in `callbacks`",
-        ),
-        "lightning_module": "`model`",
         "received_sigterm": "`preempted`",
         "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
@@ -100,7 +96,7 @@ WORDS: dict[str, dict[str, str]] = {
         "log": "the same; epoch values are reduced over workers without `sync_dist`; `on_step=False` alone means "
         "`on_epoch=True`",
         "configure_optimizers": "the same; the `frequency` of a scheduler with `interval=\"step\"` counts optimizer "
-        "steps, over epochs, and one that waits for a metric acts on each value once",
+        "steps, over epochs, and one that waits for a metric acts on each value once; unknown keys are errors",
         "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
         "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU "
         "unless `map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
@@ -118,13 +114,9 @@ WORDS: dict[str, dict[str, str]] = {
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)`",
     },
     "Callback": {
-        "on_train_batch_end": "likewise; `outputs` is what `training_step` returned, rather than a dictionary that has "
-        "its `loss`, divided by `accumulate_grad_batches`",
         "on_train_batch_start": "of a `WorkerCallback`, as are all hooks around batches, backward and optimizers",
     },
     "Callbacks": {
-        "BasePredictionWriter": "`PredictionWriter`, which writes Parquet; your own: `on_predict_batch_end` of a "
-        "`WorkerCallback`",
         "Checkpoint": "none; derive from `ModelCheckpoint`",
         "ModelCheckpoint": "what a step asks for that ends an epoch or comes before a validation is saved after that, "
         "with its metrics; a monitored metric must be new and of the very weights; one that training logs is looked at "
@@ -134,20 +126,21 @@ WORDS: dict[str, dict[str, str]] = {
         "RichProgressBar": "`ProgressBar`, which is made with rich",
         "TQDMProgressBar": "`ProgressBar`",
         "SpikeDetection": "none; a `WorkerCallback`'s `on_train_batch_end` sees the loss",
-        "WeightAveraging": "averages are on the module's device; the functions are `avg_fn` and `multi_avg_fn`",
+        "WeightAveraging": "averages are on the module's device unless `device` says otherwise; the functions are "
+        "`avg_fn` and `multi_avg_fn`",
         "Callback": "runs on the driver; beside the module, and around batches, `WorkerCallback`",
         "LambdaCallback": "takes hooks by keyword, likewise; those around batches go into `LambdaWorkerCallback`",
         "EarlyStopping": "looks at new values only; at a metric that training logs after epochs; its "
         "`stopping_reason` is a string: "
         '`"none"`, `"patience"`, `"not_finite"`, `"stopping_threshold"`, `"divergence_threshold"`',
-        "LearningRateFinder": "results are in `result` (`result.suggestion()`); the attribute is always updated",
+        "LearningRateFinder": "results are in `optimal_lr`, and in `result`",
         "LearningRateMonitor": "rates are logged with `self.log`: those of an epoch stand in the row of its end; "
         "without a logger it warns; there is no `lrs`",
-        "BatchSizeFinder": "the result is `optimal_batch_size`",
+        "BatchSizeFinder": "the same; without `margin` and `max_val`, no size is left out",
         "BaseFinetuning": "no `filter_params`: `unfreeze_and_add_param_group` does it",
-        "ProgressBar": "has no `get_metrics`: `metrics` names what to show",
-        "StochasticWeightAveraging": "averages are on the module's device",
-        "EMAWeightAveraging": "averages are on the module's device; `update_every_n_steps=n` updates after steps n, "
+        "StochasticWeightAveraging": "averages are on the module's device unless `device` says otherwise",
+        "EMAWeightAveraging": "averages are on the module's device unless `device` says otherwise; "
+        "`update_every_n_steps=n` updates after steps n, "
         "2n, ..., rather than 1, n + 1, ...",
         "ThroughputMonitor": "counts samples by itself",
     },
@@ -167,7 +160,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "Tuning": {
         "lr_find": "a method of the Trainer; other rates by a documented rule",
-        "scale_batch_size": "a method of the Trainer",
+        "scale_batch_size": "a method of the Trainer; without `margin` and `max_val`, no size is left out",
     },
     "Strategies": {
         "ddp_spawn": _DDP,
@@ -228,8 +221,8 @@ NEW: dict[str, dict[str, str]] = {
         "time_report": "what the time of a fit went to",
         "where": "where runs go",
         "datamodule": "an attribute in Lightning too",
-        "should_stop": "an attribute in Lightning too; in a worker, `self.trainer.should_stop` tells what was asked "
-        "for there",
+        "should_stop": "an attribute in Lightning too; in a worker, `self.trainer.should_stop` tells what the driver "
+        "was asked for from the epoch's last hooks on",
         "state": "an attribute in Lightning too; its fields are strings",
     },
     "LightningModule": {

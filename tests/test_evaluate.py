@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import namedtuple
 
 import pytest
@@ -278,6 +279,32 @@ def test_from_datasets(local_trainer):
     with pytest.raises(ConfigurationError, match="predict needs data"):
         trainer.predict(module, datamodule=dm)
     assert type(dm.train_dataloader().sampler).__name__ == "RandomSampler"
+
+
+def test_from_datasets_of_a_derived_class():
+    class Own(DataModule):
+        def __init__(self, batch_size=1, extra=2):
+            super().__init__()
+            self.size, self.extra = batch_size, extra
+
+        def test_dataloader(self):
+            return "its own"
+
+    dm = Own.from_datasets(data(10).dataset, batch_size=5, extra=7, drop_last=True)
+    assert (type(dm), dm.size, dm.extra) == (Own, 5, 7)
+    loader = pickle.loads(pickle.dumps(DataModule.from_datasets(data(4).dataset, batch_size=2))).train_dataloader()
+    assert len(loader) == 2
+    assert (dm.train_dataloader().batch_size, dm.train_dataloader().drop_last) == (5, True)
+    assert dm.test_dataloader() == "its own"
+    with pytest.raises(TypeError, match="extr"):
+        Own.from_datasets([1], extr=7)
+
+    class Any(DataModule):
+        def __init__(self, **options):
+            super().__init__()
+            self.options = options
+
+    assert Any.from_datasets(data(10).dataset, batch_size=5).options == {"batch_size": 5, "num_workers": 0}
 
 
 @pytest.mark.parametrize(

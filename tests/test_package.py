@@ -138,7 +138,8 @@ def inside(module: str, package: str) -> bool:
 def test_public_names():
     assert raytrainer.__all__ == in_order(raytrainer.__all__)
     assert set(raytrainer.__all__) == {
-        "DDP", "DDP2", "DP", "FSDP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder",
+        "DDP", "DDP2", "DP", "FSDP", "AdvancedProfiler", "BackboneFinetuning", "BaseFinetuning",
+        "BasePredictionWriter", "BatchSizeFinder",
         "CSVLogger", "Callback", "CheckpointError", "CombinedLoader", "ConfigurationError", "DataError",
         "DataModule", "ModelParallel",
         "DeviceStatsMonitor", "DisagreementError", "EMAWeightAveraging", "EarlyStopping",

@@ -2,6 +2,7 @@
 
 from raytrainer.callbacks.backbone_finetuning import BackboneFinetuning
 from raytrainer.callbacks.base_finetuning import BaseFinetuning
+from raytrainer.callbacks.base_prediction_writer import BasePredictionWriter
 from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.callbacks.device_stats_monitor import DeviceStatsMonitor
 from raytrainer.callbacks.early_stopping import EarlyStopping
@@ -25,6 +26,7 @@ from raytrainer.callbacks.weight_averaging import WeightAveraging
 __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
+    "BasePredictionWriter",
     "BatchSizeFinder",
     "Callback",
     "DeviceStatsMonitor",

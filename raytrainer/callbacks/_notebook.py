@@ -27,7 +27,7 @@ class _Row:
     total: int | None
     began: float
     done: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     first: tuple[int, float] | None = None
     seconds: float | None = None  # how long it took, once it is over
 
@@ -62,7 +62,7 @@ class NotebookDisplay:
         self._rows[key] = _Row(label, total, self._clock())
         self._draw()
 
-    def update(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
+    def update(self, key: str, done: int, metrics: Mapping[str, Any]) -> None:
         """Move a bar."""
         row = self._rows.get(key)
         if row is None:
@@ -72,7 +72,7 @@ class NotebookDisplay:
         row.first = row.first or (done, self._clock())
         self._draw()
 
-    def end(self, key: str, done: int, metrics: Mapping[str, float], say: bool) -> None:
+    def end(self, key: str, done: int, metrics: Mapping[str, Any], say: bool) -> None:
         """The bar is over. An epoch's stays until the next one's, that of an evaluation within a fit goes."""
         row = self._rows.get(key)
         if row is None:

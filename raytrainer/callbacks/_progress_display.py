@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -40,10 +40,10 @@ class Display(Protocol):
     def start(self, key: str, label: str, total: int | None) -> None:
         """Begin to count to `total` (None: unknown)."""
 
-    def update(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
+    def update(self, key: str, done: int, metrics: Mapping[str, Any]) -> None:
         """Batches done so far, and the newest metrics."""
 
-    def end(self, key: str, done: int, metrics: Mapping[str, float], say: bool) -> None:
+    def end(self, key: str, done: int, metrics: Mapping[str, Any], say: bool) -> None:
         """The count is over; `say` leaves a lasting trace of it where others would vanish."""
 
     def close(self) -> None:
@@ -145,13 +145,13 @@ class RichDisplay:
         self._progress.start()
         self._tasks[key] = self._progress.add_task(label, total=total, metrics=[])
 
-    def update(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
+    def update(self, key: str, done: int, metrics: Mapping[str, Any]) -> None:
         """Move a bar."""
         if key in self._tasks:
             shown = [f"{name}={format_value(value)}" for name, value in metrics.items()]
             self._progress.update(self._tasks[key], completed=done, metrics=shown)
 
-    def end(self, key: str, done: int, metrics: Mapping[str, float], say: bool) -> None:
+    def end(self, key: str, done: int, metrics: Mapping[str, Any], say: bool) -> None:
         """An epoch's bar stays until the next one's; an evaluation's goes."""
         self.update(key, done, metrics)
         if key == "evaluation":
@@ -201,7 +201,7 @@ class PlainDisplay:
         now = self._clock()
         self._counting[key] = _Counting(label[:1].lower() + label[1:], total, now, now)
 
-    def update(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
+    def update(self, key: str, done: int, metrics: Mapping[str, Any]) -> None:
         """A line, if the last one was long ago."""
         counting, now = self._counting.get(key), self._clock()
         if counting is None:
@@ -216,7 +216,7 @@ class PlainDisplay:
         speed = f"{(done - before) / (now - since):.1f} it/s" if now > since else ""
         self._say(counting.label, f"{done}{total} batches", f"{now - counting.began:.1f} s", speed, metrics)
 
-    def end(self, key: str, done: int, metrics: Mapping[str, float], say: bool) -> None:
+    def end(self, key: str, done: int, metrics: Mapping[str, Any], say: bool) -> None:
         """A line, if asked for."""
         counting = self._counting.pop(key, None)
         if counting is not None and say:
@@ -226,7 +226,7 @@ class PlainDisplay:
         """Forget what was begun."""
         self._counting.clear()
 
-    def _say(self, label: str, batches: str, seconds: str, speed: str, metrics: Mapping[str, float]) -> None:
+    def _say(self, label: str, batches: str, seconds: str, speed: str, metrics: Mapping[str, Any]) -> None:
         parts = (label, batches, seconds, speed, format_metrics(metrics))
         self._write("  ".join(part for part in parts if part))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raytrainer.callbacks._progress_display import Display, make_display
 from raytrainer.callbacks.callback import Callback
@@ -48,10 +48,12 @@ class ProgressBar(Callback):
         self.metrics = tuple(metrics)
         self._display: Display | None = None
         self._batch = self._evaluated = 0
+        self._evaluating = False
 
     def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Choose how to show things, according to what stdout is now."""
         self._close()
+        self._evaluating = False
         if self.refresh_rate > 0:
             self._display = make_display(self.refresh_rate, self.leave)
 
@@ -78,12 +80,12 @@ class ProgressBar(Callback):
         """Move the bar."""
         self._batch = report.batch
         if self._display is not None:
-            self._display.update("train", report.batch, self._shown(trainer))
+            self._display.update("train", report.batch, self.get_metrics(trainer, module))
 
     def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Show the epoch's metrics."""
         if self._display is not None:
-            self._display.end("train", self._batch, self._shown(trainer), say=True)
+            self._display.end("train", self._batch, self.get_metrics(trainer, module), say=True)
 
     def on_validation_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar below the epoch's."""
@@ -94,7 +96,7 @@ class ProgressBar(Callback):
 
     def on_validation_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away; within a fit, the epoch's line shows the metrics."""
-        self._end_evaluation(trainer, say=trainer.state.fn != "fit")
+        self._end_evaluation(trainer, module, say=trainer.state.fn != "fit")
 
     def on_test_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar."""
@@ -102,7 +104,7 @@ class ProgressBar(Callback):
 
     def on_test_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away."""
-        self._end_evaluation(trainer, say=True)
+        self._end_evaluation(trainer, module, say=True)
 
     def on_predict_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A bar."""
@@ -110,7 +112,7 @@ class ProgressBar(Callback):
 
     def on_predict_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Take the bar away."""
-        self._end_evaluation(trainer, say=True)
+        self._end_evaluation(trainer, module, say=True)
 
     def on_evaluation_chunk_end(self, trainer: RunningTrainer, module: Module, report: EvaluationReport) -> None:
         """Move the evaluation's bar."""
@@ -118,10 +120,13 @@ class ProgressBar(Callback):
         if self._display is not None:
             self._display.update("evaluation", report.batches, {})
 
-    def _shown(self, trainer: RunningTrainer) -> dict[str, float]:
-        """Metrics that were logged for the bar, and those asked for here."""
-        if not self.metrics:
-            return trainer.progress_bar_metrics
+    def get_metrics(self, trainer: RunningTrainer, module: Module) -> dict[str, Any]:
+        """What to show beside a bar, by name: numbers or text. Override it to show something else.
+
+        Here: metrics that were logged with `prog_bar=True`, and in training those asked for by `metrics`.
+        """
+        if not self.metrics or self._evaluating:
+            return dict(trainer.progress_bar_metrics)
         logged = {name: value.item() for name, value in trainer.logged_metrics.items() if self._asked_for(name)}
         return {**trainer.progress_bar_metrics, **logged}
 
@@ -138,14 +143,15 @@ class ProgressBar(Callback):
         return left if batches is None else min(batches, left)
 
     def _start_evaluation(self, label: str, batches: Sequence[int | None]) -> None:
-        self._evaluated = 0
+        self._evaluated, self._evaluating = 0, True
         if self._display is not None:
             self._display.start("evaluation", label, add_up(batches))
 
-    def _end_evaluation(self, trainer: RunningTrainer, say: bool) -> None:
+    def _end_evaluation(self, trainer: RunningTrainer, module: Module, say: bool) -> None:
         if self._display is not None:
-            metrics = trainer.progress_bar_metrics if say else {}
+            metrics = self.get_metrics(trainer, module) if say else {}
             self._display.end("evaluation", self._evaluated, metrics, say=say)
+        self._evaluating = False
 
     def _close(self) -> None:
         display, self._display = self._display, None

@@ -32,7 +32,8 @@ class TuneReportCallback(Callback):
 
     Args:
         metrics: What to report: a name or several of `trainer.callback_metrics`, or a mapping from the name in Tune to
-            that name. None: all of them.
+            that name. What is named is reported once all of it is new since the last report, so that a scheduler judges
+            no value twice. None: all of them.
         on: "validation_end": after each validation, when epoch values of training are those of the epoch before;
             "train_epoch_end": after each training epoch. None: after each training epoch in which there was a
             validation, so that values of both belong together; if the run has none, after each.
@@ -57,10 +58,16 @@ class TuneReportCallback(Callback):
         self.metrics = None if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
         self.on, self.checkpoint = on, checkpoint
         self._in_trial = self._validated = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._times: dict[str, Any] | None = None  # when what was reported last got its values
+        self._validated_yet = False
 
     def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """See whether this is a trial."""
         self._in_trial, self._validated = stage == "fit" and _in_trial(), False
+        self._begin()
         if stage == "fit" and not self._in_trial:
             _log.warning("TuneReportCallback: this is no trial of Ray Tune; nothing is reported.")
 
@@ -68,23 +75,28 @@ class TuneReportCallback(Callback):
         """Report, if this is the moment to."""
         if trainer.sanity_checking:
             return
-        self._validated = True
+        self._validated = self._validated_yet = True
         if self.on == "validation_end":
             self._report(trainer)
 
     def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Report, if this is the moment to."""
-        validates = any(count != 0 for count in trainer.num_val_batches)
-        if self.on == "train_epoch_end" or (self.on is None and (self._validated or not validates)):
+        if self.on == "train_epoch_end" or (self.on is None and (self._validated or not _validates(trainer))):
             self._report(trainer)
         self._validated = False
 
+    def on_train_end(self, trainer: RunningTrainer, module: Module) -> None:
+        """Say so where a name has never been logged."""
+        if self._in_trial and self._times is None:
+            self._values(trainer)
+
     def _report(self, trainer: RunningTrainer) -> None:
-        if not self._in_trial:
+        if not self._in_trial or not self._news(trainer):
             return
         from ray import tune
 
         values = self._values(trainer)
+        self._times = {name: trainer.metric_time(name) for name in trainer.callback_metrics}
         if not self.checkpoint:
             tune.report(values)
             return
@@ -92,6 +104,16 @@ class TuneReportCallback(Callback):
         with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
             trainer.save_checkpoint(folder, wait=True)
             tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    def _news(self, trainer: RunningTrainer) -> bool:
+        """Whether all that was named is new; what no validation could have brought yet is waited for."""
+        if self.metrics is None:
+            return True
+        names, there, last = self.metrics.values(), trainer.callback_metrics, self._times or {}
+        if _validates(trainer) and not self._validated_yet and any(name not in there for name in names):
+            return False
+        times = {name: trainer.metric_time(name) for name in names}
+        return all(time is None or time != last.get(name) for name, time in times.items())
 
     def _values(self, trainer: RunningTrainer) -> dict[str, Any]:
         there = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -137,6 +159,10 @@ def tune_resources(num_processes: int = 1, gpus: int = 0, num_nodes: int = 1) ->
     if workers * num_nodes == 1:
         return PlacementGroupFactory([bundle])
     return PlacementGroupFactory([{}, *[bundle] * num_nodes], strategy="STRICT_SPREAD" if num_nodes > 1 else "PACK")
+
+
+def _validates(trainer: RunningTrainer) -> bool:
+    return any(count != 0 for count in trainer.num_val_batches)
 
 
 def _in_trial() -> bool:

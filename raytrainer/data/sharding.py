@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,7 @@ class ShardedBatches(Sampler[list[Any]]):
         self.skip = 0
         self.begin = 0  # batches at the front that are done already, by a group of another size
         self.drawn: list[Any] | None = None  # a user's batch sampler's batches of this epoch
+        self.noted: deque[list[Any]] | None = None  # batches asked for and not delivered yet, where that is of interest
 
     @property
     def users(self) -> Any:
@@ -237,8 +239,16 @@ class ShardedBatches(Sampler[list[Any]]):
         return max(0, whole - self.skip)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        batches = itertools.islice(self._shard(), self.skip, None)
+        batches: Iterator[Any] = itertools.islice(self._shard(), self.skip, None)
+        if self.noted is not None:
+            batches = self._noting(batches, self.noted)
         return self._seeding(batches) if self.seeded else batches
+
+    def _noting(self, batches: Iterator[Any], noted: deque[list[Any]]) -> Iterator[Any]:
+        noted.clear()
+        for batch in batches:
+            noted.append(list(batch) if isinstance(batch, (list, tuple)) else [batch])
+            yield batch
 
     def _seeding(self, batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
         for position, batch in enumerate(batches, self.skip):

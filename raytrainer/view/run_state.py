@@ -20,7 +20,7 @@ class TrainerState:
     Attributes:
         fn: "fit", "validate", "test", "predict", or None before any.
         status: "initializing", "running", "finished", "interrupted" or "failed".
-        stage: Within `fit`: "sanity", "train" or "validate".
+        stage: What ran last: "sanity", "train", "validate", "test" or "predict".
     """
 
     fn: str | None = None
@@ -31,6 +31,11 @@ class TrainerState:
     def has_begun(self) -> bool:
         """Whether workers train, or validate what they have trained."""
         return self.stage in ("train", "validate")
+
+    @property
+    def running_stage(self) -> str | None:
+        """`stage`, while something runs."""
+        return self.stage if self.status == "running" else None
 
     @property
     def finished(self) -> bool:

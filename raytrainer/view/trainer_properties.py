@@ -144,6 +144,31 @@ class TrainerProperties:
         return True
 
     @property
+    def training(self) -> bool:
+        """Whether a fit trains; False in its validations."""
+        return self._state.trainer.running_stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        """Whether a validation runs, other than the sanity check."""
+        return self._state.trainer.running_stage == "validate"
+
+    @property
+    def testing(self) -> bool:
+        """Whether a test runs."""
+        return self._state.trainer.running_stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        """Whether a prediction runs."""
+        return self._state.trainer.running_stage == "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a validation, test or sanity check runs."""
+        return self._state.trainer.running_stage in ("validate", "test", "sanity")
+
+    @property
     def recoveries(self) -> list[Recovery]:
         """Failures that the last run has recovered from: what was lost, replayed, and how long it took."""
         return self._state.recoveries
@@ -200,6 +225,11 @@ class TrainerProperties:
     @property
     def model(self) -> Module | None:
         """The module of the last run."""
+        return self._module
+
+    @property
+    def lightning_module(self) -> Module | None:
+        """`model`, by Lightning's name."""
         return self._module
 
     @property

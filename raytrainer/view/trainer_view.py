@@ -40,6 +40,8 @@ class TrainerView:
             without gradients, steps or logging; all workers must call it together, in `on_train_end`. For statistics
             such as those of batch normalisation.
         logger: Takes `log_...` calls for the driver's loggers; None if there are none.
+        batch_indices: Of the samples of a prediction batch in their dataset, where a `BasePredictionWriter` asks for
+            them; None: no sampler chooses them.
         samplers: Asked on logging steps for values of this worker alone (of its GPU, say), for the loggers; a worker
             callback may add to them. Names must differ from worker to worker, or end in "/min", "/max", "/sum" or
             "/mean", which says what becomes of the workers' values.
@@ -69,6 +71,7 @@ class TrainerView:
     unscale: Callable[[Optimizer], None] = lambda optimizer: None
     skipped_source: Callable[[], int] = lambda: 0
     given_optimizers: list[Any] | None = None  # what stands for `optimizers` in user code, where that differs
+    batch_indices: list[Any] | None = None
     samplers: list[Callable[[], dict[str, float]]] = field(default_factory=list)
     modes: dict[Any, bool] = field(default_factory=dict)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raytrainer.callbacks.base_prediction_writer import BasePredictionWriter
+from raytrainer.data.batch_indices import note_indices
 from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.metric_messages import ReadSample, Reduced
@@ -52,11 +54,14 @@ class EvaluationLoop:
         self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start", len(self.feeds))
         on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end", len(self.feeds))
         self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
+        notes = stage == "predict" and any(isinstance(c, BasePredictionWriter) for c in run.task.callbacks)
+        self._next_indices = [note_indices(feed) for feed in self.feeds] if notes else []
         self.loader = 0
         self.batch = 0
         self.done = 0
         self.by_loader = [0] * len(self.feeds)
         self._iterator: Iterator[Any] | None = None
+        self._indices: list[Any] | None = None  # of the batch's samples, where a callback wants them
         self._missing = MissingBatches(_LOADER[stage])
         self._through = False  # with the loader; other workers may not be
         self._evaluated = run.evaluated.get(stage, 0)
@@ -166,9 +171,13 @@ class EvaluationLoop:
             if self._iterator is None:
                 self._iterator = self.feeds[self.loader].start(self.view.current_epoch)
             try:
-                return (next(self._iterator),)
+                batch = next(self._iterator)
             except StopIteration:
                 pass
+            else:
+                if self._next_indices:
+                    self._indices = self._next_indices[self.loader]()
+                return (batch,)
         self._through = True
         return None
 
@@ -184,6 +193,8 @@ class EvaluationLoop:
     def _evaluate_batch(self, batch: Any) -> Any:
         transfer, idx = self.run.transfer, self.loader
         batch = self.run.slices.take(batch)
+        if self._next_indices:
+            self.view.batch_indices = self.run.slices.part_of(self._indices)
         if transfer is not None:
             batch = transfer(batch, idx)
         self.metrics.loader_idx = idx if self.several else None

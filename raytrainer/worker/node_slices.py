@@ -56,6 +56,13 @@ class Slices:
         self.rows = end - begin
         return cut_batch(batch, begin, end, self._total)
 
+    def part_of(self, samples: list[Any] | None) -> list[Any] | None:
+        """This worker's part of what is said of the samples of the latest batch, one by one."""
+        if not self.active or samples is None:
+            return samples
+        begin, end = span_of(self._total, self.strategy.split.index, self.strategy.split.count)
+        return samples[begin:end] if len(samples) == self._total else None
+
     def bind(self, step: Step, step_end: Callable[[Any], Any] | None) -> Step:
         """`step` on slices, then `step_end`, if any, on what the node's workers made of its whole batch."""
         if not self.active:

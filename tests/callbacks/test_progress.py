@@ -67,11 +67,16 @@ def test_metrics_asked_for_are_shown(local_trainer, capsys):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    bar = ProgressBar(metrics="gpu_memory/*")
+    class Bar(ProgressBar):
+        def get_metrics(self, trainer, module):
+            return {**super().get_metrics(trainer, module), "kind": type(module).__name__, "tensor": torch.tensor(0.5)}
+
+    bar = Bar(metrics="gpu_memory/*")
     local_trainer(max_epochs=1, callbacks=bar, enable_progress_bar=True, log_every_n_steps=1).fit(
         Net(), [torch.ones(2, 2)] * 3
     )
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
+    assert "kind Net" in line and "tensor 0.500" in line
     assert "shown 8.000" in line and "gpu_memory/min 7.000" in line and "gpu_memory/max 7.000" in line
     assert "other" not in line
     for wrong in ([3], 3):

@@ -35,15 +35,18 @@ def test_after_each_epoch_with_a_validation(local_trainer, reported):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", float(self.current_epoch))
 
-    def reports(**options):
+    def reports(on=None, **options):
         reported.clear()
-        callback = TuneReportCallback(["train_loss", "val_loss"], checkpoint=False)
+        callback = TuneReportCallback(["train_loss", "val_loss"], on, checkpoint=False)
         local_trainer(max_epochs=4, callbacks=callback, **options).fit(Both(), data(8), data(4))
         return [tuple(metrics.values()) for metrics, _ in reported]
 
     epochs = [(e, 4 * e + 4, e, e) for e in range(4)]
     assert reports() == reports(val_check_interval=2) == epochs
     assert reports(check_val_every_n_epoch=2) == epochs[1::2]
+    # what is named is waited for, and no scheduler judges a value twice
+    assert reports(on="train_epoch_end", check_val_every_n_epoch=2) == epochs[1::2]
+    assert reports(on="train_epoch_end") == epochs
 
 
 def test_training_values_right_after_a_validation_are_those_of_the_epoch_before(trainer, reported):
