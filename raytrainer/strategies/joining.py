@@ -1,23 +1,66 @@
 """What DDP wraps: a training step after which every rank takes part in averaging, whatever its step returned.
 
 DDP averages when each parameter's gradient has come, so a rank without a loss would keep all others waiting. Its
-backward pass is made up for here, of zeros; and a *vote* is averaged along with the gradients, one more number: above 0
-from each rank that has a loss. Where the mean is 0, nobody had one, and gradients are to be absent, as in one process:
-an optimizer that is given zeros moves weights by momentum and weight decay.
+backward pass is made up for here, of zeros. Where nobody had a loss, gradients are to be absent, as in one process: an
+optimizer that is given zeros moves weights by momentum and weight decay. So whoever has none counts itself in the
+group's store before it takes part, and looks at the count afterwards. Nobody can have come through the averaging before
+all have begun theirs, so the count is whole by then; and ranks with a loss have nothing to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raytrainer.strategies.step_result import StepResult
 
-__all__ = ["JoinedStep", "leaves_of"]
+__all__ = ["Absentees", "JoinedStep", "Reached", "leaves_of"]
+
+
+class Absentees:
+    """Counts the workers that have no gradient to give, window by window.
+
+    Args:
+        store: That all workers share.
+        control: Their gloo group. All make this together.
+        world_size: How many they are.
+    """
+
+    def __init__(self, store: Any, control: Any, world_size: int) -> None:
+        name = [uuid4().hex]
+        dist.broadcast_object_list(name, src=0, group=control)  # what the store has of earlier runs stays theirs
+        self._store, self._name, self._size = store, f"raytrainer/absent/{name[0]}", world_size
+        self._window = 0
+        self._counted = False
+        self._kept: list[int] = []  # windows whose counts are still in the store
+
+    def count(self) -> None:
+        """This worker is one of them. To be called before it takes part in averaging."""
+        for window in [w for w in self._kept if w < self._window - 1]:  # all have looked at these
+            self._store.delete_key(f"{self._name}/{window}")
+            self._kept.remove(window)
+        self._store.add(f"{self._name}/{self._window}", 1)
+        self._kept.append(self._window)
+        self._counted = True
+
+    def are_all(self) -> bool:
+        """Whether nobody had a gradient to give. To be called once averaging is done, on the device too."""
+        return bool(self._store.add(f"{self._name}/{self._window}", 0) == self._size)
+
+    @property
+    def counted(self) -> bool:
+        """Whether this worker is one of them."""
+        return self._counted
+
+    def next_window(self) -> None:
+        self._window += 1
+        self._counted = False
 
 
 class JoinedStep(nn.Module):
@@ -30,58 +73,52 @@ class JoinedStep(nn.Module):
         all_needed: Whether DDP waits for every parameter's gradient, rather than for those that the loss depends on.
 
     Attributes:
-        vote: The parameter whose gradient is the vote.
         result: The latest step's.
         skipped: Whether it had no gradient to give.
     """
 
-    vote: nn.Parameter
     result: StepResult
     skipped: bool
+    anchor: nn.Parameter | None
 
     def __init__(
         self, module: nn.Module, step: Callable[[Any, int, int], StepResult], backwards: bool, all_needed: bool
     ) -> None:
         super().__init__()
-        self._sparse = _sparse_parameters(module)
+        sparse = _sparse_parameters(module)
         self._trained = [p for p in module.parameters() if p.requires_grad]
-        dense = [p for p in self._trained if id(p) not in self._sparse]
-        real = [p for p in dense if not p.is_complex()]
-        last = (real or dense or self._trained)[-1]
-        # of a dtype that is there already: DDP's buckets, hence its collectives, are by dtype
-        vote = nn.Parameter(torch.zeros((), dtype=last.dtype, device=last.device))
-        # its gradient is the first to come, so it gets a place among the last parameters, which DDP expects first.
         # DDP numbers parameters as it finds them, and looks at the module that it finds one in for sparse gradients
         if backwards:
-            self.first = nn.ParameterList(
-                [vote, *reversed([p for p in module.parameters() if id(p) not in self._sparse])]
-            )
-            self.module = module
+            self.first = nn.ParameterList(reversed([p for p in module.parameters() if id(p) not in sparse]))
+        self.module = module
+        joins = self._trained
+        if all_needed:
+            self.__dict__["anchor"] = None
         else:
-            self.module = module
-            self.last = nn.ParameterList([vote])
-        self.__dict__.update(step=step, vote=vote, result=None, skipped=False)
-        self._all_needed = all_needed
+            # every loss depends on it, also that of a worker without a real one: DDP averages once any gradient comes
+            real = [p for p in self._trained if not p.is_complex()]
+            dtype = real[-1].dtype if real else torch.float32  # DDP's buckets, hence its collectives, are by dtype
+            self.anchor = nn.Parameter(torch.zeros((), dtype=dtype, device=self._trained[-1].device))
+            joins = [self.anchor]
+        self.__dict__.update(step=step, result=None, skipped=False)
+        self._joins, self._sparse = joins, [id(p) in sparse for p in joins]
 
     def forward(self, batch: Any, batch_idx: int) -> Tensor | None:
-        result: StepResult = self.__dict__["step"](batch, batch_idx, 0)
+        own = self.__dict__
+        result: StepResult = own["step"](batch, batch_idx, 0)
         loss = result.loss
         # a loss that is a leaf has a gradient of its own, and none for any parameter
         if loss is not None and loss.grad_fn is None and loss.requires_grad:
             loss = None
-        joined: Tensor | None
+        own["result"], own["skipped"] = result, loss is None
         if not torch.is_grad_enabled():
-            joined = None
-        elif loss is None:
-            others = self._trained if self._all_needed else []
-            zero = self.vote.new_zeros((), dtype=torch.float32)
-            joined = _Zero.apply(zero, self.vote, [id(p) in self._sparse for p in others], *others)
-        else:
-            # the vote is zero, and so changes nothing; its gradient is the loss's own factor (that of a scaler, say)
-            vote = self.vote.real if self.vote.is_complex() else self.vote
-            joined = loss + (vote if vote.dtype == loss.dtype else vote.to(loss.dtype))
-        self.__dict__.update(result=result, skipped=loss is None)
-        return joined
+            return None
+        if loss is None:
+            zero = self._trained[0].new_zeros((), dtype=torch.float32)
+            joined: Tensor = _Zero.apply(zero, self._sparse, *self._joins)
+            return joined
+        # the anchor is zero, and so changes nothing
+        return loss if self.anchor is None else loss + self.anchor.to(loss.dtype)
 
     def forget(self) -> None:
         """Hold no loss longer than its user does."""
@@ -92,19 +129,40 @@ class JoinedStep(nn.Module):
         return [p for p in self._trained if p.grad is None]
 
 
+class Reached:
+    """Tells whether a backward pass has come to a parameter, for DDP says nothing where it has come to none.
+
+    Args:
+        parameter: One that every loss is to depend on.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._seen = seen = [False]  # a cell of its own, so that the parameter holds nothing of the run
+        self._handle = parameter.register_post_accumulate_grad_hook(lambda _: seen.__setitem__(0, True))
+
+    def forget(self) -> None:
+        self._seen[0] = False
+
+    def __bool__(self) -> bool:
+        return self._seen[0]
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
 class _Zero(torch.autograd.Function):
-    """Zero, which gives gradients of zero to the vote and to other parameters."""
+    """Zero, which gives gradients of zero to parameters."""
 
     @staticmethod
-    def forward(ctx: Any, zero: Tensor, vote: Tensor, sparse: list[bool], *others: Tensor) -> Tensor:
-        ctx.vote, ctx.sparse, ctx.others = vote, sparse, others
+    def forward(ctx: Any, zero: Tensor, sparse: list[bool], *joins: Tensor) -> Tensor:
+        ctx.sparse, ctx.joins = sparse, joins
         return zero.view_as(zero)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        zeros = [_sparse_zero(p) if s else torch.zeros_like(p) for p, s in zip(ctx.others, ctx.sparse, strict=True)]
-        return None, torch.zeros_like(ctx.vote), None, *zeros
+        zeros = [_sparse_zero(p) if s else torch.zeros_like(p) for p, s in zip(ctx.joins, ctx.sparse, strict=True)]
+        return None, None, *zeros
 
 
 def _sparse_zero(parameter: Tensor) -> Tensor:

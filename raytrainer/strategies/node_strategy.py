@@ -52,6 +52,7 @@ class NodeStrategy(ReplicatedStrategy):
         settings: Of DistributedDataParallel.
         node: The group of this node's workers, for tensors on the device.
         node_control: The same over gloo.
+        store: That all workers share.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class NodeStrategy(ReplicatedStrategy):
         settings: DDP | None = None,
         node: Any = None,
         node_control: Any = None,
+        store: Any = None,
     ) -> None:
-        super().__init__(ranks, device, control, settings)
+        super().__init__(ranks, device, control, settings, store)
         self._node, self._node_control = node, node_control
         self._module: nn.Module | None = None
 

@@ -17,7 +17,7 @@ from raytrainer.plan.strategy_settings import DDP
 from raytrainer.private.torch_private import all_averaged, fix_buckets
 from raytrainer.strategies.averaging import average_gradients
 from raytrainer.strategies.group_strategy import GroupStrategy, take_from_first
-from raytrainer.strategies.joining import JoinedStep, leaves_of
+from raytrainer.strategies.joining import Absentees, JoinedStep, Reached, leaves_of
 from raytrainer.strategies.meeting import END
 from raytrainer.strategies.step_result import StepResult
 
@@ -34,10 +34,16 @@ class ReplicatedStrategy(GroupStrategy):
         device: Its device.
         control: A gloo group for agreements that must not wait for the device.
         settings: Of DistributedDataParallel.
+        store: That all workers share.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, control: Any = None, settings: DDP | None = None) -> None:
+    def __init__(
+        self, ranks: Ranks, device: torch.device, control: Any = None, settings: DDP | None = None, store: Any = None
+    ) -> None:
         super().__init__(ranks, device, control)
+        self._store = store
+        self._absentees: Absentees | None = None
+        self._reached: Reached | None = None
         self.settings = settings or DDP()
         self._ddp: DistributedDataParallel | None = None
         self._step: JoinedStep | None = None
@@ -45,7 +51,10 @@ class ReplicatedStrategy(GroupStrategy):
         self._absent: list[nn.Parameter] = []  # had no gradient before this worker joined in with zeros
 
     def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
-        trainable = any(p.requires_grad for p in module.parameters())
+        if self._reached is not None:
+            self._reached.close()
+            self._reached = None
+        trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
             return step
         if not module.automatic_optimization:
@@ -57,6 +66,9 @@ class ReplicatedStrategy(GroupStrategy):
         fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters
         waits = not self.settings.find_unused_parameters
         self._step = JoinedStep(module, step, backwards=fixed, all_needed=waits)
+        self._absentees = Absentees(self._store, self.control, self.ranks.world_size)
+        if waits:
+            self._reached = Reached(trainable[-1])
         self._ddp = DistributedDataParallel(self._step, **self.settings.options)
         if fixed:
             fix_buckets(self._ddp)
@@ -67,6 +79,8 @@ class ReplicatedStrategy(GroupStrategy):
     def _joined_step(
         self, ddp: DistributedDataParallel, step: JoinedStep, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> StepResult:
+        if self._reached is not None:
+            self._reached.forget()
         joined: Tensor | None = ddp(batch, batch_idx)
         result = step.result
         step.forget()
@@ -83,10 +97,12 @@ class ReplicatedStrategy(GroupStrategy):
                 )
             return result._replace(join=partial(self._join, step, joined))
         self._gave = True
-        return result._replace(loss=joined)
+        return result if joined is result.loss else result._replace(loss=joined)
 
     def _join(self, step: JoinedStep, joined: Tensor) -> None:
         self._absent = step.without_gradient()
+        if not self._gave and self._absentees is not None:
+            self._absentees.count()
         joined.backward()  # type: ignore[no-untyped-call]
 
     def sync_next(self, sync: bool) -> None:
@@ -94,17 +110,21 @@ class ReplicatedStrategy(GroupStrategy):
             self._ddp.require_backward_grad_sync = sync
 
     def settle(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> bool:
-        ddp, step = self._ddp, self._step
-        if ddp is None or step is None:
+        ddp, absentees = self._ddp, self._absentees
+        if ddp is None or absentees is None:
             return True
-        if not all_averaged(ddp):
+        if not all_averaged(ddp) or not (loss is None or self._reached is None or self._reached):
             self._refuse_unused(module, loss, batch_idx)
-        # whoever had a loss knows the vote's outcome; only others need wait for the device
-        given = self._gave or bool(step.vote.grad)
+        given = True
+        if absentees.counted:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            given = not absentees.are_all()
         if not given:
             for parameter in self._absent:
                 parameter.grad = None
-        step.vote.grad, self._gave, self._absent = None, False, []
+        absentees.next_window()
+        self._gave, self._absent = False, []
         return given
 
     def may_skip_alone(self, module: nn.Module) -> bool:

@@ -26,10 +26,10 @@ def make_strategy(
     common = ranks, device, group.control, settings.ddp
     strategy: ReplicatedStrategy
     if settings.strategy == "ddp":
-        strategy = DDPStrategy(*common)
+        strategy = DDPStrategy(*common, store=group.store)
     else:
         kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
-        strategy = kind(*common, *group.of_node(ranks))
+        strategy = kind(*common, *group.of_node(ranks), store=group.store)
     strategy.votes = group.votes
     return strategy
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytrainer.plan.ranks import Ranks
@@ -108,6 +109,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
         self.votes = dist.new_group(backend="gloo")
         self._of_node: tuple[Any, Any] | None = None
+        self._alone: list[Any] | None = None
         self._meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
         self._device = device
         self.timeout = timeout
@@ -135,10 +137,31 @@ class ProcessGroup:
         """The workers as a DeviceMesh, in rank order. All must call it together."""
         key = shape, names
         if key not in self._meshes:
-            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.device_mesh import DeviceMesh
 
-            self._meshes[key] = init_device_mesh(self._device.type, shape, mesh_dim_names=names)
+            ranks = torch.arange(dist.get_world_size()).view(shape)
+            groups = [self._along(ranks, dimension) for dimension in range(len(shape))]
+            # not init_device_mesh, which has NCCL split a communicator even for groups of one
+            mesh = DeviceMesh.from_group(groups, self._device.type, ranks, mesh_dim_names=names)
+            self._meshes[key] = mesh
         return self._meshes[key]
+
+    def _along(self, ranks: Tensor, dimension: int) -> Any:
+        """The group of this worker and those that differ from it in one dimension of `ranks` only.
+
+        NCCL's communicators are as few as can be: where a lost worker keeps one waiting, ending two of them hangs.
+        """
+        size = ranks.shape[dimension]
+        if size == dist.get_world_size():
+            return dist.group.WORLD
+        if size == 1:  # what is alone has nothing to tell
+            if self._alone is None:
+                self._alone = [dist.new_group([rank], backend="gloo") for rank in range(dist.get_world_size())]
+            return self._alone[dist.get_rank()]
+        timeout = timedelta(seconds=self.timeout)
+        members = ranks.movedim(dimension, -1).reshape(-1, size).tolist()
+        groups = [dist.new_group(line, timeout=timeout) for line in members]
+        return next(group for group, line in zip(groups, members, strict=True) if dist.get_rank() in line)
 
     def set_timeout(self, seconds: float) -> None:
         """Let collectives wait so long for the other workers from now on."""
