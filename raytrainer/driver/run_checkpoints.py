@@ -105,16 +105,21 @@ class RunCheckpoints:
             return True
         if coordinator is None or self.state.trainer.status != "running":
             return False
+        looked_at = any(overridden(callback, "on_save_checkpoint") for callback in self._driver_callbacks)
+        progress = self.state.progress
+        moment = (progress.total_batches, progress.step) if coordinator.group.in_process else None
         with self.state.clock.phase("saving"):
+            if looked_at or coordinator.group.in_process:
+                self.writer.await_others(moment)  # this process holds one state beside the live one, and no more
             captured = coordinator.capture(weights_only)
-            if any(overridden(callback, "on_save_checkpoint") for callback in self._driver_callbacks):
+            if looked_at:
                 state = captured.resolve()
                 tensors = tensors_in(state)
                 self.emit("on_save_checkpoint", state)
                 state = own_copy(state, keep=tensors)  # hooks may have put in what they go on to change
-                self.writer.save(path, captured.giving(state), on_error)
+                self.writer.save(path, captured.giving(state), on_error, moment)
             else:
-                self.writer.save(path, captured.resolve, on_error)
+                self.writer.save(path, captured.resolve, on_error, moment)
             if wait:
                 self.writer.flush()
         return True

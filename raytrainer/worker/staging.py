@@ -20,11 +20,25 @@ __all__ = ["Staged", "Staging"]
 
 
 class Staged(dict[str, Any]):
-    """A copied state. Its buffers are used for a later copy when nobody holds it any more."""
+    """A copied state. Its buffers are used for a later copy when nobody holds it any more.
+
+    Attributes:
+        copies: For each tensor of the state, in order: what it was, and its copy.
+        before: An earlier copy, some of whose buffers this one has too.
+    """
+
+    copies: list[tuple[_Mark, Tensor]]
+    before: Staged | None = None
 
 
 #: What makes buffers exchangeable: type, shape, and whether a GPU copies to them.
 _Kind = tuple[torch.dtype, torch.Size, bool]
+
+#: Bytes from which on it is worth while to share a copy.
+_LARGE = 2**16
+
+#: Where a tensor is, and how often it has been written to.
+_Mark = tuple[int, int, torch.Size, tuple[int, ...]]
 
 
 class Staging:
@@ -42,6 +56,7 @@ class Staging:
             deque()
         )  # from copies that nobody holds any more
         self._reserving: threading.Thread | None = None
+        self._latest: weakref.ref[Staged] | None = None
 
     def begin(self) -> None:
         """Another run begins: with its first copy, buffers of kinds that it does not need are dropped."""
@@ -66,14 +81,23 @@ class Staging:
         self._reserving.start()
 
     def copy(self, state: Mapping[str, Any]) -> Staged:
-        """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too."""
-        kinds = [_kind(tensor) for tensor in _tensors(state)]
+        """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too.
+
+        If nothing large has changed since the latest copy, which is still held (by who writes it), they share memory.
+        """
+        tensors = _tensors(state)
+        before = None if self._latest is None else self._latest()
+        found = _unchanged(tensors, [] if before is None else before.copies)
+        kinds = [_kind(tensor) for tensor, shared in zip(tensors, found, strict=True) if shared is None]
         buffers = self._take(kinds)
-        left = iter(buffers)
+        left, copies = iter(buffers), list[tuple[_Mark, Tensor]]()
 
         def copied(value: Tensor) -> Tensor:
+            shared = found[len(copies)]
             # leaf tensors may require gradients; the copy never does
-            return next(left).copy_(value.detach(), non_blocking=True)
+            copy = next(left).copy_(value.detach(), non_blocking=True) if shared is None else shared
+            copies.append((_mark(value), copy))
+            return copy
 
         try:
             with torch.no_grad():
@@ -82,6 +106,9 @@ class Staging:
             if any(from_gpu for _, _, from_gpu in kinds):  # also before the buffers of a failed copy may go
                 torch.cuda.current_stream().synchronize()
         weakref.finalize(staged, self._returned.append, (kinds, buffers))
+        staged.copies = copies
+        staged.before = before if any(shared is not None for shared in found) else None
+        self._latest = weakref.ref(staged)
         return staged
 
     def _take(self, kinds: Sequence[_Kind]) -> list[Tensor]:
@@ -117,6 +144,32 @@ class Staging:
 
 def _kind(tensor: Tensor) -> _Kind:
     return tensor.dtype, tensor.shape, tensor.device.type == "cuda"
+
+
+def _mark(tensor: Tensor) -> _Mark:
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return 0, 0, tensor.shape, ()
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride()
+
+
+def _unchanged(tensors: Sequence[Tensor], copies: Sequence[tuple[_Mark, Tensor]]) -> list[Tensor | None]:
+    """For each tensor the copy that it can share; none for any, unless for all large ones.
+
+    Two files of one moment have such: that of the best checkpoint and the last.
+    """
+    found: list[Tensor | None] = [None] * len(tensors)
+    large = [index for index, tensor in enumerate(tensors) if tensor.numel() * tensor.element_size() >= _LARGE]
+    if not large or len(copies) != len(tensors):
+        return found
+    for index in large:
+        tensor, (mark, copy) = tensors[index], copies[index]
+        same = tensor.device.type == "cpu" and mark[0] != 0 and _mark(tensor) == mark and tensor.dtype == copy.dtype
+        # the content too, as `.data` is written to without a version
+        if not same or not torch.equal(copy, tensor.detach()):
+            return [None] * len(tensors)
+        found[index] = copy
+    return found
 
 
 def _copied(value: Any) -> Any:

@@ -156,3 +156,30 @@ def test_a_copy_that_fails_still_waits_for_what_it_has_begun(device: Device) -> 
     with pytest.raises(RuntimeError):
         staging.copy({"a": torch.ones(3), "sparse": torch.ones(3).to_sparse()})
     assert device.waits == 1
+
+
+def test_two_copies_of_one_moment_share_what_is_large() -> None:
+    """As those of the best checkpoint and the last are; what small things differ in is each one's own."""
+    staging, live = Staging(torch.device("cpu")), {"a": torch.ones(100_000), "step": torch.zeros(())}
+    first = staging.copy(live)
+    live["step"] += 1
+    second = staging.copy(live)
+    assert second["a"].data_ptr() == first["a"].data_ptr()
+    assert (float(first["step"]), float(second["step"])) == (0, 1)
+    del first
+    place = second["a"].data_ptr()
+    live["a"].data[5] = 3.0  # of which the tensor's version does not tell
+    third = staging.copy(live)
+    assert third["a"].data_ptr() != place and third["a"][5] == 3
+    assert second["a"][5] == 1
+    del second
+    live["a"] += 1
+    assert staging.copy(live)["a"].data_ptr() == place  # once nobody holds either of the two
+
+
+def test_nothing_is_shared_where_a_large_tensor_has_changed() -> None:
+    staging, live = Staging(torch.device("cpu")), {"a": torch.ones(100_000), "b": torch.ones(100_000)}
+    first = staging.copy(live)
+    live["b"] += 1
+    second = staging.copy(live)
+    assert second["a"].data_ptr() != first["a"].data_ptr()

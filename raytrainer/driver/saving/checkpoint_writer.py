@@ -98,6 +98,7 @@ class _Job:
     path: str
     exists: bool
     do: Callable[[], None]
+    moment: object = None
     on_error: Callable[[StorageError], None] | None = None
 
 
@@ -126,6 +127,7 @@ class CheckpointWriter:
         path: str,
         resolve: Callable[[], dict[str, Any]],
         on_error: Callable[[StorageError], None] | None = None,
+        moment: object = None,
     ) -> None:
         """Write what `resolve` returns; it is called in the background.
 
@@ -133,6 +135,7 @@ class CheckpointWriter:
             path: Where to.
             resolve: Gives the checkpoint.
             on_error: Called in the background if it cannot be written, which is then no failure.
+            moment: See `await_others`.
         """
 
         def write() -> None:
@@ -142,8 +145,17 @@ class CheckpointWriter:
                 release(path)
 
         # at most one state waits while another is written, so that memory stays bounded
-        self._wait(lambda: sum(job.exists for job in self._jobs) <= 1)
-        self._submit(_Job(path, True, write, on_error))
+        self.await_others(moment, left=1)
+        self._submit(_Job(path, True, write, moment, on_error))
+
+    def await_others(self, moment: object = None, left: int = 0) -> None:
+        """Wait until at most so many states that have been announced are still to be written.
+
+        Args:
+            moment: Of a state that is to come. Those of the same one are not waited for: they share their memory.
+            left: How many.
+        """
+        self._wait(lambda: sum(job.exists and (moment is None or job.moment != moment) for job in self._jobs) <= left)
 
     def remove(self, path: str) -> None:
         """Delete a checkpoint, after everything asked for before."""

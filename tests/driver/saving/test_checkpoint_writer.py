@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny import Tiny, data, weights
 
+from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.errors import CheckpointError, StateLostError
+from raytrainer.worker.staging import Staging
 
 STATE = {"epoch": 0, "global_step": 1, "state_dict": {}, "hyper_parameters": {}}
 
@@ -55,3 +60,30 @@ def test_a_state_of_replaced_workers_is_told_of_only(
     writer.save(new, lambda: STATE)  # as the run comes by here again
     writer.flush()
     assert Path(new).exists()
+
+
+def test_one_state_beside_the_live_one(local_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast saves follow each other; what two files of one moment have in common is held once."""
+    held: list[weakref.ref[Any]] = []
+    most = 0
+    copy = Staging.copy
+
+    def counted(self: Staging, state: Any) -> Any:
+        nonlocal most
+        staged = copy(self, state)
+        held.append(weakref.ref(staged))
+        places = {there["state_dict"]["large"].data_ptr() for ref in held if (there := ref()) is not None}
+        most = max(most, len(places))
+        return staged
+
+    monkeypatch.setattr(Staging, "copy", counted)
+    module = Tiny()
+    module.register_buffer("large", torch.zeros(100_000))
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, save_top_k=-1)
+    trainer = local_trainer(max_epochs=2, callbacks=[saves])
+    trainer.fit(module, data(8, 2))
+    assert most == 1
+    assert len(held) == 2 * trainer.global_step
+    assert len(list(tmp_path.glob("*.ckpt"))) == trainer.global_step + 1
+    last = Tiny.load_from_checkpoint(saves.last_model_path, strict=False)
+    assert (weights(last) == weights(module)).all()
