@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
@@ -67,8 +68,22 @@ def read_to_resume(
     changed = "made_by" in checkpoint or any(
         isinstance(callback, Callback) and overridden(callback, "on_load_checkpoint") for callback in callbacks
     )
-    again = None if changed else functools.partial(read_checkpoint, path, lazily=lazily)
+    again = None if changed else functools.partial(_read_again, path, lazily, "progress" in checkpoint)
     return Beginning({**checkpoint, "path": path}, again)
+
+
+def _read_again(path: str, lazily: bool, whole: bool) -> dict[str, Any]:
+    """For workers in place of those that were lost before there was a snapshot."""
+    try:
+        checkpoint = read_checkpoint(path, lazily=lazily)
+        if whole and "progress" not in checkpoint:
+            raise CheckpointError(f"{path}: it has been replaced, by weights alone.")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"Workers were lost before there was a snapshot, and the checkpoint that this run began with is not to be "
+            f"had any more: {error}"
+        ) from error
+    return checkpoint
 
 
 def _newest(savers: Sequence[ModelCheckpoint], loggers: Sequence[Logger], default_root_dir: str) -> str | None:

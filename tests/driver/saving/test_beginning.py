@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exact import Exact, Mortal, run, same
 from tiny import Tiny, data
 
 from raytrainer import Callback, ModelCheckpoint, Trainer
 from raytrainer.driver.saving import checkpoint_to_resume
 from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
+from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.errors import CheckpointError
 
 
 def test_what_can_be_read_anew_is_let_go() -> None:
@@ -81,3 +85,28 @@ def test_what_hooks_edit_is_kept_for_workers_in_place_of_lost_ones(callbacks: An
     beginning.taken_up(for_good=False)
     assert ("edited" in beginning.state) != anew
     assert beginning.state["global_step"] == 10
+
+
+@pytest.mark.parametrize("fate", ["is there", "is gone", "is weights alone"])
+def test_workers_that_are_lost_before_a_snapshot(fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others begin with the same checkpoint, read anew; where that cannot be, the run says so."""
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: Mortal())
+    calm = Exact()
+    run(calm, tmp_path / "calm")
+    run(Exact(), tmp_path, save_every=4, max_steps=9)
+    path, module = tmp_path / "last.ckpt", Exact((0, 23), flag=f"{tmp_path}/flag")
+
+    class Acts(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            if fate != "is there":
+                shutil.rmtree(path)
+            if fate == "is weights alone":
+                trainer.save_checkpoint(path, weights_only=True)
+
+    options: dict[str, Any] = {"ckpt_path": str(path), "snapshot_every": 1000, "callbacks": [Acts()]}
+    if fate == "is there":
+        trainer, _ = run(module, tmp_path, **options)
+        assert len(trainer.recoveries) == 1 and same(module, calm)
+    else:
+        with pytest.raises(CheckpointError, match="before there was a snapshot, and the checkpoint that"):
+            run(module, tmp_path, **options)
