@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import ray
@@ -50,6 +53,8 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
             buffer = io.BytesIO()
             torch.jit.save(value, buffer)
             return _load_scripted, (buffer.getvalue(),)
+        if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value and type(value) is not ModuleType:
+            return importlib.import_module, (value.__name__,)  # torch.backends.cudnn, which cloudpickle would refuse
         reduced = reduce_parametrized(value)
         return super().reducer_override(value) if reduced is None else reduced
 

@@ -142,3 +142,13 @@ def test_without_torchs_private_functions(name: str, monkeypatch: pytest.MonkeyP
     layer = own(nn.Linear(4, 4))
     monkeypatch.delattr(parametrize, name)
     assert torch_private.reduce_parametrized(layer) is None
+
+
+def test_a_class_of_a_script_may_name_what_torch_puts_in_a_modules_place() -> None:
+    """`torch.backends.cudnn` is an object that looks like a module, which cloudpickle refuses."""
+    source = "def look(self): return torch.backends.cudnn.deterministic, torch.backends.mps.is_available()"
+    names: dict[str, Any] = {"torch": torch, "__name__": "__main__"}
+    exec(source, names)
+    kind = type("OfAScript", (Tiny,), {"look": names["look"], "__module__": "__main__"})
+    sent = Pickled(dumps(kind())).get()
+    assert sent.look() == (torch.backends.cudnn.deterministic, torch.backends.mps.is_available())
