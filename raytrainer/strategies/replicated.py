@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import ConfigurationError, DisagreementError
 from raytrainer.plan.ranks import Ranks
@@ -57,6 +58,12 @@ class ReplicatedStrategy(GroupStrategy):
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
             return step
+        lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+        if lazy and self.ranks.world_size > 1:
+            raise ConfigurationError(
+                f"{', '.join(lazy[:3])}: lazy modules have no shape before their first batch, so workers cannot begin "
+                f"alike. Call the module with one batch before fit, or in configure_model."
+            )
         if not module.automatic_optimization:
             # DDP allows one backward pass for each forward pass, so sync_manual averages; here ranks begin alike
             take_from_first((*module.parameters(), *module.buffers()))

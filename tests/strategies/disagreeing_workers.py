@@ -90,6 +90,12 @@ class Unused(Part):
         return self.often(y) if x[0, 0] > 0 else y
 
 
+class Lazy(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.LazyLinear(2)
+
+
 class Net(Module):
     """A part whose losses `verdict` may change: it says what (batch_idx, rank) has in place of a loss, if anything."""
 
@@ -224,6 +230,7 @@ WRONG: dict[str, tuple[Case, tuple[str, ...]]] = {
         Case(at(1, 1, lambda loss: torch.zeros(())), accumulate=2), ("without a graph in batch 1 of rank 1",),
     ),
     "a part unused": (Case(VERDICTS["losses"], part=Unused), ("does not depend on part.never.weight", "find_unused")),
+    "no shape yet": (Case(VERDICTS["losses"], part=Lazy), ("part.late.weight", "lazy", "Call the module")),
     "another graph": (
         Case(at(3, 1, lambda loss: torch.ones((), requires_grad=True) * 2)),
         ("loss of rank 1 in batch 3 does not depend on part.layer.weight", "None"),
