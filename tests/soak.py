@@ -1,8 +1,9 @@
-"""Kill random workers every few seconds, for as long as told, and compare the end of each run with an undisturbed one.
+"""Kill random workers and spares every few seconds, for as long as told; each run must end as an undisturbed one does.
 
-    python tests/soak.py --seconds 120 --workers 2
+    python tests/soak.py --seconds 120 --workers 2 --every 15 --spares 1
 
-Exits with 1 if a run ended differently or not at all, or if nothing was ever lost.
+Exits with 1 if a run ended differently or not at all, if nothing was ever lost, or if something is left over: threads,
+placement groups, workers' processes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class Slow(Exact):
         return super().training_step(batch, batch_idx)
 
 
-def workers() -> list[int]:
+#: What Ray calls the processes of workers, and of those that wait to become one.
+TRAINING, ALL = (b"ray::RemoteWorker",), (b"ray::RemoteWorker", b"ray::Spare")
+
+
+def workers(kinds: tuple[bytes, ...] = TRAINING) -> list[int]:
     """The training actors among the descendants of this process: those of other people's Ray are none of ours."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -51,7 +56,7 @@ def workers() -> list[int]:
             pid = parents.get(pid, 0)
         return False
 
-    return [pid for pid, name in names.items() if name.startswith(b"ray::RemoteWorker") and ours(pid)]
+    return [pid for pid, name in names.items() if name.startswith(kinds) and ours(pid)]
 
 
 class Killer(threading.Thread):
@@ -64,7 +69,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(self.rng.uniform(0.5, 1.5) * self.every):
-            found = workers()
+            found = workers(ALL)
             if found:
                 try:
                     os.kill(self.rng.choice(found), signal.SIGKILL)
@@ -78,6 +83,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=float, default=4.0, help="mean seconds between kills")
+    parser.add_argument("--spares", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -88,19 +95,20 @@ def main() -> int:
     rng = random.Random(args.seed)
     ray.init("local", num_cpus=args.workers + 1, include_dashboard=False, log_to_driver=False)
     options = {"strategy": "ddp", "num_processes": args.workers, "snapshot_every": 3, "max_failures": 1000}
+    options |= {"spares": args.spares, "max_epochs": args.epochs}
     bad = runs = recoveries = 0
     killer = Killer(args.every, rng)
     try:
         with tempfile.TemporaryDirectory() as folder:
             calm = Slow()
-            _, rows = run(calm, folder, max_epochs=6, **options)
+            _, rows = run(calm, folder, **options)
             end = time.monotonic() + args.seconds
             killer.start()
             while time.monotonic() < end:
                 module, began, before = Slow(), time.monotonic(), killer.kills
                 verdict, met = "equal", 0
                 try:
-                    trainer, struck_rows = run(module, folder, max_epochs=6, **options)
+                    trainer, struck_rows = run(module, folder, **options)
                     met = len(trainer.recoveries)
                     if not same(module, calm):
                         verdict = "DIFFERENT weights"
@@ -118,9 +126,25 @@ def main() -> int:
     finally:
         killer.over.set()
         pool.close_idle()
+        left = left_over()
         ray.shutdown()
-    print(f"{runs} runs, {killer.kills} kills, {recoveries} recoveries, {bad} bad")
-    return 1 if bad or not recoveries else 0  # a soak in which nothing was lost shows nothing
+    print(f"{runs} runs, {killer.kills} kills, {recoveries} recoveries, {bad} bad; left over: {left or 'nothing'}")
+    return 1 if bad or left or not recoveries else 0  # a soak in which nothing was lost shows nothing
+
+
+def left_over() -> list[str]:
+    """What there is still after the last run, when what is killed has had ten seconds to go."""
+    import ray
+
+    def now() -> list[str]:
+        groups = [table["state"] for table in ray.util.placement_group_table().values() if table["state"] != "REMOVED"]
+        names = [thread.name for thread in threading.enumerate() if thread.name == "checkpoint-writer"]
+        return [*groups, *names, *(f"process {pid}" for pid in workers(ALL))]
+
+    end = time.monotonic() + 10
+    while (found := now()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
 
 
 if __name__ == "__main__":
