@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,7 @@ from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
 # a fork of a process whose torch knows GPUs cannot run backward passes
-_FORK = multiprocessing.get_context("forkserver" if torch.cuda.device_count() else "fork")
+FORK = multiprocessing.get_context("forkserver" if torch.cuda.device_count() else "fork")
 
 
 class ForkedGroup:
@@ -45,11 +46,11 @@ class ForkedGroup:
     def __init__(self, size: int, nodes: int = 1) -> None:
         self.size, self.nodes, self.broken = size, nodes, False
         self.by_node: Mapping[str, int] = {f"node{index}": size // nodes for index in range(nodes)}
-        ports = _FORK.Queue()
+        ports = FORK.Queue()
         self._pipes, self._processes = [], []
         for rank in range(size):
-            here, there = _FORK.Pipe()
-            process = _FORK.Process(target=_work, args=(rank, size, nodes, ports, there), daemon=True)
+            here, there = FORK.Pipe()
+            process = FORK.Process(target=_work, args=(rank, size, nodes, ports, there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -132,6 +133,7 @@ class ForkedGroup:
 
 
 def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any) -> None:
+    gc.freeze()  # looking for garbage would copy all memory that is shared with the test's process
     torch.set_num_threads(1)
     per_node = size // nodes
     ranks = Ranks(rank, size, rank % per_node, per_node, rank // per_node, nodes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_group import FORK
 from tiny import Tiny, data
 
 from raytrainer import CheckpointError, ConfigurationError, CSVLogger, ModelCheckpoint, PredictionWriter
@@ -96,7 +97,7 @@ def test_a_file_is_no_place_for_a_checkpoint(tmp_path: Path) -> None:
 def test_what_a_killed_save_has_left_goes_with_the_next(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     write_checkpoint(path, {"epoch": 1})
-    process = multiprocessing.get_context("spawn").Process(target=_die_while_saving, args=(path,))
+    process = FORK.Process(target=_die_while_saving, args=(path,))
     process.start()
     process.join()
     assert process.exitcode == 9 and len(list(path.iterdir())) == 4
@@ -157,8 +158,7 @@ def test_the_newest_that_is_damaged_is_not_passed_over(local_trainer: Any, tmp_p
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     path = f"{tmp_path}/x.ckpt"
     assert reserve(path) and not reserve(path)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # which has not inherited what is reserved here
         assert pool.apply(reserve, (path,)) is False
         release(path)
         assert not os.path.exists(path) and pool.apply(reserve, (path,)) is True
@@ -169,10 +169,9 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_two_processes_get_different_versions_and_names(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    begin = context.Barrier(2)
-    answers = context.Queue()
-    processes = [context.Process(target=_train, args=(tmp_path, begin, answers)) for _ in range(2)]
+    begin = FORK.Barrier(2)
+    answers = FORK.Queue()
+    processes = [FORK.Process(target=_train, args=(tmp_path, begin, answers)) for _ in range(2)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=120) for _ in processes]

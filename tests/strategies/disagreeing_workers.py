@@ -1,14 +1,13 @@
 """Runs in which workers disagree, in plain processes that play the workers, without Ray.
 
-`main(folder)` plays all cases and pickles what each worker found: its weights, or its error.
+`found_by_all` plays all cases and says what each worker found: its weights, or its error.
 """
 
 from __future__ import annotations
 
-import os
+import gc
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_group import FORK
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel  # noqa: F401  imports much, once for all
 from torch.utils.data import DataLoader
@@ -294,8 +294,14 @@ def play(case: Case, ranks: Ranks, group: ProcessGroup) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in module.state_dict().items()}
 
 
-def work(cases: dict[Any, Case], ranks: Ranks, folder: Path) -> None:
-    """One worker's life: all cases, or up to the first one that fails."""
+def case_of(name: Any) -> Case:
+    return RIGHT[name] if name in RIGHT else WRONG[name][0]
+
+
+def work(names: list[Any], ranks: Ranks, folder: Path) -> None:
+    """One worker's life: all cases of these names, or up to the first one that fails."""
+    gc.freeze()  # looking for garbage would copy all memory that is shared with the test's process
+    torch.set_num_threads(1)
     port = folder / "port"
     store = None
     if ranks.rank == 0:
@@ -307,15 +313,15 @@ def work(cases: dict[Any, Case], ranks: Ranks, folder: Path) -> None:
         ranks, "127.0.0.1", int(port.read_text()), "127.0.0.1", "gloo", torch.device("cpu"), store, timeout=100.0
     )
     found: dict[Any, Any] = {}
-    for name, case in cases.items():
+    for name in names:
         try:
-            found[name] = play(case, ranks, group)
+            found[name] = play(case_of(name), ranks, group)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
             break
     write(folder / f"found{ranks.rank}", pickle.dumps(found))
     if any(isinstance(f, str) for f in found.values()):
-        signal.pause()  # until the driver, here `run`, ends all workers
+        signal.pause()  # until the driver, here `Group`, ends all workers
     group.close()
 
 
@@ -326,45 +332,54 @@ def write(path: Path, content: bytes) -> None:
     part.rename(path)
 
 
-def run(cases: dict[Any, Case], folder: Path) -> list[dict[Any, Any]]:
-    """What each worker found. Once one has failed, others get two seconds, and are killed, as the driver does."""
-    folder.mkdir()
-    world = next(iter(cases.values())).world
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            try:
-                work(cases, Ranks(rank, world, rank, world), folder)
-            except BaseException as error:
-                print(f"{list(cases)}, rank {rank}: {error!r}", file=sys.stderr, flush=True)
-            os._exit(0)
-        children.append(child)
-    files = [folder / f"found{rank}" for rank in range(world)]
-    limit, failed = time.monotonic() + 120.0, False
-    while time.monotonic() < limit and not all(file.exists() for file in files):
-        found = [pickle.loads(file.read_bytes()) for file in files if file.exists()]
-        if not failed and any(isinstance(f, str) for own in found for f in own.values()):
-            failed, limit = True, time.monotonic() + 2.0
-        time.sleep(0.005)
-    found = [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
-    for child in children:
-        if any(len(own) < len(cases) or isinstance(list(own.values())[-1], str) for own in found):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+class Group:
+    """Workers in processes of their own, which have begun with some cases.
+
+    Once one has failed, others get two seconds, and are killed, as the driver does.
+    """
+
+    def __init__(self, names: list[Any], folder: Path) -> None:
+        folder.mkdir()
+        self.names, world = names, case_of(names[0]).world
+        self.files = [folder / f"found{rank}" for rank in range(world)]
+        self.limit, self.failed = time.monotonic() + 240.0, False
+        self.processes = [
+            FORK.Process(target=work, args=(names, Ranks(rank, world, rank, world), folder)) for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def found(self) -> list[dict[Any, Any]]:
+        return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in self.files]
+
+    def busy(self) -> bool:
+        """Whether some worker is still to say what it has found."""
+        if not self.failed and any(isinstance(f, str) for own in self.found() for f in own.values()):
+            self.failed, self.limit = True, time.monotonic() + 2.0
+        working = any(
+            process.is_alive() and not file.exists() for process, file in zip(self.processes, self.files, strict=True)
+        )
+        return working and time.monotonic() < self.limit
+
+    def end(self) -> list[dict[Any, Any]]:
+        found = self.found()
+        for process in self.processes:
+            if any(len(own) < len(self.names) or isinstance(list(own.values())[-1], str) for own in found):
+                process.kill()
+            process.join()
+        return found
+
+
+def found_by_all(folder: Path) -> dict[Any, list[Any]]:
+    """What each worker has found, by case. What is right goes one after the other, what is wrong at the same time."""
+    together = [[name for name, case in RIGHT.items() if case.world == world] for world in (2, 3)]
+    found: dict[Any, list[Any]] = {}
+    for index, started in enumerate([*([names] for names in together), [[name] for name in WRONG]]):
+        groups = [Group(names, folder / f"{index}-{number}") for number, names in enumerate(started)]
+        while any([group.busy() for group in groups]):
+            time.sleep(0.005)
+        for group in groups:
+            for own in group.end():
+                for name, what in own.items():
+                    found.setdefault(name, []).append(what)
     return found
-
-
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1)])  # imports much, once for all
-    together = [{n: c for n, c in RIGHT.items() if c.world == world} for world in (2, 3)]
-    found = [
-        run(cases, folder / str(i)) for i, cases in enumerate([*together, *({n: c} for n, (c, _) in WRONG.items())])
-    ]
-    by_name: dict[Any, list[Any]] = {}
-    for workers in found:
-        for own in workers:
-            for name, what in own.items():
-                by_name.setdefault(name, []).append(what)
-    (folder / "found").write_bytes(pickle.dumps(by_name))

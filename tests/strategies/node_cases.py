@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import time
 from dataclasses import dataclass, field
@@ -259,6 +260,7 @@ def gather_all_kinds(ranks: Ranks, group: ProcessGroup, device: torch.device) ->
 
 def main(rank: int, folder: Path, gpus: int = 0) -> None:
     """`gpus`: how many there are; cases that need more are left out. 0: CPUs and gloo."""
+    gc.freeze()  # looking for garbage would copy all memory that is shared with the test's process
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     if gpus:

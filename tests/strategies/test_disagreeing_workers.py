@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from disagreeing_workers import RIGHT, VERDICTS, WRONG, Case, Net, Part, Sparse, adam, at, leaf, reference
+from disagreeing_workers import (
+    RIGHT,
+    VERDICTS,
+    WRONG,
+    Case,
+    Net,
+    Part,
+    Sparse,
+    adam,
+    at,
+    found_by_all,
+    leaf,
+    reference,
+)
 
 from raytrainer.errors import ConfigurationError
 
@@ -18,16 +27,7 @@ from raytrainer.errors import ConfigurationError
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     """What each worker found, by case."""
-    folder = tmp_path_factory.mktemp("disagreeing")
-    script = "import sys, pathlib, disagreeing_workers as d; d.main(pathlib.Path(sys.argv[1]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    played = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(folder)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
-    )  # fmt: skip
-    assert played.returncode == 0, played.stdout
-    result: dict[Any, list[Any]] = pickle.loads((folder / "found").read_bytes())
-    return result
+    return found_by_all(tmp_path_factory.mktemp("disagreeing"))
 
 
 @pytest.mark.parametrize("name", RIGHT, ids=", ".join)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from node_cases import CASES, SEED, WORKERS, Case, Found, Looks, Plain, contrastive, play
+from forked_group import FORK
+from node_cases import CASES, SEED, WORKERS, Case, Found, Looks, Plain, contrastive, main, play
 
 from raytrainer.data.feed import Feed
 from raytrainer.data.sharding import Share
@@ -26,21 +24,16 @@ ONE_NODE = [name for name, case in CASES.items() if case.nodes == 1 and case.mod
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each worker found, by case."""
     folder = tmp_path_factory.mktemp("nodes")
-    script = "import sys, pathlib, node_cases; node_cases.main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORKERS)
-    ]  # fmt: skip
+    workers = [FORK.Process(target=main, args=(rank, folder)) for rank in range(WORKERS)]
+    for worker in workers:
+        worker.start()
     try:
-        said = [worker.communicate(timeout=300)[0] for worker in workers]
+        for worker in workers:
+            worker.join(300)
     finally:
         for worker in workers:
             worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(said)
+    assert all(worker.exitcode == 0 for worker in workers)
     by_rank = [pickle.loads((folder / f"found{rank}").read_bytes()) for rank in range(WORKERS)]
     return {name: [own[name] for own in by_rank if name in own] for name in by_rank[0]}
 
