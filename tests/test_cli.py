@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -166,10 +166,13 @@ def test_errors_end_with_a_message(words, message, config, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_as_a_program(tmp_path):
-    command = [sys.executable, "-m", "raytrainer", "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert found.returncode == 0 and found.stdout.startswith("usage: python -m raytrainer {fit,validate,test,predict}")
+def test_as_a_program(monkeypatch, capsys):
+    """`python -m`, in this process; in one of its own: see test_doctor."""
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("raytrainer", run_name="__main__", alter_sys=True)
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith("usage: python -m raytrainer {fit,validate,test,predict}")
 
 
 def test_without_jsonargparse(monkeypatch):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchmetrics
@@ -328,16 +325,3 @@ def test_one_object_in_two_stages_is_refused(sanity, local_trainer):
 
     with pytest.raises(MetricError, match=r"'val_acc', <BinaryAccuracy>.*training logs the same.*one object a stage"):
         local_trainer(max_epochs=2, num_sanity_val_steps=sanity).fit(Shared(), data(8), data(8))
-
-
-def test_training_does_not_import_it():
-    code = """
-import sys, torch, raytrainer
-sys.path.insert(0, "tests")
-from tiny import Tiny, data
-trainer = raytrainer.Trainer(strategy="local", max_epochs=1, logger=False, enable_checkpointing=False)
-trainer.fit(Tiny(), data(4), data(4))
-print("torchmetrics" in sys.modules)
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert found.stdout.strip().splitlines()[-1] == "False", found.stderr
