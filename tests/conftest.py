@@ -12,16 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-import raytrainer
-from raytrainer import seeding
-
-# several runs share a machine, and threads that wait for each other make tiny models slow
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # what distributes tests over processes runs none, and an import of torch takes seconds
+    import raytrainer
 
 # files tests/ray/test_ray_*.py that need a process without the session's Ray
 OWN_RAYS = ("attach", "control_c", "gpu_places", "memory", "nodes", "notebook")
@@ -32,6 +28,10 @@ _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "t
 
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: garbage is not looked for in it at each collection."""
+    import torch
+
+    # several runs share a machine, and threads that wait for each other make tiny models slow
+    torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports much
     gc.collect()
     gc.freeze()
@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Generators start alike, and no test sees another one's `seed_everything`."""
+    import torch
+
+    from raytrainer import seeding
+
     random.seed(0)
     torch.manual_seed(0)
     if "numpy" in sys.modules:
@@ -103,7 +107,8 @@ def _scope(nodeid: str) -> str:
     if path.parts[:2] == ("tests", "ray"):
         # one Ray for all, and others one after the other: some look for one that runs on this machine
         return "2 Rays of their own" if path.stem.removeprefix("test_ray_") in OWN_RAYS else "1 Ray of the session"
-    return f"4 {path}"  # which share what they set up
+    # which share what they set up; the last ones are short, so that neither process is the only one for long
+    return f"4 {path}" if path.parts[1] == "strategies" or path.stem == "test_ends" else f"5 {path}"
 
 
 @pytest.hookimpl(trylast=True)
@@ -130,6 +135,8 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if room in ("ray", "cluster") or lasting:
         yield
         return
+    import torch
+
     threads, children, environment = _own_threads(), _children(), _environment()
     directory, dtype = os.getcwd(), torch.get_default_dtype()
     yield
@@ -151,6 +158,7 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def local_trainer(tmp_path: Path) -> Callable[..., raytrainer.Trainer]:
     """Makes quiet trainers of this process, which write below `tmp_path` only."""
+    import raytrainer
 
     def make(**options: Any) -> raytrainer.Trainer:
         quiet: dict[str, Any] = {
