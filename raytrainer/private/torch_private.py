@@ -66,13 +66,16 @@ def abort_groups() -> bool:
     """End every collective of this process, also those that another thread waits in; return whether that can be done.
 
     The groups are gone then. It ends what NCCL does, not what gloo does. Until this has returned, no other thread may
-    use, leave or form a group. Without `_abort_process_group`: False, and nothing happens.
+    use, leave or form a group. Without `_abort_process_group`, or with several groups of NCCL, out of which it does not
+    come back (torch 2.11): False, and nothing happens.
     """
     try:
-        from torch.distributed.distributed_c10d import _abort_process_group
+        from torch.distributed.distributed_c10d import _abort_process_group, _world
     except ImportError:
         return False
     if torch.distributed.is_initialized():
+        if sum("nccl" in str(backend) for backend, *_ in _world.pg_map.values()) > 1:
+            return False
         _abort_process_group()
     return True
 

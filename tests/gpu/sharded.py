@@ -69,6 +69,8 @@ def main() -> int:
                     folder=folder, result=f"{folder}/result.json", cpu=args.cpu,
                 )  # fmt: skip
                 found[side].append(run(job))
+                # what has been measured is not lost when time is up
+                print(side, {k: v for k, v in found[side][-1].items() if k != "losses"}, flush=True, file=sys.stderr)
     best = {side: min(runs, key=lambda seen: float(seen["median"])) for side, runs in found.items()}
     wrong = _saving(best) if saving else _steps(best, args)
     if wrong and not args.cpu:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -241,6 +242,9 @@ def saved_by_hand(job: Job, model: Any, optimizer: Any) -> dict[str, float]:
     folder = f"{job.folder}/dcp"
     blocked = _seconds(job, lambda: pending.append(dcp.async_save(state, checkpoint_id=f"{folder}-async")))
     pending[0].result()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(f"{folder}-async")  # 17 GiB, which the disk may not have twice
     save = _seconds(job, lambda: dcp.save(state, checkpoint_id=folder))
     load = _seconds(job, lambda: dcp.load(state, checkpoint_id=folder))
     gib = sum(t.numel() * t.element_size() for t in held) * job.workers / 2**30

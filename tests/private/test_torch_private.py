@@ -39,6 +39,10 @@ def test_groups_cannot_be_aborted(monkeypatch):
     assert torch_private.abort_groups() and calls == []  # there is none
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert torch_private.abort_groups() and calls == ["abort"]
+    monkeypatch.setattr(type(c10d._world), "pg_map", {1: ("nccl", None), 2: ("gloo", None)})
+    assert torch_private.abort_groups() and calls == ["abort"] * 2
+    monkeypatch.setattr(type(c10d._world), "pg_map", {1: ("nccl", None), 2: ("cpu:gloo,cuda:nccl", None)})
+    assert not torch_private.abort_groups() and calls == ["abort"] * 2
     monkeypatch.delattr(c10d, "_abort_process_group")
     assert not torch_private.abort_groups()
 

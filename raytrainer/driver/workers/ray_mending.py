@@ -76,7 +76,7 @@ def _answering(asked: Sequence[tuple[int, Any]], well: Any) -> list[int]:
 
 
 def _text(answer: Any) -> str:
-    return answer.message if isinstance(answer, Failure) else "this torch cannot end what NCCL does"
+    return answer.message if isinstance(answer, Failure) else "what it does in NCCL cannot be ended from outside"
 
 
 def await_room(place: Place, slot: Slot) -> None:
