@@ -38,7 +38,10 @@ from raytrainer.checkpointing.typed_values import pack_hyperparameters
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import HYPERPARAMETERS
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["IN_MEMORY", "read_checkpoint", "write_checkpoint"]
+
+#: What only snapshots have, of what each worker has for itself: for workers that go on within the same run.
+IN_MEMORY = "attributes"
 
 
 def write_checkpoint(
@@ -55,6 +58,9 @@ def write_checkpoint(
         CheckpointError: Something in it is neither; names it. Or it cannot be written; names the file.
         GivenUpError: Nothing of it is left.
     """
+    if "own" in checkpoint:
+        own = [{name: item for name, item in part.items() if name != IN_MEMORY} for part in checkpoint["own"]]
+        checkpoint = {**checkpoint, "own": own}
     with ExitStack() as stack:
         stack.callback(release, os.fspath(path))
         if KEY not in checkpoint:  # what cannot be stored is told before anything is written

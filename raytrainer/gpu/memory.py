@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from typing import Any
 
 from raytrainer.gpu.choice import visible
-from raytrainer.gpu.nvml import Nvml
+from raytrainer.gpu.nvml import Nvml, open_nvml
 
-__all__ = ["MemorySampler", "own_index"]
+__all__ = ["MemorySampler", "own_index", "samplers"]
+
+log = logging.getLogger("raytrainer")
 
 
 class MemorySampler:
@@ -30,6 +33,16 @@ class MemorySampler:
 
     def __call__(self) -> dict[str, float]:
         return dict.fromkeys(self.names, self.nvml.used(self.index))
+
+
+def samplers(mode: str, device: Any, node: int) -> list[MemorySampler]:
+    """What measures on logging steps for `log_gpu_memory=mode`; nothing where NVML knows no GPU of this process."""
+    nvml = open_nvml() if device.type == "cuda" else None
+    index = None if nvml is None else own_index(device, nvml)
+    if nvml is None or index is None:
+        log.warning("log_gpu_memory=%r: NVML knows no GPU of this worker (%s).", mode, device)
+        return []
+    return [MemorySampler(mode, nvml, index, node)]
 
 
 def own_index(device: Any, nvml: Nvml) -> int | None:

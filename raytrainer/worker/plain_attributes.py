@@ -10,10 +10,10 @@ from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves, to_cpu
 
-__all__ = ["other_buffers", "plain_attributes"]
+__all__ = ["INTERNAL", "other_buffers", "plain_attributes"]
 
-#: attributes of torch's, and ours, that are no user data
-_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
+#: Attributes of torch's, and ours, that are no user data.
+INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
 
 
 def plain_attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -26,7 +26,7 @@ def plain_attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
     for path, part in module.named_modules():
         if path and type(part).__module__.startswith("torch."):
             continue
-        own = {k: v for k, v in vars(part).items() if k not in _INTERNAL and _plain(v)}
+        own = {k: v for k, v in vars(part).items() if k not in INTERNAL and _plain(v)}
         if own:
             found[path] = {name: map_leaves(value, to_cpu) for name, value in own.items()}
     return found

@@ -43,12 +43,8 @@ class SwitchedParts:
             optimizers: The run's.
             modes: Of each module outside of the evaluation in progress; empty if there is none.
         """
-        module = self._module
-        toggled = module.__dict__.get("_toggled", {})  # by toggle_optimizer, for a while
-        named = dict(module.named_parameters())
-        trained = {name: toggled.get(parameter, parameter.requires_grad) for name, parameter in named.items()}
-        training = {name: modes.get(part, part.training) for name, part in module.named_modules()}
-        names = {id(parameter): name for name, parameter in named.items()}
+        trained, training = self.flags(modes)
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         added = [
             [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups[made:]]
             for optimizer, made in zip(optimizers, self._groups, strict=False)
@@ -60,19 +56,31 @@ class SwitchedParts:
         }
         return changes if any(changes.values()) else {}
 
+    def flags(self, modes: Mapping[nn.Module, bool]) -> tuple[dict[str, bool], dict[str, bool]]:
+        """What is trained, and in training mode, outside of the evaluation in progress (see `changes`), by name."""
+        module = self._module
+        toggled = module.__dict__.get("_toggled", {})  # by toggle_optimizer, for a while
+        trained = {name: toggled.get(p, p.requires_grad) for name, p in module.named_parameters()}
+        return trained, {name: modes.get(part, part.training) for name, part in module.named_modules()}
+
+    def put_back(self, trained: Mapping[str, bool], training: Mapping[str, bool]) -> None:
+        """The reverse of `flags`."""
+        named, parts = dict(self._module.named_parameters()), dict(self._module.named_modules())
+        for name, flag in trained.items():
+            if name in named:
+                named[name].requires_grad = flag
+        for name, flag in training.items():
+            if name in parts:
+                parts[name].training = flag
+
     def take_up(
         self, changes: Mapping[str, Any], optimizers: Sequence[Optimizer], configs: Sequence[SchedulerConfig]
     ) -> None:
         """Change the module, and the optimizers before they load their states, as `changes` says."""
         if not changes:
             return
-        named, parts = dict(self._module.named_parameters()), dict(self._module.named_modules())
-        for name, flag in changes["trained"].items():
-            if name in named:
-                named[name].requires_grad = flag
-        for name, flag in changes["modes"].items():
-            if name in parts:
-                parts[name].training = flag
+        self.put_back(changes["trained"], changes["modes"])
+        named = dict(self._module.named_parameters())
         for optimizer, made, groups in zip(optimizers, self._groups, changes["groups"], strict=False):
             for names in groups[len(optimizer.param_groups) - made :]:
                 optimizer.add_param_group({"params": [named[name] for name in names if name in named]})

@@ -79,10 +79,11 @@ class TrainingLoop:
     def describe(self, begins: bool = True) -> TrainStart:
         """What is to come, at the run's beginning or at an epoch's."""
         run = self.run
+        size = getattr(self.feed.source, "batch_size", None)  # of a loader of one's own it may be anything
         validates = run.data.has_validation and run.task.settings.limit_val_batches != 0
         return TrainStart(
             batches=self.feed.length,
-            batch_size=getattr(self.feed.source, "batch_size", None),
+            batch_size=size if isinstance(size, int) else None,
             val_batches=[feed.length for feed in run.data.feeds("val")] if validates and begins else [],
             plateaus=run.plateaus(),
             stop=self.view.should_stop,
@@ -111,6 +112,7 @@ class TrainingLoop:
             self.run.resume_generators()
         if not resumed:
             self.run.hooks.call("on_train_epoch_start")
+        self.run.go_on()
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._prepare_again()

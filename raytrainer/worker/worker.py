@@ -55,8 +55,7 @@ class Worker:
         self, ranks: Ranks | None = None, device: torch.device | None = None, *, in_place: bool = False
     ) -> None:
         self.in_place = in_place
-        self.ranks = ranks or Ranks()
-        self.device = device or torch.device("cpu")
+        self.ranks, self.device = ranks or Ranks(), device or torch.device("cpu")
         self.group: ProcessGroup | None = None
         self._run: WorkerRun | None = None
         self._training: TrainingLoop | None = None
@@ -100,7 +99,8 @@ class Worker:
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.group is None and task.settings.sharding is not None:
             self.group = lone_group(self.device)
-        self._run = WorkerRun(task, make_strategy(task.settings, self.ranks, self.device, self.group, task.seed))
+        strategy = make_strategy(task.settings, self.ranks, self.device, self.group, task.seed)
+        self._run = WorkerRun(task, strategy, replaceable=not self.in_place)
         return self._run.setup()
 
     @verb(Wait.USER_CODE)

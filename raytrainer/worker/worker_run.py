@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 
 from raytrainer.ending import Ending
-from raytrainer.gpu.memory import MemorySampler, own_index
-from raytrainer.gpu.nvml import open_nvml
+from raytrainer.gpu.memory import samplers
 from raytrainer.messages import PlateauWish, SetupReport
 from raytrainer.metric_messages import MetricSpec, Number
 from raytrainer.metrics.exact_numbers import as_tensor
@@ -24,6 +22,7 @@ from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
+from raytrainer.worker.attribute_snapshots import AttributeSnapshots
 from raytrainer.worker.compiling import compile_module
 from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.hook_calls import Hooks, overridden
@@ -38,8 +37,6 @@ from raytrainer.worker.torch_flags import apply_flags
 
 __all__ = ["WorkerRun"]
 
-log = logging.getLogger("raytrainer")
-
 
 class WorkerRun:
     """Holds what the loops of one run share: module, view, hooks, feeds, precision, strategy.
@@ -47,10 +44,11 @@ class WorkerRun:
     Args:
         task: What the driver sent.
         strategy: This worker's side of the strategy.
+        replaceable: Whether another worker may come in this one's place, and go on.
     """
 
-    def __init__(self, task: Task, strategy: Strategy) -> None:
-        self.task, self.strategy = task, strategy
+    def __init__(self, task: Task, strategy: Strategy, replaceable: bool = False) -> None:
+        self.task, self.strategy, self._replaceable = task, strategy, replaceable
         strategy.resumes = task.resuming
         self.profiler = task.profiler
         if self.profiler is not None:
@@ -87,6 +85,8 @@ class WorkerRun:
         self.evaluated = {"validate": 0, "test": 0, "predict": 0}  # batches so far, the step axis of on_step values
         self.stepped = 0  # batches that ended in a step: the loggers' step axis
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
+        self.attributes: AttributeSnapshots | None = None  # if `replaceable`
+        self.put_back: Callable[[], None] = lambda: None  # what hooks have changed that begin a run, where it goes on
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
         self._shaped: str | None = None  # what the strategy says of the form that it has given the module
         self._undo_flags = apply_flags(settings)
@@ -97,7 +97,7 @@ class WorkerRun:
 
     def setup(self) -> SetupReport:
         """Everything up to, and without, `on_fit_start`."""
-        task, module, view = self.task, self.module, self.view
+        task, module, view, settings = self.task, self.module, self.view, self.task.settings
         self._attach(view)
         if self.datamodule is not None:
             self.datamodule.trainer = view
@@ -118,8 +118,11 @@ class WorkerRun:
             module.train()
         transfer = self.data.bind_transfer(self.hooks, self.precision.convert_input)
         self.transfer = None if transfer is None else self.profiled("transfer_batch_to_device", transfer)
-        self._sample_memory()
+        if task.stage == "fit" and settings.log_gpu_memory is not None:
+            view.samplers += samplers(settings.log_gpu_memory, self.strategy.device, self.strategy.ranks.node_rank)
         self.switched = SwitchedParts(module)
+        if task.stage == "fit" and self._replaceable:
+            self.attributes = AttributeSnapshots(module)
         if not task.resuming:
             self.configure()
         return self.describe()
@@ -170,18 +173,6 @@ class WorkerRun:
             callback.__dict__.pop("_beside", None)
             if view is not None:
                 callback.__dict__["_beside"] = weakref.ref(self.module)
-
-    def _sample_memory(self) -> None:
-        """Have `log_gpu_memory` measured on logging steps."""
-        mode, device = self.task.settings.log_gpu_memory, self.strategy.device
-        if mode is None or self.task.stage != "fit":
-            return
-        nvml = open_nvml() if device.type == "cuda" else None
-        index = None if nvml is None else own_index(device, nvml)
-        if nvml is None or index is None:
-            log.warning("log_gpu_memory=%r: NVML knows no GPU of this worker (%s).", mode, device)
-            return
-        self.view.samplers.append(MemorySampler(mode, nvml, index, self.strategy.ranks.node_rank))
 
     def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
         """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
@@ -261,9 +252,15 @@ class WorkerRun:
             restore_rng(self.rng)
             self.rng = None
 
+    def go_on(self) -> None:
+        """The hooks that begin a run have been called anew after a loss: training goes on, with what it had changed."""
+        put_back, self.put_back = self.put_back, lambda: None
+        put_back()
+
     def finish(self) -> bytes | None:
         """Stop the profiler, and tear down; what it has recorded."""
         ending, profile = Ending(), None
+        self.go_on()  # a run that went on where it was to end
         if self.profiler is not None:
             with ending.step("stopping the profiler"):
                 profile = self.profiler.stop()

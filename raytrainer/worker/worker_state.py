@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raytrainer.checkpointing.checkpoint_format import IN_MEMORY
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import keep_types
 from raytrainer.metrics.metric_objects import load_states, states_of
@@ -35,7 +36,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
         final: The fit is over: no hook is called, and what comes home anyway is left out.
     """
     view, module = run.view, run.module
-    state: dict[str, Any] = {} if weights_only else {"own": _own_state(run)}
+    state: dict[str, Any] = {} if weights_only else {"own": _own_state(run, final)}
     if not run.strategy.holds_common(replica):
         return state
     state |= {
@@ -72,7 +73,7 @@ def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
     return strategy.own_part({"state_dict": strategy.module_state(module), "optimizer_states": states}, replica)
 
 
-def _own_state(run: WorkerRun) -> dict[str, Any]:
+def _own_state(run: WorkerRun, final: bool) -> dict[str, Any]:
     """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
     own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
     own["evaluated"] = dict(run.evaluated)
@@ -83,6 +84,8 @@ def _own_state(run: WorkerRun) -> dict[str, Any]:
     tensors = run.strategy.own_tensors(run.module)
     if tensors:
         own["tensors"] = tensors
+    if run.attributes is not None and not final:
+        own[IN_MEMORY] = {**run.attributes.take(run.module), "switched": run.switched.flags(run.view.modes)}
     return own
 
 
@@ -119,15 +122,8 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
                 f"the checkpoint has {len(saved)} {what}, configure_optimizers() gives {len(own)}; resume with the "
                 f"same optimizers, or load the weights alone with Module.load_from_checkpoint."
             )
-    for optimizer, state in zip(view.optimizers, states, strict=True):
-        run.strategy.load_optimizer(module, optimizer, copy.deepcopy(state))
-    for config, state in zip(view.lr_scheduler_configs, schedulers, strict=True):
-        config.scheduler.load_state_dict(copy.deepcopy(state))
     run.precision.load_state_dict(checkpoint.get("precision") or {})
-    saved_callbacks = checkpoint.get("worker_callbacks") or {}
-    for callback in run.task.callbacks:
-        if callback.state_key in saved_callbacks:
-            callback.load_state_dict(saved_callbacks[callback.state_key])
+    _restore_parts(run, checkpoint)
     view.global_step, view.current_epoch = checkpoint["global_step"], checkpoint["epoch"]
     run.stepped = checkpoint.get("stepped", checkpoint["global_step"])
     by_rank = checkpoint.get("own") or []
@@ -146,6 +142,40 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
                 len(by_rank),
             )  # fmt: skip
         view.metrics.take_sums(joined_sums([own["metrics"] for own in theirs]))
+    if by_rank and IN_MEMORY in by_rank[0] and run.attributes is not None:
+        of_rank = by_rank[view.ranks.rank if view.ranks.rank < len(by_rank) else 0]
+        run.put_back = lambda: _put_back(run, checkpoint, of_rank)
+
+
+def _restore_parts(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
+    """Optimizers, schedulers and callbacks."""
+    view = run.view
+    for optimizer, state in zip(view.optimizers, checkpoint["optimizer_states"], strict=True):
+        run.strategy.load_optimizer(run.module, optimizer, copy.deepcopy(state))
+    for config, state in zip(view.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(state))
+    saved_callbacks = checkpoint.get("worker_callbacks") or {}
+    for callback in run.task.callbacks:
+        if callback.state_key in saved_callbacks:
+            callback.load_state_dict(copy.deepcopy(saved_callbacks[callback.state_key]))
+
+
+def _put_back(run: WorkerRun, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+    """What hooks may have changed that begin a run, and are called anew where it goes on after a loss."""
+    run.strategy.load_module(run.module, checkpoint["state_dict"], run.module.strict_loading)
+    _restore_tensors(run, own)
+    _restore_parts(run, checkpoint)
+    assert run.attributes is not None
+    run.switched.put_back(*own[IN_MEMORY]["switched"])
+    run.attributes.put_back(run.module, own[IN_MEMORY])
+
+
+def _restore_tensors(run: WorkerRun, own: dict[str, Any]) -> None:
+    with torch.no_grad():
+        live = run.strategy.own_tensors(run.module)
+        for name, value in (own.get("tensors") or {}).items():
+            if name in live:
+                live[name].copy_(value)
 
 
 def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
@@ -156,11 +186,7 @@ def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:
     run.view.metrics.take_sums(own["metrics"])
     gradients = own.get("gradients") or {}
     run.strategy.put_accumulated(run.module, gradients)
-    with torch.no_grad():
-        live = run.strategy.own_tensors(run.module)
-        for name, value in (own.get("tensors") or {}).items():
-            if name in live:
-                live[name].copy_(value)
+    _restore_tensors(run, own)
     run.accumulating = bool(gradients)
 
 

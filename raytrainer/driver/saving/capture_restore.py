@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from raytrainer.checkpointing.checkpoint_format import IN_MEMORY
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.saving.snapshots import Snapshots
@@ -96,6 +97,13 @@ class RunCapture:
             task.seed = checkpoint["seed"]
         state.board.restore(checkpoint["metrics"], checkpoint.get("metric_board"))
         state.plateaus = {index: batch for index, batch in checkpoint.get("plateaus", [])}
+        lost = {name for own in checkpoint.get("own") or [] for name in own.get(IN_MEMORY, {}).get("lost", ())}
+        if lost:
+            log.warning(
+                "Training has changed %s. That is no data (numbers, tensors, arrays, generators, dataclasses, or "
+                "containers of them), so no snapshot has it: it begins anew, and results may not be the same.",
+                ", ".join(f"{type(self._task.module).__name__}.{name}" for name in sorted(lost)),
+            )  # fmt: skip
 
     def _driver_state(self, group: WorkerGroup) -> dict[str, Any]:
         state = self._state

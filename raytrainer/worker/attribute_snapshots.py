@@ -1,0 +1,158 @@
+"""What a module has beside its state dict, as training has left it: for workers that go on where others were lost.
+
+Counters, histories, tables and generators in plain attributes, and buffers with `persistent=False`, are in no file: a
+run that is resumed begins with the module as it is made then. But results must not show that a worker was lost, so
+snapshots, which never leave memory, have them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from xxhash import xxh3_128_digest
+
+from raytrainer.metrics.metric_objects import is_metric
+from raytrainer.worker.data_pickling import Held, pickled, unpickled, version_of
+from raytrainer.worker.plain_attributes import INTERNAL
+
+__all__ = ["AttributeSnapshots"]
+
+#: Where something is: a submodule's path, "__dict__" or "_buffers" there, and the name in that.
+Place = tuple[str, str, str]
+
+#: Bytes of an attribute from which on it is looked whether it has changed at all.
+_LARGE = 2**16
+
+
+class AttributeSnapshots:
+    """Takes what may have changed since this was made, and puts it back.
+
+    Args:
+        module: As its task and its `setup` have made it: alike in each worker that comes in place of another.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        held, tensors = Held(module), list[Tensor]()
+        self._before = {place: _look(value, held, tensors) for place, value in _attributes(module)}
+        self._tensors = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors]  # the large ones
+
+    def take(self, module: nn.Module) -> dict[str, Any]:
+        """All data of a few bytes, and of more what has changed; and the names of what has changed and is no data."""
+        held, tensors, values = Held(module), list[Tensor](), dict[Place, bytes]()
+        held.unchanged = {
+            id(tensor): index
+            for index, (ref, version) in enumerate(self._tensors)
+            if (tensor := ref()) is not None and version_of(tensor) == version
+        }
+        lost, there = list[str](), set[Place]()
+        for place, value in _attributes(module):
+            there.add(place)
+            before, look = self._before.get(place), _look(value, held, tensors)
+            if look.data is not None:
+                if before is None or len(look.data) < _LARGE or look.digest != before.digest:
+                    values[place] = look.data
+            elif before is not None and (before.is_data or look.digest != before.digest):
+                lost.append(f"{place[0]}.{place[2]}".lstrip("."))
+        gone = [place for place in self._before if place not in there]
+        return {"values": values, "tensors": [tensor.detach() for tensor in tensors], "gone": gone, "lost": lost}
+
+    def put_back(self, module: nn.Module, state: dict[str, Any]) -> None:
+        """Put back what `take` has taken; into the very objects that there are, where that is possible."""
+        parts, held = dict(module.named_modules()), Held(module)
+        unchanged = [ref() for ref, _ in self._tensors]
+        for (path, kind, name), data in state["values"].items():
+            if path in parts:
+                where: dict[str, Any] = getattr(parts[path], kind)
+                where[name] = _put(where.get(name), unpickled(data, held, state["tensors"], unchanged))
+                if kind == "_buffers":
+                    parts[path]._non_persistent_buffers_set.add(name)
+        for path, kind, name in state["gone"]:
+            if path in parts:
+                getattr(parts[path], kind).pop(name, None)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[Place, Any]]:
+    """Plain attributes, and buffers that are in no state dict, of the module and those inside it.
+
+    Torch's own modules have no attributes that training changes, and metrics' states are taken elsewhere.
+    """
+    for path, part in module.named_modules():
+        if is_metric(part):
+            continue
+        if not path or not type(part).__module__.startswith("torch."):
+            yield from (((path, "__dict__", name), value) for name, value in vars(part).items() if name not in INTERNAL)
+        for name, value in part._buffers.items():
+            if name in part._non_persistent_buffers_set:
+                yield (path, "_buffers", name), value
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of an attribute.
+
+    Attributes:
+        data: A pickle of it; None: it is more than data.
+        digest: Of that; or of what data there is in an object.
+        is_data: Whether it was data.
+    """
+
+    data: bytes | None
+    digest: bytes | None
+    is_data: bool
+
+
+def _look(value: Any, held: Held, tensors: list[Tensor]) -> _Look:
+    data = pickled(value, held, tensors)
+    if data is not None:
+        return _Look(data, xxh3_128_digest(data), True)
+    inside = getattr(value, "__dict__", None)
+    if isinstance(inside, dict) and not type(value).__module__.startswith(("torch.", "raytrainer.")):
+        found = {name: pickled(item, held, []) for name, item in inside.items()}
+        return _Look(None, xxh3_128_digest(repr(found).encode()), False)
+    return _Look(None, None, False)
+
+
+def _put(own: Any, new: Any) -> Any:
+    """`new`; or `own` with its content, as others may hold that too."""
+    if type(own) is not type(new):
+        return new
+    with contextlib.suppress(RuntimeError, ValueError), torch.no_grad():  # of tensors that cannot be written to
+        if isinstance(own, Tensor):
+            if own is not new and (own.shape, own.dtype, own.device) == (new.shape, new.dtype, new.device):
+                return own.copy_(new)
+        elif isinstance(own, numpy.ndarray):
+            if (own.shape, own.dtype) == (new.shape, new.dtype):
+                own[...] = new
+                return own
+        elif isinstance(own, list):
+            own[:] = new
+            return own
+        elif isinstance(own, (dict, set)):
+            own.clear()
+            own.update(new)
+            return own
+        elif isinstance(own, deque) and own.maxlen == new.maxlen:
+            own.clear()
+            own.extend(new)
+            return own
+        elif isinstance(own, torch.Generator):
+            return own.set_state(new.get_state())
+        elif isinstance(own, numpy.random.Generator):
+            own.bit_generator.state = new.bit_generator.state
+            return own
+        elif isinstance(own, numpy.random.RandomState):
+            own.set_state(new.get_state())
+            return own
+        elif isinstance(own, random.Random):
+            own.setstate(new.getstate())
+            return own
+    return new
