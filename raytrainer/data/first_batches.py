@@ -109,8 +109,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
     elif isinstance(value, (bool, int, float, complex)):
         yield path, [value]
     elif isinstance(value, Mapping):
-        for key in value:
-            yield from _leaves(value[key], f"{path}[{key!r}]")
+        for key, item in value.items():  # not by iteration, which gives a TensorDict's rows
+            yield from _leaves(item, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         if value and all(isinstance(item, (str, bytes, bool, int, float)) for item in value):
             yield path, list(value[:ELEMENTS])

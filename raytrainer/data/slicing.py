@@ -28,12 +28,13 @@ def span_of(size: int, index: int, count: int) -> tuple[int, int]:
 
 
 def rows_of(batch: Any) -> int:
-    """Samples in a batch: the first dimension of the first tensor (or array) in it, else the first column's length.
+    """Samples in a batch: the first dimension of the first tensor (or array) in it, or its number of graphs (PyTorch
+    Geometric); else the first column's length.
 
     Raises:
         DataError: There is neither.
     """
-    rows = _first(batch, _is_array)
+    rows = _first(batch, lambda value: _is_array(value) or _is_graphs(value))
     if rows is None:
         rows = _first(batch, _is_column)
     if rows is None:
@@ -47,8 +48,8 @@ def rows_of(batch: Any) -> int:
 def cut_batch(batch: Any, begin: int, end: int, rows: int) -> Any:
     """Samples `begin` to `end` of a batch of `rows`.
 
-    Tensors and arrays are cut along their first dimension, columns of length `rows` likewise. Tensors without
-    dimensions and everything else are passed whole.
+    Tensors and arrays are cut along their first dimension, columns of length `rows` likewise, and PyTorch Geometric's
+    batches by graphs. Tensors without dimensions and everything else are passed whole.
 
     Raises:
         DataError: A tensor has another first dimension than `rows`, or an object knows how to move to a device (`.to`)
@@ -62,6 +63,11 @@ def cut_batch(batch: Any, begin: int, end: int, rows: int) -> Any:
                 f'to no sample in the module, or use strategy="ddp".'
             )
         return batch[begin:end]
+    if _is_graphs(batch):
+        if batch.num_graphs != rows:
+            raise DataError(f"a batch of {rows} samples holds {batch.num_graphs} graphs.")
+        graphs = batch.to_data_list()
+        return _batch_of(batch, graphs[begin:end] or graphs[:1])  # there is no batch of none; nobody takes a step on it
     if _is_column(batch):
         return batch[begin:end] if len(batch) == rows else batch
     children = _children(batch)
@@ -79,8 +85,8 @@ def join_parts(parts: Sequence[Any]) -> Any:
     """One output of what several workers returned for their slices, in order.
 
     Tensors are concatenated along their first dimension; those without dimensions, and numbers, are stacked to a tensor
-    with one element per worker; columns, and objects that torch.cat takes (TensorDict), are concatenated. Of anything
-    else there is a list with each worker's.
+    with one element per worker; columns, batches of graphs, and objects that torch.cat takes (TensorDict), are
+    concatenated. Of anything else there is a list with each worker's.
 
     Raises:
         DataError: The workers' outputs differ in structure, or hold an object with tensors of which one cannot be made.
@@ -99,6 +105,8 @@ def join_parts(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     if isinstance(first, (bool, int, float, complex)):
         return torch.tensor(list(parts))
+    if _is_graphs(first):
+        return _batch_of(first, [graph for part in parts for graph in part.to_data_list()])
     if all(_is_column(part) for part in parts):
         return type(first)(item for part in parts for item in part)
     all_children = [_children(part) for part in parts]
@@ -125,6 +133,16 @@ def unjoinable(value: Any) -> str:
 def _is_array(value: Any) -> bool:
     """A tensor, or an array such as NumPy's, with at least one dimension."""
     return isinstance(getattr(value, "shape", None), tuple) and len(value.shape) > 0
+
+
+def _is_graphs(value: Any) -> bool:
+    """A batch of PyTorch Geometric's, whose tensors have a row for each node or edge."""
+    return isinstance(getattr(value, "num_graphs", None), int) and callable(getattr(value, "to_data_list", None))
+
+
+def _batch_of(like: Any, graphs: Sequence[Any]) -> Any:
+    kind: Any = next(base for base in type(like).__mro__ if callable(vars(base).get("to_data_list")))
+    return kind.from_data_list(graphs)
 
 
 def _is_column(value: Any) -> bool:
@@ -156,7 +174,7 @@ def _rebuilt(container: Any, children: dict[Any, Any]) -> Any:
 def _first(value: Any, wanted: Any) -> int | None:
     """Length of the first thing in `value`, depth first, that is `wanted`."""
     if wanted(value):
-        return int(value.shape[0]) if _is_array(value) else len(value)
+        return int(value.num_graphs) if _is_graphs(value) else int(value.shape[0]) if _is_array(value) else len(value)
     children = _children(value)
     for child in (children or {}).values():
         found = _first(child, wanted)

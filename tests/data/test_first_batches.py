@@ -101,6 +101,12 @@ def test_graphs() -> None:
     assert read_alike(samples(batches, batches)) == (0, 1, "['x']")
 
 
+def test_tensordicts_are_read_by_name() -> None:
+    tensordict = pytest.importorskip("tensordict")
+    batches = [tensordict.TensorDict({"x": batch}, batch_size=[4]) for batch in noise(3, 1)]
+    assert read_alike(samples(batches, batches)) == (0, 1, "['x']")
+
+
 def test_said_once_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
     same = SameData()
     one, other = samples(noise(3, 1), noise(3, 1))

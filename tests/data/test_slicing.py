@@ -119,6 +119,25 @@ def test_outputs_that_torch_concatenates_stay_what_they_are() -> None:
     assert joined["x"][:, 0].tolist() == [1.0, 2.0, 2.0]
 
 
+def test_graphs_are_cut_and_joined_one_by_one() -> None:
+    data = pytest.importorskip("torch_geometric.data")
+    graphs = [
+        data.Data(x=torch.full((nodes, 2), float(nodes)), edge_index=torch.tensor([[0], [nodes - 1]]), y=torch.ones(1))
+        for nodes in (2, 3, 4)
+    ]
+    batch = data.Batch.from_data_list(graphs)
+    for whole in (batch, {"graphs": batch, "labels": torch.arange(3)}):
+        assert rows_of(whole) == 3
+    parts = [cut_batch(batch, begin, end, 3) for begin, end in ((0, 2), (2, 3))]
+    assert [part.num_graphs for part in parts] == [2, 1]
+    assert parts[0].x[:, 0].tolist() == [2, 2, 3, 3, 3] and parts[1].edge_index.tolist() == [[0], [3]]
+    assert type(parts[0]) is type(batch) is type(join_parts(parts))
+    assert torch.equal(join_parts(parts).x, batch.x) and torch.equal(join_parts(parts).edge_index, batch.edge_index)
+    assert cut_batch(batch, 3, 3, 3).num_graphs == 1  # for a worker that takes no step on it
+    with pytest.raises(DataError, match="4 samples holds 3 graphs"):
+        cut_batch((torch.ones(4), batch), 0, 2, 4)
+
+
 @pytest.mark.parametrize("parts", [["a", "b"], [None, None], [{"s": "a", "n": None}, {"s": "b", "n": None}]])
 def test_outputs_without_tensors_come_through(parts: list[object]) -> None:
     expected = None if parts[0] is None else parts if parts[0] == "a" else {"s": ["a", "b"], "n": None}
