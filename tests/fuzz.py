@@ -1,4 +1,4 @@
-"""Damaged and forged checkpoints, files of Lightning's, configurations: at most a RaytrainerError, whatever they hold.
+"""Damaged and forged checkpoints, files of Lightning's, configurations, reports of workers: at most a RaytrainerError.
 
     python tests/fuzz.py 10000 [--seed 0]
 
@@ -9,6 +9,8 @@ ten seconds, or raise anything but a `RaytrainerError`; what has damage beneath 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import io
 import json
 import os
@@ -26,12 +28,16 @@ from typing import Any
 
 import torch
 import yaml
+from exact import Mortal
 from forge import forge, forge_meta
-from tiny import Tiny
+from tiny import Tiny, data
 
 import raytrainer
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.errors import RaytrainerError
+from raytrainer.worker.answers import understood
+from raytrainer.worker.worker import Worker
 
 SECONDS = 10
 _EXECUTING = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen", "socket.connect")
@@ -120,6 +126,63 @@ LOOPS = {"fit_loop": {
 }}  # fmt: skip
 
 
+def damage_report(value: Any, draws: random.Random) -> Any:
+    """The same for what a worker reports: one of its parts is another, down to any depth."""
+    if dataclasses.is_dataclass(value) and draws.random() < 0.95:
+        changed = copy.copy(value)
+        name = draws.choice(dataclasses.fields(value)).name
+        object.__setattr__(changed, name, damage_report(getattr(value, name), draws))
+        return changed
+    if isinstance(value, dict) and value and draws.random() < 0.8:
+        key = draws.choice(list(value))
+        new = key if draws.random() < 0.7 else draws.choice(("", "x", 3, None))
+        return {**{k: v for k, v in value.items() if k != key}, new: damage_report(value[key], draws)}
+    if isinstance(value, (list, tuple)) and value and draws.random() < 0.8:
+        index = draws.randrange(len(value))
+        items = [*value[:index], damage_report(value[index], draws), *value[index + 1 :]]
+        return type(value)(items[: draws.choice((len(items), index))])
+    return damage_value(value, draws)
+
+
+class Damaging(Mortal):
+    """Two workers' worth of answers, one of which is damaged, once.
+
+    Args:
+        draws: Say which, and how.
+    """
+
+    size = 2
+
+    def __init__(self, draws: random.Random) -> None:
+        super().__init__()
+        self.draws, self.left = draws, draws.randrange(14)
+
+    def setup(self, task: Any) -> list[Any]:
+        return self.told(Worker.setup, super().setup(task))
+
+    def call(self, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return self.told(method, [method(self.worker, *args, **kwargs)])
+
+    def told(self, method: Any, answers: list[Any]) -> list[Any]:
+        both = [answers[0], copy.deepcopy(answers[0])]
+        self.left -= 1
+        if self.left == 0:
+            rank = self.draws.randrange(2)
+            both[rank] = damage_report(both[rank], self.draws)
+        understood(method, both)
+        return both
+
+
+class Reporting(Tiny):
+    """Reports of each kind."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("large", loss, reduce_fx="max", prog_bar=True)
+        return loss
+
+
 class Fuzzer:
     """Makes inputs in a folder, and reads them."""
 
@@ -172,6 +235,18 @@ class Fuzzer:
         path.write_bytes(damage(whole, self.draws) if self.draws.random() < 0.3 else damage_pickle(whole, self.draws))
         Net.load_from_checkpoint(path)
 
+    def worker_report(self) -> None:
+        before = GroupSupply.take
+        GroupSupply.take = lambda *_: Damaging(self.draws)  # type: ignore[method-assign]
+        try:
+            raytrainer.Trainer(
+                max_epochs=2, logger=raytrainer.CSVLogger(self.folder / "rows"), enable_progress_bar=False,
+                enable_model_summary=False, max_failures=0, log_every_n_steps=1, strategy="local",
+                default_root_dir=self.folder, enable_checkpointing=False,
+            ).fit(Reporting(), data(6, 2), data(2, 2))  # fmt: skip
+        finally:
+            GroupSupply.take = before  # type: ignore[method-assign]
+
     def configuration(self) -> None:
         if self.draws.random() < 0.5:
             try:
@@ -186,7 +261,8 @@ class Fuzzer:
         """Try so many inputs; what became of them, by kind."""
         global _watching
         kinds: list[Callable[[], None]] = [
-            self.damaged_checkpoint, self.forged_state, self.forged_meta, self.lightning_file, self.configuration
+            self.damaged_checkpoint, self.forged_state, self.forged_meta, self.lightning_file, self.configuration,
+            self.worker_report,
         ]  # fmt: skip
         found: Counter[str] = Counter()
         for number in range(count):

@@ -67,7 +67,8 @@ class MetricBoard:
             merged = {}
             theirs = [by_step[row.step] for by_step in others if row.step in by_step]
             for name, value in row.values.items():
-                spec = by_step_name[name]
+                if (spec := by_step_name.get(name)) is None:
+                    raise MetricError(f"rank 0 has reported a value of {name!r}, and not how it is logged.")
                 values = [value, *(other[name] for other in theirs if name in other)] if spec.sync_dist else [value]
                 merged[name] = reduce_steps(spec, values, reports[0].fx.get(spec.name))
             rows.append((row.step, row.epoch, merged))

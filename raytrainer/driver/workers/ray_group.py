@@ -31,6 +31,7 @@ from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.surroundings import Surroundings
+from raytrainer.worker.answers import understood
 from raytrainer.worker.verbs import Verb, Wait, verb_of
 from raytrainer.worker.worker import Worker
 
@@ -156,11 +157,14 @@ class RayGroup:
         first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
         self._tell(verb_of(Worker.prepare_data), (), ranks=first)
         reports: list[SetupReport] = self._tell(verb_of(Worker.setup), ())
+        understood(Worker.setup, reports)
         return reports
 
     def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Every worker obeys a verb."""
-        return self._tell(verb_of(method), args, kwargs)
+        answers = self._tell(verb_of(method), args, kwargs)
+        understood(method, answers)
+        return answers
 
     def _tell(
         self,
