@@ -40,7 +40,7 @@ import raytrainer as rt
     ids=str,
 )
 def test_equals_one_process(options, forked):
-    one, two = compare(forked, Net, val=loader(13, 2), **options)
+    one, two = compare(forked, Net, val=loader(5, 2), **options)
     for ours, theirs in zip(
         two.predict(two._module, loader(7, 2)), one.predict(one._module, loader(7, 2)), strict=True
     ):
@@ -59,7 +59,7 @@ def test_equals_one_process(options, forked):
     ids=str,
 )
 def test_settings(strategy, forked):
-    compare(forked, Net, strategy, val=loader(13, 2), max_epochs=1)
+    compare(forked, Net, strategy, val=loader(5, 2), max_epochs=1)
 
 
 def test_four_workers_in_two_copies(forked):
@@ -253,7 +253,7 @@ def halve(parameter):
     ],
 )  # fmt: skip
 def test_modules(make, forked):
-    compare(forked, make, val=loader(13, 2), max_epochs=3)
+    compare(forked, make, val=loader(5, 2))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_modules(make, forked):
     ids=["ema", "swa"],
 )
 def test_averages_of_weights(callback, forked):
-    compare(forked, Net, val=loader(13, 2), callbacks=lambda: [callback()], max_epochs=3)
+    compare(forked, Net, val=loader(5, 2), callbacks=lambda: [callback()], max_epochs=3)
 
 
 # ---------------------------------------------------------------- workers that have nothing to compute
@@ -463,7 +463,7 @@ def test_compiled_by_block(forked):
 
 
 def test_one_worker(forked):
-    compare(forked, Net, rt.FSDP(), workers=1, val=loader(13, 2), max_epochs=1)
+    compare(forked, Net, rt.FSDP(), workers=1, val=loader(5, 2), max_epochs=1)
 
 
 def test_the_guides_examples(forked, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def fit_both(forked, make, layout, val=None, **options):
     ids=str,
 )
 def test_equals_one_process(layout, options, forked):
-    one, two = fit_both(forked, Logged, layout, val=loader(13, 2), **options)
+    one, two = fit_both(forked, Logged, layout, val=loader(9, 2), **options)
     assert two.callback_metrics.keys() == one.callback_metrics.keys()
     for name in ("rows", "val"):
         torch.testing.assert_close(two.callback_metrics[name], one.callback_metrics[name])
