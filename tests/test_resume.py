@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from exact import Died, Exact, run, same
+from forked_group import FORK
 from torch.utils.data import DataLoader
 
 import raytrainer
 from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +51,33 @@ def test_a_validation_that_dies_is_repeated(undisturbed, tmp_path):
     assert resumed_rows == rows[len(rows) - len(resumed_rows) :]
 
 
+def _last(folder: Path, die: tuple[int, int] | None) -> None:
+    """What a script does that goes on from the last checkpoint, if there is one."""
+    torch.set_num_threads(1)
+    module = Exact(die, "kill", f"{folder}/flag")
+    run(module, folder, save_every=1, ckpt_path="last", num_workers=2)
+    torch.save(module.state_dict(), folder / "end.pt")
+
+
 def test_loader_processes_and_sigkill(tmp_path):
     """The whole process is killed while loader processes augment; the same script goes on with ckpt_path="last"."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); from exact import *; import torch; torch.set_num_threads(1)\n"
-        "die = None if sys.argv[2] == '-' else (0, int(sys.argv[2]))\n"
-        "m = Exact(die, 'kill', sys.argv[1] + '/flag')\n"
-        "run(m, sys.argv[1], save_every=1, ckpt_path='last', num_workers=2)\n"
-        "print(m.state_dict())"
-    )
 
-    def start(folder: Path, die: str) -> subprocess.Popen[str]:
+    def start(folder: Path, die: tuple[int, int] | None) -> BaseProcess:
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", script, folder, die]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = FORK.Process(target=_last, args=(folder, die))
+        process.start()
+        return process
 
-    calm, struck = start(tmp_path / "calm", "-"), start(tmp_path / "struck", "17")
-    struck.communicate(timeout=120)
-    assert struck.returncode == -9
-    resumed = start(tmp_path / "struck", "17")
-    (expected, complaint), (found, other) = (process.communicate(timeout=120) for process in (calm, resumed))
-    assert calm.returncode == resumed.returncode == 0, complaint + other
-    assert found == expected
-    assert "tensor" in expected
+    calm, struck = start(tmp_path / "calm", None), start(tmp_path / "struck", (0, 17))
+    struck.join(120)
+    assert struck.exitcode == -9
+    resumed = start(tmp_path / "struck", (0, 17))
+    for process in (calm, resumed):
+        process.join(120)
+        assert process.exitcode == 0
+    expected, found = (torch.load(tmp_path / name / "end.pt") for name in ("calm", "struck"))
+    assert expected.keys() == found.keys() != set()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_last_without_a_checkpoint_begins_at_the_beginning(undisturbed, tmp_path):

@@ -12,7 +12,8 @@ from raytrainer.worker import process_memory as heap
 
 COUNT = """
 import ctypes, resource, runpy, sys
-keep_heap = runpy.run_path(sys.argv[1])["keep_heap"]  # without torch, which has done its own with the heap
+sys.modules["torch"] = sys
+keep_heap = runpy.run_path(sys.argv[1])["keep_heap"]  # which needs no torch; that has done its own with the heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if "keep" in sys.argv:
@@ -23,12 +24,12 @@ def step():
         ctypes.memset(block, 1, 1 << 20)
     for block in blocks:
         libc.free(block)
-for _ in range(3):
+for _ in range(2):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(3):
     step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 3)
 """
 
 
