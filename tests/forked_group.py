@@ -11,8 +11,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -22,8 +24,10 @@ from raytrainer.errors import WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.recoveries import Continuity
+from raytrainer.plan.where_it_is import Whereabouts, whereabouts
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack, unpack
+from raytrainer.worker.actor.stack_dump import ask, can_be_asked
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
@@ -47,15 +51,16 @@ class ForkedGroup:
         self.size, self.nodes, self.broken = size, nodes, False
         self.by_node: Mapping[str, int] = {f"node{index}": size // nodes for index in range(nodes)}
         ports = FORK.Queue()
+        self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = FORK.Pipe()
-            process = FORK.Process(target=_work, args=(rank, size, nodes, ports, there), daemon=True)
+            process = FORK.Process(target=_work, args=(rank, size, nodes, ports, there, self._folder.name))
             process.start()
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
-        self._answers()
+        self._stacks: list[str] = self._answers()
 
     def describe(self) -> str:
         return f"{self.size} forked workers"
@@ -108,6 +113,10 @@ class ForkedGroup:
                 answers[rank] = answer
         return [answers[rank] for rank in range(self.size)]
 
+    def whereabouts(self, patience: float) -> list[Whereabouts]:
+        asked = zip(self.pids, self._stacks, strict=True)
+        return [whereabouts(rank, f"pid {pid}", ask(pid, stacks, patience)) for rank, (pid, stacks) in enumerate(asked)]
+
     def call_off(self) -> None:
         self.abort()
 
@@ -126,13 +135,16 @@ class ForkedGroup:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+        self._folder.cleanup()
 
     def release(self) -> None:
         if not self.broken:
             self._tell("rest", cloudpickle.dumps(((), {})))
 
 
-def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any) -> None:
+def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any, folder: str) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    stacks = can_be_asked(Path(folder))
     gc.freeze()  # looking for garbage would copy all memory that is shared with the test's process
     torch.set_num_threads(1)
     per_node = size // nodes
@@ -147,7 +159,7 @@ def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any) -> None:
         else:
             port = ports.get()
         worker.group = ProcessGroup(ranks, "127.0.0.1", port, "127.0.0.1", "gloo", worker.device, store)
-    pipe.send_bytes(cloudpickle.dumps(None))
+    pipe.send_bytes(cloudpickle.dumps(stacks))
     while True:
         try:
             name, sent = cloudpickle.loads(pipe.recv_bytes())

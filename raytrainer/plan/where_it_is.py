@@ -6,17 +6,24 @@ import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from raytrainer.plan.folding import by_text, ranks_text
 
-__all__ = ["Frame", "Whereabouts", "folded", "frames_of_threads", "keep_waiting", "whereabouts"]
+__all__ = ["LOADERS_PROCESS", "Frame", "Whereabouts", "folded", "frames_of_threads", "keep_waiting", "whereabouts"]
 
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 
+#: Begins the line in front of what a process of the worker's loader has written.
+LOADERS_PROCESS = "Process of the loader:"
+
 _OWN = str(Path(__file__).parents[1])
 _STANDARD = sysconfig.get_path("stdlib")
+
+_BATCH = "a batch from the loader's processes"
+_BACKWARD = "the backward pass, and in it averages over the workers"
 
 #: Waits that have a name: part of the file's path, the function ("" for any), what it is.
 _WAITS = (
@@ -24,15 +31,18 @@ _WAITS = (
     ("raytrainer/strategies/meeting.py", "", "the other workers"),
     ("torch/distributed/distributed_c10d.py", "", "the collective {function}"),
     ("torch/distributed/nn/functional.py", "", "the collective {function}"),
-    ("torch/utils/data/dataloader.py", "_try_get_data", "a batch from the loader's processes"),
-    ("torch/utils/data/dataloader.py", "_get_data", "a batch from the loader's processes"),
-    ("torch/autograd/graph.py", "_engine_run_backward", "the backward pass, and in it averages over the workers"),
+    ("torch/utils/data/dataloader.py", "_try_get_data", _BATCH),
+    ("torch/utils/data/dataloader.py", "_get_data", _BATCH),
+    ("torch/autograd/graph.py", "_engine_run_backward", _BACKWARD),
     ("torch/cuda/__init__.py", "synchronize", "the GPU"),
-    ("threading.py", "wait", "another thread"),
-    ("threading.py", "join", "another thread"),
+)
+#: What such waits are made of, and others: what is made of which comes first.
+_PLAIN_WAITS = (
     ("queue.py", "get", "a queue"),
     ("subprocess.py", "", "another program"),
     ("socket.py", "", "the network"),
+    ("threading.py", "wait", "another thread"),
+    ("threading.py", "join", "another thread"),
 )
 
 
@@ -59,7 +69,8 @@ class Whereabouts:
     Attributes:
         rank: Its global rank.
         node: Its node and process.
-        user: The innermost line of the user's own code that it is in; None: in none.
+        user: The innermost line of the user's own code that it is in; None: in none. Where it waits for a process of
+            its loader, or for a thread of the backward pass, that one's line.
         innermost: The innermost line of all; None where it did not answer.
         waits_for: What it waits for, where that can be told; "" otherwise.
         threads: The whole dump.
@@ -114,15 +125,40 @@ def frames_of_threads(dump: str) -> list[list[Frame]]:
 
 
 def whereabouts(rank: int, node: str, dump: str) -> Whereabouts:
-    """What a dump says of the thread that trains: the one that this package's worker runs in."""
-    threads = frames_of_threads(dump)
+    """What a dump says of the thread that trains: the one that this package's worker runs in.
+
+    Args:
+        rank: The worker's global rank.
+        node: Its node and process.
+        dump: What `faulthandler` has written there, followed by that of its loader's processes.
+    """
+    own, *loaders = dump.split(LOADERS_PROCESS)
+    threads = frames_of_threads(own)
     training = next((frames for frames in threads if any(_trains(frame) for frame in frames)), None)
     if training is None:  # between verbs
         idle = threads[-1][0] if threads and threads[-1] else None
         return Whereabouts(rank, node, None, idle, "the driver" if idle else "", dump)
     inside = training[: next(i for i, frame in enumerate(training) if _trains(frame))]
-    user = next((frame for frame in inside if _is_users(frame)), None)
-    return Whereabouts(rank, node, user, training[0], _wait(inside or training[:1]), dump)
+    user = _users(inside)
+    # what called the user's line, a backward pass its hook, say, is not what that waits for
+    waits_for = _wait(inside[: inside.index(user)] if user is not None else inside or training[:1])
+    if user is None and waits_for == _BATCH:
+        user = next(filter(None, (_users(frames) for each in loaders for frames in frames_of_threads(each))), None)
+        waits_for += ", in one of which this line is" if user is not None else ""
+    if waits_for == _BACKWARD:
+        # hooks of a backward pass on a GPU run in threads of autograd's, which Python has not started
+        hooks = [frames for frames in threads if frames is not training and frames[-1:] and not _of_python(frames[-1])]
+        hook = next(filter(None, map(_users, hooks)), None)
+        user, waits_for = (user, waits_for) if hook is None else (hook, "")
+    return Whereabouts(rank, node, user, training[0], waits_for, dump)
+
+
+def _users(frames: Sequence[Frame]) -> Frame | None:
+    return next((frame for frame in frames if _is_users(frame)), None)
+
+
+def _of_python(outermost: Frame) -> bool:
+    return outermost.function in ("_bootstrap", "<module>", "_run_code")
 
 
 def _trains(frame: Frame) -> bool:
@@ -137,12 +173,11 @@ def _is_users(frame: Frame) -> bool:
 
 
 def _wait(frames: Sequence[Frame]) -> str:
-    for frame in frames:
-        path = frame.file.replace("\\", "/")
-        for part, function, what in _WAITS:
-            if path.endswith(part) and function in ("", frame.function):
-                # of torch's collectives the inner one does the work, and the outer one is what was called
-                return what.format(function=_called(frames, part) if "{" in what else frame.function)
+    plain = ((frame, wait) for wait, frame in product(_PLAIN_WAITS, frames))
+    for frame, (part, function, what) in (*product(frames, _WAITS), *plain):
+        if frame.file.replace("\\", "/").endswith(part) and function in ("", frame.function):
+            # of torch's collectives the inner one does the work, and the outer one is what was called
+            return what.format(function=_called(frames, part) if "{" in what else frame.function)
     return ""
 
 

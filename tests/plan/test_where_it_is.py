@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import raytrainer
-from raytrainer.plan.where_it_is import frames_of_threads, keep_waiting, whereabouts
+from raytrainer.plan.where_it_is import LOADERS_PROCESS, frames_of_threads, keep_waiting, whereabouts
 
 OWN, STANDARD = Path(raytrainer.__file__).parent, sysconfig.get_path("stdlib")
 TORCH = f"{STANDARD}/site-packages/torch"
@@ -46,7 +46,8 @@ STEP = (("/home/me/train.py", 42, "training_step"),)
         (STEP, "/home/me/train.py:42 in training_step", ""),
         ((("<ipython-input-3>", 2, "training_step"),), "<ipython-input-3>:2 in training_step", ""),
         (BACKWARD, None, "the backward pass, and in it averages over the workers"),
-        (LOADER, None, "another thread"),
+        (LOADER, None, "a batch from the loader's processes"),
+        (STEP + BACKWARD, "/home/me/train.py:42 in training_step", ""),  # a hook of the backward pass, on a CPU
         (
             ((f"{STANDARD}/threading.py", 1096, "join"), *STEP),
             "/home/me/train.py:42 in training_step",
@@ -61,6 +62,22 @@ def test_the_training_thread(inside, user, waits):
         assert (None if found.user is None else str(found.user)) == user
         assert found.waits_for == waits and found.rank == 3 and found.threads == text
         assert (f"at {user}" if user else "in no code of yours") in str(found)
+
+
+def test_a_line_in_another_process_or_thread():
+    """That of a loader's process, and of a hook that autograd's own thread runs; not of just any thread."""
+    bootstrap = (f"{STANDARD}/threading.py", 1002, "_bootstrap")
+    aside = (("/home/me/train.py", 7, "reads"), bootstrap)
+    idle = ((f"{TORCH}/utils/data/_utils/worker.py", 300, "_worker_loop"), bootstrap)
+    item = (("/home/me/data.py", 5, "__getitem__"), *idle)
+    text = f"{dump(aside, LOADER + WORKER)}\n{LOADERS_PROCESS} 8\n{dump(idle)}\n{LOADERS_PROCESS} 9\n{dump(item)}"
+    found = whereabouts(1, "n", text)
+    assert str(found.user) == "/home/me/data.py:5 in __getitem__"
+    assert found.waits_for == "a batch from the loader's processes, in one of which this line is"
+    found = whereabouts(1, "n", dump(aside, BACKWARD + WORKER, STEP))
+    assert (str(found.user), found.waits_for) == ("/home/me/train.py:42 in training_step", "")
+    found = whereabouts(1, "n", dump(aside, BACKWARD + WORKER))
+    assert found.user is None and found.waits_for.startswith("the backward pass")
 
 
 def test_between_verbs_and_without_an_answer():

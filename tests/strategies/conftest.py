@@ -53,6 +53,7 @@ def forked(
             return local_group(settings)
         return forked_groups.take(settings.world_size, settings.num_nodes)
 
+    monkeypatch.setattr(GroupSupply, "prepare", lambda supply, settings: None)  # they need no Ray
     monkeypatch.setattr(GroupSupply, "take", take)
     monkeypatch.setattr(GroupSupply, "give_back", lambda supply, group: group.release())
 

@@ -21,7 +21,7 @@ from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
 from raytrainer.place_in_run import take_place
 from raytrainer.plan.ranks import Ranks
-from raytrainer.private.ray_private import asked_to_end
+from raytrainer.private.ray_private import asked_to_end, log_folder
 from raytrainer.private.torch_private import abort_groups
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
@@ -64,7 +64,7 @@ class RemoteWorker:
         self.store: Any = None
         self.device = torch.device("cpu")
         self.output = Output()
-        self.stacks = can_be_asked()
+        self.stacks = can_be_asked(log_folder() / "raytrainer")
         self.share: ProcessShare | None = None  # once it has been asked for, or taken over
         self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()

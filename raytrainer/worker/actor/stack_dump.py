@@ -1,4 +1,7 @@
-"""A worker's process tells where its threads are when SIGUSR1 asks for it, also while one of them holds the GIL."""
+"""A worker's process tells where its threads are when SIGUSR1 asks for it, also while one of them holds the GIL.
+
+Processes that its loaders have forked off it inherit both, the handler and the file, and are asked likewise.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from raytrainer.private.ray_private import log_folder
+from raytrainer.plan.where_it_is import LOADERS_PROCESS
 
 __all__ = ["ask", "can_be_asked"]
 
@@ -16,15 +20,14 @@ __all__ = ["ask", "can_be_asked"]
 QUIET = 0.1
 
 
-def can_be_asked() -> str | None:
-    """Have this process write its threads' stacks to a file, whose path is returned, whenever it gets SIGUSR1.
+def can_be_asked(folder: Path) -> str | None:
+    """Have this process write its threads' stacks to a file in `folder` whenever it gets SIGUSR1; returns the path.
 
     None where the system has no such signal, or somebody else has a use for it.
     """
     asked = getattr(signal, "SIGUSR1", None)
     if asked is None or signal.getsignal(asked) not in (signal.SIG_DFL, None):
         return None
-    folder = log_folder() / "raytrainer"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"stacks-{os.getpid()}.txt"
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -33,7 +36,18 @@ def can_be_asked() -> str | None:
 
 
 def ask(pid: int, path: str, patience: float) -> str:
-    """What the process writes now; "" where it writes nothing. Call it on the process's own machine."""
+    """What the process, and after it its loader's processes, write now; "" where it writes nothing.
+
+    Call it on the process's own machine.
+    """
+    text = _ask(pid, path, patience)
+    if text:
+        for loaders in _forks(pid, path):
+            text += f"\n{LOADERS_PROCESS} {loaders}\n{_ask(loaders, path, patience)}"
+    return text
+
+
+def _ask(pid: int, path: str, patience: float) -> str:
     file, deadline = Path(path), time.monotonic() + patience
     before = file.stat().st_size
     os.kill(pid, signal.SIGUSR1)
@@ -46,3 +60,17 @@ def ask(pid: int, path: str, patience: float) -> str:
     with file.open() as stream:
         stream.seek(before)
         return stream.read()
+
+
+def _forks(pid: int, path: str) -> Iterator[int]:
+    """Child processes that write to that file, too. Others would die of the signal; none where there is no /proc."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            process = Path("/proc") / child
+            try:
+                caught = next(line for line in (process / "status").read_text().splitlines() if line[:7] == "SigCgt:")
+                hears = int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1
+                if hears and any(os.readlink(file) == path for file in (process / "fd").iterdir()):
+                    yield int(child)
+            except (OSError, StopIteration):  # it has ended meanwhile
+                continue
