@@ -160,8 +160,11 @@ class ProgressBar(Callback):
 
 
 def epoch_label(epoch: int, max_epochs: int | None) -> str:
-    """ "Epoch 3/9" for the epoch that counts as 2 from 0; without a limit "Epoch 3"."""
-    return f"Epoch {epoch + 1}" + (f"/{max_epochs}" if max_epochs is not None and max_epochs >= 0 else "")
+    """ "Epoch 2/8" for the third of nine; without a limit "Epoch 2".
+
+    Counted from 0, as `current_epoch`, loggers, messages and checkpoints' names do, and Lightning's bars.
+    """
+    return f"Epoch {epoch}" + (f"/{max_epochs - 1}" if max_epochs is not None and max_epochs >= 1 else "")
 
 
 def add_up(batches: Sequence[int | None]) -> int | None:

@@ -75,7 +75,7 @@ def test_metrics_asked_for_are_shown(local_trainer, capsys):
     local_trainer(max_epochs=1, callbacks=bar, enable_progress_bar=True, log_every_n_steps=1).fit(
         Net(), [torch.ones(2, 2)] * 3
     )
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 0/0")]
     assert "kind Net" in line and "tensor 0.500" in line
     assert "shown 8.000" in line and "gpu_memory/min 7.000" in line and "gpu_memory/max 7.000" in line
     assert "other" not in line
@@ -98,7 +98,7 @@ def test_values_that_are_no_numbers():
 
 def test_words():
     assert format_metrics({"loss": 0.1, "n": 3}) == "loss 0.100  n 3"
-    assert [epoch_label(2, 9), epoch_label(2, None), epoch_label(2, -1)] == ["Epoch 3/9", "Epoch 3", "Epoch 3"]
+    assert [epoch_label(2, 9), epoch_label(2, None), epoch_label(2, -1)] == ["Epoch 2/8", "Epoch 2", "Epoch 2"]
     assert [add_up([2, 3]), add_up([2, None]), add_up([])] == [5, None, 0]
 
 
@@ -108,8 +108,8 @@ def test_plain_lines_without_a_terminal(trainer, capsys, monkeypatch):
     fit(trainer, bar)
     fit(trainer, bar)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["epoch 1/9", "epoch 2/9", "epoch 3/9", "epoch 4/9"]
-    assert lines[0] == "epoch 1/9  10 batches  0.0 s  loss 0.123  val_acc 0.980"
+    assert [line.split("  ")[0] for line in lines] == ["epoch 0/8", "epoch 1/8", "epoch 2/8", "epoch 3/8"]
+    assert lines[0] == "epoch 0/8  10 batches  0.0 s  loss 0.123  val_acc 0.980"
 
 
 @pytest.mark.parametrize(("stage", "label"), [("validate", "validation"), ("test", "test"), ("predict", "predict")])
@@ -164,7 +164,7 @@ def last_screen(file: Terminal) -> list[str]:
     return [line.rstrip() for line in screen.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 2/9"]), (True, ["Epoch 1/9", "Epoch 2/9"])])
+@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 1/8"]), (True, ["Epoch 0/8", "Epoch 1/8"])])
 def test_live_bars(trainer, terminal, leave, epochs):
     fit(trainer, ProgressBar(leave=leave))
     text = terminal.getvalue()

@@ -134,7 +134,7 @@ async def the_notebook(kernel: Kernel) -> None:
             # the module's summary, and one display for all epochs and validations, which shows the end; few streams
             *summary, text = shown(outputs)
             assert len(summary) <= 1 and all("parameters" in table for table in summary)
-            assert text.startswith("Epoch 5/5  23/23  ") and len(text.splitlines()) == 1
+            assert text.startswith("Epoch 4/4  23/23  ") and len(text.splitlines()) == 1
             assert len(outputs) <= 8, [output["output_type"] for output in outputs]
         if ".validate(" in cell.source:
             bar, table = shown(outputs)
