@@ -10,6 +10,7 @@ __all__ = ["ELSEWHERE", "unknown_argument"]
 _GPUS = "gpus=2, gpus=-1 (all) or gpus=[0, 3] trains on GPUs, num_processes=2 in processes on CPUs"
 _CHECKPOINTS = "callbacks=[raytrainer.ModelCheckpoint(...)] says when to save and what to keep"
 _LOADER = "that belongs to your loader: write it in train_dataloader()"
+_OPTIMIZER = "what configure_optimizers() of your Module returns decides that"
 _BAR = "callbacks=[raytrainer.ProgressBar(...)]"
 
 #: Arguments of other trainers, and what a user of theirs writes here: Lightning's (of 2.x and of 1.x), Ray Train's.
@@ -50,6 +51,18 @@ ELSEWHERE = {
     "weights_summary": "callbacks=[raytrainer.ModelSummary(max_depth=...)]",
     # the user's notes, and a name that is one letter away from two others
     "check_val_every_n_epochs": "check_val_every_n_epoch=",
+    # what loops of one's own, and transformers' TrainingArguments, call it
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "num_train_epochs"), "max_epochs="),
+    **dict.fromkeys(("device", "cuda", "num_gpus", "n_gpus"), _GPUS),
+    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision"), 'precision=16 or "bf16"'),
+    **dict.fromkeys(("output_dir", "log_dir", "save_dir", "logging_dir"), "default_root_dir="),
+    **dict.fromkeys(("max_grad_norm", "clip_grad_norm", "grad_clip"), "gradient_clip_val="),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps"), "accumulate_grad_batches="),
+    **dict.fromkeys(("lr", "learning_rate", "optimizer", "scheduler", "lr_scheduler"), _OPTIMIZER),
+    **dict.fromkeys(("batch_size", "shuffle"), _LOADER),
+    "early_stopping": "callbacks=[raytrainer.EarlyStopping(...)]",
+    "resume": "trainer.fit(model, ckpt_path=...)",
+    "ckpt_path": "trainer.fit(model, ckpt_path=...)",
     # Ray Train
     "checkpoint_config": _CHECKPOINTS,
     "datasets": "hand a RayDataset to fit, or write train_dataset() in a DataModule",

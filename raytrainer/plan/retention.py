@@ -117,8 +117,10 @@ def check_arguments(
     """Raise ConfigurationError for arguments of `ModelCheckpoint` that are out of range or contradict each other."""
     if mode not in ("min", "max"):
         raise ConfigurationError(f"ModelCheckpoint(mode={mode!r}): allowed are 'min' and 'max'")
-    if save_top_k < -1:
-        raise ConfigurationError(f"ModelCheckpoint(save_top_k={save_top_k}): allowed are -1 (all), 0 (none), 1, 2, ...")
+    if not isinstance(save_top_k, int) or save_top_k < -1:
+        raise ConfigurationError(
+            f"ModelCheckpoint(save_top_k={save_top_k!r}): allowed are -1 (all), 0 (none), 1, 2, ..."
+        )
     if monitor is None and save_top_k > 1:
         raise ConfigurationError(
             f"ModelCheckpoint(save_top_k={save_top_k}, monitor=None): without a metric there is no best; "

@@ -5,7 +5,7 @@ import logging
 import pytest
 from tiny import Tiny, data
 
-from raytrainer import Callback, ConfigurationError, WorkerCallback
+from raytrainer import Callback, ConfigurationError, Module, WorkerCallback
 
 
 @pytest.mark.parametrize("name", ["training_epoch_end", "validation_epoch_end", "test_epoch_end"])
@@ -23,3 +23,40 @@ def test_hooks_with_other_names(base, local_trainer, caplog):
     with caplog.at_level(logging.WARNING, "raytrainer"):
         local_trainer(max_epochs=1, callbacks=callbacks).fit(module, data(4))
     assert "Old.on_epoch_end is not called by the Trainer; there is on_train_epoch_end" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "meant"),
+    [
+        (Tiny, "predict_steps", "predict_step"),
+        (Tiny, "on_fit_starts", "on_fit_start"),
+        (Tiny, "val_dataloaders", "val_dataloader"),
+        (Callback, "on_train_epoc_end", "on_train_epoch_end"),
+        (WorkerCallback, "on_train_batchend", "on_train_batch_end"),
+    ],
+)
+def test_misspelt_hooks(base, name, meant, local_trainer, caplog):
+    owner = type("Typed", (base,), {name: lambda self, *args: pytest.fail("called")})()
+    module, callbacks = (owner, []) if base is Tiny else (Tiny(), [owner])
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=callbacks).fit(module, data(4))
+    assert f"Typed.{name} is not called by the Trainer: did you mean {meant}?" in caplog.text
+
+
+def test_a_helper_beside_the_hook_is_no_mistake(local_trainer, caplog):
+    module = type("Helped", (Tiny,), {"training_steps": lambda self: None, "validation_step_": lambda self: None})()
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1).fit(module, data(4))
+    assert "did you mean" not in caplog.text
+
+
+def test_a_misspelt_step_is_named(local_trainer):
+    class Typed(Module):
+        def traning_step(self, batch):
+            pass
+
+        def configure_optimizer(self):
+            pass
+
+    with pytest.raises(ConfigurationError, match=r"no training_step\(\).*There is traning_step\(\)"):
+        local_trainer(max_epochs=1).fit(Typed(), data(4))

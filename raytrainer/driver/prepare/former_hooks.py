@@ -1,15 +1,19 @@
-"""Hooks that Lightning had once and has no more: old code loses what they do without a word, unless it is told."""
+"""Hooks that are never called, those that Lightning had once and misspelt ones: what they do would be lost unsaid."""
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
 from collections.abc import Iterable
+from types import FunctionType
+from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
 
-__all__ = ["refuse_former_hooks"]
+__all__ = ["own_functions", "refuse_former_hooks"]
 
 log = logging.getLogger("raytrainer")
 
@@ -19,6 +23,9 @@ _WITH_OUTPUTS = {
     "validation_epoch_end": "on_validation_epoch_end",
     "test_epoch_end": "on_test_epoch_end",
 }
+#: What hooks are called.
+_HOOK = re.compile(r"^on_|_step$|_dataloader$|^configure_|^transfer_|^setup$|^teardown$|^prepare_data$")
+
 #: Of modules and callbacks.
 _RENAMED = {
     "on_epoch_start": "on_train_epoch_start and on_validation_epoch_start",
@@ -52,6 +59,24 @@ def refuse_former_hooks(module: Module, callbacks: Iterable[Callback | WorkerCal
                 f"what it needs in an attribute during the steps, as in self.outputs.append(...)."
             )
     for owner in (module, *callbacks):
+        _warn_of_misspelt(owner, next(base for base in (Module, Callback, WorkerCallback) if isinstance(owner, base)))
         for name, instead in _RENAMED.items():
             if callable(getattr(owner, name, None)):
                 log.warning("%s.%s is not called by the Trainer; there is %s.", type(owner).__name__, name, instead)
+
+
+def own_functions(owner: Any, base: type) -> list[str]:
+    """Methods that the user's classes have and `base` has not."""
+    kinds = (kind for kind in type(owner).__mro__ if not issubclass(base, kind))
+    found = (name for kind in kinds for name, value in vars(kind).items() if isinstance(value, FunctionType))
+    return [name for name in dict.fromkeys(found) if not hasattr(base, name)]
+
+
+def _warn_of_misspelt(owner: Any, base: type) -> None:
+    """One letter or two from a hook that the class does not have: most likely that is meant."""
+    missing = [
+        hook for hook in dir(base) if _HOOK.search(hook) and getattr(type(owner), hook) is getattr(base, hook, None)
+    ]
+    for name in own_functions(owner, base):
+        for hook in difflib.get_close_matches(name, missing, n=1, cutoff=0.92):
+            log.warning("%s.%s is not called by the Trainer: did you mean %s?", type(owner).__name__, name, hook)

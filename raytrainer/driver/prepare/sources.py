@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from typing import Any
 
 from raytrainer.datamodule import DataModule
+from raytrainer.driver.prepare.former_hooks import own_functions
 from raytrainer.driver.prepare.ray_datasets import has_dataset
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
@@ -84,7 +86,9 @@ def require_methods(verb: str, module: Module, *names: str) -> None:
     """Raise a ConfigurationError if the module lacks one of the methods that `verb` needs."""
     for name in names:
         if not overridden(module, name):
-            raise ConfigurationError(f"{type(module).__name__} has no {name}(); {verb} needs one.")
+            near = difflib.get_close_matches(name, own_functions(module, Module), n=1)
+            meant = f" There is {near[0]}(): did you mean that?" if near else ""
+            raise ConfigurationError(f"{type(module).__name__} has no {name}(); {verb} needs one.{meant}")
 
 
 def require_data(verb: str, stage: str, loaders: dict[str, Any], module: Module, datamodule: DataModule | None) -> None:
