@@ -19,6 +19,7 @@ import raytrainer as rt
 from raytrainer.data.feed import Feed
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.sharding import Share
+from raytrainer.data.streams import stream_of
 from raytrainer.plan.settings import build_settings
 from raytrainer.seeding import capture_rng, restore_rng
 
@@ -400,3 +401,10 @@ def test_a_state_that_cannot_be_stored_is_read_up_to_again(caplog):
     again = Reader(feed(DataLoader(Odd(), 2)))
     again.source.take_state(reader.marks[3][0])
     assert [row[0] for batch in again.read(0, 3) for row in batch] == [row[0] for b in whole[3:] for row in b]
+
+
+def test_a_release_whose_state_loses_samples_is_read_again(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    assert stream_of(hugging_face(0)) is not None
+    monkeypatch.setattr(datasets, "__version__", "4.6.0")
+    assert stream_of(hugging_face(0)) is None
