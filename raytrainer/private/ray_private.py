@@ -5,6 +5,7 @@ All were seen in Ray 2.60.0. Each function says what it does without; a test tak
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -33,6 +34,7 @@ __all__ = [
     "pickler_by_value",
     "plan_size",
     "quiet_data_logs",
+    "quiet_token_notice",
     "running_address",
     "send_token",
     "started_by_this_process",
@@ -267,6 +269,21 @@ def demand() -> Demand | None:
     except Exception as error:  # the connection too may fail, in ways of its own
         _without("what waits for resources", error)
         return None
+
+
+@contextlib.contextmanager
+def quiet_token_notice() -> Iterator[None]:
+    """While entered, Ray does not tell, as a warning, that a Ray that it starts is protected by a token.
+
+    Under another name: it tells.
+    """
+    notices = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = notices.level
+    notices.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notices.setLevel(level)
 
 
 # ---------------------------------------------------------------- Ray Data

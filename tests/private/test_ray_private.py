@@ -62,6 +62,17 @@ def test_a_token_is_left_to_the_environment(monkeypatch):
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+def test_that_a_ray_is_protected_is_no_alarm(monkeypatch, caplog):
+    setup = pytest.importorskip("ray._private.authentication.authentication_token_setup", reason="an older Ray")
+    monkeypatch.setattr(setup.logger, "propagate", True)
+    for _ in range(2):
+        with ray_private.quiet_token_notice():
+            setup._warn_token_auth_enabled()
+        assert caplog.text == ""
+    setup._warn_token_auth_disabled()
+    assert "Anyone" in caplog.text
+
+
 def test_nothing_is_visited(monkeypatch, tmp_path):
     (tmp_path / "a.py").touch()
     seen: list[Path] = []

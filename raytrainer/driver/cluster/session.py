@@ -134,7 +134,7 @@ def _start(workers: int, gpus: object, runtime_env: Mapping[str, Any] | None) ->
     os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": otherwise Ray looks for a cluster that runs on this machine, and then refuses num_cpus
     try:
-        with sigterm_kept():
+        with sigterm_kept(), ray_private.quiet_token_notice():
             ray.init(
                 "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
                 runtime_env=dict(runtime_env or {}),
