@@ -28,10 +28,11 @@ DATA: list[Any] = [
     collections.defaultdict,
     collections.deque,
     datetime.timedelta,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    pathlib.WindowsPath,
-    pathlib.PureWindowsPath,
+    *(
+        (kind, f"{module}.{kind.__name__}")
+        for kind in (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath)
+        for module in ("pathlib", "pathlib._local")  # as Python 3.13 names it
+    ),
     *(
         (AttributeDict, f"{name}.AttributeDict")
         for name in (
