@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from raytrainer.extras import lower_bound
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.version import __version__
 
@@ -53,16 +55,27 @@ def examine() -> Iterator[Finding]:
     yield Finding("raytrainer", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        try:
-            yield Finding(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            needed = package in ("torch", "ray", "pyarrow", "rich", "nvidia-ml-py")
-            yield Finding(package, "not installed", f"pip install {package}" if needed else "")
+        yield _package(package)
     yield _cpus()
     yield from _gpus()
     yield _ray()
     yield _own_address()
     yield from _limits()
+
+
+def _package(package: str) -> Finding:
+    try:
+        version, least = metadata.version(package), lower_bound(package)
+    except metadata.PackageNotFoundError:
+        needed = package in ("torch", "ray", "pyarrow", "rich", "nvidia-ml-py")
+        return Finding(package, "not installed", f"pip install {package}" if needed else "")
+    old = _numbers(version) < _numbers(least)
+    remedy = f"older than what was tried: pip install -U '{package}>={least}'"
+    return Finding(package, version, remedy if old else "")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def _cpus() -> Finding:

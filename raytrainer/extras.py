@@ -7,17 +7,26 @@ from importlib import metadata
 
 from raytrainer.errors import ConfigurationError
 
-__all__ = ["not_installed", "requirements"]
+__all__ = ["lower_bound", "not_installed", "requirements"]
 
 
 def requirements(extra: str) -> list[str]:
     """What an extra of this package asks for, as pip takes it; empty where the package's metadata cannot be read."""
+    marked = (re.split(r"\s*;\s*", line, maxsplit=1) for line in _declared())
+    return [parts[0] for parts in marked if len(parts) == 2 and re.search(rf"extra == ['\"]{extra}['\"]", parts[1])]
+
+
+def lower_bound(package: str) -> str:
+    """The oldest release of a package that this one was tried with; "" where it does not say."""
+    bounds = (re.match(rf"{re.escape(package)}(?:\[.*?\])?\s*>=\s*([\d.]+)", line) for line in _declared())
+    return next((bound[1] for bound in bounds if bound), "")
+
+
+def _declared() -> list[str]:
     try:
-        declared = metadata.requires("raytrainer") or []
+        return metadata.requires("raytrainer") or []
     except metadata.PackageNotFoundError:
         return []
-    marked = (re.split(r"\s*;\s*", line, maxsplit=1) for line in declared)
-    return [parts[0] for parts in marked if len(parts) == 2 and re.search(rf"extra == ['\"]{extra}['\"]", parts[1])]
 
 
 def not_installed(what: str, package: str, extra: str, instead: str = "") -> ConfigurationError:

@@ -29,6 +29,12 @@ def found(what: str) -> doctor.Finding:
     return finding
 
 
+def test_a_package_that_is_older_than_was_tried(monkeypatch):
+    monkeypatch.setattr(extras.metadata, "requires", lambda _: ["ray[train]>=9.48", "torch>=2.1", "rich<99,>=13"])
+    assert found("ray").remedy.startswith("older than what was tried: pip install -U 'ray>=9.48'")
+    assert found("torch").remedy == found("rich").remedy == ""
+
+
 def card(index: int) -> SimpleNamespace:
     return SimpleNamespace(index=index, used=100.0, total=80000.0, processes=0, uuid=f"GPU-{index}")
 
