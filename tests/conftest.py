@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what distributes tests over processes runs none, and an imp
 OWN_RAYS = ("attach", "control_c", "gpu_places", "memory", "nodes", "notebook")
 
 # helpers of multiprocessing that live as long as the process
-_LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
+_LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager", "compile_worker")
 
 
 def pytest_collection_finish() -> None:
@@ -73,8 +73,9 @@ def _children() -> dict[int, str]:
 
 
 def _environment() -> dict[str, str]:
-    # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made, Ray RAY_CLIENT_MODE when it is imported
-    exempt = ("PYTEST_", "TORCHINDUCTOR_", "RAY_CLIENT_MODE")
+    # torch sets TORCHINDUCTOR_CACHE_DIR when an optimizer is first made, and CUDA_MODULE_LOADING when it looks for
+    # GPUs, Ray RAY_CLIENT_MODE when it is imported
+    exempt = ("PYTEST_", "TORCHINDUCTOR_", "CUDA_MODULE_LOADING", "RAY_CLIENT_MODE")
     return {name: value for name, value in os.environ.items() if not name.startswith(exempt)}
 
 

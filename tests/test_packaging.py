@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -45,3 +47,15 @@ def test_editable_installs_are_a_path_that_editors_follow(tmp_path):
         (path,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         assert Path(wheel.read(path).decode().strip()) == ROOT
         assert not any(name.endswith(".py") for name in wheel.namelist()), "no import hook"
+
+
+def test_every_lower_bound_is_tried():
+    """.ci/oldest.txt has the first release that each bound allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(line.split("==") for line in (ROOT / ".ci/oldest.txt").read_text().splitlines() if "==" in line)
+    listed = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    bounds = [re.match(r"([\w.-]+)(?:\[.*\])?(?:>=([\d.]+))?$", one).groups() for one in listed]
+    assert {name for name, bound in bounds if bound is None} == {"raytrainer"}
+    for name, bound in bounds:
+        if bound is not None:
+            assert re.fullmatch(rf"{re.escape(bound)}(\.\d+)*", pins[name.lower()]), name

@@ -158,6 +158,9 @@ def _merge(part: Any, saved: Sequence[Mapping[str, Any]]) -> None:
             # workers' means count by their batches, as torchmetrics weights those of one
             merged[key] = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
         else:
+            if len({value.shape for value in values}) > 1:
+                # of some releases' metrics what has seen nothing has another shape
+                values = [value for value, count in zip(values, counts, strict=True) if count]
             stacked = torch.stack(values)
             merged[key] = stacked if reduce is None else reduce(stacked)
     _set(part, merged, sum(counts))

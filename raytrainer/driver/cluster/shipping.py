@@ -14,7 +14,7 @@ from raytrainer.private import ray_private
 
 __all__ = ["runtime_environment", "script_directory"]
 
-#: Never shipped, in the patterns of .gitignore; what .gitignore and .rayignore name is left out by Ray itself.
+#: Never shipped, in the patterns of .gitignore; what .gitignore names, and .rayignore for newer Rays, Ray leaves out.
 EXCLUDES = [
     ".?*",  # not ".", which is the directory itself
     "__pycache__/",
@@ -80,7 +80,7 @@ def _refuse_large(folder: Path) -> None:
         largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in sizes.most_common(3))
         raise ConfigurationError(
             f"The script's directory, {folder}, would be shipped to the workers so that they can import your modules, "
-            f"but it holds more than {LIMIT // 2**20} MiB: {largest}, ... Name what is not needed in .gitignore or "
-            f".rayignore; or say what to ship: Trainer(runtime_env={{'working_dir': ..., 'excludes': [...]}}), or "
+            f"but it holds more than {LIMIT // 2**20} MiB: {largest}, ... Name what is not needed in "
+            f".gitignore; or say what to ship: Trainer(runtime_env={{'working_dir': ..., 'excludes': [...]}}), or "
             f"{{'py_modules': [...]}}; runtime_env={{}} ships nothing."
         ) from None

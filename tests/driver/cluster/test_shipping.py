@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import ray
 
 from raytrainer.driver.cluster import shipping
 from raytrainer.driver.cluster.session import Cluster, attached
@@ -79,6 +80,8 @@ def test_what_is_left_out_does_not_count(name, git, script, monkeypatch):
 
 @pytest.mark.parametrize("file", [".gitignore", ".rayignore"])
 def test_what_is_ignored_does_not_count(file, script, monkeypatch):
+    if file not in (Path(ray.__file__).parent / "_private/runtime_env/packaging.py").read_text():
+        pytest.skip("this Ray does not know that file")
     monkeypatch.setattr(shipping, "LIMIT", 1000)
     (script / file).write_text("data/\n")
     (script / "data").mkdir()
