@@ -93,3 +93,13 @@ def test_a_fault_of_this_package_keeps_its_frames():
 def test_signatures_stay():
     assert list(inspect.signature(raytrainer.Trainer.fit).parameters)[:3] == ["self", "model", "train_dataloaders"]
     assert "Train." in (raytrainer.Trainer.fit.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "wrong"), [("fit", {"train_loader": []}), ("predict", {"loader": []}), ("test", {"x": 1})]
+)
+def test_a_verb_that_is_called_wrongly_says_what_it_takes(local_trainer, verb, wrong):
+    with pytest.raises(TypeError) as caught:
+        getattr(local_trainer(), verb)(Net(), **wrong)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"{verb} takes model, ") and "dataloaders" in note and "self" not in note
