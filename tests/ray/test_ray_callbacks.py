@@ -7,7 +7,6 @@ import torch
 import torchmetrics
 from exact import Exact, Mortal, run, same
 from ray_models import Net, loader, moved, numbers
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
@@ -192,6 +191,8 @@ class Scored(Net):
 @pytest.mark.parametrize("samples,batch_size", [(23, 4), (3, 4)])
 def test_metric_objects_over_uneven_data(samples, batch_size, ray_trainer):
     """The last batch is smaller, and one worker has more batches; or one has none at all."""
+    from sklearn.metrics import roc_auc_score  # here, as workers import this file
+
     module, val = Scored(), loader(samples, batch_size)
     trainer = ray_trainer(max_epochs=2, num_sanity_val_steps=1)
     trainer.fit(module, loader(16, 4), val)

@@ -64,7 +64,7 @@ def table(start: int, stop: int) -> pa.Table:
     return pa.table({"id": ids, "x": pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), DIM)})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of this module do not all follow each other
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Three files of uneven size, several row groups each."""
     folder = tmp_path_factory.mktemp("parquet")
@@ -139,7 +139,7 @@ def trained(make: Make, tmp_path: Path, data: Any, workers: int = 2, **options: 
 Way = tuple[bool, bool, "bool | int", int]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seen() -> dict[Way, Any]:
     """What has been read in which way."""
     return {}
@@ -393,23 +393,47 @@ def test_going_on_in_mid_epoch(
     assert second == whole[1]
 
 
-@pytest.mark.late(3)
-def test_going_on_with_other_numbers_of_workers(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
-    """In the middle of an epoch and of a window: every row once, whoever has read it."""
-    seen: dict[bool, list[int]] = {True: [], False: []}
-    # both by two workers first, as other numbers are other processes
-    for workers, steps in ((2, 7), (3, None)):
-        for keep, rows in seen.items():
-            data = RayDataset(rays.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
-            saver = ModelCheckpoint(tmp_path / f"{keep}{workers}", save_last=True, every_n_train_steps=1)
-            options = {"max_steps": steps} if steps else {"max_epochs": 1}
-            trainer = ray_trainer(num_processes=workers, seed=5, callbacks=[Recorder(tmp_path), saver], **options)
-            trainer.fit(Net(), data, ckpt_path=None if steps else str(tmp_path / f"{keep}2" / "last.ckpt"))
-            (epoch,) = recorded(tmp_path, workers)
-            assert steps is None or [len(batches) for batches in epoch] == [7, 7]
-            rows += flat(epoch)
-    for rows in seen.values():
-        assert sorted(rows) == list(range(ROWS))
+Stopped = Callable[[Make, bool], tuple[Path, list[int]]]
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory: pytest.TempPathFactory, parquet: str) -> Stopped:
+    """Trains two workers for seven steps, within a window, once for each kind of dataset: checkpoint, and rows seen."""
+    known: dict[bool, tuple[Path, list[int]]] = {}
+
+    def stop(make: Make, keep: bool) -> tuple[Path, list[int]]:
+        if keep not in known:
+            folder = tmp_path_factory.mktemp("stopped")
+            saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+            trainer = make(max_steps=7, seed=5, callbacks=[Recorder(folder), saver])
+            trainer.fit(Net(), windowed(parquet, keep))
+            (epoch,) = recorded(folder, 2)
+            assert [len(batches) for batches in epoch] == [7, 7]
+            known[keep] = folder / "last.ckpt", flat(epoch)
+        return known[keep]
+
+    return stop
+
+
+def windowed(parquet: str, keep: bool) -> RayDataset:
+    import ray.data
+
+    return RayDataset(ray.data.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
+
+
+@pytest.mark.parametrize(
+    "workers", [2, pytest.param(3, marks=pytest.mark.late(3))], ids=lambda number: f"{number} workers"
+)
+def test_going_on_within_a_window(
+    ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, stopped: Stopped, workers: int
+) -> None:
+    """Also with another number of workers: every row once, whoever has read it."""
+    begun = {keep: stopped(ray_trainer, keep) for keep in (True, False)}
+    for keep, (path, rows) in begun.items():
+        trainer = ray_trainer(num_processes=workers, seed=5, callbacks=[Recorder(tmp_path)], max_epochs=1)
+        trainer.fit(Net(), windowed(parquet, keep), ckpt_path=str(path))
+        (epoch,) = recorded(tmp_path, workers)
+        assert sorted(rows + flat(epoch)) == list(range(ROWS))
 
 
 # ---------------------------------------------------------------- formats
@@ -496,7 +520,7 @@ def test_predict_is_lazy_and_in_step(ray_trainer: Make, rays: Any, parquet: str,
     with torch.no_grad():
         expected = net.layer(torch.arange(float(ROWS))[:, None].expand(-1, DIM))
     assert torch.allclose(torch.tensor(np.stack(rows["y"].tolist())), expected, atol=1e-3)
-    limited = ray_trainer(limit_predict_batches=2).predict(net, rays.read_parquet(parquet))
+    limited = ray_trainer(num_processes=1, limit_predict_batches=2).predict(net, rays.read_parquet(parquet))
     assert limited.count() == 512
 
 

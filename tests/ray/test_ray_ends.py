@@ -92,7 +92,6 @@ if __name__ == "__main__":
 @pytest.mark.late(2)
 def test_sigterm_ends_in_order(ray_session, tmp_path):
     """Ray would have the process aborted after three seconds; what is being written then would be half a file."""
-    idle_pool.close_idle()
     with script(tmp_path / "terminated.py", TERMINATED, ray_session) as running:
         running.wait_for("under way")  # so that there is a snapshot
         os.kill(running.process.pid, signal.SIGTERM)

@@ -6,8 +6,6 @@ import pytest
 from ray_models import alive, eventually
 from scripts import MODULE, script
 
-from raytrainer.driver.workers import idle_pool as pool
-
 MAIN = (
     MODULE
     + """
@@ -59,7 +57,6 @@ class Net(raytrainer.Module):
 
 @pytest.mark.late(2)
 def test_main_and_notebook_cells(ray_session, tmp_path):
-    pool.close_idle()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "found_elsewhere.py").write_text(ELSEWHERE)
