@@ -103,7 +103,7 @@ def _fault(value: Any, hint: Any, path: str) -> str:
     """The innermost part of it that is something else, and what it is."""
     kind: Any = hint
     if dataclasses.is_dataclass(kind) and type(value) is kind:
-        for name, inner in _hints(kind):
+        for name, inner in _hints(hint):
             if not _check(inner)(getattr(value, name)):
                 return _fault(getattr(value, name), inner, f"{path}.{name}")
         return f"{path} has a negative count, or a value of a name that it does not declare"

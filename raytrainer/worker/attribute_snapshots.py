@@ -8,6 +8,7 @@ snapshots, which never leave memory, have them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import weakref
 from collections import deque
@@ -25,6 +26,8 @@ from raytrainer.worker.data_pickling import Held, pickled, unpickled, version_of
 from raytrainer.worker.plain_attributes import INTERNAL
 
 __all__ = ["AttributeSnapshots"]
+
+log = logging.getLogger("raytrainer")
 
 #: Where something is: a submodule's path, "__dict__" or "_buffers" there, and the name in that.
 Place = tuple[str, str, str]
@@ -70,11 +73,17 @@ class AttributeSnapshots:
         parts, held = dict(module.named_modules()), Held(module)
         unchanged = [ref() for ref, _ in self._tensors]
         for (path, kind, name), data in state["values"].items():
-            if path in parts:
-                where: dict[str, Any] = getattr(parts[path], kind)
-                where[name] = _put(where.get(name), unpickled(data, held, state["tensors"], unchanged))
-                if kind == "_buffers":
-                    parts[path]._non_persistent_buffers_set.add(name)
+            if path not in parts:
+                continue
+            try:
+                value = unpickled(data, held, state["tensors"], unchanged)
+            except Exception as error:  # it refers to what is not there in this worker
+                log.warning("%s.%s begins anew: %s: %s", type(parts[path]).__name__, name, type(error).__name__, error)
+                continue
+            where: dict[str, Any] = getattr(parts[path], kind)
+            where[name] = _put(where.get(name), value)
+            if kind == "_buffers":
+                parts[path]._non_persistent_buffers_set.add(name)
         for path, kind, name in state["gone"]:
             if path in parts:
                 getattr(parts[path], kind).pop(name, None)

@@ -169,13 +169,13 @@ class _Unpickler(pickle.Unpickler):
         match name:
             case "held", path:
                 return self._held.things[path]
-            case "unchanged", index:
+            case "unchanged", index if self._unchanged[index] is not None:
                 return self._unchanged[index]
             case "tensor", index, device:
                 return self._tensors[index].to(device, copy=True)
             case "class", data:
                 return pickle.loads(data)
-        raise pickle.UnpicklingError(f"{name!r} is none of ours")
+        raise pickle.UnpicklingError(f"there is no {name!r} any more")
 
 
 def _has_own_pickling(kind: type) -> bool:

@@ -85,7 +85,7 @@ class Notices(raytrainer.Callback):
             if self.drained.node_id in used:
                 return
             self.cluster.nodes.remove(self.drained)
-            self.cluster.remove_node(self.drained)
+            self.cluster.remove_node(self.drained, allow_graceful=False)
             self.cluster.nodes.append(self.cluster.add_node(num_cpus=1))
             self.drained, self.next = None, time.monotonic() + self.rng.uniform(0.0, 2.0)
         elif self.left and time.monotonic() >= self.next:
