@@ -55,7 +55,7 @@ def test_a_trainer_starts_neither_nvml_nor_cuda(stages: dict[str, dict[str, Any]
     assert (stage["nvml"], stage["cuda"], "ray" in stage["modules"]) == (False, False, False)
 
 
-def test_training_in_process_imports_neither_ray_nor_torchmetrics(stages: dict[str, dict[str, Any]]) -> None:
+def test_a_run_in_process_imports_neither_ray_nor_torchmetrics(stages: dict[str, dict[str, Any]]) -> None:
     assert stages["trained"]["steps"] == 1
     assert not {"ray", "torchmetrics"} & set(stages["trained"]["modules"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -41,8 +42,7 @@ def _require(owner: Any, name: str, declared: Callable[..., Any]) -> None:
     own = getattr(owner, name, None)
     if not callable(own) or getattr(own, "__func__", own) is declared:
         return
-    given = [p for p in list(inspect.signature(declared).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = [parameter.name for parameter in given]
+    names = _names(declared)
     try:
         taken = inspect.signature(own)
     except (TypeError, ValueError):  # made in C, or made up
@@ -53,6 +53,13 @@ def _require(owner: Any, name: str, declared: Callable[..., Any]) -> None:
             f"{type(owner).__name__}.{name}{taken}: it is called as {name}({', '.join(names)}). Give it these "
             f"parameters."
         )
+
+
+@functools.cache
+def _names(declared: Callable[..., Any]) -> list[str]:
+    """With what a hook is called."""
+    given = list(inspect.signature(declared).parameters.values())[1:]
+    return [parameter.name for parameter in given if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _takes(signature: inspect.Signature, count: int) -> bool:
