@@ -24,6 +24,7 @@ __all__ = [
     "same_rng",
     "seed_everything",
     "seed_generators",
+    "seed_host",
 ]
 
 log = logging.getLogger("raytrainer")
@@ -63,6 +64,15 @@ def seed_generators(seed: int) -> None:
     """Seed Python's, NumPy's (if it is imported) and torch's global generators, on all devices."""
     random.seed(seed)
     torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(derive_seed(seed, "numpy") % 2**32)
+
+
+def seed_host(seed: int) -> None:
+    """Seed the generators of Python, NumPy (if it is imported) and torch's CPU, leaving devices alone."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(derive_seed(seed, "numpy") % 2**32)
@@ -146,10 +156,7 @@ def host_generators(seed: int) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     own, of_torch = random.getstate(), torch.get_rng_state()
     of_numpy = None if numpy is None else numpy.random.get_state()
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if numpy is not None:
-        numpy.random.seed(derive_seed(seed, "numpy") % 2**32)
+    seed_host(seed)
     try:
         yield
     finally:

@@ -20,6 +20,8 @@ from typing import Any
 import cloudpickle
 import torch
 
+from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver.workers.local_group import local_group
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks
@@ -142,11 +144,42 @@ class ForkedGroup:
             self._tell("rest", cloudpickle.dumps(((), {})))
 
 
+class ForkedGroups:
+    """Groups by (workers, nodes), started when they are first asked for, and kept."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, int], ForkedGroup] = {}
+
+    def take(self, workers: int, nodes: int = 1) -> ForkedGroup:
+        key = workers, nodes
+        if key not in self._groups or self._groups[key].broken:
+            self._groups[key] = ForkedGroup(workers, nodes)
+        return self._groups[key]
+
+    def take_the_place_of_rays(self, set_attribute: Callable[[Any, str, Any], None]) -> None:
+        """Trainers get their workers here from now on."""
+
+        def take(supply: GroupSupply, settings: Any) -> Any:
+            if settings.strategy == "local":
+                return local_group(settings)
+            return self.take(settings.world_size, settings.num_nodes)
+
+        set_attribute(GroupSupply, "prepare", lambda supply, settings: None)  # no Ray is started
+        set_attribute(GroupSupply, "take", take)
+        set_attribute(GroupSupply, "give_back", lambda supply, group: group.release())
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            if not group.broken:
+                group.abort()
+
+
 def _work(rank: int, size: int, nodes: int, ports: Any, pipe: Any, folder: str) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     stacks = can_be_asked(Path(folder))
     gc.freeze()  # looking for garbage would copy all memory that is shared with the test's process
     torch.set_num_threads(1)
+    multiprocessing.current_process().daemon = False  # which may have no processes, as loaders do
     per_node = size // nodes
     ranks = Ranks(rank, size, rank % per_node, per_node, rank // per_node, nodes)
     worker = Worker(ranks, torch.device("cpu"))

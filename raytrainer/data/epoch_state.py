@@ -12,6 +12,8 @@ from raytrainer.data.memories import (
     STREAMS,
     Memory,
     from_store,
+    has_generators,
+    has_state,
     library_of,
     recall,
     remembered,
@@ -19,12 +21,15 @@ from raytrainer.data.memories import (
     to_store,
 )
 from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
-from raytrainer.data.streams import stream_of
+from raytrainer.data.shared_streams import SharedStream, is_shared
+from raytrainer.data.streams import LoaderStream, stream_of
+from raytrainer.data.web_pipelines import shuffling_steps, tell_steps
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import capture_rng, restore_rng
 
-__all__ = ["EpochState"]
+__all__ = ["EpochState", "of_all_workers"]
 
 log = logging.getLogger("raytrainer")
 
@@ -43,13 +48,16 @@ class EpochState:
 
     def __init__(self, loader: Any, batches: ShardedBatches | None, seed: int) -> None:
         self.stream, self.seed = stream_of(loader), seed
+        self._shuffling = shuffling_steps(loader)
         self._roots = _remembering(loader, batches)
         self._new = [remembered(root) for root in self._roots]
         self._began: list[Memory] = [{} for _ in self._roots]
+        self._unseen = _counts_unseen(loader)
         self._epoch = 0
         self._started = False
         self._kept: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
+        self._ended: Any = None  # the state of a stream that counts epochs itself, in the epoch before
         self._rng: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- an epoch
@@ -60,29 +68,68 @@ class EpochState:
         found = self._resumed
         if found is None:
             return
+        if epoch > 0 and self._unseen:
+            self._unseen = False
+            log.warning(
+                "The loader's processes persist, and what its dataset, a stream, counts in them is not known here: if "
+                "its order depends on that, a resumed run reads other samples. Give it set_epoch(epoch), or state_dict "
+                "and load_state_dict; or leave persistent_workers out."
+            )
         memories = {found["epoch"]: found["began"], found["epoch"] + 1: found["now"]}.get(epoch)
         if memories is not None and len(memories) == len(self._roots):
             for root, memory in zip(self._roots, memories, strict=True):
                 recall(root, memory)
         if epoch != found["epoch"]:
             self._resumed = None
+            follows = (
+                epoch == found["epoch"] + 1 and isinstance(self.stream, LoaderStream) and self.stream.counts_epochs
+            )
+            if follows and not found.get("anew"):
+                self._ended = found["stream"]
 
     def starts(self) -> None:
         """Right before the order of the epoch is drawn, or its loader is iterated."""
         if not self._started:
             self._started = True
             self._began = self._memories()
+            tell_steps(self._shuffling, self._epoch, derive_seed(self.seed, "stream", self._epoch))
             for root in self._roots:
                 # those of samplers are seeded when they draw
                 if not isinstance(root, (Sampler, DataLoader)) and library_of(root) not in STREAMS:
                     seed_own_generators(root, derive_seed(self.seed, "stream", self._epoch))
 
-    def resume(self, epoch: int, skip: int) -> int:
-        """Put the stream back for an epoch that goes on at batch `skip`; return the batch that it is at."""
+    def goes_on(self, epoch: int) -> bool:
+        """Whether a stream of all workers is to go on within `epoch`, however many of them began it."""
+        found = self._resumed
+        in_epoch = found is not None and found["epoch"] == epoch and found["stream"] is not None
+        return in_epoch and isinstance(self.stream, SharedStream)
+
+    def resume(self, epoch: int, skip: int, before: Past = ()) -> int:
+        """Put the stream back for an epoch that goes on at batch `skip`; return the batch that it is at.
+
+        `before` is what groups of other sizes have done of it.
+        """
+        position = self._put_back(epoch, skip, before)
+        if isinstance(self.stream, SharedStream):
+            self.stream.place()
+        return position
+
+    def _put_back(self, epoch: int, skip: int, before: Past) -> int:
+        shared = self.stream if self.goes_on(epoch) else None
         found, self._resumed, self._rng = self._resumed, None, None
         if self.stream is not None:
-            self.stream.begin()
-        if found is None or found["epoch"] != epoch or not 0 < found["batch"] <= skip:
+            self.stream.begin(epoch)
+        if self._ended is not None and isinstance(self.stream, LoaderStream):
+            self.stream.follow(from_store(self._ended, self.stream.owner))
+        self._ended = None
+        if found is None or found["epoch"] != epoch:
+            return 0
+        if isinstance(shared, SharedStream) and found.get("others"):
+            further = before[-1][1] - found["batch"] if before else 0
+            state = shared.load(from_store(found["stream"], shared.owner), further)
+            self._kept = {"batch": 0, "rng": None, "stream": to_store(state, shared.owner)}
+            return 0
+        if not (0 if shared is not None else 1) <= found["batch"] <= skip:
             return 0
         if found.get("anew"):
             return skip
@@ -147,10 +194,30 @@ class EpochState:
                 "the epoch begins anew.", stage, state["form"][1], state["form"][0],
             )  # fmt: skip
             state["anew"] = True
+        elif isinstance(stream, SharedStream) and state["stream"] is not None:
+            stream.remember(from_store(state["stream"], stream.owner))
         self._resumed = state
 
     def _memories(self) -> list[Memory]:
         return [remembered(root, new) for root, new in zip(self._roots, self._new, strict=True)]
+
+
+def _counts_unseen(loader: Any) -> bool:
+    """Whether a stream may count epochs in processes that persist, which would not be heard of here."""
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return False
+    dataset = loader.dataset
+    if not isinstance(dataset, IterableDataset) or library_of(dataset) in STREAMS or is_shared(dataset):
+        return False
+    restarted = has_state(dataset) or has_generators(dataset) or callable(getattr(dataset, "set_epoch", None))
+    return not restarted and not has_state(loader) and bool(remembered(dataset))
+
+
+def of_all_workers(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What another number of workers can go on with, of what `EpochState.state` gave on one; None: nothing."""
+    if state is None or (state.get("form") or [None])[0] != SharedStream.kind:
+        return None
+    return {**state, "others": True, "began": [], "now": []}
 
 
 def _remembering(loader: Any, batches: ShardedBatches | None) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +18,13 @@ from raytrainer.data.first_batches import Fingerprint
 from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
-from raytrainer.data.own_readers import kept_readers
+from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
-from raytrainer.data.refused_loaders import require_loader
+from raytrainer.data.refused_loaders import require_loader, without_batches
 from raytrainer.data.sharded_loader import length_of, shard_loader
 from raytrainer.data.sharding import Share
 from raytrainer.data.streams import Requests
+from raytrainer.data.web_pipelines import shuffling_steps
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
@@ -71,9 +73,8 @@ class Feed:
         self._state = EpochState(self.loader, self._drawing, seed)
         dealt = sharded.splits or share.count == share.readers == 1
         self.watched = None if dealt else Fingerprint(stage, share.index, remedy(loader))
-        self.may_miss = (
-            getattr(self.reader, "collate_fn", None) is not default_collate or self.loader is not self.reader
-        )
+        collates = getattr(self.reader, "collate_fn", None)
+        self.may_miss = collates is not default_collate or self.loader is not self.reader
         self._requests: Requests | None = None
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self._epoch: int | None = None
@@ -90,14 +91,7 @@ class Feed:
         if self.batches is not None and not self.batches.pad and self.batches.total > 0:
             return
         size = length_of(getattr(self.source, "dataset", None))
-        batch_size = getattr(self.source, "batch_size", None)
-        drop_last = getattr(self.source, "drop_last", False)
-        message = (
-            f"the {self.stage} loader has no batch for rank {self.share.index} of {self.share.count}: its dataset has "
-            f"{'an unknown number of' if size is None else size} sample(s), batch_size={batch_size}, "
-            f"drop_last={drop_last}. Give it more data, a smaller batch_size, drop_last=False or fewer workers, or "
-            f"switch the stage off with limit_{self.stage}_batches=0."
-        )
+        message = without_batches(self.source, size, self.stage, self.share.index, self.share.count)
         if self.stage == "train" and size:
             raise DataError(message)
         if self.share.index == 0:
@@ -155,7 +149,7 @@ class Feed:
         return own if limit is None else min(own, limit)
 
     def _measure(self) -> None:
-        self._own = own = length_of(self.loader)
+        self._own = own = None if self._unmeasured else length_of(self.loader)
         # fractions are of the longest part, so that all workers agree on them
         longest = own if self.batches is None or own is None else self.batches.longest_part()
         offset, count = batches_before(self._before), self.share.count
@@ -167,8 +161,9 @@ class Feed:
     def _leave_out(self, before: Past) -> None:
         """Leave out the epoch's first batches, which groups of other sizes have done."""
         offset, count = batches_before(before), self.share.count
+        self._unmeasured = bool(offset) and self._state.goes_on(self._epoch or 0)  # lengths are of whole epochs
         if self.batches is None:
-            if offset:
+            if offset and not self._unmeasured:
                 log.warning(
                     "The %s loader is read as it is on each worker (a stream, or an iterable of batches), and its "
                     "epoch was begun by another number of workers: the epoch begins anew.", self.stage,
@@ -190,10 +185,9 @@ class Feed:
         if not loader.persistent_workers:
             return
         dataset = loader.dataset
-        if library_of(dataset) in STREAMS:
-            return
         changes = self.iterable_dataset and (has_state(dataset) or has_generators(dataset))
-        if changes or callable(getattr(dataset, "set_epoch", None)):
+        own = library_of(dataset) not in STREAMS
+        if (own and (changes or callable(getattr(dataset, "set_epoch", None)))) or shuffling_steps(dataset):
             self.close()
 
     # ---------------------------------------------------------------- reading
@@ -208,7 +202,7 @@ class Feed:
         if self._drawing is not None:
             self._drawing.skip_to(0)
         self.draw()
-        position = self._state.resume(epoch, skip)
+        position = self._state.resume(epoch, skip, self._before)
         if self.batches is not None:
             position = skip
             self.batches.skip_to(skip)
@@ -218,8 +212,8 @@ class Feed:
             self.reader.generator = torch.Generator().manual_seed(seed)
             if self._drawing is None:
                 self._seed_requests(self.reader, seed, position)
-        read = self._read_alike(epoch, position) if self.share.readers > 1 or self._replays() else self._iterate()
-        iterator = self._state.read(read)
+        alike = self.share.readers > 1 or self._replays() or self._reads_ahead()
+        iterator = self._state.read(self._read_alike(epoch, position) if alike else self._iterate())
         for _ in range(position, skip):  # a loader that cannot skip is replayed
             if next(iterator, END) is END:
                 break
@@ -230,16 +224,27 @@ class Feed:
 
     def _replays(self) -> bool:
         """Whether a resumed run reads the epoch again, in this process: what is drawn there must then be the same."""
-        if self.stage != "train" or self._drawing is not None or self._state.stream is not None:
+        if self.stage != "train" or self.batches is not None or self._state.stream is not None:
             return False
         if self.reader is None:
             return not isinstance(self.loader, (list, tuple))
         return not self.reader.num_workers and library_of(self.reader.dataset) not in STREAMS
 
+    def _reads_ahead(self) -> bool:
+        """Whether the user's way of reading may be ahead of what it gives, so that each batch is to have its own seed.
+
+        In this process, that is. A thread of the user's that reads is left alone, as it runs beside the training.
+        """
+        reader, drawing = self.reader, self._drawing
+        plain = self.loader is reader and reads_plainly(reader)
+        if plain or drawing is None or reader is None or reader.num_workers or self.stage != "train":
+            return False
+        drawing.seeding = threading.get_ident()
+        return True
+
     def _seed_requests(self, loader: DataLoader[Any], seed: int, position: int) -> None:
         """Have the processes that read an iterable dataset draw from (seed, process, batch)."""
-        reader = type(loader).__iter__
-        if not loader.num_workers or (reader is not DataLoader.__iter__ and "torchdata." not in reader.__module__):
+        if not loader.num_workers or not reads_plainly(loader):
             return
         batched = loader.batch_sampler is not None
         if self._requests is None:

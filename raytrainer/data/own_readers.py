@@ -17,7 +17,16 @@ from torch.utils.data import DataLoader, Sampler
 from raytrainer.data.sharding import ShardedBatches, is_plain_batching
 from raytrainer.private.torch_private import is_loader_iterator
 
-__all__ = ["StandIn", "finite_loader", "front_of", "inner_loader", "kept_readers", "part_at", "with_part"]
+__all__ = [
+    "StandIn",
+    "finite_loader",
+    "front_of",
+    "inner_loader",
+    "kept_readers",
+    "part_at",
+    "reads_plainly",
+    "with_part",
+]
 
 #: Wrappers around wrappers, at most.
 DEPTH = 3
@@ -34,6 +43,14 @@ class StandIn(Iterator[Any]):
 
     def __next__(self) -> Any:
         return next(self.source)
+
+
+def reads_plainly(loader: Any) -> bool:
+    """Whether a loader gives what torch's or torchdata's `__iter__` gives, batch by batch and none ahead of it."""
+    if not isinstance(loader, DataLoader):
+        return False
+    reader = type(loader).__iter__
+    return reader is DataLoader.__iter__ or reader.__module__.startswith("torchdata.")
 
 
 def kept_readers(loader: Any) -> list[str]:

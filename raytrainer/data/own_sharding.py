@@ -84,14 +84,11 @@ def _moved(sampler: DistributedSampler[Any], share: Share) -> Sampler[Any]:
 def remedy(source: Any) -> str:
     """What to write so that workers read different parts."""
     dataset = getattr(source, "dataset", source)
-    own = _REMEDIES.get(_package(dataset))
-    if own is not None:
-        return own
+    for kind in type(dataset).__mro__:  # a user's own class may derive from a library's
+        package = kind.__module__.partition(".")[0]
+        if package in _REMEDIES:
+            return _REMEDIES[package]
     return (
         "where it is iterated, take itertools.islice(items, part, None, parts) with part, parts = rt.data_part(); or "
         "give a DataLoader of a dataset with a length"
     )
-
-
-def _package(thing: Any) -> str:
-    return type(thing).__module__.partition(".")[0]

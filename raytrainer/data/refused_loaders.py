@@ -1,4 +1,4 @@
-"""What is given in place of a loader, and cannot be one."""
+"""What is given in place of a loader, and cannot be one; loaders that have nothing to give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from raytrainer.errors import DataError
 
-__all__ = ["require_loader"]
+__all__ = ["require_loader", "without_batches"]
 
 
 def require_loader(loader: Any, stage: str) -> None:
@@ -37,6 +37,17 @@ def require_loader(loader: Any, stage: str) -> None:
     else:
         what = f"{loader!r}: give a DataLoader"
     raise DataError(f"the {stage} loader is {what}. A loader is a DataLoader, or any iterable of batches.")
+
+
+def without_batches(loader: Any, size: int | None, stage: str, rank: int, count: int) -> str:
+    """What is said of a loader of so many samples (None: of an unknown number) that gives worker `rank` no batch."""
+    return (
+        f"the {stage} loader has no batch for rank {rank} of {count}: its dataset has "
+        f"{'an unknown number of' if size is None else size} sample(s), "
+        f"batch_size={getattr(loader, 'batch_size', None)}, drop_last={getattr(loader, 'drop_last', False)}. Give it "
+        f"more data, a smaller batch_size, drop_last=False or fewer workers, or switch the stage off with "
+        f"limit_{stage}_batches=0."
+    )
 
 
 def _kind(value: Any) -> str:

@@ -19,10 +19,12 @@ from raytrainer.data.own_readers import (
     inner_loader,
     kept_readers,
     part_at,
+    reads_plainly,
     with_part,
 )
 from raytrainer.data.own_sharding import at_its_place, own_part
 from raytrainer.data.sharding import IndexShard, ShardedBatches, Share, is_plain_batching
+from raytrainer.data.web_pipelines import warn_of_the_clock
 from raytrainer.errors import DataError
 from raytrainer.plan.settings import Settings
 from raytrainer.private.torch_private import forget_iterator
@@ -68,6 +70,8 @@ def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Set
         DataError: It cannot be sharded.
     """
     arguments = stage, share, seed, settings, epoch
+    if stage == "train" and share.index == 0:
+        warn_of_the_clock(loader, stage)
     if kept := kept_readers(loader):
         return _with_kept_reader(loader, kept[0], *arguments)
     if isinstance(loader, DataLoader):
@@ -79,8 +83,8 @@ def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Set
     sharded = shard_loader(inner, *arguments)
     if sharded.reader is None or sharded.batches is None:
         return ShardedLoader(with_part(loader, way, sharded.loader), sharded.reader, in_step=False)
-    in_step = sharded.in_step and length_of(loader) is not None and length_of(loader) == length_of(inner)
-    if sharded.splits and not in_step:
+    alike = length_of(loader) is not None and length_of(loader) == length_of(inner)
+    if sharded.splits and not alike:
         raise DataError(
             f"the {stage} loader {type(loader).__name__} reads a DataLoader (its .{'.'.join(way)}), but does not say "
             f"that it gives one batch for each of the loader's, so that it cannot be sharded over {share.count} "
@@ -88,7 +92,8 @@ def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Set
             f"in that loader or with use_distributed_sampler=False."
         )
     front = with_part(loader, way, sharded.loader)
-    return ShardedLoader(front, sharded.reader, sharded.batches, sharded.stand_in, in_step and not has_state(loader))
+    in_step = sharded.in_step and alike and not has_state(loader)
+    return ShardedLoader(front, sharded.reader, sharded.batches, sharded.stand_in, in_step)
 
 
 def _with_kept_reader(
@@ -129,6 +134,7 @@ def _sharded(
     inner: Any = getattr(outer, "sampler", loader.sampler) if batched else loader.sampler
     for sampler in (outer, inner):
         tell_epoch(sampler, epoch)
+    in_step = reads_plainly(loader) or length_of(loader) == length_of(outer)
     train = stage == "train"
     overfit = stage in ("train", "val") and settings.overfit
     own_sharding = not overfit and own_part(outer) is not None
@@ -149,7 +155,7 @@ def _sharded(
         of_batches,
         seed,
         pad=train,
-        seeded=batched and loader.num_workers > 0,
+        seeded=loader.num_workers > 0,
         rank=share.index,
         alone=not settings.use_distributed_sampler,
     )
@@ -159,7 +165,7 @@ def _sharded(
             f"sharded over {of_batches.count} workers; give it __len__, or use_distributed_sampler=False."
         )
     copied.__dict__["batch_sampler" if batched else "sampler"] = batches
-    return ShardedLoader(copied, copied, batches)
+    return ShardedLoader(copied, copied, batches, in_step=in_step)
 
 
 def length_of(thing: Any) -> int | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler, get_worker_info
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from raytrainer.data.memories import seed_own_generators, tell_epoch
+from raytrainer.data.seeded_indices import with_seed
 from raytrainer.plan.seeds import derive_seed
-from raytrainer.seeding import capture_rng, restore_rng, rng_untouched, seed_generators
+from raytrainer.seeding import capture_rng, restore_rng, rng_untouched, seed_generators, seed_host
 
-__all__ = ["IndexShard", "SeededIndices", "ShardedBatches", "Share", "is_plain_batching", "is_plain_shuffle"]
+__all__ = ["IndexShard", "ShardedBatches", "Share", "is_plain_batching", "is_plain_shuffle"]
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,13 @@ class ShardedBatches(Sampler[list[Any]]):
         share: This worker's part of the *batches*. `Share(0, 1)` where the indices are sharded already.
         seed: The run's seed.
         pad: Repeat batches so that every worker has equally many; for training.
-        seeded: Hand out batches as `SeededIndices`, for a loader with processes.
+        seeded: Hand out indices with a seed each, for a loader with processes.
         rank: Whose augmentation in those processes this is; also of the order where `alone`.
         alone: `source` is for this worker alone, so that global generators need not be alike on all workers.
+
+    Attributes:
+        seeding: The thread in which indices are asked for while generators may be seeded for what is read by them;
+            whoever sets it puts them back. None: they are left alone.
     """
 
     def __init__(
@@ -162,6 +168,7 @@ class ShardedBatches(Sampler[list[Any]]):
         alone: bool = False,
     ) -> None:
         self.source, self.share, self.seed, self.pad, self.seeded = source, share, seed, pad, seeded
+        self.seeding: int | None = None
         self.rank, self.alone = rank, alone
         inner = getattr(source, "sampler", source) if is_plain_batching(source) else source
         self.shard: IndexShard | None = inner if isinstance(inner, IndexShard) else None
@@ -242,7 +249,7 @@ class ShardedBatches(Sampler[list[Any]]):
         batches: Iterator[Any] = itertools.islice(self._shard(), self.skip, None)
         if self.noted is not None:
             batches = self._noting(batches, self.noted)
-        return self._seeding(batches) if self.seeded else batches
+        return self._with_seeds(batches) if self.seeded or self.seeding is not None else batches
 
     def _noting(self, batches: Iterator[Any], noted: deque[list[Any]]) -> Iterator[Any]:
         noted.clear()
@@ -250,12 +257,12 @@ class ShardedBatches(Sampler[list[Any]]):
             noted.append(list(batch) if isinstance(batch, (list, tuple)) else [batch])
             yield batch
 
-    def _seeding(self, batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    def _with_seeds(self, batches: Iterator[list[Any]]) -> Iterator[Any]:
         for position, batch in enumerate(batches, self.skip):
-            if isinstance(batch, list):
-                yield SeededIndices(batch, derive_seed(self.seed, "loader", self.rank, self.epoch, position))
-            else:
-                yield batch
+            seed = derive_seed(self.seed, "loader", self.rank, self.epoch, position)
+            if self.seeding == threading.get_ident():
+                seed_host(seed)
+            yield with_seed(batch, seed) if self.seeded else batch
 
     def _shard(self) -> Iterator[list[Any]]:
         index, count = self.share.index, self.share.count
@@ -269,27 +276,6 @@ class ShardedBatches(Sampler[list[Any]]):
         if missing and batches:
             batches += (batches * -(-missing // len(batches)))[:missing]
         return iter(batches[index::count])
-
-
-class SeededIndices(list[Any]):
-    """Indices of a batch on their way to a loader's process, whose generators are seeded when they arrive.
-
-    So augmentation there depends on (seed, rank, epoch, batch) alone, however many processes there are and wherever a
-    run was resumed; and dataset, `worker_init_fn` and `collate_fn` are the user's own.
-    """
-
-    def __init__(self, indices: list[Any], seed: int) -> None:
-        super().__init__(indices)
-        self.seed = seed
-
-    def __reduce__(self) -> Any:
-        return _arrive, (list(self), self.seed)
-
-
-def _arrive(indices: list[Any], seed: int) -> list[Any]:
-    if get_worker_info() is not None:
-        seed_generators(seed)
-    return indices
 
 
 def _has_length(sampler: Any) -> bool:

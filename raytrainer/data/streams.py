@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from raytrainer.data.memories import has_state
+from raytrainer.data.shared_streams import SharedStream, is_shared
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import seed_generators
 
@@ -28,8 +29,25 @@ class LoaderStream:
         self.loader = self.owner = loader
         self.processes = getattr(loader, "num_workers", 0)
 
-    def begin(self) -> None:
+    def begin(self, epoch: int) -> None:
         """An epoch begins where the loader begins."""
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether epochs are counted where only its state tells, and a state may be of an epoch's end."""
+        return type(self.loader).__module__.startswith("torchdata.nodes.")
+
+    def follow(self, state: Any) -> None:
+        """Have the loader begin the epoch after the one that a state is of.
+
+        The first iteration goes on from the state, or begins the next epoch where that is at its end; the second begins
+        the next epoch, unless the first did. Its state goes into the loader, which otherwise gives that of the end
+        until the run is over (torchdata 0.11).
+        """
+        self.load(state)
+        iter(self.loader)
+        iter(self.loader)
+        self.load({"root": self.loader.root.state_dict(), "num_yielded": 0})
 
     def state(self) -> Any:
         return self.loader.state_dict()
@@ -50,7 +68,7 @@ class DatasetStream:
     def __init__(self, dataset: Any) -> None:
         self.dataset = self.owner = dataset
 
-    def begin(self) -> None:
+    def begin(self, epoch: int) -> None:
         """An epoch begins where the dataset begins."""
 
     def state(self) -> Any:
@@ -78,7 +96,7 @@ class ProcessesStream:
         loader.collate_fn = _CollateWithState(loader.collate_fn)
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, epoch: int = 0) -> None:
         """An epoch begins where each process's dataset begins."""
         self.states: list[Any] = [None] * self.processes
         self.counts = [0] * self.processes
@@ -119,7 +137,7 @@ class ProcessesStream:
         yield from held
 
 
-Stream = LoaderStream | DatasetStream | ProcessesStream
+Stream = LoaderStream | DatasetStream | ProcessesStream | SharedStream
 
 
 def stream_of(loader: Any) -> Stream | None:
@@ -129,6 +147,8 @@ def stream_of(loader: Any) -> Stream | None:
     dataset = loader.dataset
     if not isinstance(dataset, IterableDataset) or _forgets(dataset):
         return None
+    if is_shared(dataset):
+        return SharedStream(loader)
     if has_state(loader):
         return LoaderStream(loader)
     if not has_state(dataset):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytrainer.checkpointing.checkpoint_format import IN_MEMORY
+from raytrainer.data.epoch_state import of_all_workers
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import keep_types
 from raytrainer.metrics.metric_objects import load_states, states_of
@@ -93,7 +94,7 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """The reverse of `capture_state`, on every rank; `checkpoint["own"]` is a list by rank.
 
     With another number of workers than the checkpoint was made with, or other parts of the data, each worker's own
-    streams begin anew, and what has been summed up of an epoch is handed on.
+    streams begin anew (those of all workers together go on), and what has been summed up of an epoch is handed on.
 
     Raises:
         CheckpointError: The checkpoint does not fit the module or its optimizers.
@@ -135,6 +136,7 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
         rank, size = view.ranks.rank, view.ranks.world_size
         alone = checkpoint.get("parts") in (None, len(by_rank)) and run.strategy.share.count == size
         theirs = by_rank[rank::size] if alone else []
+        run.data.take_states([of_all_workers(state) for state in by_rank[0].get("loaders") or []])
         load_states(module, theirs[0].get("metric_objects") or {} if theirs else {})
         if len(theirs) > 1 and any(own.get("metric_objects") for own in theirs[1:]):
             log.warning(

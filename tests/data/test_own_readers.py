@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
+import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from raytrainer.data.feed import Feed
 from raytrainer.data.sharding import Share
@@ -105,6 +109,30 @@ class Around(DataLoader[Any]):
     def __iter__(self):
         for batch in super().__iter__():
             yield batch + 1
+
+
+class Repeats(DataLoader[Any]):
+    """Makes two batches of one."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch[:1]
+            yield batch[1:]
+
+
+class Halves(DataLoader[Any]):
+    """Joins two batches."""
+
+    def __len__(self) -> int:
+        return super().__len__() // 2
+
+    def __iter__(self):
+        batches = super().__iter__()
+        for batch in batches:
+            yield torch.cat([batch, next(batches)])
 
 
 class Prefetcher:
@@ -217,6 +245,101 @@ def test_wrappers_that_are_not_in_step_with_their_loader(kind):
     with pytest.raises(DataError, match=rf"{kind.__name__} reads a DataLoader \(its \.loader\).*2 workers.*__len__"):
         feeds(loader, 2)
     assert [len(read(part, 0)) for part in feeds(loader, 2, use_distributed_sampler=False)] == [len(whole[0])] * 2
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", [Repeats, Halves])
+def test_loaders_that_make_other_batches(kind, world, processes):
+    """All of an epoch is read, as long as their length says, and where a resumed run goes on is where they are."""
+    parts = feeds(lambda: make(kind, processes), world)
+    epochs = [[read(part, epoch) for part in parts] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(i for part in epoch for batch in part for i in batch) == list(range(SAMPLES))
+    for skip in (1, 2, 3):
+        again = feeds(lambda: make(kind, processes), world)
+        assert [read(part, 1, skip) for part in again] == [part[skip:] for part in epochs[1]]
+        for part in again:
+            part.close()
+    for part in parts:
+        part.close()
+
+
+class Noisy(Dataset[Any]):
+    """Draws something for each sample."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor([float(index), torch.rand(()).item(), random.random(), numpy.random.rand()])
+
+
+class Ahead(DataLoader[Any]):
+    """Reads two batches ahead of what it gives."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        held = [next(batches), next(batches)]
+        for batch in batches:
+            held.append(batch)
+            yield held.pop(0)
+        yield from held
+
+
+LOOKS_AHEAD: dict[str, Callable[[], Any]] = {
+    "own loader": lambda: Ahead(Noisy(), 2, shuffle=True),
+    "prefetcher": lambda: Prefetcher(DataLoader(Noisy(), 2, shuffle=True)),
+    "kept reader": lambda: MultiEpochsDataLoader(Noisy(), 2, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("kind", LOOKS_AHEAD)
+def test_what_is_drawn_for_batches_that_are_read_ahead(kind):
+    """Each batch's noise is its own, wherever reading began; and the training's generators are left alone."""
+
+    def noise(source: Feed, skip: int) -> list[Any]:
+        source.begin(0)
+        source.draw()
+        before = torch.get_rng_state()
+        found = [batch.tolist() for batch in source.start(0, skip)]
+        assert torch.equal(before, torch.get_rng_state())
+        return found
+
+    whole = noise(*feeds(LOOKS_AHEAD[kind], 1), 0)
+    assert len(whole) == SAMPLES // 2
+    for skip in (1, 3):
+        torch.manual_seed(skip)
+        assert noise(*feeds(LOOKS_AHEAD[kind], 1), skip) == whole[skip:]
+
+
+def test_a_thread_that_reads_leaves_the_generators_of_training_alone():
+    """It runs beside the training, which draws meanwhile."""
+    asked, read_on, held = threading.Event(), threading.Event(), []
+
+    class InThread(Prefetcher):
+        def __iter__(self):
+            batches = iter(self.loader)
+
+            def read() -> None:
+                asked.wait(60)
+                held.append(next(batches))
+                read_on.set()
+
+            threading.Thread(target=read).start()
+            yield next(batches)
+            yield held[0]
+
+    (source,) = feeds(lambda: InThread(make(DataLoader)), 1)
+    source.begin(0)
+    source.draw()
+    batches = source.start(0)
+    next(batches)
+    before = torch.get_rng_state()
+    asked.set()
+    assert read_on.wait(60)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(next(batches), held[0])
 
 
 def test_a_reader_over_what_cannot_be_told(caplog):

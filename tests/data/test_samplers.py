@@ -196,6 +196,57 @@ def test_a_resumed_run_reads_the_very_samples(kind, world):
             assert [read(part, epoch + 1) for part in again] == epochs[epoch + 1]
 
 
+class Noisy(Dataset[Any]):
+    """Draws something for each sample."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (list, tuple)) or getattr(index, "ndim", 0):
+            return torch.stack([self[int(each)] for each in index])
+        return torch.tensor([float(index), torch.rand(()).item(), random.random(), numpy.random.rand()])
+
+
+class Formed(Pairs):
+    """Batches that are no lists."""
+
+    def __init__(self, form: Callable[[list[int]], Any]) -> None:
+        super().__init__(Drawn("python"))
+        self.form = form
+
+    def __iter__(self):
+        return iter([self.form(batch) for batch in super().__iter__()])
+
+
+#: what a loader asks its processes for: its arguments
+ASKED: dict[str, Callable[[], dict[str, Any]]] = {
+    "lists": lambda: {"batch_sampler": Formed(list)},
+    "tuples": lambda: {"batch_sampler": Formed(tuple)},
+    "arrays": lambda: {"batch_sampler": Formed(numpy.array)},
+    "tensors": lambda: {"batch_sampler": Formed(torch.tensor)},
+    "indices": lambda: {"batch_size": None, "sampler": Drawn("numpy")},
+    "lists, unbatched": lambda: {"batch_size": None, "sampler": Formed(list)},
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_what_processes_draw_depends_on_the_batch_alone(kind):
+    """Whatever the loader asks for; with another number of processes, and from any batch on."""
+
+    def read(processes: int, skip: int = 0) -> list[Any]:
+        source = feed({**ASKED[kind](), "num_workers": processes}, data=Noisy())
+        source.begin(1)
+        source.draw()
+        found = [batch.tolist() for batch in source.start(1, skip)]
+        source.close()
+        return found
+
+    whole = read(1)
+    assert len(whole) == (SAMPLES if kind == "indices" else SAMPLES // 2)
+    assert read(2, 3) == whole[3:]
+
+
 class Lin(rt.Module):
     """Linear regression that remembers how it went."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, get_worker_info
 
 import raytrainer as rt
 from raytrainer.data.feed import Feed
@@ -167,6 +167,21 @@ def nodes() -> Any:
     return nodes.Loader(nodes.Mapper(batches, torch.tensor))
 
 
+def sampled_nodes() -> Any:
+    """A node that counts epochs itself."""
+    nodes = pytest.importorskip("torchdata.nodes")
+    sampler = DistributedSampler(range(SAMPLES), 1, 0, shuffle=True)  # type: ignore[arg-type]
+    return nodes.Loader(nodes.Mapper(nodes.Batcher(nodes.SamplerWrapper(sampler), 2), torch.tensor))
+
+
+def web(rng: bool, processes: int) -> Any:
+    """A pipeline of WebDataset's, of numbers rather than files."""
+    webdataset = pytest.importorskip("webdataset")
+    shuffle = webdataset.shuffle(4, rng=random.Random(1)) if rng else webdataset.detshuffle(4)
+    pipeline = webdataset.DataPipeline(functools.partial(iter, range(SAMPLES)), webdataset.split_by_worker, shuffle)
+    return DataLoader(pipeline, 2, num_workers=processes, persistent_workers=processes > 0)
+
+
 def hugging_face(processes: int) -> Any:
     datasets = pytest.importorskip("datasets")
     whole = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=4)
@@ -211,6 +226,11 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "torchdata": lambda: torchdatas(0),
     "torchdata, 2 processes": lambda: torchdatas(2),
     "torchdata.nodes": nodes,
+    "torchdata.nodes, sampled": sampled_nodes,
+    "WebDataset, generator": lambda: web(True, 0),
+    "WebDataset, generator, 2 processes": lambda: web(True, 2),
+    "WebDataset, detshuffle": lambda: web(False, 0),
+    "WebDataset, detshuffle, 2 processes": lambda: web(False, 2),
     "Hugging Face": lambda: hugging_face(0),
     "Hugging Face, 2 processes": lambda: hugging_face(2),
     "Hugging Face, shuffled": shuffled_by_hugging_face,
@@ -280,7 +300,7 @@ def test_a_resumed_run_reads_the_very_samples(kind, generators):
     whole = undisturbed.read(1)
     after = undisturbed.read(2)
     assert len(whole) == len(first) > 5
-    assert first != whole or "nodes" in kind or "Hugging Face" in kind
+    assert first != whole or kind == "torchdata.nodes" or "Hugging Face" in kind
     undisturbed = Reader(feed(make()))
     restore_rng(before_second[1])
     undisturbed.source.take_state(before_second[0])
@@ -365,6 +385,54 @@ def test_a_run_that_failed_reads_on(local_trainer, tmp_path):
     (path,) = tmp_path.glob("*.ckpt")
     local_trainer(max_epochs=3).fit(resumed, DataLoader(Numbers(), 2), ckpt_path=path)
     assert failed.seen + resumed.seen == whole.seen
+
+
+def test_an_epoch_that_was_cut_short_is_followed_by_the_next(local_trainer, tmp_path):
+    every = rt.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    whole, resumed = Fits(), Fits()
+    local_trainer(max_epochs=3, seed=3, limit_train_batches=5, callbacks=[every]).fit(whole, sampled_nodes())
+    trainer = local_trainer(max_epochs=3, seed=3, limit_train_batches=5)
+    trainer.fit(resumed, sampled_nodes(), ckpt_path=tmp_path / "step=5.ckpt")
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_a_shuffle_by_the_clock_is_told(caplog):
+    webdataset = pytest.importorskip("webdataset")
+    for shuffle, told in (
+        (webdataset.shuffle(4), 1),
+        (webdataset.shuffle(4, seed=1), 0),
+        (webdataset.detshuffle(4), 0),
+    ):
+        caplog.clear()
+        pipeline = webdataset.DataPipeline(functools.partial(iter, range(SAMPLES)), shuffle)
+        with caplog.at_level(logging.WARNING, "raytrainer"):
+            feed(DataLoader(pipeline, 2))
+        assert caplog.text.count("rng=random.Random(1)") == told
+
+
+@pytest.mark.parametrize(("persist", "told"), [(True, 1), (False, 0)])
+def test_what_is_counted_in_processes_that_persist(persist, told, caplog):
+    """It cannot be put back, which a resumed run says."""
+
+    class Counting(IterableDataset[Any]):
+        epochs = 0
+
+        def __init__(self) -> None:
+            self.size = 4
+
+        def __iter__(self):
+            self.epochs += 1
+            return iter([self.epochs] * self.size)
+
+    reader = Reader(feed(DataLoader(Counting(), 2, num_workers=1, persistent_workers=persist)))
+    reader.read(0)
+    reader.read(1)
+    again = feed(DataLoader(Counting(), 2, num_workers=1, persistent_workers=persist))
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        again.take_state(reader.marks[1][0])
+        again.begin(1)
+    reader.source.close()
+    assert caplog.text.count("set_epoch(epoch)") == told
 
 
 def test_other_processes_begin_the_epoch_anew(caplog):

@@ -7,30 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_group import ForkedGroup
+from forked_group import ForkedGroups
 
 import raytrainer
 from raytrainer import Trainer
-from raytrainer.driver.workers.group_supply import GroupSupply
-from raytrainer.driver.workers.local_group import local_group
-
-
-class ForkedGroups:
-    """Groups by (workers, nodes), started when they are first asked for, and kept."""
-
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, int], ForkedGroup] = {}
-
-    def take(self, workers: int, nodes: int = 1) -> ForkedGroup:
-        key = workers, nodes
-        if key not in self._groups or self._groups[key].broken:
-            self._groups[key] = ForkedGroup(workers, nodes)
-        return self._groups[key]
-
-    def close(self) -> None:
-        for group in self._groups.values():
-            if not group.broken:
-                group.abort()
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +28,7 @@ def forked(
 ) -> Callable[..., raytrainer.Trainer]:
     """Makes quiet trainers of forked workers: two, unless told otherwise."""
 
-    def take(supply: GroupSupply, settings: Any) -> Any:
-        if settings.strategy == "local":
-            return local_group(settings)
-        return forked_groups.take(settings.world_size, settings.num_nodes)
-
-    monkeypatch.setattr(GroupSupply, "prepare", lambda supply, settings: None)  # they need no Ray
-    monkeypatch.setattr(GroupSupply, "take", take)
-    monkeypatch.setattr(GroupSupply, "give_back", lambda supply, group: group.release())
+    forked_groups.take_the_place_of_rays(monkeypatch.setattr)
 
     def make(**options: Any) -> raytrainer.Trainer:
         quiet: dict[str, Any] = {
