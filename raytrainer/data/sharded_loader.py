@@ -164,6 +164,12 @@ def _sharded(
             f"the {stage} loader's batch sampler {type(outer).__name__} has no length, so it cannot be "
             f"sharded over {of_batches.count} workers; give it __len__, or use_distributed_sampler=False."
         )
+    if stage == "predict" and of_batches.count > 1 and not in_step:
+        raise DataError(
+            f"the predict loader {type(loader).__name__} makes other batches than it reads, so that predictions of "
+            f"{of_batches.count} workers could not be put in order: predict with one worker, or give a loader whose "
+            f"__len__ is that of its batch sampler."
+        )
     copied.__dict__["batch_sampler" if batched else "sampler"] = batches
     return ShardedLoader(copied, copied, batches, in_step=in_step)
 

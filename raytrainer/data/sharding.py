@@ -254,7 +254,8 @@ class ShardedBatches(Sampler[list[Any]]):
     def _noting(self, batches: Iterator[Any], noted: deque[list[Any]]) -> Iterator[Any]:
         noted.clear()
         for batch in batches:
-            noted.append(list(batch) if isinstance(batch, (list, tuple)) else [batch])
+            indices: Any = batch.tolist() if hasattr(batch, "tolist") else batch
+            noted.append(list(indices) if isinstance(indices, (list, tuple)) else [indices])
             yield batch
 
     def _with_seeds(self, batches: Iterator[list[Any]]) -> Iterator[Any]:

@@ -41,8 +41,9 @@ class SharedStream:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.dataset: Any = loader.dataset
-        self.owner = self.dataset
-        self._samples = (loader.batch_size or 1) * world_size() // (self.dataset.replication or 1)  # of all, a batch
+        self.owner: Any = self.dataset
+        alike = getattr(loader.dataset, "replication", None) or 1  # workers that read the same
+        self._samples = (loader.batch_size or 1) * world_size() // alike  # of all, for each batch of one
         self._epoch = self._batches = self._offset = 0
         self._lasting: dict[str, Any] = {}
         self._beginning: dict[str, Any] | None = None

@@ -265,6 +265,14 @@ def test_loaders_that_make_other_batches(kind, world, processes):
         part.close()
 
 
+def test_predictions_of_other_batches_have_no_order():
+    loader = make(Repeats)
+    Feed(loader, "predict", Share(0, 1), 3, build_settings())
+    Feed(loader, "val", Share(0, 2), 3, build_settings())
+    with pytest.raises(DataError, match=r"predict loader Repeats.*2 workers could not be put in order"):
+        Feed(loader, "predict", Share(0, 2), 3, build_settings())
+
+
 class Noisy(Dataset[Any]):
     """Draws something for each sample."""
 
