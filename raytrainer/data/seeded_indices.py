@@ -15,31 +15,55 @@ from raytrainer.seeding import seed_generators
 __all__ = ["with_seed"]
 
 
-def with_seed(indices: Any, seed: int) -> Any:
+def with_seed(indices: Any, seed: int, sealed: bool) -> Any:
     """What a process gets as `indices` (a batch's list, tuple, array or tensor; or one index), seeded on arrival.
 
-    Lists stay lists, which loaders of the user's may look into.
+    Lists, tuples and integers stay what they are, since a loader of the user's may look into them on the way. Anything
+    else is `sealed`, or else goes without a seed.
     """
-    return _Indices(indices, seed) if isinstance(indices, list) else _Sealed(indices, seed)
+    found: Any
+    if isinstance(indices, list):
+        found = _List(indices)
+    elif type(indices) is tuple:
+        found = _Tuple(indices)
+    elif type(indices) is int:
+        found = _Index(indices)
+    elif sealed:
+        found = _Sealed()
+        found.indices = indices
+    else:
+        return indices
+    found.seed = seed
+    return found
 
 
-class _Indices(list[Any]):
-    def __init__(self, indices: list[Any], seed: int) -> None:
-        super().__init__(indices)
-        self.seed = seed
+class _List(list[Any]):
+    seed: int
 
     def __reduce__(self) -> Any:
         return _arrive, (list(self), self.seed)
 
 
-class _Sealed:
-    """For one process after another only: unpickled, it is what it holds."""
-
-    def __init__(self, indices: Any, seed: int) -> None:
-        self.content = indices, seed
+class _Tuple(tuple[Any, ...]):
+    seed: int
 
     def __reduce__(self) -> Any:
-        return _arrive, self.content
+        return _arrive, (tuple(self), self.seed)
+
+
+class _Index(int):
+    seed: int
+
+    def __reduce__(self) -> Any:
+        return _arrive, (int(self), self.seed)
+
+
+class _Sealed:
+    indices: Any
+    seed: int
+
+    def __reduce__(self) -> Any:
+        return _arrive, (self.indices, self.seed)
 
 
 def _arrive(indices: Any, seed: int) -> Any:

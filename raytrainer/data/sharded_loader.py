@@ -164,6 +164,7 @@ def _sharded(
             f"the {stage} loader's batch sampler {type(outer).__name__} has no length, so it cannot be "
             f"sharded over {of_batches.count} workers; give it __len__, or use_distributed_sampler=False."
         )
+    batches.sealed = reads_plainly(loader)
     if stage == "predict" and of_batches.count > 1 and not in_step:
         raise DataError(
             f"the predict loader {type(loader).__name__} makes other batches than it reads, so that predictions of "

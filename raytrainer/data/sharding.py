@@ -152,6 +152,7 @@ class ShardedBatches(Sampler[list[Any]]):
         alone: `source` is for this worker alone, so that global generators need not be alike on all workers.
 
     Attributes:
+        sealed: See `with_seed`: nobody looks at indices on their way.
         seeding: The thread in which indices are asked for while generators may be seeded for what is read by them;
             whoever sets it puts them back. None: they are left alone.
     """
@@ -168,6 +169,7 @@ class ShardedBatches(Sampler[list[Any]]):
         alone: bool = False,
     ) -> None:
         self.source, self.share, self.seed, self.pad, self.seeded = source, share, seed, pad, seeded
+        self.sealed = True
         self.seeding: int | None = None
         self.rank, self.alone = rank, alone
         inner = getattr(source, "sampler", source) if is_plain_batching(source) else source
@@ -263,7 +265,7 @@ class ShardedBatches(Sampler[list[Any]]):
             seed = derive_seed(self.seed, "loader", self.rank, self.epoch, position)
             if self.seeding == threading.get_ident():
                 seed_host(seed)
-            yield with_seed(batch, seed) if self.seeded else batch
+            yield with_seed(batch, seed, self.sealed) if self.seeded else batch
 
     def _shard(self) -> Iterator[list[Any]]:
         index, count = self.share.index, self.share.count

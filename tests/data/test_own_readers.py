@@ -273,6 +273,31 @@ def test_predictions_of_other_batches_have_no_order():
         Feed(loader, "predict", Share(0, 2), 3, build_settings())
 
 
+@pytest.mark.parametrize("form", [list, tuple, numpy.array, int])
+def test_loaders_that_look_at_indices(form):
+    """They are what the user's sampler gave, also where they bring a seed along."""
+
+    class Looks(DataLoader[Any]):
+        def __iter__(self):
+            given = self.sampler if self.batch_sampler is None else self.batch_sampler
+            return iter([(type(indices), indices) for indices in given])
+
+    class Formed(Sampler[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self):
+            return iter([form([i, i + 1]) if form is not int else i for i in range(4)])
+
+    options = {"sampler": Formed(), "batch_size": None} if form is int else {"batch_sampler": Formed()}
+    (source,) = feeds(lambda: Looks(range(SAMPLES), num_workers=1, **options), 1)
+    source.begin(0)
+    source.draw()
+    for kind, indices in source.start(0):
+        assert issubclass(kind, numpy.ndarray if form is numpy.array else form)
+        assert isinstance(indices, int) or indices[0] + 1 == indices[1]
+
+
 class Noisy(Dataset[Any]):
     """Draws something for each sample."""
 
