@@ -6,6 +6,7 @@ All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the fu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from raytrainer.errors import ConfigurationError
 __all__ = [
     "accumulated_gradients",
     "drop_forward_hooks",
+    "edited_while_gathered",
     "found_infinities",
     "is_gathered",
     "own_parameters",
@@ -92,6 +94,26 @@ def is_gathered(module: nn.Module) -> bool:
     """Whether the parameters that a module gathers by itself are whole now. Without the attribute: False."""
     groups = _groups(module)
     return bool(groups) and all(getattr(group, "is_unsharded", False) for group in groups)
+
+
+def edited_while_gathered(module: nn.Module) -> list[str]:
+    """Parameters whose gathered numbers are not those of the shard that this worker has: they are dropped in the end.
+
+    Names within the whole; [] where it cannot be known.
+    """
+    found = []
+    with contextlib.suppress(AttributeError):
+        for name, parameter in _named(module):
+            whole, shard = parameter._unsharded_param, parameter._sharded_param_data
+            whole = whole.to_local() if isinstance(whole, DTensor) else whole.detach()
+            mesh = parameter.mesh_info
+            own = whole.chunk(mesh.shard_mesh_size, dim=parameter.fsdp_placement.dim)
+            own = own[mesh.shard_mesh_rank] if mesh.shard_mesh_rank < len(own) else whole[:0]
+            own = own.reshape(-1)
+            held = shard[: own.numel()].to(own.device, own.dtype)
+            if not torch.equal(own, held) and not torch.equal(own.nan_to_num(), held.nan_to_num()):
+                found.append(name)
+    return found
 
 
 def reduce_zeros(module: nn.Module) -> None:

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from raytrainer.data.sharding import Share
-from raytrainer.errors import ConfigurationError
 from raytrainer.metrics.metric_objects import is_metric
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.sharding_settings import FSDP
@@ -26,8 +25,10 @@ from raytrainer.private.fsdp_private import (
 )
 from raytrainer.strategies.gatherings import Gatherings
 from raytrainer.strategies.group_strategy import take_from_first
+from raytrainer.strategies.lost_edits import LostEdits, refuse_lost_edits
 from raytrainer.strategies.materialising import Materialiser
 from raytrainer.strategies.meta_modules import is_on_meta, start_weights_of
+from raytrainer.strategies.optimizer_refusals import refuse_optimizer
 from raytrainer.strategies.reading_weights import WeightFiles
 from raytrainer.strategies.same_start import SameStart
 from raytrainer.strategies.shard_clipping import clip_shards
@@ -89,6 +90,7 @@ class FSDPStrategy(ShardedState):
         self._step: Callable[[], Any] = lambda: None  # what the root's forward pass is, of now
         self._reduces = True
         self._shards: list[nn.Parameter] = []
+        self._edits: LostEdits | None = None  # of the fit in progress
         self._gave = self._nobody = False  # whether this worker, or none, had a loss in the window in progress
 
     @property
@@ -170,12 +172,14 @@ class FSDPStrategy(ShardedState):
         self.gatherings.forget()
         self.refresh(module)
         refuse_hooks(module)
+        edits = self._edits = LostEdits(module)
         self._shards = list(module.parameters())  # the shards, which module.parameters() are not while it is gathered
         if not module.automatic_optimization:
 
             def manual(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
                 self.gatherings.begin_step("manual")
                 self.gatherings.keep(True)
+                edits.begin_step()
                 output = self._run(lambda: step(batch, batch_idx, dataloader_idx))
                 self.gatherings.end_step()
                 return output
@@ -191,6 +195,7 @@ class FSDPStrategy(ShardedState):
 
             self.gatherings.begin_step(self._reduces)
             self.gatherings.keep(True)
+            edits.begin_step()
             loss: Tensor | None = self._run(loss_of_step)
             self.gatherings.keep(False)
             refuse_sharded_loss(loss, self.device_mesh)
@@ -198,6 +203,7 @@ class FSDPStrategy(ShardedState):
             # a loss that is a leaf has a gradient of its own, and none for any parameter
             if loss is None or loss.grad_fn is None:
                 return result._replace(join=partial(self._join, module))
+            edits.look_before_backward(loss)
             self._gave = True
             return result
 
@@ -220,21 +226,12 @@ class FSDPStrategy(ShardedState):
         return given
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigurationError(
-                f"{name} with fsdp: it joins all parameters to one vector, which shards cannot be; use strategy="
-                f'"ddp", or an optimizer that updates number by number, such as AdamW.'
-            )
-        for group in optimizer.param_groups:
-            kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
-            fast = [option for option in ("foreach", "fused") if group.get(option)]
-            if fast and len(kinds) > 1:
-                raise ConfigurationError(
-                    f"{name}({fast[0]}=True) with parameters on several device meshes in one group (layers that "
-                    f"are split, and others), or with whole ones (ignored_params): torch cannot update them together; "
-                    f"give them in separate parameter groups, or leave {fast[0]} out."
-                )
+        refuse_optimizer(optimizer)
+        optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *args: Any) -> None:
+        if self._edits is not None:
+            self._edits.stepped()
 
     def sync_next(self, sync: bool) -> None:
         if self._reduces is not sync:
@@ -244,6 +241,8 @@ class FSDPStrategy(ShardedState):
     def manual_backward(self, module: nn.Module, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
         """A backward pass within the training step: it is one of the root's."""
         refuse_sharded_loss(loss, self.device_mesh)
+        if self._edits is not None:
+            self._edits.look()
         loss = self._run(lambda: loss)
         self.gatherings.keep(False)
         backward(loss)
@@ -278,13 +277,14 @@ class FSDPStrategy(ShardedState):
         if anybody and not has_batch:
             self.gatherings.serve()
         if not anybody:
-            self.refresh(module)  # workers have gathered different things
+            self.end_evaluation(module)  # workers have gathered different things
         return anybody
 
     def end_round(self, module: nn.Module) -> None:
         self.gatherings.end_round()
 
     def end_evaluation(self, module: nn.Module) -> None:
+        refuse_lost_edits(module, "an evaluation's step, or a hook around it,")
         self.refresh(module)
 
     def sync_buffers(self, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from raytrainer.plan.sharding_settings import FSDP
@@ -23,6 +24,8 @@ __all__ = ["Sharder"]
 
 #: What parameters are gathered as, by precision. Gradients are always reduced in float32 then.
 _GATHERED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+#: What blocks of transformers are given to remember keys and values in, and what stands for nothing.
+_CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 _HALF = ("bf16-true", "16-true", *_GATHERED)
 
 
@@ -53,6 +56,7 @@ class Sharder:
         """
         blocks: dict[str, Any]
         refuse_unfit(module)
+        _lay_out(module)
         if any(isinstance(part, FSDPModule) for part in module.modules()):  # by the user's configure_model
             convert(module)
             blocks = {name: part for name, part in _sharded_parts(module).items() if name}
@@ -82,6 +86,8 @@ class Sharder:
             inner = forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if torch.is_grad_enabled():  # what is computed twice would be in a cache of transformers' twice
+                    kwargs |= {name: none for name, none in _CACHES.items() if name in kwargs}
                 return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
         if self.compiles is not None:
@@ -133,6 +139,13 @@ class Sharder:
             f"fsdp: {count:,} parameters in {shards} shard{'s' if shards > 1 else ''}{times}, "
             f"{mine / 2**20:,.1f} MiB of them on each worker; {found}"
         )
+
+
+def _lay_out(module: nn.Module) -> None:
+    """Shards are rows: have parameters in another order of memory (channels_last) lie row by row."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
 
 
 def _sharded_parts(module: nn.Module) -> dict[str, Any]:

@@ -38,6 +38,12 @@ def refuse_unfit(module: nn.Module) -> None:
             f"fsdp: {_shown(sparse)} give sparse gradients (sparse=True), which cannot be averaged in shards: leave "
             f'sparse out, or use strategy="ddp".'
         )
+    renormed = [name for name, part in module.named_modules() if getattr(part, "max_norm", None) is not None]
+    if renormed:
+        raise ConfigurationError(
+            f"fsdp: {_shown(renormed)} change their weights in the forward pass (max_norm), which is lost with what "
+            f'was gathered for it: leave max_norm out and limit norms in on_train_batch_end, or use strategy="ddp".'
+        )
     refuse_hooks(module)
 
 

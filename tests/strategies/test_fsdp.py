@@ -230,6 +230,60 @@ class ManualPenalty(PenaltyOnGradients):
             optimizer.step()
 
 
+class AveragesInAHook(Net):
+    """What a step may not do."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = copy.deepcopy(self.inp).requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x) + self.average(x).sum(1, keepdim=True)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for mean, value in zip(self.average.parameters(), self.inp.parameters(), strict=True):
+            mean.data.mul_(0.9).add_(value.data, alpha=0.1)
+
+
+class StepsWhileGathered(Net):
+    """An optimizer steps between the forward pass of another part and its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(self.loss(batch))
+        loss = F.mse_loss(self.other(batch[0]), batch[1])
+        first.step()
+        self.manual_backward(loss)
+        second.step()
+        with torch.no_grad():
+            self.log("after", self.loss(batch))
+
+    def configure_optimizers(self):
+        most = [*self.inp.parameters(), *self.blocks.parameters(), *self.head.parameters()]
+        return [torch.optim.SGD(most, 0.05), torch.optim.SGD(self.other.parameters(), 0.1)]
+
+
+class OtherOrder(Net):
+    """Parameters that do not lie row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3, padding=1)
+        self.turned = nn.Parameter(torch.randn(4, 3).t())
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        image = self.convolution(x[:, None, None, :].expand(-1, 1, 4, 4))
+        return super().forward(x) + (image.mean((2, 3)) + x @ self.turned.t()).sum(1, keepdim=True)
+
+
 class LogsNorm(Net):
     def on_before_optimizer_step(self, optimizer):
         self.log("norm", nn.utils.get_total_norm([p.grad for p in self.parameters()]))
@@ -249,7 +303,8 @@ def halve(parameter):
     "make",
     [
         Manual, Adversaries, Unfreezes, CallsEverywhere, OneBlockTwice, TiedOutsideOfBlocks, ShardsItself, Foreach,
-        Fused, PenaltyOnGradients, ManualPenalty, LogsNorm, HooksGradients,
+        Fused, PenaltyOnGradients, ManualPenalty, LogsNorm, HooksGradients, AveragesInAHook, StepsWhileGathered,
+        OtherOrder,
     ],
 )  # fmt: skip
 def test_modules(make, forked):
@@ -435,15 +490,6 @@ def test_tied_across_blocks_is_refused(forked):
         forked(max_epochs=1).fit(Tied(), loader(32, 4, torch.float32))
 
 
-def test_lbfgs_is_refused(forked):
-    class Joins(Net):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters())
-
-    with pytest.raises(rt.ConfigurationError, match="LBFGS with fsdp"):
-        forked(max_epochs=1).fit(Joins(), loader(32, 4, torch.float32))
-
-
 def test_a_line_says_what_was_sharded(forked, caplog):
     logging.getLogger("raytrainer").addHandler(caplog.handler)
     try:
@@ -473,6 +519,8 @@ def test_the_guides_examples(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(rt, "Trainer", forked)
     found: dict[str, Any] = {"__name__": "__main__"}
     for code in blocks:
+        if "transformers" in code:  # see below
+            continue
         exec(compile(code, str(page), "exec"), found)
     assert all(parameter.is_meta for parameter in found["module"].parameters())
     assert (tmp_path / "exported" / "model.safetensors").is_file()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from sharded_models import Net, loader
@@ -135,9 +137,72 @@ class Penalty(Net):
         return self.loss(batch) + sum(parameter.square().sum() for parameter in self.parameters())
 
 
+def with_optimizer(kind):
+    class Has(Net):
+        def configure_optimizers(self):
+            return kind([parameter for parameter in self.parameters() if parameter.ndim == 2])
+
+    return Has
+
+
+class Momentum(Net):
+    """An average of a part's weights, which begins with them, so that the first one changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = copy.deepcopy(self.inp).requires_grad_(False)
+
+    def step_average(self):
+        for mean, value in zip(self.average.parameters(), self.inp.parameters(), strict=True):
+            mean.data.mul_(0.9).add_(value.data, alpha=0.1)
+
+    def training_step(self, batch, batch_idx):
+        self.step_average()
+        return self.loss(batch)
+
+
+class MomentumAnew(Momentum):
+    def step_average(self):
+        for mean, value in zip(self.average.parameters(), self.inp.parameters(), strict=True):
+            mean.data = 0.9 * mean.data + 0.1 * value.data
+
+
+class ClipsByHand(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.head.weight.data.clamp_(-0.01, 0.01)
+        self.manual_backward(self.loss(batch))
+
+
+class BeforeBackward(Net):
+    def on_before_zero_grad(self, optimizer):
+        self.head.weight.data.mul_(0.9)
+
+
+class InValidation(Net):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.head.weight.mul_(0.9)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (InValidation, r"an evaluation's step, or a hook around it, has changed 'head\.weight'\."),
+        (BeforeBackward, r"a hook before the backward pass, has changed 'head\.weight'\."),
+        (
+            Momentum,
+            r"step, or a hook.*, has changed 'average\.weight', 'average\.bias'\. .* on_train_batch_end",
+        ),
+        (MomentumAnew, r"training_step, or a hook.*, has changed 'average\.weight', 'average\.bias'\."),
+        (ClipsByHand, r"training_step has changed 'head\.weight'\."),
+        (with_part(lambda: nn.Embedding(3, 3, max_norm=1.0)), r"'extra' change their weights in the forward pass"),
+        (with_optimizer(torch.optim.LBFGS), "LBFGS with fsdp: it joins all"),
+        (with_optimizer(torch.optim.Adafactor), "Adafactor with fsdp"),
+        (with_optimizer(torch.optim.Rprop), "Rprop with fsdp"),
         (with_part(Scalar), r"'extra\.value' have no dimension"),
         (with_part(lambda: nn.LazyLinear(3)), r"'extra\.weight', 'extra\.bias' have no shape yet"),
         (with_part(lambda: nn.Embedding(3, 3, sparse=True)), r"'extra' give sparse gradients"),
@@ -149,7 +214,7 @@ class Penalty(Net):
 )
 def test_refused(make, message, forked):
     with pytest.raises(rt.ConfigurationError, match=message):
-        forked(max_epochs=1).fit(make(), loader(32, 4, torch.float32))
+        forked(max_epochs=1).fit(make(), loader(32, 4, torch.float32), loader(4, 2, torch.float32))
 
 
 class PartOfABlock(Net):
