@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["pack", "unpack", "without_tensors"]
+__all__ = ["bytes_of_tensor", "pack", "tensor_of_bytes", "unpack", "without_tensors"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,23 @@ def _walk(tree: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
 
 
 def _packed(tensor: Tensor) -> _Packed:
-    flat = tensor.detach().contiguous().view(-1)
-    return _Packed(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+    return _Packed(bytes_of_tensor(tensor), tensor.dtype, tuple(tensor.shape))
 
 
 def _tensor(packed: _Packed) -> Tensor:
-    if not packed.data.size:
-        return torch.empty(packed.shape, dtype=packed.dtype)
+    return tensor_of_bytes(packed.data, packed.dtype, packed.shape)
+
+
+def bytes_of_tensor(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    """A CPU tensor's bytes, sharing its memory where that is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
+
+
+def tensor_of_bytes(data: numpy.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The reverse; shares the bytes, which may be read-only: copy before writing."""
+    if not data.size:
+        return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
-        # that the buffer is read-only is said in unpack's docstring
+        # that the buffer is read-only is said above
         warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(packed.data, dtype=packed.dtype).view(packed.shape)
+        return torch.frombuffer(data, dtype=dtype).view(shape)

@@ -22,6 +22,7 @@ import torch
 
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import local_group
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import Ranks
@@ -80,13 +81,10 @@ class ForkedGroup:
         verb = verb_of(method)
         return self._tell(verb.name, cloudpickle.dumps((pack(args) if verb.shares else args, kwargs)))
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         parts = self._tell("capture", cloudpickle.dumps(((weights_only,), {"final": final})))
 
-        def fetch() -> list[dict[str, Any]]:
-            return [unpack(cloudpickle.loads(part)) for part in parts]
-
-        return fetch
+        return Copies(lambda: ([unpack(cloudpickle.loads(part)) for part in parts], None))
 
     def _tell(self, name: str, sent: bytes) -> list[Any]:
         for pipe in self._pipes:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, whatever is in them: written, published in one move, checked, deleted.
+"""The files of a checkpoint, whatever is in them: written, checked, deleted. `new_checkpoint.py` publishes them.
 
     meta-<id>.json     while a save is under way: says that files with <id> in their names belong to it
     <name>-<id>.*      the files of the save <id>, never written over
@@ -14,27 +14,23 @@ names. All else in the folder is somebody else's, and stays.
 from __future__ import annotations
 
 import errno
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from raytrainer.checkpointing.checkpoint_meta import (
     META,
     id_under_way,
-    meta_bytes,
     named_files,
     read_meta,
-    under_way_bytes,
     written_by_us,
 )
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
 from raytrainer.checkpointing.storage import Storage
-from raytrainer.errors import CheckpointError, GivenUpError, StorageError
+from raytrainer.errors import CheckpointError, StorageError
 
-__all__ = ["CheckpointFolder", "NewCheckpoint"]
+__all__ = ["CheckpointFolder"]
 
 
 @dataclass(frozen=True)
@@ -193,80 +189,3 @@ class CheckpointFolder:
             return self.storage.read(self.inside(META))
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-
-class NewCheckpoint:
-    """A save under way, for the length of a `with` block: what is not published by its end is deleted again.
-
-    Args:
-        folder: Where it goes. It is made, if need be.
-        given_up: Asked now and then, whether to leave it at that; then writing and publishing raise GivenUpError.
-
-    Raises:
-        CheckpointError: There is a `meta.json` of somebody else's, or nothing can be written there.
-    """
-
-    def __init__(self, folder: CheckpointFolder, given_up: Callable[[], bool] | None = None) -> None:
-        self.folder, self._storage, self._given_up = folder, folder.storage, given_up
-        self.id = uuid.uuid4().hex[:12]
-        self.files: dict[str, FileRecord] = {}
-        self._marker, self._new_meta = f"meta-{self.id}.json", f"new-{self.id}.json"
-        self._published = False
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        folder = self.folder
-        try:
-            before = folder.refuse_foreign()
-            self._storage.make_folder(folder.path)
-            if self._stack.enter_context(self._storage.locked(folder.path)):
-                folder.delete_leftovers()
-            replaced = named_files(before or b"")
-            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id, replaced)))
-            self._storage.sync_folder(folder.path)
-        except BaseException as error:
-            self._abandon()
-            if isinstance(error, OSError):
-                raise folder.failure(error) from error
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._published:
-            self._stack.close()
-        else:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        """Delete what there is of it; where that fails too, the first failure is the one to tell."""
-        with self._stack, suppress(OSError):
-            self.folder.delete([*self.files, self._new_meta, self._marker])
-            self._storage.remove_folder(self.folder.path)
-
-    def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> None:
-        """Write one of its files; see `CheckpointFolder.write`."""
-        self.files[name] = self.folder.write(name, save, self._given_up)
-
-    def publish(self, meta: Mapping[str, Any]) -> None:
-        """Put all its files in place of the checkpoint that was there.
-
-        Args:
-            meta: What else `meta.json` is to say.
-        """
-        storage, folder = self._storage, self.folder
-        try:
-            before = folder.refuse_foreign()
-            if self._given_up is not None and self._given_up():
-                raise GivenUpError(f"{folder.shown}: given up before it was written.")
-            folder.write(self._new_meta, lambda file: file.write(meta_bytes(meta, self.files)))
-            storage.sync_folder(folder.path)
-            storage.replace(folder.inside(self._new_meta), folder.inside(META))
-            self._published = True
-            storage.sync_folder(folder.path)
-            folder.delete(name for name in named_files(before or b"") if name not in self.files)
-            storage.sync_folder(folder.path)
-            storage.delete(folder.inside(self._marker))
-        except OSError as error:
-            raise folder.failure(error) from error

@@ -25,9 +25,9 @@ from typing import IO, Any, cast
 
 import torch
 
-from raytrainer.checkpointing.checkpoint_files import NewCheckpoint
 from raytrainer.checkpointing.checksums import ChecksummedWriter
 from raytrainer.checkpointing.lightning_files import read_lightning_file
+from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
 from raytrainer.checkpointing.piece_files import read_pieces, write_pieces
 from raytrainer.checkpointing.pieces import KEY, map_tree, whole_state
 from raytrainer.checkpointing.places import CheckpointPath, RayCheckpoint, folder_at, is_file, locate

@@ -9,17 +9,22 @@ A reader that needs some blocks reads these alone, and checks what it has read.
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raytrainer.checkpointing.checkpoint_files import CheckpointFolder, NewCheckpoint
-from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
+from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
+from raytrainer.checkpointing.checksums import FileRecord, check_file
+from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
+from raytrainer.checkpointing.part_file import PartPlan, write_part
 from raytrainer.checkpointing.pieces import KEY, Mark, map_tree, split
+from raytrainer.checkpointing.pieces_elsewhere import PiecesElsewhere
 from raytrainer.checkpointing.places import folder_at
 from raytrainer.checkpointing.safetensors_files import DTYPES, NAMES
 from raytrainer.errors import CheckpointError
@@ -69,24 +74,39 @@ class StoredPiece:
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape) if data else torch.empty(self.shape)
 
 
-class _Nowhere:
-    def write(self, data: Any, /) -> None:
-        """Drop it; what is wanted is its checksum."""
-
-
 def write_pieces(new: NewCheckpoint, state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Write a state's pieces.
+    """Write a state's pieces; those that are elsewhere are written where they are.
 
     Returns:
         The state without them, its marks as plain values, and the name of the index.
     """
-    index: dict[str, list[dict[str, Any]]] = {}
+    by_rank: Sequence[Mapping[str, Mapping[str, Any]]] = state[KEY]
     given: set[tuple[str, tuple[int, ...]]] = set()
-    for rank, pieces in enumerate(state[KEY]):
+    plans: dict[int, PartPlan] = {}
+    for rank, pieces in enumerate(by_rank):
         own = {k: p for k, p in pieces.items() if 0 not in p["shape"] and (k, tuple(p["at"])) not in given}
         given |= {(key, tuple(piece["at"])) for key, piece in own.items()}
         if own:
-            _write_rank(new, f"rank{rank}-{new.id}.safetensors", own, index)
+            plans[rank] = PartPlan(f"rank{rank}-{new.id}.safetensors", _header(own), list(own))
+    if isinstance(by_rank, PiecesElsewhere):
+        records = by_rank.write(new, plans)
+    else:
+        records = {
+            rank: write_part(new.folder, plan, _bytes_of(by_rank[rank]), new.given_up) for rank, plan in plans.items()
+        }
+    for rank, record in records.items():
+        new.take(plans[rank].name, record.file)
+    index: dict[str, list[dict[str, Any]]] = {}
+    for rank, plan in plans.items():
+        begin = len(plan.header)
+        for key in plan.keys:
+            piece, record = by_rank[rank][key], records[rank].pieces[key]
+            entry = {
+                "at": list(piece["at"]), "shape": list(piece["shape"]), "dtype": NAMES[piece["data"].dtype],
+                "file": plan.name, "begin": begin, **record.as_json(),
+            }  # fmt: skip
+            index.setdefault(key, []).append(entry)
+            begin += record.bytes
     name = f"pieces-{new.id}.json"
     new.write(name, lambda file: file.write(json.dumps(index).encode()))
     tree, rest = split(state)
@@ -97,36 +117,30 @@ def _plain_mark(value: Any, path: str) -> Any:
     return {_MARK: value.key, "shape": list(value.shape), "dtype": value.dtype} if isinstance(value, Mark) else value
 
 
-def _write_rank(
-    new: NewCheckpoint, name: str, pieces: Mapping[str, Mapping[str, Any]], index: dict[str, list[dict[str, Any]]]
-) -> None:
+def _header(pieces: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The first bytes of a safetensors file of these pieces, its length included."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for key, piece in pieces.items():
-        data: Tensor = piece["data"]
-        if data.dtype not in NAMES:
-            raise CheckpointError(f"checkpoint entry {key} is of {data.dtype}, which cannot be saved in shards.")
-        end = begin + data.numel() * data.element_size()
-        header[key] = {"dtype": NAMES[data.dtype], "shape": list(piece["shape"]), "data_offsets": [begin, end]}
+        dtype = piece["data"].dtype
+        if dtype not in NAMES:
+            raise CheckpointError(f"checkpoint entry {key} is of {dtype}, which cannot be saved in shards.")
+        end = begin + math.prod(piece["shape"]) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": list(piece["shape"]), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
-    def save(file: ChecksummedWriter) -> None:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for key, piece in pieces.items():
-            data = piece["data"].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            sums = ChecksummedWriter(_Nowhere())
-            sums.write(data)
-            entry = {
-                "at": list(piece["at"]), "shape": list(piece["shape"]), "dtype": header[key]["dtype"], "file": name,
-                "begin": file.bytes, **sums.record().as_json(),
-            }  # fmt: skip
-            index.setdefault(key, []).append(entry)
-            file.write(data)
 
-    new.write(name, save)
+def _bytes_of(pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What gives each piece's bytes."""
+
+    def content(data: Any) -> Any:
+        tensor: Tensor = data if isinstance(data, Tensor) else data.read()
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return {key: partial(content, piece["data"]) for key, piece in pieces.items()}
 
 
 def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +163,8 @@ def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: 
 
 def brought_along(state: Any, hosts: Sequence[str]) -> Any:
     """A state for processes on these hosts: what only this machine can read is read, if some are on others."""
+    if isinstance(state, dict) and isinstance(state.get(KEY), PiecesElsewhere):
+        return {**state, KEY: list(state[KEY])}  # they may read them as this process does
     if not isinstance(state, dict) or KEY not in state or set(hosts) == {socket.gethostname()}:
         return state
 

@@ -17,7 +17,18 @@ from torch import Tensor
 from raytrainer.errors import CheckpointError
 from raytrainer.hparams import HYPERPARAMETERS
 
-__all__ = ["KEY", "InPieces", "Mark", "Piece", "Stored", "join_pieces", "map_tree", "split", "whole_state"]
+__all__ = [
+    "KEY",
+    "InPieces",
+    "Mark",
+    "Piece",
+    "Stored",
+    "brought_here",
+    "join_pieces",
+    "map_tree",
+    "split",
+    "whole_state",
+]
 
 #: Where a state has its pieces: a list by rank of {key: Piece}.
 KEY = "pieces"
@@ -25,6 +36,10 @@ KEY = "pieces"
 
 class Stored(Protocol):
     """A piece that is somewhere else."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
 
     def read(self) -> Tensor:
         """The piece."""
@@ -137,6 +152,13 @@ def join_pieces(state: Mapping[str, Any], change: Callable[[InPieces], Any]) -> 
 
     tree, rest = split(state)
     return {**map_tree(tree, joined), **rest}
+
+
+def brought_here(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose pieces are in this process."""
+    if KEY not in state:
+        return dict(state)
+    return {**state, KEY: [{k: {**p, "data": Piece(**p).read()} for k, p in held.items()} for held in state[KEY]]}
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:

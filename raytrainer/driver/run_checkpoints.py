@@ -9,6 +9,7 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.pieces import KEY
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.run_loggers import Logs
@@ -114,10 +115,11 @@ class RunCheckpoints:
             captured = coordinator.capture(weights_only)
             if looked_at:
                 state = captured.resolve()
+                pieces = {KEY: state.pop(KEY)} if KEY in state else {}
                 tensors = tensors_in(state)
                 self.emit("on_save_checkpoint", state)
                 state = own_copy(state, keep=tensors)  # hooks may have put in what they go on to change
-                self.writer.save(path, captured.giving(state), on_error, moment)
+                self.writer.save(path, captured.giving(state | pieces), on_error, moment)
             else:
                 self.writer.save(path, captured.resolve, on_error, moment)
             if wait:

@@ -12,9 +12,12 @@ import pytest
 from exact import Exact, run, same
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_models import eventually
 
 import raytrainer
+from raytrainer.driver.workers.ray_copies import SecondCopies
+from raytrainer.driver.workers.ray_parts import PiecesInRay
 
 PREEMPTED = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 HERE = Path(__file__).parent
@@ -144,3 +147,36 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     (recovery,) = trainer.recoveries
     assert recovery.workers == 4
     assert recovery.kept == 2
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_shards_of_a_lost_node(held, cluster):
+    """Its neighbour has them, if it was asked to keep them."""
+    import ray
+    import torch
+
+    node = cluster.add_node(num_cpus=1)
+    pair = [node.node_id, cluster.pair[0].node_id]
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    make = ray.remote(num_cpus=0)(_large).options(scheduling_strategy=place)
+    refs = [make.remote(), ray.put(_large())]
+    ray.wait(refs, num_returns=2, fetch_local=False)
+    if held:
+        copies = SecondCopies(pair)
+        ray.get(copies.hold(refs))
+    cluster.remove_node(node, allow_graceful=False)
+    eventually(lambda: node.node_id not in living(), 60, "Ray knows of the loss")
+    layout = {"x": {"at": (0,), "shape": (200_000,), "dtype": torch.float32}}
+    pieces = PiecesInRay([layout] * 2, refs, pair, raytrainer.CheckpointError)
+    if held:
+        pieces.look()
+        assert torch.equal(pieces[0]["x"]["data"].read(), torch.ones(200_000))
+    else:
+        with pytest.raises(raytrainer.CheckpointError, match="the shards of rank 0 are gone"):
+            pieces.look()
+
+
+def _large() -> Any:
+    import numpy
+
+    return {"x": numpy.ones(200_000, numpy.float32).view(numpy.uint8)}

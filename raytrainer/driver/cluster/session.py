@@ -25,6 +25,7 @@ __all__ = [
     "explain_lost",
     "free_resources",
     "may_grow",
+    "nodes_alive",
     "nodes_gone",
     "own_reservation",
     "place_name",
@@ -205,6 +206,13 @@ def explain_lost(error: BaseException) -> ResourceError | None:
         f"The Ray cluster can no longer be reached ({error}), and training has ended with it. When it is up again, "
         f"fit(..., ckpt_path='last') goes on from the latest checkpoint that this driver has written."
     )
+
+
+def nodes_alive() -> set[str]:
+    """The ids of the nodes of the Ray in use."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def nodes_gone() -> str:

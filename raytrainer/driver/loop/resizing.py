@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Any
 
+from raytrainer.checkpointing.pieces import brought_here
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.capture_restore import RunCapture
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -128,7 +129,8 @@ class Resizing:
         if not as_many and elsewhere and not whole:
             log.warning("Fewer workers begin the epoch anew, as this loader is read as it is on each of them.")
         began, progress = time.perf_counter(), self._state.progress
-        state = self._capture.capture(group).resolve()  # into this process, as the node takes its memory with it
+        # into this process, as the node takes its memory with it
+        state = brought_here(self._capture.capture(group).resolve())
         self._capture.keep(state)
         self._services.withdraw()
         group.abort()

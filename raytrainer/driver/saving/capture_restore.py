@@ -40,17 +40,15 @@ class RunCapture:
         self._state.catch_up()  # a state goes on after what has been reported
         began = time.perf_counter()
         with self._state.clock.phase("saving"):
-            fetch = group.capture(weights_only)
-        captured = Captured(fetch, {} if weights_only else self._driver_state(group))
+            copies = group.capture(weights_only)
+        captured = Captured(copies, {} if weights_only else self._driver_state(group))
         if not weights_only:
             self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
         return captured
 
     def keep(self, state: dict[str, Any]) -> None:
         """Hold a state in this process, as the newest snapshot: those who have the others are to go."""
-        parts = dict(state)
-        captured = Captured(lambda: [parts], {})
-        self._snapshots.take(captured, self._state.progress.step, 0.0)
+        self._snapshots.take(Captured.of(state), self._state.progress.step, 0.0)
 
     def at_end(self, group: WorkerGroup) -> Captured | None:
         """What a checkpoint of the finished fit holds beside the weights, which come home; None: it is not kept."""
@@ -61,6 +59,7 @@ class RunCapture:
 
     def snapshot_if_due(self, group: WorkerGroup) -> None:
         """Capture, where the settings ask for it here."""
+        self._snapshots.let_go()
         progress = self._state.progress
         accumulate = self._task.settings.accumulated(progress.epoch)
         between_steps = progress.epoch_ended or progress.batch % accumulate == 0

@@ -13,6 +13,7 @@ from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.pieces import KEY
 from raytrainer.checkpointing.places import checkpoint_exists, remove_checkpoint
 from raytrainer.checkpointing.reservations import release
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import CheckpointError, GivenUpError, StateLostError, StorageError
 from raytrainer.hparams import kept
 from raytrainer.module import Module
@@ -59,30 +60,43 @@ class Captured:
     """A state that workers have copied aside; `resolve` fetches it, whenever that is wanted.
 
     Args:
-        fetch: Returns every worker's part, by rank.
+        copies: Every worker's part.
         driver: The driver's part: counters, metrics, callbacks.
     """
 
-    def __init__(self, fetch: Callable[[], list[dict[str, Any]]], driver: dict[str, Any]) -> None:
-        self._fetch, self.driver = fetch, driver
+    def __init__(self, copies: Copies, driver: dict[str, Any]) -> None:
+        self._copies, self.driver = copies, driver
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Captured:
+        """One that gives this checkpoint, which is in this process."""
+        return cls(Copies(lambda: ([{"state_dict": state["state_dict"]}], None)), dict(state))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the death of a worker no longer keeps it from being fetched."""
+        return self._copies.complete()
 
     def resolve(self) -> dict[str, Any]:
-        """The checkpoint as one dict.
+        """The checkpoint as one dict; pieces of tensors may be where they were.
 
         Raises:
             Exception: The parts are gone with the workers that had them.
         """
-        parts = [kept(part) for part in self._fetch()]
+        found, pieces = self._copies.fetch()
+        parts = [kept(part) for part in found]
         joined: dict[str, Any] = {**next(part for part in parts if "state_dict" in part), **self.driver}
         for name in ("own", KEY):
             by_rank = [part[name] for part in parts if name in part]
             if by_rank:
                 joined[name] = by_rank
+        if pieces is not None:
+            joined[KEY] = pieces
         return joined
 
     def giving(self, state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-        """Returns `state`, made of what `resolve` gave. It holds this object, as the memory of its tensors is used for
-        the next capture when nobody does."""
+        """Returns `state`, made of what `resolve` gave. It holds this object, as the memory of its tensors is
+        used for the next capture when nobody does."""
 
         def give() -> dict[str, Any]:
             assert self is not None

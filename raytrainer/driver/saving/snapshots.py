@@ -45,6 +45,11 @@ class Snapshots:
             self._taken = time.perf_counter()
         self._warm = True
 
+    def let_go(self) -> None:
+        """The state before the newest goes as soon as that one is safe: a large one is not needed twice."""
+        if len(self._kept) > 1 and self._kept[-1].complete:
+            del self._kept[:-1]
+
     def due(self, step: int) -> bool:
         return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
 
@@ -61,7 +66,7 @@ class Snapshots:
         """Keep a state whose copying blocked training for `cost` seconds."""
         if not self.enabled:
             return
-        # the one before is kept too: a worker may die before it has handed over the newest
+        # the one before is kept for now: a worker may die before it has handed over the newest
         self._kept = [*self._kept[-1:], captured]
         # a worker's first copy also allocates the memory for all later ones, so its time is no guide to theirs
         self._cost = 0.0 if self._cost is None else cost

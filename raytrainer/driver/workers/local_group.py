@@ -7,10 +7,11 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.gpu.choice import local_ordinal, require_cuda, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
@@ -63,9 +64,9 @@ class LocalGroup:
             file.seek(0)
             return [whereabouts(0, f"{socket.gethostname()}, pid {os.getpid()}", file.read())]
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         staged = self.worker.capture(weights_only, live=final, final=final)
-        return lambda: [staged]
+        return Copies(lambda: ([staged], None))
 
     def call_off(self) -> None:
         try:

@@ -21,6 +21,7 @@ from raytrainer.driver.workers.ray_crew import Crew, compare_versions
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import ask_where
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import assign_ranks
@@ -75,6 +76,7 @@ class RayGroup:
         self._ended = False
         self._lost: set[int] = set()  # ranks that are gone, or keep the others waiting
         self.hang_timeout: float | None = None  # seconds; of the run in progress
+        self.copies_shards = False  # whether the run in progress has some, and goes on after a loss
         self.stale = False  # the process group may hold half a collective: join anew before the next run
         self.outputs: list[str | None] = [None] * self.size
         self.places: list[Place] = []
@@ -94,7 +96,8 @@ class RayGroup:
     def _start(self, patience: float) -> None:
         self.places = self._crew.start(self._answers, patience)
         self.ranks = assign_ranks([place.node_id for place in self.places])
-        self._captures = RayCaptures(self, self._actors, self._answers, self.stages)
+        nodes = [place.node_id for place in self.places]
+        self._captures = RayCaptures(self, self._actors, self._answers, self.stages, nodes)
         compare_versions(self.places)
         self._join(patience)
 
@@ -144,7 +147,9 @@ class RayGroup:
         """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
         if self.stale:
             self._join()
-        self.hang_timeout = task.settings.hang_timeout
+        settings = task.settings
+        self.hang_timeout = settings.hang_timeout
+        self.copies_shards = settings.sharding is not None and settings.max_failures > 0
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
         self._crew.modules.note()
@@ -186,7 +191,7 @@ class RayGroup:
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         """See `RayCaptures.capture`."""
         assert self._captures is not None
         return self._captures.capture(weights_only, final)

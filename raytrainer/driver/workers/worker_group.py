@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from raytrainer.checkpointing.pieces_elsewhere import PiecesElsewhere
 from raytrainer.messages import SetupReport
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
 
-__all__ = ["WorkerGroup"]
+__all__ = ["Copies", "WorkerGroup"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The states of all workers, copied aside.
+
+    Attributes:
+        fetch: Gives them, by rank, at any later time; and pieces of tensors, which may stay where they are.
+        complete: Whether they are where a worker's death does not reach them.
+    """
+
+    fetch: Callable[[], tuple[list[dict[str, Any]], PiecesElsewhere | None]]
+    complete: Callable[[], bool] = lambda: True
 
 
 class WorkerGroup(Protocol):
@@ -57,8 +72,8 @@ class WorkerGroup(Protocol):
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         """Where each worker is now, by rank, asked from beside it: at most `patience` seconds, from any thread."""
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
-        """Have every worker copy its state aside; return what fetches the copies, by rank, at any later time.
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
+        """Have every worker copy its state aside.
 
         Args:
             weights_only: Leave out what only resuming needs.

@@ -27,6 +27,7 @@ from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.output import Output
+from raytrainer.worker.actor.pieces_apart import apart
 from raytrainer.worker.actor.place import Place, own_versions
 from raytrainer.worker.actor.process_share import ProcessShare
 from raytrainer.worker.actor.stack_dump import can_be_asked
@@ -190,21 +191,21 @@ class RemoteWorker:
             self.settled = True
             gc.freeze()  # what the first run has imported, mostly
 
-    @ray.method(num_returns=2)
-    def capture(self, weights_only: bool, final: bool = False) -> tuple[Any, Any]:
+    @ray.method(num_returns=3)
+    def capture(self, weights_only: bool, final: bool = False) -> tuple[Any, Any, Any]:
         """This worker's share of a checkpoint, which Ray copies into shared memory as this returns.
 
-        In two parts: what this worker alone has, which is small and so travels to the driver at once, and what others
-        have too.
+        In three parts: what this worker alone has, which is small and so travels to the driver at once; what others
+        have too; and its pieces of tensors, see `apart`.
         """
 
-        def capture() -> tuple[Any, Any]:
+        def capture() -> tuple[Any, Any, Any]:
             state = self._worker().capture(weights_only, replica=True, live=True, final=final)
             _refuse_unpicklable(state)
-            return pack(state.get("own")), pack({name: value for name, value in state.items() if name != "own"})
+            return pack(state.get("own")), *apart(state)
 
         answer = self._guard(capture)
-        return (answer, answer) if isinstance(answer, Failure) else answer
+        return (answer, answer, answer) if isinstance(answer, Failure) else answer
 
     def _worker(self) -> Worker:
         assert self.worker is not None
@@ -257,15 +258,16 @@ class StagingWorker(RemoteWorker):
         return self._guard(stage)
 
     # said here, since a call over ray:// cannot
-    @ray.method(concurrency_group=ASIDE, num_returns=2)
-    def hand_over(self) -> tuple[Any, None]:
-        """What has been staged and others have too; Ray copies it into shared memory as this returns.
+    @ray.method(concurrency_group=ASIDE, num_returns=3)
+    def hand_over(self) -> tuple[Any, Any, bool]:
+        """The rest of what has been staged, as in `capture`; Ray copies it into shared memory as this returns.
 
-        Runs in the thread `ASIDE`, beside training. The second answer is None, and tells when the buffers may be used
-        for the next `stage`.
+        Runs in the thread `ASIDE`, beside training. The last answer says whether it is there, and comes when the
+        buffers may be used for the next `stage`.
         """
         staged, self.staged = self.staged, None
-        return self._guard(lambda: {name: pack(value) for name, value in staged.items() if name != "own"}), None
+        answer = self._guard(lambda: apart(staged))
+        return (answer, answer, False) if isinstance(answer, Failure) else (*answer, True)
 
     @ray.method(concurrency_group=ASIDE)
     def abort_groups(self) -> bool:

@@ -12,6 +12,7 @@ from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.cluster.placement_rules import additions
 from raytrainer.driver.loop import resizing
 from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import ResourceError, StateLostError, WorkerLostError
 
 
@@ -181,16 +182,15 @@ def test_a_lost_state_is_a_lost_worker(on, calm, monkeypatch, tmp_path):
 
     class Loses(supply.make):
         def capture(self, weights_only: bool = False, final: bool = False) -> Any:
-            fetch = super().capture(weights_only, final)
-            state = fetch()
+            state = super().capture(weights_only, final).fetch()
             if losses or supply.taken > 1:
-                return lambda: state
+                return Copies(lambda: state)
             losses.append(self)
 
             def lost() -> Any:
                 raise StateLostError("all copies of the state are gone", lambda: False)
 
-            return lost
+            return Copies(lost)
 
     supply.make = Loses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import Clock
 
 from raytrainer.driver.saving import snapshots
 from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.plan.settings import build_settings
 
 
@@ -19,13 +21,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def state(name: str, gone: bool = False) -> Captured:
-    def fetch() -> list[dict[str, Any]]:
+def state(name: str, gone: bool = False, complete: bool = True) -> Captured:
+    def fetch() -> Any:
         if gone:
             raise OSError(name)
-        return [{"state_dict": name}]
+        return [{"state_dict": name}], None
 
-    return Captured(fetch, {})
+    return Captured(Copies(fetch, lambda: complete), {})
 
 
 def moments(kept: snapshots.Snapshots, clock: Clock, costs: list[float]) -> list[float]:
@@ -65,6 +67,21 @@ def test_the_newest_state_that_can_be_had(clock: Clock) -> None:
     assert kept.latest() is None
     for captured in (state("a"), state("b"), state("c", gone=True)):
         kept.take(captured, 0, 0.0)
+    found = kept.latest()
+    assert found is not None and found["state_dict"] == "b"
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_one_before_goes_when_the_newest_is_safe(complete: bool, clock: Clock) -> None:
+    kept = snapshots.Snapshots(build_settings(), enabled=True)
+    kept.let_go()
+    older = state("a")
+    for captured in (older, state("b", complete=complete)):
+        kept.take(captured, 0, 0.0)
+    gone = weakref.ref(older)
+    del older, captured
+    kept.let_go()
+    assert (gone() is None) is complete
     found = kept.latest()
     assert found is not None and found["state_dict"] == "b"
 
