@@ -1,6 +1,6 @@
 """Kill random workers and spares every few seconds, for as long as told; each run must end as an undisturbed one does.
 
-    python tests/soak.py --seconds 120 --workers 2 --every 15 --spares 1
+    python tests/soak.py --seconds 120 --workers 2 --every 15 --spares 1 [--strategy fsdp]
 
 Exits with 1 if a run ended differently or not at all, if nothing was ever lost, or if something is left over: threads,
 placement groups, workers' processes.
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strategy", default="ddp", help='"ddp" or "fsdp"')
     args = parser.parse_args()
 
     import ray
@@ -94,7 +95,7 @@ def main() -> int:
 
     rng = random.Random(args.seed)
     ray.init("local", num_cpus=args.workers + 1, include_dashboard=False, log_to_driver=False)
-    options = {"strategy": "ddp", "num_processes": args.workers, "snapshot_every": 3, "max_failures": 1000}
+    options = {"strategy": args.strategy, "num_processes": args.workers, "snapshot_every": 3, "max_failures": 1000}
     options |= {"spares": args.spares, "max_epochs": args.epochs}
     bad = runs = recoveries = 0
     killer = Killer(args.every, rng)

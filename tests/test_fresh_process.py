@@ -61,6 +61,6 @@ def test_a_run_in_process_imports_neither_ray_nor_torchmetrics(stages: dict[str,
 
 
 def test_what_executes_a_ray_dataset_does_without_torch() -> None:
-    code = "import sys, raytrainer.data.ray.splitter; print('torch' in sys.modules)"
+    code = "import sys, raytrainer.data.ray.splitter, raytrainer.checkpointing.part_writer; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "False"

@@ -81,11 +81,11 @@ class NewCheckpoint:
         return self._marker
 
     def expect(self, name: str) -> None:
-        """Another process will write this file of it."""
+        """This file of it will be written, by `write_part`, in this process or another."""
         self._expected.add(name)
 
     def take(self, name: str, record: FileRecord) -> None:
-        """Another process has written this file of it, durably.
+        """An expected file has been written, durably.
 
         Raises:
             CheckpointError: It is not there, or not of that size.

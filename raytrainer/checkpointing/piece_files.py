@@ -88,6 +88,8 @@ def write_pieces(new: NewCheckpoint, state: Mapping[str, Any]) -> tuple[dict[str
         given |= {(key, tuple(piece["at"])) for key, piece in own.items()}
         if own:
             plans[rank] = PartPlan(f"rank{rank}-{new.id}.safetensors", _header(own), list(own))
+    for plan in plans.values():
+        new.expect(plan.name)
     if isinstance(by_rank, PiecesElsewhere):
         records = by_rank.write(new, plans)
     else:
@@ -100,13 +102,13 @@ def write_pieces(new: NewCheckpoint, state: Mapping[str, Any]) -> tuple[dict[str
     for rank, plan in plans.items():
         begin = len(plan.header)
         for key in plan.keys:
-            piece, record = by_rank[rank][key], records[rank].pieces[key]
+            piece, written = by_rank[rank][key], records[rank].pieces[key]
             entry = {
                 "at": list(piece["at"]), "shape": list(piece["shape"]), "dtype": NAMES[piece["data"].dtype],
-                "file": plan.name, "begin": begin, **record.as_json(),
+                "file": plan.name, "begin": begin, **written.as_json(),
             }  # fmt: skip
             index.setdefault(key, []).append(entry)
-            begin += record.bytes
+            begin += written.bytes
     name = f"pieces-{new.id}.json"
     new.write(name, lambda file: file.write(json.dumps(index).encode()))
     tree, rest = split(state)

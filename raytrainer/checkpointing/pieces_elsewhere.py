@@ -20,7 +20,7 @@ class PiecesElsewhere(Sequence[Mapping[str, Mapping[str, Any]]], ABC):
         """Have each worker's file written; what was written, by rank.
 
         Args:
-            new: The checkpoint. It knows of these files from their beginning on.
+            new: The checkpoint, which expects these files.
             plans: What each rank's file is to have; ranks without one have none.
 
         Raises:

@@ -105,6 +105,8 @@ def edited_while_gathered(module: nn.Module) -> list[str]:
     with contextlib.suppress(AttributeError):
         for name, parameter in _named(module):
             whole, shard = parameter._unsharded_param, parameter._sharded_param_data
+            if type(whole) is not nn.Parameter and not isinstance(whole, DTensor):
+                continue  # gathered in a form of its own
             whole = whole.to_local() if isinstance(whole, DTensor) else whole.detach()
             mesh = parameter.mesh_info
             own = whole.chunk(mesh.shard_mesh_size, dim=parameter.fsdp_placement.dim)

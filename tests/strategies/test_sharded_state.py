@@ -13,6 +13,10 @@ import torch
 from sharded_models import Net, Stateful, assert_equal, loader, same_bits
 
 import raytrainer as rt
+from raytrainer.checkpointing import piece_files
+from raytrainer.checkpointing.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.part_file import write_part
+from raytrainer.checkpointing.pieces import KEY, Mark
 
 
 def saver(folder, **options):
@@ -138,6 +142,21 @@ def test_damage_is_told_with_the_file(damage, pattern, saved, forked):
         Net.load_from_checkpoint(path)
     with pytest.raises(rt.CheckpointError, match=file.name):
         forked(max_epochs=2).fit(Net(), loader(32, 4, torch.float32), ckpt_path=path)
+
+
+def test_what_is_half_written_is_deleted(tmp_path, monkeypatch):
+    held = [{"x": {"at": (i, 0), "shape": (1, 4), "data": torch.ones(1, 4)}} for i in range(2)]
+    state = {"state_dict": {"x": Mark("x", (2, 4), torch.float32)}, KEY: held}
+
+    def full(folder, plan, *rest):
+        if plan.name.startswith("rank1"):
+            raise rt.CheckpointError("the disk is full")
+        return write_part(folder, plan, *rest)
+
+    monkeypatch.setattr(piece_files, "write_part", full)
+    with pytest.raises(rt.CheckpointError, match="the disk is full"):
+        write_checkpoint(tmp_path / "a.ckpt", state)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_another_shape_are_refused(forked, tmp_path):

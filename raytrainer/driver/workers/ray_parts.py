@@ -97,8 +97,6 @@ class PiecesInRay(PiecesElsewhere):
         by_node: dict[str, list[int]] = {}
         for rank in plans:
             by_node.setdefault(self._nodes[rank], []).append(rank)
-        for plan in plans.values():
-            new.expect(plan.name)
         asked = {node: self._ask(node, ranks, new, plans) for node, ranks in by_node.items()}
         records: dict[int, PartRecord] = {}
         try:
