@@ -116,9 +116,9 @@ class Drains(raytrainer.Callback):
 
 
 def test_a_node_that_is_drained_is_left_before_it_goes(cluster, tmp_path):
-    """And no step is lost, nor trained again."""
+    """And no step is lost, nor trained again, with shards on both."""
     options = {
-        "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": None, "accumulate_grad_batches": 1,
+        "strategy": "fsdp", "num_nodes": 2, "num_processes": 2, "snapshot_every": None, "accumulate_grad_batches": 1,
         "max_epochs": 4,
     }  # fmt: skip
     calm, moved = Slow(), Slow()
