@@ -75,7 +75,9 @@ class ShardedState(GroupStrategy):
             return held_as(value, like)
         return value.whole() if isinstance(value, InPieces) else value
 
-    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def load_optimizer(
+        self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool = True
+    ) -> None:
         self.refresh(module)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -90,7 +92,7 @@ class ShardedState(GroupStrategy):
             else entries
             for index, entries in state["state"].items()
         }
-        super().load_optimizer(module, optimizer, {**state, "state": values})
+        super().load_optimizer(module, optimizer, {**state, "state": values}, as_saved)
 
     def averaged_tensors(self, module: nn.Module, buffers: bool) -> dict[str, Tensor]:
         self.refresh(module)

@@ -41,6 +41,7 @@ from raytrainer.data.transfer import to_cpu
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies.clipping import clip_whole_gradients
 from raytrainer.strategies.meta_modules import refuse_meta
+from raytrainer.strategies.optimizer_types import load_optimizer_state
 
 __all__ = ["NOTHING", "Step", "Strategy"]
 
@@ -256,9 +257,11 @@ class Strategy(ABC):
         """An optimizer's state as a checkpoint has it; live tensors."""
         return optimizer.state_dict()
 
-    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """The reverse of `optimizer_state`; `state` may be kept."""
-        optimizer.load_state_dict(state)
+    def load_optimizer(
+        self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool = True
+    ) -> None:
+        """The reverse of `optimizer_state`; `state` may be kept. `as_saved`: see `load_optimizer_state`."""
+        load_optimizer_state(optimizer, state, as_saved)
 
     def averaged_tensors(self, module: nn.Module, buffers: bool) -> dict[str, Tensor]:
         """Parameters (and `buffers`) by every name they have, as this worker holds them: to be copied and changed."""

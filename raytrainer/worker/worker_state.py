@@ -152,8 +152,10 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
 def _restore_parts(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     """Optimizers, schedulers and callbacks."""
     view = run.view
+    held, weights = run.strategy.module_state(run.module), checkpoint["state_dict"].items()
+    as_saved = all(held[name].dtype == value.dtype for name, value in weights if _is_typed(held.get(name), value))
     for optimizer, state in zip(view.optimizers, checkpoint["optimizer_states"], strict=True):
-        run.strategy.load_optimizer(run.module, optimizer, copy.deepcopy(state))
+        run.strategy.load_optimizer(run.module, optimizer, copy.deepcopy(state), as_saved)
     for config, state in zip(view.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
         config.scheduler.load_state_dict(copy.deepcopy(state))
     saved_callbacks = checkpoint.get("worker_callbacks") or {}
@@ -178,6 +180,10 @@ def _restore_tensors(run: WorkerRun, own: dict[str, Any]) -> None:
         for name, value in (own.get("tensors") or {}).items():
             if name in live:
                 live[name].copy_(value)
+
+
+def _is_typed(*values: Any) -> bool:
+    return all(isinstance(getattr(value, "dtype", None), torch.dtype) for value in values)
 
 
 def _restore_own(run: WorkerRun, own: dict[str, Any]) -> None:

@@ -114,7 +114,9 @@ def test_shards(ray_trainer, one_process, tmp_path):
     trainer.fit(shared, loader(32, 4), loader(9, 4))
     assert moved(start, shared)
     assert_close(alone, shared)
-    assert_close(shared, Deep.load_from_checkpoint(saver.last_model_path))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    for path in (saver.last_model_path, tmp_path / "end.ckpt"):
+        assert_close(shared, Deep.load_from_checkpoint(path))
     assert [len(part) for part in trainer.predict(shared, loader(9, 4))] == [4, 4, 1]
     troubled.mark = tmp_path / "mark"
     troubled.mark.touch()
