@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from raytrainer.errors import DisagreementError
 
-__all__ = ["END", "NOBODY", "CollectiveOrder", "Event"]
+__all__ = ["END", "EVALUATION", "NOBODY", "CollectiveOrder", "Event"]
 
 #: (what, which module, numbers sent): "gather" or "reduce".
 Event = tuple[str, int, int]
@@ -25,8 +25,25 @@ Event = tuple[str, int, int]
 #: What a step may end with: it is over, or no worker has done anything in it.
 END, NOBODY = "end", "nobody"
 
+#: The kind of an evaluation's steps.
+EVALUATION = "evaluation"
+
+#: How many different steps of a kind are remembered, so that one which is like any of them costs nothing.
+_KNOWN = 32
+
 #: Seconds that a worker waits for others to do what they have not done in earlier steps.
 _PATIENCE = 300.0
+
+
+_IN_TRAINING = (
+    ", and call manual_backward equally often. Draw what decides on that alike on all workers; to skip a batch, return "
+    "None from training_step before anything else (with manual optimization: call manual_backward with a loss of zero, "
+    "such as 0.0 * self(x).sum())."
+)
+_IN_EVALUATIONS = (
+    ", and equally often. Draw what decides on that alike on all workers; let a loop that generates run for as many "
+    "passes on each (min_new_tokens=max_new_tokens, with transformers)."
+)
 
 
 class CollectiveOrder:
@@ -52,7 +69,7 @@ class CollectiveOrder:
 
     def forget(self) -> None:
         """What is trained has changed: the next step of each kind is told again."""
-        self._known.clear()
+        self._known = {kind: steps for kind, steps in self._known.items() if kind == EVALUATION}
 
     def begin(self, kind: Any) -> None:
         """A step begins. All workers' steps of one kind are expected to do the same."""
@@ -90,7 +107,7 @@ class CollectiveOrder:
             self._meet(len(self.happened), END)
         known = self._known.setdefault(self._kind, [])
         if not known or known[0] != self.happened:
-            known[:] = [self.happened, *(steps for steps in known if steps != self.happened)]
+            known[:] = [self.happened, *(steps for steps in known if steps != self.happened)][:_KNOWN]
 
     def nobody(self) -> None:
         """No worker does anything in this step."""
@@ -140,13 +157,19 @@ class CollectiveOrder:
 
     def _disagreement(self, word: str, others: str) -> DisagreementError:
         before = f" after {self._shown(_word(self.happened[-1]))}" if self.happened else ""
+        evaluates = self._kind == EVALUATION
+        remedy = _IN_EVALUATIONS if evaluates else _IN_TRAINING
         return DisagreementError(
-            f"workers do different things in one training step: rank {self._rank} comes to {self._shown(word)}"
-            f"{before}, {others}. With fsdp all workers gather each layer's parameters together, so that all must use "
-            f"the same layers in the same order, and call manual_backward equally often. Draw what decides on that "
-            f"alike on all workers; to skip a batch, return None from training_step before anything else (with manual "
-            f"optimization: call manual_backward with a loss of zero, such as 0.0 * self(x).sum())."
+            f"workers do different things in one {'evaluation' if evaluates else 'training'} step: rank {self._rank} "
+            f"comes to {self._shown(word)}{before}, {others}. With fsdp all workers gather each layer's parameters "
+            f"together, so that all must use the same layers in the same order{remedy}"
         )
+
+    def not_as(self, rank: int, index: int, theirs: int) -> DisagreementError:
+        """The error of a step in which not all compute: rank `rank` gathers `theirs` (-1: it is done), not `index`."""
+        self._kind, self.happened = EVALUATION, []
+        ours, others = (END if i < 0 else f"gather {i} 0" for i in (index, theirs))
+        return self._disagreement(ours, f"where rank {rank} comes to {self._shown(others)}")
 
     def _shown(self, word: str) -> str:
         if word in (END, NOBODY):

@@ -268,13 +268,19 @@ class FSDPStrategy(ShardedState):
         super().begin_evaluation(module, within_fit)
 
     def evaluation_step(self, module: nn.Module, step: Step) -> Step:
-        return lambda batch, batch_idx, dataloader_idx: self._run(lambda: step(batch, batch_idx, dataloader_idx))
+        def evaluate(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+            self.gatherings.begin_evaluation_step()
+            output = self._run(lambda: step(batch, batch_idx, dataloader_idx))
+            self.gatherings.end_step()
+            return output
 
-    def begin_round(self, module: nn.Module, has_batch: bool) -> bool:
+        return evaluate
+
+    def begin_round(self, module: nn.Module, has_batch: bool, computes: bool) -> bool:
         if not self.gatherings.several:
             return has_batch
-        anybody = self.gatherings.begin_round(has_batch)
-        if anybody and not has_batch:
+        anybody = self.gatherings.begin_round(has_batch, computes)
+        if anybody and not computes:
             self.gatherings.serve()
         if not anybody:
             self.end_evaluation(module)  # workers have gathered different things

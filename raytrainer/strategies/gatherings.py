@@ -3,12 +3,13 @@
 Each gathering of a module's parameters, and each reduction of its gradients, needs all workers that hold shards of it.
 Two things leave a worker without a reason to: it has no batch left in an evaluation, or it skips a batch in training.
 
-In an evaluation workers agree, batch by batch, on who has one. While some have none, the first that has one tells them
-what it gathers; they gather it with it and drop it. They run no code of the user's.
+In an evaluation workers agree, batch by batch, on who has one to compute. While some have none, the first that has one
+tells them what it gathers; they gather it with it and drop it. They run no code of the user's.
 
-In training nothing is told from step to step (`collective_order.py`). A worker that skips a batch does what its latest
-step did, from the point that it has got to, with zeros for gradients. In the first step, of which there is no record
-yet, workers tell the group's store what they do, and one that skips reads it there.
+Where all have one, and in training, nothing is told from step to step (`collective_order.py`). In training a worker
+that skips a batch does what its latest step did, from the point that it has got to, with zeros for gradients. In the
+first step, of which there is no record yet, workers tell the group's store what they do, and one that skips reads it
+there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from raytrainer.errors import RaytrainerError
 from raytrainer.private.fsdp_private import reduce_zeros, wind_up_backward
-from raytrainer.strategies.collective_order import END, CollectiveOrder, Event
+from raytrainer.strategies.collective_order import END, EVALUATION, CollectiveOrder, Event
 
 __all__ = ["Gatherings"]
 
@@ -57,6 +58,7 @@ class Gatherings:
         self._order = CollectiveOrder(store, f"raytrainer/{name[0]}", list(named), timeout)
         self._leader: int | None = None  # of an evaluation's round in which somebody has no batch
         self._watching = False
+        self._all_compute = False  # in the round in progress
         self._kind: Any = True
         for index, part in enumerate(self.modules):
             part.set_custom_all_gather(_Gather(self, index))  # type: ignore[arg-type]
@@ -178,14 +180,21 @@ class Gatherings:
 
     # ---------------------------------------------------------------- evaluation
 
-    def begin_round(self, has_batch: bool) -> bool:
-        """Agree on who has a batch; return whether anybody has. A worker without one then calls `serve`."""
+    def begin_round(self, has_batch: bool, computes: bool) -> bool:
+        """Agree on who has a batch, and computes; return whether anybody has one. Who does not compute then serves."""
         flags = [torch.zeros(1, dtype=torch.uint8) for _ in range(dist.get_world_size())]
-        dist.all_gather(flags, torch.tensor([has_batch], dtype=torch.uint8), group=self._control)
-        have = [bool(flag) for flag in flags]
-        here = [rank for rank in self._members if have[rank]]
+        dist.all_gather(flags, torch.tensor([has_batch + computes], dtype=torch.uint8), group=self._control)
+        found = [int(flag) for flag in flags]
+        here = [rank for rank in self._members if found[rank] == 2]
         self._leader = here[0] if here and len(here) < len(self._members) else None
-        return any(have)
+        self._all_compute = min(found) == 2
+        return any(found)
+
+    def begin_evaluation_step(self) -> None:
+        """A step of an evaluation begins, which `end_step` ends."""
+        self._watching = self.several and self._all_compute
+        if self._watching:
+            self._order.begin(EVALUATION)
 
     def end_round(self) -> None:
         """This worker has evaluated its batch."""
@@ -210,7 +219,10 @@ class Gatherings:
 
     def _announce(self, index: int) -> None:
         assert self._leader is not None
-        dist.broadcast(torch.tensor([index], device=self._device), src=self._leader, group=self._group)
+        word = torch.tensor([index], device=self._device)
+        dist.broadcast(word, src=self._leader, group=self._group)
+        if self._leader != dist.get_rank() and int(word.item()) != index:
+            raise self._order.not_as(self._leader, index, int(word.item()))
 
     def reshard(self) -> None:
         """Drop everything that is gathered."""

@@ -190,10 +190,11 @@ class Strategy(ABC):
         """The step to call for each batch."""
         return step
 
-    def begin_round(self, module: nn.Module, has_batch: bool) -> bool:
-        """This worker has a batch to evaluate, or has none left; return whether any worker has one.
+    def begin_round(self, module: nn.Module, has_batch: bool, computes: bool) -> bool:
+        """This worker has a batch, or has none left; return whether any worker has one.
 
-        Where workers must compute together, one that has none takes part in the others', without code of the user's.
+        Where workers must compute together, one that has none, or one of which nothing is to be computed (it is None),
+        takes part in what the others compute, without code of the user's.
         """
         return has_batch
 

@@ -107,7 +107,8 @@ class EvaluationLoop:
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
                 batch = self._next()
-                if not strategy.begin_round(module, batch is not None):
+                computes = batch is not None and batch[0] is not None
+                if not strategy.begin_round(module, batch is not None, computes):
                     self._next_loader()
                     continue
                 if batch is None:

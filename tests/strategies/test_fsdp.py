@@ -394,6 +394,27 @@ def test_batches_that_are_none(make, drops, forked):
     assert trainer.global_step == expected[make, drops(0, 1)]
 
 
+class Drops:
+    """Collates rows of `table`, but for these batches of four."""
+
+    def __init__(self, batches):
+        self.batches, self.firsts = batches, table(20, torch.float32).tensors[0][::4]
+
+    def __call__(self, rows):
+        batch = torch.utils.data.default_collate(rows)
+        index = int((self.firsts == batch[0][0]).all(1).nonzero()[0])
+        return None if index in self.batches else batch
+
+
+@pytest.mark.parametrize("batches", [{1}, {0, 1}, {0, 4}, {4}], ids=str)
+def test_batches_of_a_validation_that_are_none(batches, forked):
+    """On one worker while the other computes, on both, and when the other has none left. Even ones are rank 0's."""
+    trainer = forked(max_epochs=1)
+    values = DataLoader(table(20, torch.float32), batch_size=4, collate_fn=Drops(batches))
+    trainer.fit(Net(), loader(32, 4, torch.float32), values)
+    assert float(trainer.callback_metrics["rows"]) == 20 - 4 * len(batches)
+
+
 def test_adapters(forked):
     torch.manual_seed(0)
     start = Adapters()

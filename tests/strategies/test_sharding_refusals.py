@@ -72,6 +72,30 @@ def test_workers_that_do_different_things(make, at, forked):
         trainer.fit(module, loader(32, 4, torch.float32))
 
 
+class EvaluatesApart(Net):
+    """Leaves out another block on each rank, or is through with fewer, when it validates."""
+
+    def __init__(self, fewer):
+        super().__init__()
+        self.fewer = fewer
+
+    def validation_step(self, batch, batch_idx):
+        x = self.inp(batch[0])
+        for index, block in enumerate(self.blocks):
+            if batch_idx < 1 or (index < 2 + self.global_rank if self.fewer else index != self.global_rank):
+                x = block(x)
+        self.log("val", self.head(x).mean())
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_workers_that_evaluate_in_different_ways(rows, fewer, forked):
+    """Whether they have done the same before, or not."""
+    trainer = forked(strategy=rt.FSDP(process_group_timeout=6))
+    with pytest.raises(rt.DisagreementError, match=r"in one evaluation step: rank \d comes to .* equally often"):
+        trainer.validate(EvaluatesApart(fewer), loader(rows, 2, torch.float32))
+
+
 class Alternates(Net):
     """What a step does depends on the batch, on all workers alike."""
 
