@@ -109,9 +109,8 @@ def edited_while_gathered(module: nn.Module) -> list[str]:
                 continue  # gathered in a form of its own
             whole = whole.to_local() if isinstance(whole, DTensor) else whole.detach()
             mesh = parameter.mesh_info
-            own = whole.chunk(mesh.shard_mesh_size, dim=parameter.fsdp_placement.dim)
-            own = own[mesh.shard_mesh_rank] if mesh.shard_mesh_rank < len(own) else whole[:0]
-            own = own.reshape(-1)
+            chunks = whole.chunk(mesh.shard_mesh_size, dim=parameter.fsdp_placement.dim)
+            own = (chunks[mesh.shard_mesh_rank] if mesh.shard_mesh_rank < len(chunks) else whole[:0]).reshape(-1)
             held = shard[: own.numel()].to(own.device, own.dtype)
             if not torch.equal(own, held) and not torch.equal(own.nan_to_num(), held.nan_to_num()):
                 found.append(name)

@@ -18,7 +18,7 @@ __all__ = ["SwitchedParts"]
 
 
 class SwitchedParts:
-    """Compares a module with what it was like when the run was set up.
+    """Compares a module with what it was like when the run was set up, `configure_optimizers` included.
 
     What has not changed since then is not kept: a run that goes on may begin otherwise than the one before on purpose.
 
@@ -28,12 +28,13 @@ class SwitchedParts:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self.note([])
+
+    def note(self, optimizers: Sequence[Optimizer]) -> None:
+        """What there is now, when `configure_optimizers`, which may have frozen parts too, has made these."""
+        module = self._module
         self._trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         self._modes = {name: part.training for name, part in module.named_modules()}
-        self._groups: list[int] = []
-
-    def note_groups(self, optimizers: Sequence[Optimizer]) -> None:
-        """How many parameter groups `configure_optimizers` has made."""
         self._groups = [len(optimizer.param_groups) for optimizer in optimizers]
 
     def changes(self, optimizers: Sequence[Optimizer], modes: Mapping[nn.Module, bool]) -> dict[str, Any]:

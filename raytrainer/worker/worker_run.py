@@ -142,7 +142,7 @@ class WorkerRun:
             for optimizer in view.optimizers:
                 self.strategy.check_optimizer(optimizer)
             view.given_optimizers = [GivenOptimizer(optimizer, module) for optimizer in view.optimizers]
-            self.switched.note_groups(view.optimizers)
+            self.switched.note(view.optimizers)
             check_parameters(module, view.optimizers)
         if self.task.settings.compile is not None and not self.strategy.compiles_blocks:
             self._undo_compile = compile_module(module, self.task.settings.compile)

@@ -55,6 +55,20 @@ class Adds(Parts):
             self.optimizers().add_param_group(group)
 
 
+class FreezesAtFirst(Parts):
+    """In `configure_optimizers`."""
+
+    def configure_optimizers(self):
+        self.body.requires_grad_(False)
+        self.body[2].eval()
+        return super().configure_optimizers()
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.body.requires_grad_(True)
+            self.body[2].train()
+
+
 class TogglesAcross(Parts):
     """Batches, so that a checkpoint is made in between."""
 
@@ -76,7 +90,7 @@ class TogglesAcross(Parts):
             self.untoggle_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("kind", [Unfreezes, Switches, FreezesWithin, Adds, TogglesAcross])
+@pytest.mark.parametrize("kind", [Unfreezes, Switches, FreezesWithin, Adds, FreezesAtFirst, TogglesAcross])
 @pytest.mark.parametrize("averaging", [False, True])  # which has checkpoints made within validations
 def test_a_resumed_run_trains_what_it_trained(kind, averaging, local_trainer, tmp_path):
     options = {"max_epochs": 3, "seed": 1, "val_check_interval": 3}
