@@ -58,7 +58,7 @@ class Gatherings:
         self._order = CollectiveOrder(store, f"raytrainer/{name[0]}", list(named), timeout)
         self._leader: int | None = None  # of an evaluation's round in which somebody has no batch
         self._watching = False
-        self._all_compute = False  # in the round in progress
+        self._all_compute = False  # in the latest round
         self._kind: Any = True
         for index, part in enumerate(self.modules):
             part.set_custom_all_gather(_Gather(self, index))  # type: ignore[arg-type]
@@ -185,6 +185,8 @@ class Gatherings:
         flags = [torch.zeros(1, dtype=torch.uint8) for _ in range(dist.get_world_size())]
         dist.all_gather(flags, torch.tensor([has_batch + computes], dtype=torch.uint8), group=self._control)
         found = [int(flag) for flag in flags]
+        if not self._all_compute:  # in the round before: who served has dropped what others have kept gathered
+            self.reshard()
         here = [rank for rank in self._members if found[rank] == 2]
         self._leader = here[0] if here and len(here) < len(self._members) else None
         self._all_compute = min(found) == 2
