@@ -18,9 +18,10 @@ class WideMoments(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.05})
 
     @torch.no_grad()
-    def step(self, closure):
-        with torch.enable_grad():
-            closure()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
