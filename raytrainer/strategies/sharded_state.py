@@ -75,9 +75,7 @@ class ShardedState(GroupStrategy):
             return held_as(value, like)
         return value.whole() if isinstance(value, InPieces) else value
 
-    def load_optimizer(
-        self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool = True
-    ) -> None:
+    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool) -> None:
         self.refresh(module)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -258,9 +258,7 @@ class Strategy(ABC):
         """An optimizer's state as a checkpoint has it; live tensors."""
         return optimizer.state_dict()
 
-    def load_optimizer(
-        self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool = True
-    ) -> None:
+    def load_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], as_saved: bool) -> None:
         """The reverse of `optimizer_state`; `state` may be kept. `as_saved`: see `load_optimizer_state`."""
         load_optimizer_state(optimizer, state, as_saved)
 
