@@ -22,6 +22,7 @@ from raytrainer.errors import CheckpointError, StateLostError
 from raytrainer.signals import wait_until
 from raytrainer.tensor_packing import unpack
 from raytrainer.worker.actor.actor import Failure
+from raytrainer.worker.actor.place import Place
 from raytrainer.worker.verbs import Wait
 
 __all__ = ["RayCaptures"]
@@ -51,14 +52,14 @@ class RayCaptures:
         actors: Its actors, by rank.
         answers: Waits for them.
         staged: Whether they are `StagingWorker`s.
-        nodes: The ids of their nodes.
+        places: Where they are.
     """
 
     def __init__(
-        self, group: CapturedGroup, actors: Sequence[Any], answers: Answers, staged: bool, nodes: Sequence[str]
+        self, group: CapturedGroup, actors: Sequence[Any], answers: Answers, staged: bool, places: Sequence[Place]
     ) -> None:
         self._group, self._actors, self._answers, self._staged = group, actors, answers, staged
-        self._nodes = list(nodes)
+        self._nodes = [place.node_id for place in places]
         self._seconds: weakref.ref[SecondCopies] | None = None
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
 

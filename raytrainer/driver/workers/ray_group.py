@@ -96,8 +96,7 @@ class RayGroup:
     def _start(self, patience: float) -> None:
         self.places = self._crew.start(self._answers, patience)
         self.ranks = assign_ranks([place.node_id for place in self.places])
-        nodes = [place.node_id for place in self.places]
-        self._captures = RayCaptures(self, self._actors, self._answers, self.stages, nodes)
+        self._captures = RayCaptures(self, self._actors, self._answers, self.stages, self.places)
         compare_versions(self.places)
         self._join(patience)
 
@@ -147,9 +146,8 @@ class RayGroup:
         """Send the task, pickled once; `prepare_data` once a node; `setup` on every worker."""
         if self.stale:
             self._join()
-        settings = task.settings
-        self.hang_timeout = settings.hang_timeout
-        self.copies_shards = settings.sharding is not None and settings.max_failures > 0
+        self.hang_timeout = task.settings.hang_timeout
+        self.copies_shards = task.settings.sharding is not None and task.settings.max_failures > 0
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
         self._crew.modules.note()
