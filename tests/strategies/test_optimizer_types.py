@@ -15,7 +15,7 @@ class WideMoments(torch.optim.Optimizer):
     """Momentum in float32, whatever weights are."""
 
     def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.05})
+        super().__init__(parameters, {"lr": 0.002})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -53,7 +53,7 @@ def test_resuming_is_equal_bit_by_bit(kind, precision, strategy, forked, tmp_pat
         options = {"enable_checkpointing": True, "callbacks": [saver]} if path is None else {}
         trainer = forked(strategy=strategy, precision=precision, max_epochs=2, **options)
         trainer.fit(module, loader(48, 4, torch.float32), ckpt_path=path)
-    assert same_bits(whole, resumed)
+    assert all(value.isfinite().all() for value in whole.state_dict().values()) and same_bits(whole, resumed)
 
 
 def test_a_checkpoint_of_another_precision_takes_the_types_of_this_one(forked, tmp_path):
