@@ -26,6 +26,7 @@ class Task:
     loaders: dict[str, Any] = field(default_factory=dict)  # handed straight to fit(...): by "train", "val", ...
     seed: int = 0  # of shuffling and loader processes; drawn by the driver where the user gave none
     reseed: bool = True  # whether workers seed their own generators from it
+    counters: tuple[int, int] = (0, 0)  # steps and epochs of the last fit, for an evaluation
     resuming: bool = False  # whether a checkpoint is restored right after `setup`, before there are optimizers
     default_root_dir: str = "."
     ask_predictions: bool = True  # whether predictions are sent to the driver

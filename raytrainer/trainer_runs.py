@@ -238,6 +238,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             callbacks=[c for c in self._callbacks if isinstance(c, WorkerCallback)],
             loaders=loaders,
             # torch's own generator, so that a user's torch.manual_seed makes a run repeatable
+            counters=(self.global_step, self.current_epoch),
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             reseed=seed is not None or self._settings.strategy != "local",
             default_root_dir=self.default_root_dir,

@@ -41,6 +41,8 @@ WORDS: dict[str, dict[str, str]] = {
         "profiler": "the same names; one file a worker",
         "num_sanity_val_steps": "the same; leaves no metric and no trace in generators; skipped when resuming",
         "enable_checkpointing": "the same; False leaves out the default one: a `ModelCheckpoint` that is given saves",
+        "reload_dataloaders_every_n_epochs": "the same; validation loaders are made as training begins, and "
+        "anew at the first validation after n, 2n, ... epochs",
         "use_distributed_sampler": "the same; an evaluation never counts a sample twice",
         "min_steps": "the same; once it is reached, `min_epochs` no longer counts, rather than both",
         "check_val_every_n_epoch": "the same; the validation before a stop that was asked for comes in any epoch",
@@ -76,7 +78,8 @@ WORDS: dict[str, dict[str, str]] = {
         "global_step": "the same; when resuming, right from `on_fit_start` on",
         "validate": "the same; without a model, and with no best checkpoint, the weights at the end of `fit`",
         "test": "as `validate`",
-        "save_checkpoint": "makes a directory; `wait=True` returns when it is written",
+        "save_checkpoint": "makes a directory; `wait=True` returns when it is written; of a `fit` that has failed "
+        "there is nothing left to save afterwards, see `save_on_exception`",
         "ckpt_path": "the same; not to be set",
     },
     "LightningModule": {
@@ -94,7 +97,7 @@ WORDS: dict[str, dict[str, str]] = {
         "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
         "loggers": "`logger` in a list",
         "log": "the same; epoch values are reduced over workers without `sync_dist`; `on_step=False` alone means "
-        "`on_epoch=True`",
+        "`on_epoch=True`, and both False is an error",
         "configure_optimizers": "the same; the `frequency` of a scheduler with `interval=\"step\"` counts optimizer "
         "steps, over epochs, and one that waits for a metric acts on each value once; unknown keys are errors",
         "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
@@ -142,7 +145,8 @@ WORDS: dict[str, dict[str, str]] = {
         "EMAWeightAveraging": "averages are on the module's device unless `device` says otherwise; "
         "`update_every_n_steps=n` updates after steps n, "
         "2n, ..., rather than 1, n + 1, ...",
-        "ThroughputMonitor": "counts samples by itself",
+        "ThroughputMonitor": "counts samples by itself; without a logger it warns",
+        "DeviceStatsMonitor": "without a logger it warns",
     },
     "Loggers": {
         "CometLogger": "none; derive from `Logger`",

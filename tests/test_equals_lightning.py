@@ -34,7 +34,7 @@ def choices(seed: int) -> dict[str, Any]:
             "min_epochs": 0,
             "accumulate_grad_batches": draw.choice([1, 1, 2, 3]),
             "gradient_clip_val": draw.choice([None, 0.05]),
-            "check_val_every_n_epoch": draw.choice([1, 1, 2]),
+            "check_val_every_n_epoch": draw.choice([1, 1, 2]) if validates else 1,
             "limit_train_batches": draw.choice([1.0, 1.0, 3, 0.7]),
             "num_sanity_val_steps": draw.choice([0, 2]),
             "log_every_n_steps": draw.choice([1, 1, 2]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import namedtuple
+from typing import ClassVar
 
 import pytest
 import torch
@@ -351,3 +352,29 @@ def test_the_last_batch_is_known_to_be_the_last(batches, asked, local_trainer, m
     assert [told.count(f"{verb}evaluat{end}") for verb, end in (("start_", "ion"), ("", "e"), ("end_", "ion"))] == [
         asked
     ] * 3
+
+
+def test_an_empty_list_of_loaders_is_a_stage_that_does_nothing(local_trainer, caplog):
+    class Nothing(Two):
+        def val_dataloader(self):
+            return []
+
+    trainer = local_trainer(max_epochs=1)
+    trainer.fit(Nothing(), data(4))
+    assert trainer.global_step == 2 and trainer.validate(Nothing(), verbose=False) == []
+    assert trainer.test(Nothing(), [], verbose=False) == trainer.predict(Nothing(), []) == []
+    assert "There is no val loader: the list of them is empty." in caplog.text
+
+
+def test_after_a_fit_an_evaluation_counts_as_that_has_ended(local_trainer):
+    class Telling(Tiny):
+        seen: ClassVar[list] = []
+
+        def test_step(self, batch, batch_idx):
+            self.seen.append((self.current_epoch, self.global_step))
+
+    trainer, module = local_trainer(max_epochs=3), Telling()
+    trainer.test(module, data(2), verbose=False)
+    trainer.fit(module, data(4))
+    trainer.test(module, data(2), verbose=False)
+    assert Telling.seen == [(0, 0), (3, 6)]

@@ -101,6 +101,15 @@ def test_lr_find(local_trainer, tmp_path):
     assert losses[lrs.index(found.suggestion())] < losses[10]
 
 
+def test_losses_are_those_of_training_step_where_gradients_are_accumulated(local_trainer):
+    class Constant(Learner):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0 + 3
+
+    found = local_trainer(accumulate_grad_batches=2).lr_find(Constant(), learnable(batch_size=64), num_training=3)
+    assert found.results["raw"] == [3.0] * 3
+
+
 def test_the_rates_are_those_of_the_steps(local_trainer):
     seen: list[float] = []
 

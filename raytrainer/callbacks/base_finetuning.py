@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ __all__ = ["BaseFinetuning"]
 
 log = logging.getLogger("raytrainer")
 
-Modules = nn.Module | Iterable[nn.Module]
+Modules: TypeAlias = "nn.Module | Iterable[Modules]"  # lists of lists, too
 
 
 class BaseFinetuning(WorkerCallback):
@@ -99,10 +99,10 @@ class BaseFinetuning(WorkerCallback):
             initial_denom_lr: See `lr`.
             train_bn: Whether to unfreeze batch normalisation too, and add its parameters.
         """
-        modules = list(_flatten(modules))
-        BaseFinetuning.unfreeze(modules, train_bn)
+        parts = list(_flatten(modules))
+        BaseFinetuning.unfreeze(parts, train_bn)
         known = {p for group in optimizer.param_groups for p in group["params"]}
-        taken = [m for m in modules if train_bn or not isinstance(m, BATCH_NORMS)]
+        taken = [m for m in parts if train_bn or not isinstance(m, BATCH_NORMS)]
         found = dict.fromkeys(p for m in taken for p in m.parameters(recurse=False) if p.requires_grad)
         added = [p for p in found if p not in known]
         if not added:
@@ -152,8 +152,15 @@ class BaseFinetuning(WorkerCallback):
 
 def _flatten(modules: Modules) -> Iterator[nn.Module]:
     """The modules and all that is in them, each once."""
-    given = [modules] if isinstance(modules, nn.Module) else list(modules)
-    yield from dict.fromkeys(inner for module in given for inner in module.modules())
+    yield from dict.fromkeys(inner for module in _given(modules) for inner in module.modules())
+
+
+def _given(modules: Modules) -> Iterator[nn.Module]:
+    if isinstance(modules, nn.Module):
+        yield modules
+    else:
+        for part in modules:
+            yield from _given(part)
 
 
 def _norms(module: nn.Module) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raytrainer.callbacks._without_logger import warn_without_logger
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.memory import own_index
@@ -48,6 +49,10 @@ class DeviceStatsMonitor(WorkerCallback):
         self._index: int | None = None  # of the GPU, in PCI order
         self._prefix = ""
         self._clocks = (0.0, 0.0)
+
+    def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Say so if there is no logger."""
+        warn_without_logger("DeviceStatsMonitor", trainer, "nobody sees its values")
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Have the worker measured on logging steps."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from raytrainer.callbacks._without_logger import warn_without_logger
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["LearningRateMonitor", "group_names"]
-
-log = logging.getLogger("raytrainer")
 
 Named = list[tuple["Optimizer", list[str], str | None]]
 
@@ -54,11 +52,7 @@ class LearningRateMonitor(WorkerCallback):
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
         """Say so if there is no logger."""
-        if stage == "fit" and not trainer.loggers and trainer.is_global_zero:
-            log.warning(
-                "LearningRateMonitor: Trainer(logger=False), so that rates are only in trainer.callback_metrics; give "
-                "a logger, or leave the callback out."
-            )
+        warn_without_logger("LearningRateMonitor", trainer, "rates are only in trainer.callback_metrics")
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Name every parameter group."""

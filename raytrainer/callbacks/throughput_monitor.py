@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from raytrainer.callbacks._without_logger import warn_without_logger
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.data.batch_size import first_batch_size
 from raytrainer.errors import ConfigurationError
@@ -64,6 +65,10 @@ class ThroughputMonitor(WorkerCallback):
         self._measured: float | None = None
         self._clock = self._paused = 0.0
         self._sums: dict[str, float] = {}
+
+    def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Say so if there is no logger."""
+        warn_without_logger("ThroughputMonitor", trainer, "nobody sees its values")
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Have the rates logged."""

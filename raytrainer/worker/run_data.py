@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from raytrainer.data.ray.ray_feed import RayFeed
 
 __all__ = ["AnyFeed", "RunData"]
+
+log = logging.getLogger("raytrainer")
 
 AnyFeed: TypeAlias = "Feed | CombinedFeed | RayFeed"
 
@@ -113,7 +116,10 @@ class RunData:
             source = self.loader(stage)
             combined = as_combined(source) if stage == "train" else None
             loaders = as_list(source) if combined is None else [combined]
-            if not loaders:
+            if not loaders and stage != "train":
+                if self.strategy.ranks.rank == 0:
+                    log.warning("There is no %s loader: the list of them is empty. This stage does nothing.", stage)
+            elif not loaders:
                 given = f"the {stage} loader is" if stage in self.task.loaders else f"{stage}_dataloader() returned"
                 raise ConfigurationError(f"{given} {source!r}: give a DataLoader, or any iterable of batches.")
             seed, settings, share = self.task.seed, self.task.settings, self.strategy.share

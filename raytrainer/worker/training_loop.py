@@ -280,7 +280,8 @@ class TrainingLoop:
         """Training is over, after so many epochs."""
         view = self.view
         self.metrics.take(reduced)
-        view.interrupted, view.current_epoch, view.should_stop = interrupted, epochs, stop
+        view.interrupted, view.current_epoch = interrupted, epochs
+        view.should_stop |= stop
         self.run.hooks.call("on_train_end")
 
     def _report_epoch(self) -> MetricReport:

@@ -64,6 +64,7 @@ class WorkerRun:
             callbacks=task.callbacks,
             datamodule=task.datamodule,
         )
+        self.view.global_step, self.view.current_epoch = task.counters
         self.view.metrics = MetricStore(strategy.ranks.rank, settings.log_every_n_steps, self.module)
         rank_zero = strategy.ranks.rank == 0
         self.recorder = Recorder(self.view, lambda: self.stepped, keeps=bool(task.logs) and rank_zero)

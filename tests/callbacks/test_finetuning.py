@@ -96,7 +96,7 @@ def test_helpers(caplog, monkeypatch):
     assert [p.requires_grad for p in module.parameters()] == [False] * 4 + [True] * 2
     assert not module[1].track_running_stats
     optimizer = torch.optim.SGD(module[2].parameters(), lr=1.0)
-    BaseFinetuning.unfreeze_and_add_param_group(module[:2], optimizer, train_bn=False)
+    BaseFinetuning.unfreeze_and_add_param_group([[module[0]], [[module[1]]]], optimizer, train_bn=False)
     assert [p.requires_grad for p in module.parameters()] == [True, True, False, False, True, True]
     assert len(optimizer.param_groups) == 2 and optimizer.param_groups[1]["lr"] == 0.1
     assert optimizer.param_groups[1]["params"] == list(module[0].parameters())

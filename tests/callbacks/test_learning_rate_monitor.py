@@ -9,6 +9,7 @@ from tiny import Tiny, data
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
+from raytrainer import DeviceStatsMonitor, ThroughputMonitor
 from raytrainer.callbacks.learning_rate_monitor import LearningRateMonitor, group_names
 from raytrainer.errors import ConfigurationError
 
@@ -98,9 +99,10 @@ def test_bad_interval():
         LearningRateMonitor("batch")
 
 
-def test_without_a_logger_it_says_so(local_trainer, caplog):
+@pytest.mark.parametrize("kind", [LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor])
+def test_without_a_logger_it_says_so(kind, local_trainer, caplog):
     with caplog.at_level("WARNING", "raytrainer"):
-        trainer = local_trainer(max_epochs=1, callbacks=LearningRateMonitor())
+        trainer = local_trainer(max_epochs=1, callbacks=kind())
         trainer.fit(Tiny(), data(4))
-    assert "LearningRateMonitor: Trainer(logger=False)" in caplog.text
-    assert trainer.callback_metrics["lr-SGD"] == 0.1
+    assert f"{kind.__name__}: Trainer(logger=False)" in caplog.text
+    assert kind is not LearningRateMonitor or trainer.callback_metrics["lr-SGD"] == 0.1

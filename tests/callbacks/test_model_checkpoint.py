@@ -391,6 +391,7 @@ def test_a_failed_run_is_saved_if_asked_for(hook, save_last, tmp_path, local_tra
     assert len(paths) == 1 + bool(save_last)
     for path in paths:
         assert read_checkpoint(path)["global_step"] == (13 if hook == "training_step" else 10)
+    assert f"step={13 if hook == 'training_step' else 10}" in paths[0].name
     module, trainer = Tiny(), local_trainer(max_epochs=2)
     trainer.fit(module, data(), data(4), ckpt_path=paths[0])
     assert trainer.global_step == 20

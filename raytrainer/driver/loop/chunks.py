@@ -8,6 +8,7 @@ import time
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import merged
+from raytrainer.driver.saving.capture_restore import count_up
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import TrainReport
@@ -122,10 +123,12 @@ class Chunks:
     def catch_up(self, group: WorkerGroup, failed: bool = False) -> None:
         """Take up what the latest chunk has left for the next one, where something else comes first.
 
-        If the run has `failed`, take up all that has been logged before the batch that failed.
+        If the run has `failed`, take up all that has been logged, and count all that was done, before that batch.
         """
         if self._behind or failed:
             self._behind = False
             with self.state.clock.phase("training"):
                 reports = group.call(Worker.report_steps, failed)
             self._journal.steps("train", reports)
+        if failed and group.in_process:
+            count_up(group, self.state)

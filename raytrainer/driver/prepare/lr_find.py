@@ -64,6 +64,7 @@ class _Sweep(NoSchedulers):
                 raise _no_loss(module)
             return
         self.silent = -sys.maxsize
+        loss = loss * trainer.accumulate_grad_batches  # as training_step has returned it
         module.log(_LOSS, loss, on_step=True, on_epoch=False, sync_dist=True, batch_size=1)
         module.log(_RATE, self.rate, on_step=True, on_epoch=False, batch_size=1)
 

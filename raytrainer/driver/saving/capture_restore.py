@@ -17,9 +17,17 @@ from raytrainer.task import Task
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
 
-__all__ = ["RunCapture"]
+__all__ = ["RunCapture", "count_up"]
 
 log = logging.getLogger("raytrainer")
+
+
+def count_up(group: WorkerGroup, state: RunState) -> None:
+    """Have the driver's counters be those of workers in this process, whose chunk has failed."""
+    cursor, progress = group.call(Worker.cursor)[0], state.progress
+    if cursor is not None and not progress.epoch_ended:
+        progress.total_batches += cursor[0] - progress.batch
+        progress.batch, progress.step = cursor
 
 
 class RunCapture:
@@ -78,12 +86,9 @@ class RunCapture:
             return self._snapshots.latest()
         if not self._state.trainer.has_begun:
             return None  # before training began, the workers have not taken up what it begins with
-        cursor, progress = group.call(Worker.cursor)[0], self._state.progress
+        count_up(group, self._state)
         if self._state.trainer.stage == "validate":
-            progress.validated_at = -1  # is to be repeated
-        if cursor is not None and not progress.epoch_ended:
-            progress.total_batches += cursor[0] - progress.batch
-            progress.batch, progress.step = cursor
+            self._state.progress.validated_at = -1  # is to be repeated
         return self.capture(group).resolve()
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
