@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import os
 import random
 import re
@@ -44,8 +45,9 @@ import raytrainer as rt
 
 SAMPLES = 32
 EPOCHS = 3
-#: Steps after which a run is resumed, of 8 an epoch, mostly.
-PLACES = (3, 8, 9, 15, 18)
+#: Steps after which a run is resumed: within epochs, and at the end of the first.
+END = 8
+PLACES = (3, END, 9, 15, 18)
 
 
 class Noisy(Dataset[Any]):
@@ -515,9 +517,11 @@ def measure(
     if kind.prepare is not None:
         kind.prepare(folder)
     saved = folder / "checkpoints"
-    by_step = rt.ModelCheckpoint(saved, every_n_train_steps=3, save_top_k=-1, filename="{step}")
-    by_epoch = rt.ModelCheckpoint(saved, every_n_epochs=1, save_top_k=-1, filename="{step}")
-    module, read, _ = fit("whole", callbacks=[by_step, by_epoch], enable_checkpointing=True)
+    within = [place for place in places if place != END]
+    when: list[dict[str, int]] = [{"every_n_train_steps": math.gcd(*within)}] if within else []
+    when += [{"every_n_epochs": 1}] if END in places else []
+    callbacks = [rt.ModelCheckpoint(saved, save_top_k=-1, filename="{step}", **each) for each in when]
+    module, read, _ = fit("whole", callbacks=callbacks, enable_checkpointing=True)
     epochs = [[row for rows in read for row in rows if row[0] == epoch] for epoch in range(EPOCHS)]
     wanted = sorted(list(range(SAMPLES)) * (kind.times or 0))
     came = [sorted(number for row in epoch for number in row[2]) for epoch in epochs]
@@ -539,7 +543,11 @@ def main() -> None:
     torch.set_num_threads(1)
     groups, began = ForkedGroups(), time.perf_counter()
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])  # Ray's workers'
-    if not options.ray:
+    if options.ray:
+        import ray
+
+        ray.init("local", num_cpus=4, include_dashboard=False)  # one CPU for data beside the workers', at least
+    else:
         groups.take_the_place_of_rays(setattr)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     print("| source | each sample once | resumed, in process | resumed, on two workers |\n|---|---|---|---|")
