@@ -26,7 +26,9 @@ else:  # a type checker that sees it takes any name for one of the package's
         try:
             return globals()[name]  # a submodule too, now that they have been imported
         except KeyError:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+            here = importlib.import_module("raytrainer.plan.argument_names").EXPORTED.get(name)
+            said = "" if here is None else f"; here that is {here}"
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{said}") from None
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__getattr__("__all__")})

@@ -96,6 +96,7 @@ class TrainReport:
         steps: Optimizer steps in this chunk.
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
         row: The loggers' step of the batch done last.
+        leaves: The loader has another batch, but that of another worker has none.
     """
 
     batches: int
@@ -110,6 +111,7 @@ class TrainReport:
     steps: int = 0
     behind: bool = False
     row: int = 0
+    leaves: bool = False
 
 
 @dataclass(frozen=True)

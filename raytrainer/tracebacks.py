@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
-from raytrainer.errors import RaytrainerError
+from raytrainer.errors import RaytrainerError, WorkerError
 
 __all__ = ["FULL", "fold", "folds_tracebacks"]
 
@@ -40,7 +40,8 @@ def fold(error: BaseException) -> None:
     for each in _chain(error):
         frames = list(_frames(each.__traceback__))
         inner = [_is_inner(frame) for frame in frames]
-        on_purpose = isinstance(each, RaytrainerError)
+        # of a worker's error its cause has the user's lines
+        on_purpose = isinstance(each, RaytrainerError) or isinstance(each.__cause__, WorkerError)
         if not frames or (all(inner) and not on_purpose):
             continue
         kept = [frame for frame, skip in zip(frames, inner, strict=True) if not skip]

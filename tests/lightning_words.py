@@ -63,12 +63,14 @@ WORDS: dict[str, dict[str, str]] = {
         ),
         **dict.fromkeys(
             (
-                "device_ids", "distributed_sampler_kwargs", "enable_validation", "init_module", "is_last_batch",
-                "precision_plugin", "print", "scaler",
+                "device_ids", "distributed_sampler_kwargs", "enable_validation", "init_module", "precision_plugin",
+                "scaler",
             ),
             "none",
         ),
         "received_sigterm": "`preempted`",
+        "is_last_batch": "in a Module `batch_idx + 1 == self.trainer.num_training_batches`, if the loader has a length",
+        "print": "`self.print` of a Module",
         "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
         "callback_metrics": "the same; values are float64, or int64 where that would round. A Module sees those of "

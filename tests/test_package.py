@@ -27,6 +27,7 @@ FLOORS = [
     [
         "view/last_trainer",
         "view/trainer_view",
+        "view/absent_names",
         "view/scheduler_config",
         "view/learning_rates",
         "view/run_state",

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import raytrainer
-from raytrainer.errors import MetricError
-from raytrainer.tracebacks import FULL, OWN, fold
+from raytrainer.errors import MetricError, WorkerError
+from raytrainer.tracebacks import FULL, OWN, fold, folds_tracebacks
 
 
 class Net(raytrainer.Module):
@@ -103,3 +103,21 @@ def test_a_verb_that_is_called_wrongly_says_what_it_takes(local_trainer, verb, w
         getattr(local_trainer(), verb)(Net(), **wrong)
     (note,) = caught.value.__notes__
     assert note.startswith(f"{verb} takes model, ") and "dataloaders" in note and "self" not in note
+
+
+OURS = """
+def verb():
+    try:
+        raise WorkerError(1, "node", "the user's lines")
+    except WorkerError as where:
+        raise ValueError("of a step") from where
+"""
+
+
+def test_of_a_workers_error_no_frame_of_this_package_is_left():
+    names = {"WorkerError": WorkerError}
+    exec(compile(OURS, f"{OWN}made_up.py", "exec"), names)
+    with pytest.raises(ValueError, match="of a step") as caught:
+        folds_tracebacks(names["verb"])()
+    files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert f"{OWN}made_up.py" not in files and len(files) <= 2  # this test, and what the verb is wrapped in

@@ -156,6 +156,11 @@ class ModelCheckpoint(Callback):
             + (f", train_time_interval={self.train_time_interval})" if self.train_time_interval else ")")
         )
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint of this run, or of the one that it went on from; 0: there is none."""
+        return max(self._saved_step, self._last_saved_step)
+
     # When
 
     def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
@@ -387,7 +392,8 @@ class ModelCheckpoint(Callback):
             self.dirpath = _absolute(join_path(str(trainer.log_dir or trainer.default_root_dir), "checkpoints"))
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.load_state_dict(pending)
+            if pending.get("dirpath") == self.dirpath:  # otherwise each version has a folder of its own
+                self.load_state_dict(pending)
         return self.dirpath
 
     def _new_path(self, trainer: RunningTrainer, drop: str | None) -> str:

@@ -49,11 +49,12 @@ class ProgressBar(Callback):
         self._display: Display | None = None
         self._batch = self._evaluated = 0
         self._evaluating = False
+        self._begun = False  # whether the epoch in progress has a bar
 
     def setup(self, trainer: RunningTrainer, module: Module, stage: str) -> None:
         """Choose how to show things, according to what stdout is now."""
         self._close()
-        self._evaluating = False
+        self._evaluating = self._begun = False
         if self.refresh_rate > 0:
             self._display = make_display(self.refresh_rate, self.leave)
 
@@ -71,19 +72,28 @@ class ProgressBar(Callback):
 
     def on_train_epoch_start(self, trainer: RunningTrainer, module: Module) -> None:
         """A new bar."""
-        self._batch = 0
+        self._begin(trainer)
+
+    def _begin(self, trainer: RunningTrainer) -> None:
+        self._batch, self._begun = 0, True
         if self._display is not None:
             label = epoch_label(trainer.current_epoch, trainer.max_epochs)
             self._display.start("train", label, self._batches_to_come(trainer))
 
     def on_train_chunk_end(self, trainer: RunningTrainer, module: Module, report: TrainReport) -> None:
         """Move the bar."""
+        if not self._begun:  # the epoch had begun before the run was resumed
+            self._begin(trainer)
         self._batch = report.batch
         if self._display is not None:
             self._display.update("train", report.batch, self.get_metrics(trainer, module))
 
     def on_train_epoch_end(self, trainer: RunningTrainer, module: Module) -> None:
         """Show the epoch's metrics."""
+        if not self._begun:  # nothing but its end was left
+            self._begin(trainer)
+            self._batch = self._batches_to_come(trainer) or 0
+        self._begun = False
         if self._display is not None:
             self._display.end("train", self._batch, self.get_metrics(trainer, module), say=True)
 

@@ -24,6 +24,7 @@ class LookAhead(Iterator[Any]):
         handed: Batches of the epoch that were handed out before.
 
     Attributes:
+        leaves: Whether there is another batch here, as the end has come for another worker.
         keeping: Whether what is handed out next may be the last batch before the source's state is asked for.
     """
 
@@ -35,7 +36,7 @@ class LookAhead(Iterator[Any]):
         handed: int = 0,
     ) -> None:
         self.iterator, self.agree, self.keep, self.handed = iterator, agree, keep, handed
-        self.keeping = False
+        self.keeping = self.leaves = False
         self.ended = False  # here, rather than for another worker
         self.ahead = self._read()
 
@@ -43,6 +44,7 @@ class LookAhead(Iterator[Any]):
         item = next(self.iterator, END)
         self.ended = item is END
         if self.agree is not None and not self.agree(item is not END):
+            self.leaves = item is not END
             return END
         return item
 

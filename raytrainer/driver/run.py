@@ -18,6 +18,7 @@ from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_dat
 from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.driver.reporting.results import write_profiles
 from raytrainer.driver.run_checkpoints import RunCheckpoints
+from raytrainer.driver.saving.preemption import say_interrupted
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
 from raytrainer.errors import WorkerError
@@ -123,6 +124,8 @@ class Run(RunCheckpoints):
             state.time_report = state.clock.report()
         if error is None and ending.error is not None:
             self._say_ended(ending.error)
+        if state.interrupted and not state.preempted and task.stage == "fit" and not self.quiet:
+            say_interrupted(self.callbacks, state.progress.step, state.resumed_from)
 
     def _say_ended(self, how: str | BaseException) -> None:
         if isinstance(how, BaseException):

@@ -89,6 +89,9 @@ class RunCheckpoints:
                 ", ".join(checkpoint.pop("left_out")),
             )  # fmt: skip
         coordinator.take_up(checkpoint)
+        if "made_by" not in checkpoint and not self.quiet:
+            progress = self.state.progress
+            log.info("Going on from %s: step %d, epoch %d.", path, progress.step, progress.epoch)
         self.emit("on_load_checkpoint", checkpoint)
         self.restore_callbacks(checkpoint.get("callbacks") or {})
 

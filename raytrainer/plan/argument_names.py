@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ELSEWHERE", "unknown_argument"]
+__all__ = ["ELSEWHERE", "EXPORTED", "STRATEGIES_ELSEWHERE", "unknown_argument"]
 
 _GPUS = "gpus=2, gpus=-1 (all) or gpus=[0, 3] trains on GPUs, num_processes=2 in processes on CPUs"
+_ACCELERATOR = f"leave it out to train on this CPU; {_GPUS}"
 _CHECKPOINTS = "callbacks=[raytrainer.ModelCheckpoint(...)] says when to save and what to keep"
 _LOADER = "that belongs to your loader: write it in train_dataloader()"
 _OPTIMIZER = "what configure_optimizers() of your Module returns decides that"
@@ -16,8 +17,8 @@ _BAR = "callbacks=[raytrainer.ProgressBar(...)]"
 #: Arguments of other trainers, and what a user of theirs writes here: Lightning's (of 2.x and of 1.x), Ray Train's.
 ELSEWHERE = {
     # Lightning 2.x
-    "accelerator": _GPUS,
-    "devices": _GPUS,
+    "accelerator": _ACCELERATOR,
+    "devices": _ACCELERATOR,
     "barebones": "logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False",
     "enable_autolog_hparams": "hyperparameters are logged where a Module calls self.save_hyperparameters(logger=True)",
     "model_registry": "there is none here: upload what ModelCheckpoint saves",
@@ -80,6 +81,32 @@ ELSEWHERE = {
     "train_loop_per_worker": "write training_step in a raytrainer.Module",
     "trainer_resources": "the driver is your own process and reserves nothing",
     "use_gpu": _GPUS,
+}
+
+#: What other packages export, and what it is here.
+EXPORTED = {
+    "LightningModule": "raytrainer.Module",
+    "LightningDataModule": "raytrainer.DataModule",
+    **dict.fromkeys(("TQDMProgressBar", "RichProgressBar"), "raytrainer.ProgressBar"),
+    "Tuner": "trainer.lr_find(model) and trainer.scale_batch_size(model)",
+    **dict.fromkeys(("DDPStrategy", "TorchTrainer", "ScalingConfig"), 'raytrainer.Trainer(strategy="ddp", gpus=...)'),
+    "FSDPStrategy": "raytrainer.FSDP",
+    "ModelParallelStrategy": "raytrainer.ModelParallel",
+    "LightningEnvironment": "nothing: workers are Ray actors",
+}
+
+#: Names of Lightning's strategies, and what to write.
+STRATEGIES_ELSEWHERE = {
+    "ddp_find_unused_parameters_true": "strategy=raytrainer.DDP(find_unused_parameters=True)",
+    "ddp_find_unused_parameters_false": 'strategy="ddp"',
+    **dict.fromkeys(("ddp_notebook", "ddp_fork", "ddp_notebook_find_unused_parameters_false"), 'strategy="ddp"'),
+    "ddp_notebook_find_unused_parameters_true": "strategy=raytrainer.DDP(find_unused_parameters=True)",
+    "single_device": 'strategy="local"',
+    "fsdp_cpu_offload": "strategy=raytrainer.FSDP(cpu_offload=True)",
+    **dict.fromkeys(("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"), 'strategy="fsdp"'),
+    **dict.fromkeys(
+        ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"), "strategy=raytrainer.FSDP(cpu_offload=True)"
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
+from raytrainer.plan.argument_names import STRATEGIES_ELSEWHERE
 from raytrainer.plan.sharding_settings import FSDP, ModelParallel, seconds_to_wait
 
 __all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
@@ -101,6 +102,8 @@ def parse_strategy(value: Any) -> tuple[str, DDP | FSDP]:
         return value.name, value
     if isinstance(value, type) and issubclass(value, (DDP, FSDP)):
         raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
+    if isinstance(value, str) and value in STRATEGIES_ELSEWHERE:
+        raise ConfigurationError(f"strategy={value!r}: here that is {STRATEGIES_ELSEWHERE[value]}.")
     checks.choice(
         "strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...), FSDP(...), ModelParallel(...)."
     )

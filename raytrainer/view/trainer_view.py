@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import Settings
 from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.strategies.strategy import Strategy
+from raytrainer.view.absent_names import absent
 from raytrainer.view.scheduler_config import SchedulerConfig
 
 __all__ = ["TrainerView"]
@@ -74,6 +75,11 @@ class TrainerView:
     batch_indices: list[Any] | None = None
     samplers: list[Callable[[], dict[str, float]]] = field(default_factory=list)
     modes: dict[Any, bool] = field(default_factory=dict)
+
+    if not TYPE_CHECKING:  # for a type checker this would have every name
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(name if name.startswith("_") else absent(name, dir(self)))
 
     # ranks
     @property

@@ -227,8 +227,7 @@ class TrainingLoop:
         votes.close()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
-        behind = behind and not exhausted
-        report = metrics.finish_report() if behind else metrics.report()
+        report = metrics.finish_report() if (behind := behind and not exhausted) else metrics.report()
         if watched is not None:
             report.reads = (watched.sample(),)
             if watched.complete:
@@ -246,15 +245,16 @@ class TrainingLoop:
             steps=view.global_step - steps_before,
             behind=behind,
             row=max(0, run.stepped - stepping),
+            leaves=look_ahead is not None and look_ahead.leaves,
         )
 
     def _end_step(self, stepping: bool, accumulate: int) -> None:
-        run = self.run
         if stepping:
-            if self.metrics.is_log_step(run.stepped):
-                self.metrics.note_row(run.stepped, self.epoch, self._since if accumulate > 1 else None)
-                self.metrics.note_samples(run.stepped, self.epoch, self.view.samplers)
-            run.stepped += 1
+            row = self.run.stepped
+            if self.metrics.is_log_step(row):
+                self.metrics.note_row(row, self.epoch, self._since if accumulate > 1 else None)
+                self.metrics.note_samples(row, self.epoch, self.view.samplers)
+            self.run.stepped += 1
 
     def end_batches(self, step_schedulers: bool) -> MetricReport:
         """Step the schedulers that count epochs, if the epoch ends here; report its metrics so far."""

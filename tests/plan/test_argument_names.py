@@ -8,7 +8,7 @@ import pytest
 
 import raytrainer
 from raytrainer.errors import ConfigurationError, UnknownArgumentError
-from raytrainer.plan.argument_names import ELSEWHERE, unknown_argument
+from raytrainer.plan.argument_names import ELSEWHERE, EXPORTED, STRATEGIES_ELSEWHERE, unknown_argument
 
 OURS = list(inspect.signature(raytrainer.Trainer).parameters)
 
@@ -23,7 +23,20 @@ def test_arguments_of_other_trainers_are_answered(name):
         raytrainer.Trainer(**{name: 1})
 
 
-@pytest.mark.parametrize("answer", ELSEWHERE.values())
+def test_what_other_packages_export_is_answered():
+    for name, here in EXPORTED.items():
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'; here that is "):
+            getattr(raytrainer, name)
+        assert name not in raytrainer.__all__, here
+
+
+@pytest.mark.parametrize("name", STRATEGIES_ELSEWHERE)
+def test_strategies_of_others_are_answered(name):
+    with pytest.raises(raytrainer.ConfigurationError, match=f"strategy='{name}': here that is strategy="):
+        raytrainer.Trainer(strategy=name)
+
+
+@pytest.mark.parametrize("answer", [*ELSEWHERE.values(), *EXPORTED.values(), *STRATEGIES_ELSEWHERE.values()])
 def test_answers_name_what_there_is(answer):
     import re
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.journal import Journal
-from raytrainer.driver.reporting.merged_counts import merged
+from raytrainer.driver.reporting.merged_counts import merged, shortest
 from raytrainer.driver.saving.capture_restore import count_up
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -49,7 +50,7 @@ class Chunks:
         self._batches = 1
         self._behind = False  # workers have something to report of the batches done
         self._began: float | None = None
-        self._told = False
+        self._told = self._told_of_rest = False
 
     def begin(self) -> None:
         """Training begins, or goes on after workers were lost, here. Their replacement took time of this `fit`, too."""
@@ -79,6 +80,9 @@ class Chunks:
             more, vote_every = ahead > batches, self._vote_every
             reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, more, vote_every)
         report = merged(reports)
+        leaves = [each.leaves for each in reports]
+        if any(leaves):
+            self._warn_of_rest(leaves, report.batch)
         self._behind = report.behind
         state.clock.chunk(report.seconds, report.data_seconds)
         progress.batch, progress.step, progress.row = report.batch, report.step, report.row
@@ -92,6 +96,25 @@ class Chunks:
         state.interrupted |= self.interrupt.requested
         self._journal.steps("train", [r.metrics for r in reports])
         return report
+
+    def common_length(self, lengths: Sequence[int | None]) -> int | None:
+        """The batches of an epoch that every worker has; None if some worker does not know. Tells who has more."""
+        common = shortest(lengths)
+        if common is not None and (leaves := [length != common for length in lengths]) and any(leaves):
+            self._warn_of_rest(leaves, common)
+        return common
+
+    def _warn_of_rest(self, leaves: Sequence[bool], batches: int) -> None:
+        if self._told_of_rest:
+            return
+        self._told_of_rest = True
+        ended, leave = ([rank for rank, more in enumerate(leaves) if more is wanted] for wanted in (False, True))
+        log.warning(
+            "Epoch %d ends for all workers after %d batches, where the loader of %s comes to its end; that of %s has "
+            "more, which is not trained on. So that no more than a batch is left, deal a stream out sample by sample, "
+            "rather than file by file: part, parts = rt.data_part(); itertools.islice(samples, part, None, parts).",
+            self.state.progress.epoch, batches, _ranks(ended), _ranks(leave),
+        )  # fmt: skip
 
     @property
     def _vote_every(self) -> int:
@@ -132,3 +155,8 @@ class Chunks:
             self._journal.steps("train", reports)
         if failed and group.in_process:
             count_up(group, self.state)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:5])) + (f" and {len(ranks) - 5} more" if len(ranks) > 5 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"

@@ -193,7 +193,7 @@ class Coordinator:
         starts = self.group.call(Worker.start_epoch, *cursor, resumed, news)
         self.state.should_stop |= any(start.stop for start in starts)
         self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)
-        self.state.num_training_batches = length = shortest([start.batches for start in starts])
+        self.state.num_training_batches = length = self._chunks.common_length([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
         if progress.before and length == 0:  # others have left no batch for each worker
             self._end_batches()

@@ -95,6 +95,6 @@ class EpochEnd:
         if self._said or not progress.epoch_ended or progress.total_batches == self._began:
             return
         self._said = True
-        automatic = "training_step returned None for each of them, or they were None"
+        automatic = "training_step returned None for each of them (is there a `return loss`?), or they were None"
         why = automatic if self._automatic else "no optimizer of self.optimizers() was stepped"
         log.warning("Epoch %d trained on none of its batches: %s.", progress.epoch, why)

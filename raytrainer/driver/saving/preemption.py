@@ -15,7 +15,7 @@ from raytrainer.checkpointing.places import newest_checkpoint
 from raytrainer.plan.uris import join_path
 from raytrainer.signals import terminate
 
-__all__ = ["NAME", "Preemption", "default_grace"]
+__all__ = ["NAME", "Preemption", "default_grace", "say_interrupted"]
 
 log = logging.getLogger("raytrainer")
 
@@ -114,3 +114,27 @@ class Preemption:
         if self.exit_code is None and not ends_anyway:
             return None
         return terminate() if self.exit_code is None else SystemExit(self.exit_code)
+
+
+def say_interrupted(callbacks: Sequence[Callback | WorkerCallback], step: int, begun_with: str | None) -> None:
+    """Say, after Ctrl-C, from where another run goes on.
+
+    Args:
+        callbacks: Of the run.
+        step: At which it has ended.
+        begun_with: The checkpoint that it went on from itself.
+    """
+    savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint) and callback.dirpath]
+    if not savers:
+        return
+    newest = newest_checkpoint({str(saver.dirpath) for saver in savers}) or begun_with
+    remedy = "ModelCheckpoint(save_last=True) saves the end of training too, also after Ctrl-C."
+    if newest is None:
+        log.info("Interrupted at step %d; there is no checkpoint yet. %s", step, remedy)
+    elif max(saver.saved_step for saver in savers) == step:
+        log.info('Interrupted at step %d, saved as %s; fit(..., ckpt_path="last") goes on from it.', step, newest)
+    else:
+        log.info(
+            'Interrupted at step %d, of which there is no checkpoint; fit(..., ckpt_path="last") goes on from the '
+            "newest one, %s. %s", step, newest, remedy,
+        )  # fmt: skip
