@@ -187,4 +187,4 @@ class RunArguments:
 
     worker_output: str = argument(default="rank_zero", check=checks.choice, allowed=("rank_zero", "all"))
     """Whose prints are shown: "rank_zero", while the other workers' go to files that errors name; or "all", each line
-    with its rank (Ray leaves out lines that are like others; RAY_DEDUP_LOGS=0 in the environment shows those too)."""
+    with its rank."""

@@ -37,6 +37,7 @@ __all__ = [
     "quiet_token_notice",
     "running_address",
     "send_token",
+    "show_every_line",
     "started_by_this_process",
     "visit_shipped",
 ]
@@ -284,6 +285,22 @@ def quiet_token_notice() -> Iterator[None]:
         yield
     finally:
         notices.setLevel(level)
+
+
+def show_every_line() -> None:
+    """Have this process show lines of workers that are like earlier ones, unless RAY_DEDUP_LOGS says otherwise.
+
+    Seen in 2.48 to 2.60. Gone: Ray leaves such lines out.
+    """
+    if "RAY_DEDUP_LOGS" in os.environ:
+        return
+    try:
+        from ray._private import ray_logging
+
+        if ray_logging.RAY_DEDUP_LOGS:
+            ray_logging.RAY_DEDUP_LOGS = False
+    except GONE as error:
+        _without("lines that are alike", error)
 
 
 # ---------------------------------------------------------------- Ray Data

@@ -73,6 +73,23 @@ def test_that_a_ray_is_protected_is_no_alarm(monkeypatch, caplog):
     assert "Anyone" in caplog.text
 
 
+def test_lines_that_are_alike(monkeypatch):
+    from ray._private import ray_logging
+
+    monkeypatch.setattr(ray_logging, "RAY_DEDUP_LOGS", True)
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
+    ray_private.show_every_line()
+    assert ray_logging.RAY_DEDUP_LOGS
+    monkeypatch.delenv("RAY_DEDUP_LOGS")
+    ray_private.show_every_line()
+    assert ray_logging.RAY_DEDUP_LOGS is False
+    line = {"ip": "1.2.3.4", "pid": 7, "lines": ["loss 1", "loss 2"]}
+    shown = ray_logging.LogDeduplicator(5, None, None)
+    assert [shown.deduplicate(line | {"pid": pid}) for pid in (7, 8)] == [[line], [line | {"pid": 8}]]
+    monkeypatch.delattr(ray_logging, "RAY_DEDUP_LOGS")
+    ray_private.show_every_line()
+
+
 def test_nothing_is_visited(monkeypatch, tmp_path):
     (tmp_path / "a.py").touch()
     seen: list[Path] = []

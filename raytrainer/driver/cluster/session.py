@@ -89,6 +89,7 @@ def ensure_ray(cluster: Cluster, workers: int, gpus: object = None) -> None:
     """
     import ray
 
+    ray_private.show_every_line()
     if inherited.started_by_us() and not any(node["Alive"] for node in ray.nodes()):
         log.warning("The Ray that was started here has no node any more; starting another one.")
         ray.shutdown()
