@@ -140,6 +140,6 @@ def require_free_cpu(workers: int, cpus: float = 1.0) -> None:
         raise ResourceError(
             f"{workers} worker(s) take every CPU of this Ray, which has {have:g}, and reading a Ray Dataset needs one "
             f"more. Use fewer workers, start Ray with ray.init(num_cpus={needed:g}) (it counts what it is told), let "
-            f"raytrainer start it (make the dataset in a DataModule's train_dataset(), which is called once Ray runs), or "
-            f"give the dataset as ds.materialize()."
+            f"raytrainer start it (make the dataset in a DataModule's train_dataset(), which is called once Ray runs), "
+            f"or give the dataset as ds.materialize()."
         )
