@@ -168,8 +168,10 @@ def construct(cls: type[Any], saved: Mapping[str, Any], origin: Mapping[str, Any
     """Construct `cls` as it was when `saved` and `origin` were, but for `overrides`.
 
     Raises:
-        ConfigurationError: An argument has no value.
+        ConfigurationError: An argument has no value, or no name.
     """
+    if odd := [name for name in saved if not isinstance(name, str)]:
+        raise ConfigurationError(f"{cls.__name__}: {odd[0]!r} among its hyperparameters is no name of an argument.")
     parameters = _parameters(cls)
     taken = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -30,6 +30,7 @@ from raytrainer import CheckpointError, ConfigurationError, DataModule, Module
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
 from raytrainer.hparams import AttributeDict
+from raytrainer.init_calls import construct
 
 
 class Values(Module):
@@ -479,3 +480,14 @@ def test_files_of_the_first_version(tmp_path):
     as_first_version(path)
     assert One.load_from_checkpoint(path).value == 5 and read_checkpoint(path)["hyper_parameters"] == {"value": 5}
     assert raytrainer.CheckpointError is CheckpointError
+
+
+def test_a_name_that_is_none_is_told():
+    """As a forged checkpoint may have it."""
+
+    class Takes(Module):
+        def __init__(self, **more):
+            super().__init__()
+
+    with pytest.raises(ConfigurationError, match="Takes: 3 among its hyperparameters is no name"):
+        construct(Takes, {3: 4}, {}, {})

@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from raytrainer.data.slicing import join_parts
+from raytrainer.errors import DisagreementError
 from raytrainer.messages import TrainReport
+from raytrainer.plan.folding import by_text, ranks_text
 
 __all__ = ["in_order", "longest", "merged", "shortest"]
 
@@ -42,7 +44,18 @@ def shortest(lengths: Sequence[int | None]) -> int | None:
 
 
 def longest(by_worker: Sequence[list[int | None]]) -> list[int | None]:
-    """For each loader, the batches of the worker that has most."""
+    """For each loader, the batches of the worker that has most.
+
+    Raises:
+        DisagreementError: Workers have different numbers of loaders.
+    """
+    counts = [len(lengths) for lengths in by_worker]
+    if len(set(counts)) > 1:
+        told = by_text({rank: f"{count} loader{'' if count == 1 else 's'}" for rank, count in enumerate(counts)})
+        raise DisagreementError(
+            f"workers have different numbers of loaders to evaluate: "
+            f"{'; '.join(f'rank(s) {ranks_text(ranks)}: {what}' for ranks, what in told)}. Return as many on each."
+        )
     most: list[int | None] = []
     for lengths in zip(*by_worker, strict=True):
         known = [n for n in lengths if n is not None]
