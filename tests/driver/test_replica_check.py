@@ -121,3 +121,10 @@ def test_buffers(first, other, refused, clock):
             check.after_epoch(group, 0)
     else:
         check.after_epoch(group, 0)
+
+
+def test_a_buffer_that_has_come_up_since_is_each_workers_own(clock):
+    group, check = Group(clock, {"a": 1}, {"a": 1}), ReplicaCheck(True)
+    check.begin(group)
+    group.buffers = [{"n": 7}, {"n": 9}]
+    check.after_epoch(group, 0)

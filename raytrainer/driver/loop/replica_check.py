@@ -68,7 +68,7 @@ class ReplicaCheck:
         self._pending = False
         begun = time.monotonic()
         reports: list[Fingerprints] = group.call(Worker.fingerprints)
-        changed = {name for name, number in reports[0].buffers.items() if self._buffers.get(name, number) != number}
+        changed = {name for name, number in reports[0].buffers.items() if self._buffers.get(name) != number}
         self._buffers = reports[0].buffers
         names = _differing(reports, changed)
         if names:
