@@ -243,7 +243,7 @@ class CombinedIterator(LookAhead):
         self, loader: CombinedLoader, tracks: list[_Track], agree: Callable[[bool], bool] | None, handed: int
     ) -> None:
         self.loader, self.tracks, self.agree, self.handed = loader, tracks, agree, handed
-        self.keep, self.keeping = None, False
+        self.keep, self.keeping, self.leaves = None, False, False
         self._more = self._look()
         for track in tracks if self._more and loader.mode != "sequential" else ():
             if not track.over:  # now, while what replaying draws leaves no trace
@@ -262,7 +262,9 @@ class CombinedIterator(LookAhead):
         else:
             more = not all(track.over for track in self.tracks)
         self.ended = not more
-        return more if self.agree is None else self.agree(more)
+        agreed = more if self.agree is None else self.agree(more)
+        self.leaves = more and not agreed
+        return agreed
 
     @property
     def is_last(self) -> bool:
