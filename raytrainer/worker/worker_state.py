@@ -167,6 +167,8 @@ def _restore_parts(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
 def _put_back(run: WorkerRun, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
     """What hooks may have changed that begin a run, and are called anew where it goes on after a loss."""
     run.strategy.load_module(run.module, checkpoint["state_dict"], run.module.strict_loading)
+    for callback in run.task.callbacks:  # which may have others in store: those that an average was saved in place of
+        callback.on_load_checkpoint(run.view, run.module, checkpoint)
     _restore_tensors(run, own)
     _restore_parts(run, checkpoint)
     assert run.attributes is not None
