@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,9 @@ from raytrainer.worker.actor.stack_dump import ask, can_be_asked
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
+
+#: Seconds that other workers have to answer when one has failed, as Ray's groups give them.
+PATIENCE = 2.0
 
 # a fork of a process whose torch knows GPUs cannot run backward passes
 FORK = multiprocessing.get_context("forkserver" if torch.cuda.device_count() else "fork")
@@ -109,9 +113,22 @@ class ForkedGroup:
                 if isinstance(answer, tuple) and answer[:1] == ("error",):
                     error = answer[1]
                     error.add_note(f"rank {rank}: {answer[2]}")
+                    del left[pipe]
+                    self._end_if_waiting([one for one in left if left[one] not in answers])
                     raise error
                 answers[rank] = answer
         return [answers[rank] for rank in range(self.size)]
+
+    def _end_if_waiting(self, pipes: list[Any]) -> None:
+        """After an error, end workers that do not answer soon: they wait for the one that has failed."""
+        until = time.monotonic() + PATIENCE
+        while pipes and (ready := multiprocessing.connection.wait(pipes, max(0.0, until - time.monotonic()))):
+            for pipe in ready:
+                with contextlib.suppress(EOFError, OSError):
+                    pipe.recv_bytes()  # type: ignore[union-attr]
+                pipes.remove(pipe)
+        if pipes:
+            self.abort()
 
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         asked = zip(self.pids, self._stacks, strict=True)
