@@ -59,7 +59,7 @@ def reloaded(module, tmp_path, **overrides):
 
 
 PLAIN = [
-    None, True, 3, 0.1, 1j, "s", b"b", [1, ("a", None)], {"a": {1: [2]}}, {1, 2}, frozenset("ab"), (1, 2),
+    None, True, 3, 0.1, 1j, "s", b"b", [1, ("a", None)], {"a": {1: [2]}}, {1, 2}, frozenset({3, 4}), (1, 2),
     {(1, 2): "tuple", Kind.A: 1, None: 2}, {"raytrainer type": "enum", "value": "x"},
     collections.OrderedDict(b=1, a=2), collections.Counter("aab"), AttributeDict(a=AttributeDict(b=1)),
     range(1, 9, 2), slice(1, None), argparse.Namespace(a=1, b=argparse.Namespace(c=[2])),

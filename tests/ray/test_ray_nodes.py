@@ -146,7 +146,8 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     assert struck_rows == rows
     (recovery,) = trainer.recoveries
     assert recovery.workers == 4
-    assert recovery.kept == 2
+    # a survivor that waits for a worker which lives on for a moment without its node is replaced too
+    assert 1 <= recovery.kept <= 2
 
 
 @pytest.mark.parametrize("held", [True, False])
