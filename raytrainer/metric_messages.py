@@ -49,7 +49,8 @@ class MetricSpec:
 class Partial:
     """One worker's share of an epoch value. `values` is set for custom reductions only (with `fx`).
 
-    `loaders` are those in whose batches it was logged, where there are several and its name says none.
+    `loaders` are those in whose batches it was logged, where there are several and its name says none. Of a metric
+    object, `weight` counts its updates.
     """
 
     total: Number

@@ -20,9 +20,18 @@ class ModuleHooks(AttachedModule):
     # ---------------------------------------------------------------- steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of `batch`: a tensor, a dict with "loss", or None to skip the batch.
+        """Compute the loss of a batch. Write it as `training_step(self, batch, batch_idx)`, or without `batch_idx`.
 
-        Signature: `(batch)` or `(batch, batch_idx)`.
+        Gradients, optimizer steps and train mode are the trainer's (steps are yours if `automatic_optimization` is
+        False). `self.log` logs each step's value by default.
+
+        Args:
+            batch: What the training loader gave, on `self.device`; of several workers, this worker's part of the data.
+            batch_idx: Its place in the epoch, from 0, on this worker.
+
+        Returns:
+            The loss, a tensor with one element and a graph; or a dict with it as "loss", of which hooks after the batch
+            see all; or None to skip the batch. In manual optimization what hooks are to see, or nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a training_step(self, batch, batch_idx) to be fitted.")
 
@@ -31,7 +40,18 @@ class ModuleHooks(AttachedModule):
         return step_output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate `batch`. Signature: `(batch)`, `(batch, batch_idx)` or `(batch, batch_idx, dataloader_idx)`."""
+        """Evaluate a batch, in eval mode and without gradients. Write it as `validation_step(self, batch, batch_idx)`.
+
+        `self.log` logs the mean over all batches and workers by default.
+
+        Args:
+            batch: What the loader gave, on `self.device`; of several workers, this worker's part of the data.
+            batch_idx: Its place in the loader, from 0, on this worker. May be left out.
+            dataloader_idx: Which loader it is from, where there are several; then it must be taken.
+
+        Returns:
+            What `on_validation_batch_end` is to see, or nothing.
+        """
         raise NotImplementedError
 
     def validation_step_end(self, step_output: Any) -> Any:
@@ -39,7 +59,7 @@ class ModuleHooks(AttachedModule):
         return step_output
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate `batch`; signature as `validation_step`."""
+        """Evaluate a batch of the test loaders. Arguments and what it returns are as of `validation_step`."""
         raise NotImplementedError
 
     def test_step_end(self, step_output: Any) -> Any:
@@ -47,7 +67,13 @@ class ModuleHooks(AttachedModule):
         return step_output
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict for `batch`; by default `self(batch)`. Signature as `validation_step`."""
+        """Predict for a batch, in eval mode and without gradients; by default `self(batch)`.
+
+        Arguments are as of `validation_step`.
+
+        Returns:
+            What `Trainer.predict` is to return for this batch: tensors, or nested dicts, lists and tuples of them.
+        """
         batch = args[0] if args else kwargs["batch"]
         try:
             return self(batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raytrainer.loggers.logger import Logger
 from raytrainer.private.torch_private import without_compiled
-from raytrainer.view.last_trainer import last_trainer
+from raytrainer.view.last_trainer import keep_trainer, last_trainer
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["AttachedModule"]
@@ -43,6 +43,8 @@ class AttachedModule(nn.Module):
     def trainer(self) -> TrainerView:
         """The run as the module may see it: ranks, counters, limits, metrics. After it, the driver's Trainer.
 
+        Where no run is on, it may be set, for this module and those in it; None: there is none.
+
         Raises:
             RuntimeError: The module is not attached to a run, and was not, or that Trainer is gone.
         """
@@ -53,6 +55,12 @@ class AttachedModule(nn.Module):
                 f"what needs self.trainer goes into setup(self, stage) or a later hook, not into __init__."
             )
         return view  # type: ignore[no-any-return]
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        for part in self.modules():
+            if isinstance(part, AttachedModule):
+                keep_trainer(part, trainer)
 
     @property
     def device(self) -> torch.device:

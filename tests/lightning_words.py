@@ -73,8 +73,8 @@ WORDS: dict[str, dict[str, str]] = {
         "print": "`self.print` of a Module",
         "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
-        "callback_metrics": "the same; values are float64, or int64 where that would round. A Module sees those of "
-        "metric objects, and over several workers those that a hook at an epoch's end logs, once that hook has ended",
+        "callback_metrics": "the same; values are float64, or int64 where that would round. Over several workers a "
+        "Module sees its own value of what a hook at an epoch's end logs, until that hook has ended",
         "current_epoch": "the same, but an epoch that the run ends within is not counted at the end: another run may "
         "go on with it",
         "global_step": "the same; when resuming, right from `on_fit_start` on",
@@ -95,7 +95,7 @@ WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("configure_sharded_model", "fabric", "on_gpu"), "none"),
         "device_mesh": "the same, with `rt.ModelParallel` and `rt.FSDP`; with copies, \"replicate\" is first",
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)` does it, also for what a base class has saved",
-        "trainer": "a view of the run while it lasts; then the Trainer",
+        "trainer": "a view of the run while it lasts; then the Trainer, or the one that was set",
         "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
         "loggers": "`logger` in a list",
         "log": "the same; epoch values are reduced over workers without `sync_dist`; `on_step=False` alone means "

@@ -210,6 +210,17 @@ def test_module_and_datamodule_know_their_trainer(local_trainer):
     assert gone() is None and datamodule.trainer is None and module.global_step == 0
 
 
+def test_a_module_may_be_given_one(local_trainer):
+    module, trainer = Tiny(), local_trainer(max_epochs=1)
+    module.inner = Tiny()
+    module.trainer = trainer
+    assert module.trainer is module.inner.trainer is trainer and module.current_epoch == 0
+    assert copy.deepcopy(module).__dict__["_trainer"] is None
+    module.trainer = None
+    with pytest.raises(RuntimeError, match="not attached to a Trainer"):
+        _ = module.trainer
+
+
 COPIES = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import pickle
 from argparse import Namespace
@@ -12,6 +13,13 @@ from tiny import Tiny, data
 
 import raytrainer
 from raytrainer import Callback, ConfigurationError, DataModule, Module, WorkerCallback
+
+
+@pytest.mark.parametrize("name", ["training_step", "validation_step", "test_step", "predict_step"])
+def test_help_tells_how_to_write_a_step(name):
+    told = inspect.getdoc(getattr(Module, name))
+    assert "batch" in told and ("validation_step" in told or "batch_idx)" in told)
+    assert "Returns:" in told or name == "test_step"
 
 
 def test_outside_of_a_run():

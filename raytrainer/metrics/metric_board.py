@@ -15,9 +15,12 @@ from raytrainer.metrics.exact_numbers import as_tensor, exact
 from raytrainer.metrics.reductions import reduce_partials, reduce_steps
 from raytrainer.plan.folding import by_text, ranks_text
 
-__all__ = ["MetricBoard", "MetricTime"]
+__all__ = ["MetricBoard", "MetricTime", "Updates"]
 
 Rows = list[tuple[int, int, dict[str, Number]]]
+
+#: How often each worker's metric objects have been updated.
+Updates = dict[MetricSpec, tuple[Number, ...]]
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,12 @@ class MetricBoard:
         reports: Sequence[MetricReport],
         what: str,
         batches: Sequence[Sequence[int]] | None = None,
-        compute: Callable[[list[MetricSpec]], dict[str, float]] | None = None,
+        compute: Callable[[Updates], dict[str, float]] | None = None,
     ) -> Reduced:
         """Take up the epoch's values, reduced over workers; return them.
 
         Workers without a batch of a loader (`batches`, by worker and loader) need not have logged what others did.
-        `compute` asks the workers for the values of metric objects, which all have by then: names agree. Without it
+        `compute` gives the values of metric objects, for which it may ask the workers: names agree by then. Without it
         these are left out.
 
         Raises:
@@ -111,7 +114,11 @@ class MetricBoard:
         for report in reports:
             for name in report.epoch:
                 specs.setdefault(name, report.specs[name])
-        objects = [spec for spec in specs.values() if spec.metric is not None]
+        objects = {
+            spec: tuple(report.epoch[name].weight if name in report.epoch else 0 for report in reports)
+            for name, spec in specs.items()
+            if spec.metric is not None
+        }
         computed = compute(objects) if objects and compute is not None else {}
         reduced = Reduced()
         for name, spec in specs.items():

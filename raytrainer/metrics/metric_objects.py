@@ -1,5 +1,8 @@
 """`torchmetrics.Metric` objects that a module logs: their states go to rank 0, which computes; then all begin anew.
 
+A value is computed before the last hooks of an epoch, which are to see it; hooks may go on to update the object, ask
+it for its value over all workers themselves, or reset it, so computing leaves it as it was.
+
 The package is never imported here: where the user has not, nothing can be such an object. A metric may hold others
 (wrappers do), so its state is that of all metrics in it.
 """
@@ -11,12 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from raytrainer.data.transfer import map_leaves
 from raytrainer.errors import MetricError
 
-__all__ = ["compute", "is_metric", "load_states", "metrics_in", "path_of", "reset", "states_of", "step_value"]
+__all__ = [
+    "compute",
+    "is_metric",
+    "load_states",
+    "metrics_in",
+    "path_of",
+    "reset",
+    "states_of",
+    "step_value",
+    "updates_of",
+]
 
 States = dict[str, dict[str, Any]]
 
@@ -70,12 +83,22 @@ def states_of(metric: nn.Module) -> States:
     """States, and numbers of updates, of all metrics in it that have been updated; in main memory."""
     states = {}
     for name, part in metrics_in(metric):
-        count = getattr(part, _SEEN, part._update_count)
+        count = _updates(part)
         if count:
             keys = [*part._defaults, *([_SEEN] if hasattr(part, _SEEN) else [])]
             values = {key: map_leaves(getattr(part, key), _to_cpu) for key in keys}
             states[name] = {"count": count, "values": values}
     return states
+
+
+def updates_of(metric: Any) -> int:
+    """How many updates it, and all metrics in it, have had since their beginning."""
+    return sum(_updates(part) for _, part in metrics_in(metric))
+
+
+def _updates(part: Any) -> int:
+    count: int = getattr(part, _SEEN, part._update_count)
+    return count
 
 
 def load_states(metric: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
@@ -97,11 +120,11 @@ def reset(metric: Any) -> None:
 
 @torch.no_grad()
 def compute(metric: Any, by_worker: Sequence[States], name: str) -> float:
-    """Its value over all workers.
+    """Its value over all workers; it stays as it is.
 
     Args:
         metric: This worker's object. Where no other worker has states, it computes as it is, so that also what it keeps
-            outside of its states counts; otherwise these are lost.
+            outside of its states counts; otherwise these are left out.
         by_worker: `states_of` it, of every worker, this one first.
         name: Under which it is logged.
 
@@ -109,18 +132,24 @@ def compute(metric: Any, by_worker: Sequence[States], name: str) -> float:
         MetricError: The value is no scalar; or states of several workers cannot become one.
     """
     parts = list(metrics_in(metric))
-    if any(by_worker[1:]):
-        _refuse_windows(metric, name)
-        reset(metric)
-        for path, part in parts:
-            _merge(part, [states[path] for states in by_worker if path in states])
-    for _, part in parts:
-        part._to_sync = False  # torchmetrics would gather from all workers
+    merges = any(by_worker[1:])
+    as_it_was = [(part, dict(vars(part))) for _, part in parts]
     try:
+        if merges:
+            _refuse_windows(metric, name)
+            reset(metric)
+            for path, part in parts:
+                _merge(part, [states[path] for states in by_worker if path in states])
+        for _, part in parts:
+            part._to_sync = False  # torchmetrics would gather from all workers
         value = metric.compute()
     finally:
-        for _, part in parts:
-            part._to_sync = part.sync_on_compute
+        for part, attributes in as_it_was:
+            if merges or distributed.is_initialized():  # it remembers no value that others do not
+                vars(part).clear()
+                vars(part).update(attributes)
+            else:
+                part._to_sync = part.sync_on_compute
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     if isinstance(value, (int, float)):

@@ -10,9 +10,18 @@ from torch import nn
 
 from raytrainer.errors import MetricError
 from raytrainer.metric_messages import MetricSpec, Number, Partial
-from raytrainer.metrics.metric_objects import reset
+from raytrainer.metrics.metric_objects import reset, updates_of
 
-__all__ = ["NEUTRAL", "Ledger", "LogOptions", "Slot", "joined_sums", "refuse_shared", "spec_for"]
+__all__ = [
+    "NEUTRAL",
+    "Ledger",
+    "LogOptions",
+    "Slot",
+    "joined_sums",
+    "refuse_other_options",
+    "refuse_shared",
+    "spec_for",
+]
 
 #: The options of `Module.log` that must be the same in each call, in this order: prog_bar, logger, on_step, on_epoch,
 #: reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only. A plain tuple, since each call makes and compares one.
@@ -122,14 +131,16 @@ class Slot:
             self.folded = [total, weight + sum(weights)]
 
     def begin_epoch(self) -> None:
-        """The epoch's value begins anew."""
+        """The epoch's value begins anew; a metric object that has one does when that has been computed."""
         self.folded, self.custom, self.loaders = [], [], set()
+        if self.logged and not self.spec.on_epoch:
+            reset(self.metric)
         self.shown, self.logged, self.reduced = None, False, False
 
     def share(self, counts: bool) -> Partial | None:
         """This worker's share of the epoch's value, of what has been folded; None: it has none."""
         if self.logged:
-            return Partial(0, 0, loaders=tuple(sorted(self.loaders)))
+            return Partial(0, updates_of(self.metric), loaders=tuple(sorted(self.loaders)))
         if not self.folded and not self.custom:
             return None
         if not counts:
@@ -252,6 +263,25 @@ def spec_for(name: str, options: LogOptions, hook: str | None, loader: int | Non
     full = name if loader is None else f"{name}/dataloader_idx_{loader}"
     shown = logger is not False
     return MetricSpec(full, step, epoch, prog_bar, shown, sync_dist, reduction, rank_zero_only, loader, once_per_node)
+
+
+def refuse_other_options(slot: Slot, options: LogOptions, hook: str | None, name: str) -> None:
+    """A name has one set of options in a hook; a function that is written in the call is a new object each time.
+
+    Raises:
+        MetricError: The options differ from those of earlier calls.
+    """
+    if slot.options is None or _told(slot.options) != _told(options):
+        raise MetricError(
+            f"self.log({name!r}, ...) was called in {hook} with other options than before; use the same options, or "
+            f"another name."
+        )
+
+
+def _told(options: LogOptions) -> tuple[Any, ...]:
+    """What options say: a function by its code, unless it has values of its own."""
+    fx = options[4]
+    return *options[:4], fx if getattr(fx, "__closure__", None) else getattr(fx, "__code__", fx), *options[5:]
 
 
 def refuse_shared(ledgers: Mapping[str, Ledger], current: Ledger, hook: str | None, name: str, metric: Any) -> None:

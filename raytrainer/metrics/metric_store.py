@@ -19,7 +19,7 @@ from raytrainer.metrics.batch_weight import BatchWeight
 from raytrainer.metrics.device_fetch import begin_fetch
 from raytrainer.metrics.exact_numbers import exact, number, plain, scalar
 from raytrainer.metrics.metric_objects import is_metric, path_of, step_value
-from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, refuse_shared, spec_for
+from raytrainer.metrics.metric_slots import Ledger, LogOptions, Slot, refuse_other_options, refuse_shared, spec_for
 from raytrainer.metrics.shown_metrics import ShownMetrics
 
 __all__ = ["MetricStore"]
@@ -74,9 +74,14 @@ class MetricStore:
             self._shown.take(reduced)
 
     def leave_batches(self, reduced: Reduced | None) -> None:
-        """The batches of an epoch or evaluation are over: hooks see its values, the worker's own beside `reduced`."""
-        self.show()
+        """The batches of an epoch or evaluation are over: see `take_epoch`."""
+        if self.in_batches:
+            self._shown.take_steps(self._current, self.loader_idx, self._current is self._ledgers["train"])
         self.in_batches, self.loader_idx = False, None
+        self.take_epoch(reduced)
+
+    def take_epoch(self, reduced: Reduced | None) -> None:
+        """From now on hooks see these values of the epoch or evaluation; of names not among them, the worker's own."""
         self.take(reduced)
         for slot in self._slots.values():
             slot.reduced = reduced is not None and slot.spec.name in reduced.callback
@@ -138,10 +143,7 @@ class MetricStore:
         if self.loader_idx is not None and loader is None:
             slot.loaders.add(self.loader_idx)
         if slot.options != options:
-            raise MetricError(
-                f"self.log({name!r}, ...) was called in {self.hook} with other options than before; use the same "
-                f"options, or another name."
-            )
+            refuse_other_options(slot, options, self.hook, name)
         if type(value) is Tensor and value.is_cpu and not value.ndim:
             slot.dtype, value = value.dtype, value.item()
         elif isinstance(value, Tensor):
@@ -280,6 +282,10 @@ class MetricStore:
         """The epoch's values begin anew."""
         for slot in self._slots.values():
             slot.begin_epoch()
+
+    def reset_objects(self) -> None:
+        """Metric objects that the current ledger knows begin anew."""
+        self._current.reset_metrics()
 
     def take_sums(self, saved: list[dict[str, Any]]) -> None:
         """Go on from sums that `sums` gave."""

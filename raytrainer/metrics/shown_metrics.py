@@ -15,7 +15,7 @@ from torch import Tensor
 from raytrainer.metric_messages import Number, Partial, Reduced
 from raytrainer.metrics.device_fetch import begin_fetch
 from raytrainer.metrics.exact_numbers import as_tensor, exact
-from raytrainer.metrics.metric_objects import compute, states_of
+from raytrainer.metrics.metric_objects import compute, updates_of
 from raytrainer.metrics.metric_slots import Ledger, Slot
 from raytrainer.metrics.reductions import reduce_partials
 
@@ -78,7 +78,7 @@ def _belongs(slot: Slot, loader: int | None) -> bool:
 @torch.no_grad()
 def _so_far(slot: Slot) -> Number | None:
     if slot.metric is not None:
-        if not slot.logged or not any(states_of(slot.metric)):
+        if not slot.logged or not updates_of(slot.metric):
             return None
         return compute(slot.metric, [{}], slot.spec.name)
     latest = Slot(slot.spec, None, slot.fx)

@@ -167,8 +167,8 @@ class TrainerView:
         """What has been logged, by name, as 0-dim tensors; of evaluations only epoch values.
 
         While a batch runs, step values are those that this worker has logged in it; in the hooks at the end of an epoch
-        or evaluation, and from then on, epoch values are over all workers (values of metric objects, and what these
-        hooks log themselves, when the hook has ended).
+        or evaluation, and from then on, epoch values are over all workers (what such a hook logs itself, once it has
+        ended).
         """
         return self.metrics.show().callback
 

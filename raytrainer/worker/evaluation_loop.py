@@ -13,7 +13,7 @@ from raytrainer.callbacks.base_prediction_writer import BasePredictionWriter
 from raytrainer.data.batch_indices import note_indices
 from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
-from raytrainer.metric_messages import ReadSample, Reduced
+from raytrainer.metric_messages import MetricReport, ReadSample, Reduced
 from raytrainer.seeding import hold_rng
 from raytrainer.worker.missing_batches import MissingBatches
 
@@ -212,28 +212,41 @@ class EvaluationLoop:
             self.run.evaluated[self.stage] += 1
         return output
 
-    def end(self, reduced: Reduced | None = None, cut_off: bool = False) -> EvaluationReport:
-        """The hooks after the last batch, which see values over all workers; report the epoch values."""
-        name, module, hooks = self.name, self.run.module, self.run.hooks
+    def end_epoch(self, reduced: Reduced | None = None) -> EvaluationReport:
+        """The hook after the last batch, which sees values over all workers; report the epoch values."""
         self.metrics.leave_batches(reduced)
         with self._no_grad():
-            hooks.call(f"on_{name}_epoch_end")
-            report = self.metrics.report()
-            self.metrics.add_epoch(report)
+            self.run.hooks.call(f"on_{self.name}_epoch_end")
+        report = self.metrics.report()
+        self.metrics.add_epoch(report)
+        report.stop = self.view.should_stop
+        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
+
+    def end(self, reduced: Reduced | None = None, cut_off: bool = False) -> MetricReport:
+        """The last hook, which sees what that one has logged, over all workers, too.
+
+        An evaluation that was `cut_off` on some worker leaves no trace in generators: it is done again by a run that
+        goes on.
+        """
+        name, module, hooks = self.name, self.run.module, self.run.hooks
+        self.metrics.take_epoch(reduced)
+        with self._no_grad():
             hooks.call(f"on_{name}_end")
             self.metrics.begin_epoch()
+            self.metrics.reset_objects()
             if name == "predict":
                 self.view.restore_modes()
             else:
                 getattr(module, f"on_{name}_model_train")()
         self.run.strategy.end_evaluation(module)
         self.view.modes = {}
+        report = self.metrics.report()
         if self.sanity is not None:
             self.metrics.clear(shown=True)
         self.metrics.switch("train")
         report.stop = self.view.should_stop
         self._leave(cut_off)
-        return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
+        return report
 
     def _leave(self, cut_off: bool = False) -> None:
         self.run.recorder.evaluation = None

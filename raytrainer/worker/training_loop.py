@@ -279,7 +279,7 @@ class TrainingLoop:
     def end(self, epochs: int, interrupted: bool, reduced: Reduced | None, stop: bool) -> None:
         """Training is over, after so many epochs."""
         view = self.view
-        self.metrics.take(reduced)
+        self.metrics.take_epoch(reduced)
         view.interrupted, view.current_epoch = interrupted, epochs
         view.should_stop |= stop
         self.run.hooks.call("on_train_end")

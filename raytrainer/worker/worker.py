@@ -118,9 +118,13 @@ class Worker:
 
     @property
     def training(self) -> TrainingLoop:
-        if self._training is None:
-            raise RaytrainerError("start_training comes first; this is a bug in raytrainer")
+        assert self._training is not None
         return self._training
+
+    @property
+    def evaluation(self) -> EvaluationLoop:
+        assert self._evaluation is not None
+        return self._evaluation
 
     # ---------------------------------------------------------------- training
 
@@ -144,8 +148,7 @@ class Worker:
         """Train a chunk. `metrics`: see `start_epoch`; others: see TrainingLoop."""
         self.run.view.metrics.take(metrics)
         report = self.training.train(batches, stop_at_step, more, vote_every)
-        accumulate = self.run.view.accumulate_grad_batches
-        self.run.accumulating = report.batch % accumulate != 0 and not report.exhausted
+        self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
         if self.ranks.rank:  # the driver reads a thousand of these
             report.metrics = report.metrics.shared()
         return report
@@ -172,8 +175,9 @@ class Worker:
         self.run.step_plateaus(values)
 
     @verb(Wait.USER_CODE)
-    def compute_metrics(self, specs: list[MetricSpec]) -> dict[str, float]:
-        return self.run.compute_metrics(specs)
+    def compute_metrics(self, specs: list[MetricSpec], epoch_ended: bool = False) -> dict[str, float]:
+        """Values of metric objects over all workers, from rank 0; if the training epoch has ended, all begin anew."""
+        return self.run.compute_metrics(specs, epoch_ended)
 
     @verb(Wait.TRAINING)
     def fingerprints(self, parameters: bool = True) -> Fingerprints:
@@ -212,18 +216,17 @@ class Worker:
 
     @verb(Wait.TRAINING)
     def evaluate(self, batches: int) -> EvaluationReport:
-        assert self._evaluation is not None
-        return self._evaluation.evaluate(batches)
+        return self.evaluation.evaluate(batches)
 
     @verb(Wait.USER_CODE)
-    def end_evaluation(self, metrics: Reduced | None = None, cut_off: bool = False) -> EvaluationReport:
-        """The last hooks; `metrics` are the evaluation's so far, over all workers.
+    def end_evaluation_epoch(self, metrics: Reduced | None = None) -> EvaluationReport:
+        """All batches are done; `metrics` are the evaluation's so far, over all workers."""
+        return self.evaluation.end_epoch(metrics)
 
-        One that was `cut_off` on some worker leaves no trace in generators: it is done again by a run that goes on.
-        """
-        assert self._evaluation is not None
-        report = self._evaluation.end(metrics, cut_off)
-        self._evaluation = None
+    @verb(Wait.USER_CODE)
+    def end_evaluation(self, metrics: Reduced | None = None, cut_off: bool = False) -> MetricReport:
+        """The last hooks; `metrics` are the evaluation's, over all workers. `cut_off`: see EvaluationLoop."""
+        report, self._evaluation = self.evaluation.end(metrics, cut_off), None
         return report
 
     # ---------------------------------------------------------------- state
@@ -233,9 +236,9 @@ class Worker:
         """After a failure: batches done in the epoch and steps in the run; None before the first epoch."""
         if self._training is None:
             return None
-        run, batch = self.run, self._training.batch
-        run.accumulating = batch % run.view.accumulate_grad_batches != 0
-        return batch, run.view.global_step
+        view, batch = self.run.view, self._training.batch
+        self.run.accumulating = batch % view.accumulate_grad_batches != 0
+        return batch, view.global_step
 
     def capture(
         self, weights_only: bool = False, replica: bool = False, live: bool = False, final: bool = False
@@ -259,22 +262,19 @@ class Worker:
     @verb(Wait.USER_CODE)
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
-        run, module = self.run, self.run.module
+        run, module, travels = self.run, self.run.module, trained and not self.in_place
         report = FinishReport(profile=run.finish())
-        if trained and not self.in_place:
-            report.state_dict = run.strategy.home_state(module)
-        if trained and not self.in_place and self.ranks.rank == 0:
+        report.state_dict = run.strategy.home_state(module) if travels else None
+        if travels and self.ranks.rank == 0:
             report.hparams = dict(module.hparams)
             report.attributes, report.buffers = plain_attributes(module), other_buffers(module, report.state_dict)
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
-        report.peak_memory_bytes = self._peak()
+        if self.device.type == "cuda":
+            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
         report.calls = run.recorder.take()
         unlink(self._forget())
         return report
-
-    def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     @verb(Wait.USER_CODE)
     def fetch_module(self) -> Any:

@@ -13,7 +13,7 @@ from raytrainer.gpu.memory import samplers
 from raytrainer.messages import PlateauWish, SetupReport
 from raytrainer.metric_messages import MetricSpec, Number
 from raytrainer.metrics.exact_numbers import as_tensor
-from raytrainer.metrics.metric_objects import compute, reset, states_of
+from raytrainer.metrics.metric_objects import compute, states_of
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
 from raytrainer.place_in_run import take_place
@@ -225,20 +225,20 @@ class WorkerRun:
 
     # ---------------------------------------------------------------- metrics and end
 
-    def compute_metrics(self, specs: Sequence[MetricSpec]) -> dict[str, float]:
-        """The epoch values of metric objects over all workers, on rank 0; then they begin anew, on all."""
+    def compute_metrics(self, specs: Sequence[MetricSpec], epoch_ended: bool) -> dict[str, float]:
+        """Values of metric objects over all workers, on rank 0; they stay as they are until the training epoch ends."""
         values: dict[str, float] = {}
         metrics = [self.module.get_submodule(str(spec.metric)) for spec in specs]
         shares = self.strategy.ranks.world_size > 1  # else nobody needs a copy of the states
         own = [
             states_of(m) if shares and self.view.metrics.counts(s) else {} for m, s in zip(metrics, specs, strict=True)
         ]
-        by_worker = self.strategy.gather_objects(own)
+        by_worker = self.strategy.gather_objects(own) if specs else None
         if by_worker is not None:
             for index, (metric, spec) in enumerate(zip(metrics, specs, strict=True)):
                 values[spec.name] = compute(metric, [states[index] for states in by_worker], spec.name)
-        for metric in metrics:
-            reset(metric)
+        if epoch_ended:
+            self.view.metrics.reset_objects()
         return values
 
     def step_plateaus(self, values: dict[int, Number]) -> None:

@@ -134,7 +134,10 @@ class Simulated:
     def _evaluate(self, *args: Any) -> list[EvaluationReport]:
         return [EvaluationReport("validate", 1, 0.1, True, m, by_loader=[1]) for m in self._epoch_metrics()]
 
-    def _end_evaluation(self, *args: Any) -> list[EvaluationReport]:
+    def _end_evaluation(self, *args: Any) -> list[MetricReport]:
+        return [MetricReport() for _ in range(self.size)]
+
+    def _end_evaluation_epoch(self, *args: Any) -> list[EvaluationReport]:
         return [EvaluationReport("validate", 1, 0.0, True, MetricReport(), by_loader=[1]) for _ in range(self.size)]
 
     def _finish(self, *args: Any) -> list[FinishReport]:

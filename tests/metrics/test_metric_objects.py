@@ -10,7 +10,7 @@ from tiny import Tiny, data
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryF1Score, BinaryPrecision, BinaryRecall
 
-from raytrainer import Callback, MetricError
+from raytrainer import Callback, MetricError, ModelCheckpoint
 from raytrainer.metrics import metric_objects
 
 
@@ -244,6 +244,62 @@ def test_exact_resume(batches, tmp_path):
     assert same(module.net, calm.net)
     assert resumed == rows[-len(resumed) :]
     assert any("error_epoch" in row and "auc" in row for _, row in resumed)
+
+
+def test_a_run_that_ends_within_an_epoch_keeps_their_states(local_trainer, tmp_path):
+    class Counts(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.seen = torchmetrics.SumMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.seen.update(float(len(batch[0])))
+            self.log("seen", self.seen, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    trainer = local_trainer(max_steps=3)
+    trainer.fit(Counts(), data(10))
+    assert trainer.callback_metrics["seen"] == 6.0
+    trainer.save_checkpoint(tmp_path / "half")
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(Counts(), data(10), ckpt_path=tmp_path / "half")
+    assert trainer.callback_metrics["seen"] == 10.0
+    rows = Rows()
+    local_trainer(max_epochs=2, logger=rows).fit(Counts(), data(10), ckpt_path=tmp_path / "half")
+    assert [row["seen"] for _, row in rows.rows if "seen" in row] == [10.0, 10.0]
+
+
+@pytest.mark.parametrize("on_epoch", [False, True])
+def test_they_begin_anew_with_each_epoch(on_epoch, local_trainer):
+    counts = []
+
+    class Steps(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.mean(1.0)
+            counts.append(self.mean.update_count)
+            self.log("mean", self.mean, on_step=True, on_epoch=on_epoch)
+            return super().training_step(batch, batch_idx)
+
+    local_trainer(max_epochs=2).fit(Steps(), data(6))
+    assert counts == [1, 2, 3, 1, 2, 3]
+
+
+def test_names_of_checkpoints_have_those_of_the_epoch(local_trainer, tmp_path):
+    class Epochs(Scored):
+        def training_step(self, batch, batch_idx):
+            self.acc.update(torch.tensor([1.0]), torch.tensor([self.current_epoch % 2]))
+            self.log("acc", self.acc, on_step=False, on_epoch=True)
+            return super(Scored, self).training_step(batch, batch_idx)
+
+    saving = ModelCheckpoint(tmp_path, monitor="val_acc", filename="{epoch}-{acc:.0f}", save_top_k=-1)
+    local_trainer(max_epochs=3, callbacks=saving).fit(Epochs(), data(4), data(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"epoch={epoch}-acc={epoch % 2}.ckpt" for epoch in range(3)
+    ]
 
 
 def test_what_is_left_unfinished_is_forgotten(local_trainer):

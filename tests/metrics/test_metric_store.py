@@ -344,3 +344,7 @@ def test_options_must_stay_the_same():
         log(store, "x", 1.0, on_epoch=True)
     store.hook = "on_train_batch_end"
     log(store, "x", 1.0, on_epoch=True)  # another hook is another entry
+    for _ in range(2):  # a function that is written in the call is a new object each time
+        log(store, "y", 1.0, on_epoch=True, reduce_fx=lambda values: values.sum())
+    with pytest.raises(MetricError, match="other options"):
+        log(store, "y", 1.0, on_epoch=True, reduce_fx=lambda values: values.prod())

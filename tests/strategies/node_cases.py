@@ -221,10 +221,12 @@ def play(
     start("validate", {"val": case.make_loader(shuffle=False)})
     worker.start_evaluation("validate")
     worker.evaluate(1000)
-    validation = worker.end_evaluation()
+    validation = worker.end_evaluation_epoch()
+    worker.end_evaluation()
     start("predict", {"predict": case.make_loader(shuffle=False)})
     worker.start_evaluation("predict")
     predictions = worker.evaluate(1000).predictions
+    worker.end_evaluation_epoch()
     worker.end_evaluation()
     worker.finish(False)
     weights = {name: value.cpu() for name, value in module.state_dict().items()}

@@ -39,7 +39,8 @@ def drive(worker: Worker, stage: str, chunk: int) -> tuple[dict[str, float], lis
         predictions += report.predictions
         if report.done:
             break
-    end = worker.end_evaluation().metrics
+    end = worker.end_evaluation_epoch().metrics
+    worker.end_evaluation()
     worker.finish(False)
     values = {name: reduce_partials(end.specs[name].reduce, [partial]) for name, partial in end.epoch.items()}
     return values, predictions, calls
@@ -85,7 +86,8 @@ def test_a_value_of_the_whole_epoch_has_weight_one(chunk):
     worker.start_evaluation("validate")
     while not worker.evaluate(chunk).done:
         pass
-    assert worker.end_evaluation().metrics.epoch["end"].weight == 1
+    assert worker.end_evaluation_epoch().metrics.epoch["end"].weight == 1
+    worker.end_evaluation()
     worker.finish(False)
 
 
@@ -102,7 +104,8 @@ def test_sanity_check_takes_some_of_each_loader(sanity, batches):
     worker.start_evaluation("validate", sanity)
     assert worker.run.view.sanity_checking
     assert worker.evaluate(100).batches == batches
-    assert worker.end_evaluation().metrics.epoch.keys() >= set()
+    assert worker.end_evaluation_epoch().metrics.epoch.keys() >= set()
+    worker.end_evaluation()
     assert not worker.run.view.sanity_checking
     # a real one afterwards starts from nothing
     values, _, _ = drive(worker, "validate", 100)

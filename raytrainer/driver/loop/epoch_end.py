@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from raytrainer.driver.loop.evaluation import compute_metrics
+from raytrainer.driver.loop.object_values import ObjectValues
 from raytrainer.driver.loop.plateaus import Plateaus
 from raytrainer.driver.loop.replica_check import ReplicaCheck
 from raytrainer.driver.loop.run_services import RunServices
@@ -65,7 +65,9 @@ class EpochEnd:
         reports: list[MetricReport] = group.call(Worker.end_batches, step_schedulers)
         state.should_stop |= any(report.stop for report in reports)
         self._journal.steps("train", reports)
-        self._so_far = self._journal.reduce("train", reports, f"epoch {state.progress.epoch}")
+        self._objects = ObjectValues(group)
+        what = f"epoch {state.progress.epoch}"
+        self._so_far = self._journal.reduce("train", reports, what, compute=self._objects.so_far)
 
     def finish(self, group: WorkerGroup, validates: bool) -> None:
         """The hooks; also where a run ends within an epoch, which another one may go on with."""
@@ -77,7 +79,7 @@ class EpochEnd:
         self._replicas.after_epoch(group, progress.epoch)
         state.should_stop |= any(report.stop for report in reports)
         self._journal.replay(reports[0].calls)
-        compute = partial(compute_metrics, group)
+        compute = partial(self._objects.at_end, epoch_ended=progress.epoch_ended)
         self._journal.epoch("epoch", self._journal.reduce("train", reports, f"epoch {progress.epoch}", compute=compute))
         if not any(report.trained for report in reports):
             self._say_if_idle()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from raytrainer.driver.loop.interrupt import Interrupt
+from raytrainer.driver.loop.object_values import ObjectValues
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import in_order, longest
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import EvaluationReport
-from raytrainer.metric_messages import MetricReport, MetricSpec, Reduced
+from raytrainer.metric_messages import MetricReport, Reduced
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.seeding import rng_untouched
 from raytrainer.view.run_state import RunState, nothing
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Evaluation", "compute_metrics"]
+__all__ = ["Evaluation"]
 
 _HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
 
@@ -63,15 +63,17 @@ class Evaluation:
         reports, predictions = self._chunks(group, stage, sanity)
         self.cut_off = not reports
         state.interrupted |= self._interrupt.requested
-        values = Reduced()
-        if reports and sanity is None:
-            values = self._reduce(stage, reports)
-        ends: list[EvaluationReport] = group.call(Worker.end_evaluation, values, self.cut_off)
+        values, objects, counts = Reduced(), ObjectValues(group), bool(reports) and sanity is None
+        if counts:
+            values = self._reduce(stage, reports, compute=objects.so_far)
+        ends: list[EvaluationReport] = group.call(Worker.end_evaluation_epoch, values)
         self._take(stage, sanity, [end.metrics for end in ends])
+        if counts:
+            values = self._reduce(stage, ends, compute=objects.at_end)
+        self._take(stage, sanity, group.call(Worker.end_evaluation, values, self.cut_off))
         if not reports:
             return Reduced(), []  # interrupted: nobody must take half an evaluation for a whole one
         if sanity is None:
-            values = self._reduce(stage, ends, compute=partial(compute_metrics, group))
             self._journal.epoch(stage, values)
             then()
         self._services.emit(f"on_{name}_epoch_end")
@@ -120,9 +122,3 @@ class Evaluation:
             self._journal.steps(stage, reports)
         else:
             self._journal.replay(reports[0].calls)
-
-
-def compute_metrics(group: WorkerGroup, specs: list[MetricSpec]) -> dict[str, float]:
-    """Values of metric objects over all workers."""
-    values: dict[str, float] = group.call(Worker.compute_metrics, specs)[0]
-    return values
