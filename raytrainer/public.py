@@ -50,6 +50,7 @@ from raytrainer.errors import (
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.module import Module
 from raytrainer.place_in_run import data_part, rank, world_size
+from raytrainer.plan.given_arguments import constructor_answers
 from raytrainer.plan.sharding_settings import FSDP, ModelParallel
 from raytrainer.plan.strategy_settings import DDP, DDP2, DP
 from raytrainer.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
@@ -123,3 +124,8 @@ __all__ = [
     "tune_resources",
     "world_size",
 ]
+
+for _name in __all__:
+    _exported = globals()[_name]
+    if isinstance(_exported, type) and _exported is not Trainer and not issubclass(_exported, BaseException):
+        constructor_answers(_exported)

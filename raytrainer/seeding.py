@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.given_arguments import answers
 from raytrainer.plan.seeds import derive_seed
 
 __all__ = [
@@ -32,6 +33,7 @@ log = logging.getLogger("raytrainer")
 _last_seed: int | None = None
 
 
+@answers
 def seed_everything(seed: int | None = None, workers: bool = True, verbose: bool = True) -> int:
     """Seed Python's, NumPy's and torch's generators of this process, and the runs of Trainers made afterwards.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,9 +62,6 @@ def folds_tracebacks(verb: Callable[P, R]) -> Callable[P, R]:
             return verb(*args, **kwargs)
         except BaseException as error:
             with contextlib.suppress(Exception):  # an error that cannot be changed is shown as it is
-                if isinstance(error, TypeError) and error.__traceback__ and error.__traceback__.tb_next is None:
-                    _, *names = inspect.signature(verb).parameters  # it was called wrongly
-                    error.add_note(f"{verb.__name__} takes {', '.join(names)}.")
                 fold(error)
             raise
 

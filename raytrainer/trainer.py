@@ -21,6 +21,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger
 from raytrainer.module import Module
 from raytrainer.plan.declaring import documented
+from raytrainer.plan.given_arguments import verb_answers
 from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.strategies.driver_side import driver_side
 from raytrainer.tracebacks import folds_tracebacks
@@ -66,6 +67,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
     # ---------------------------------------------------------------- the four verbs
 
     @folds_tracebacks
+    @verb_answers
     def fit(
         self,
         model: Module,
@@ -115,6 +117,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
             say_end(self._state)
 
     @folds_tracebacks
+    @verb_answers
     def validate(
         self,
         model: Module | None = None,
@@ -141,6 +144,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
     @folds_tracebacks
+    @verb_answers
     def test(
         self,
         model: Module | None = None,
@@ -154,6 +158,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)[0]
 
     @folds_tracebacks
+    @verb_answers
     def predict(
         self,
         model: Module | None = None,

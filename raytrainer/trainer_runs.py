@@ -39,6 +39,7 @@ from raytrainer.gpu.choice import count_all
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import Logger
 from raytrainer.module import Module
+from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
 from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import Settings, settle
@@ -84,7 +85,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             gpus = count_all(open_nvml())
         self.__dict__.update(checked(vars(self), TrainerArguments, beyond=RunArguments))
         self._take_settings(settle(self, on_cluster, gpus=gpus, seed=seed))
-        self._default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or os.getcwd()))
+        self._default_root_dir = checks.local_folder("default_root_dir", default_root_dir)
         self._every_gpu = self._settings.gpus == -1
         self._groups = GroupSupply(cluster, self.placement_timeout, self.idle_timeout)
         self._profiler = make_profiler(profiler)

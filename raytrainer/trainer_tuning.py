@@ -11,6 +11,7 @@ from raytrainer.driver.prepare.sources import sources
 from raytrainer.driver.prepare.tuned_attribute import rate_attribute
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.plan.given_arguments import verb_answers
 from raytrainer.tracebacks import folds_tracebacks
 from raytrainer.view.learning_rates import LearningRates
 
@@ -25,6 +26,7 @@ class TuningVerbs:
         raise NotImplementedError
 
     @folds_tracebacks
+    @verb_answers
     def lr_find(
         self,
         model: Module,
@@ -71,6 +73,7 @@ class TuningVerbs:
         )  # fmt: skip
 
     @folds_tracebacks
+    @verb_answers
     def scale_batch_size(
         self,
         model: Module,

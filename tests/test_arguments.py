@@ -65,7 +65,7 @@ def test_arguments_stay_as_they_are(local_trainer):
 def test_a_misspelt_argument_is_refused_in_the_trainers_name():
     with pytest.raises(TypeError, match=r"^Trainer has no argument 'max_epoch': did you mean 'max_epochs'\?"):
         raytrainer.Trainer(max_epoch=3)
-    with pytest.raises(TypeError, match=r"^Trainer\.__init__\(\) takes 1 positional argument"):
+    with pytest.raises(TypeError, match=r"^Trainer takes all arguments by name, and was given 3: write name=value\."):
         raytrainer.Trainer(3)
 
 

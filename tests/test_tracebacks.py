@@ -96,11 +96,11 @@ def test_signatures_stay():
 
 
 @pytest.mark.parametrize(
-    ("verb", "wrong"), [("fit", {"train_loader": []}), ("predict", {"loader": []}), ("test", {"x": 1})]
+    ("verb", "wrong"), [("fit", {"train_loader": []}), ("predict", {"loader": []}), ("test", {"x": 1}), ("fit", None)]
 )
 def test_a_verb_that_is_called_wrongly_says_what_it_takes(local_trainer, verb, wrong):
     with pytest.raises(TypeError) as caught:
-        getattr(local_trainer(), verb)(Net(), **wrong)
+        getattr(local_trainer(), verb)(*([Net()] if wrong is not None else []), **(wrong or {}))
     (note,) = caught.value.__notes__
     assert note.startswith(f"{verb} takes model, ") and "dataloaders" in note and "self" not in note
 

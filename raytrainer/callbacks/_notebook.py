@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from raytrainer.callbacks._numbers import format_metrics
 
 __all__ = ["NotebookDisplay"]
+
+#: How many epochs' bars stay where nothing else is asked for: long runs have very many.
+STAY = 30
 
 #: Shows a mime bundle: new the first time, in place of the former afterwards.
 Show = Callable[[dict[str, Any]], None]
@@ -37,7 +41,7 @@ class NotebookDisplay:
 
     Args:
         refresh_rate: Seconds between redraws.
-        leave: Keep the bars of earlier epochs.
+        leave: Keep the bars of earlier epochs: all, none, or with None the last `STAY`.
         show: Takes what to show; IPython's display by default.
         clock: Seconds, from any moment on.
     """
@@ -45,14 +49,15 @@ class NotebookDisplay:
     def __init__(
         self,
         refresh_rate: float,
-        leave: bool,
+        leave: bool | None,
         show: Show | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._refresh_rate, self._leave, self._clock = refresh_rate, leave, clock
         self._show = show or _cell_output()
         self._rows: dict[str, _Row] = {}
-        self._past: list[_Row] = []
+        self._past: deque[_Row] = deque(maxlen=STAY if leave is None else None)
+        self._dropped = 0
         self._drawn = -math.inf
         self._changed = False
 
@@ -73,7 +78,7 @@ class NotebookDisplay:
         self._draw()
 
     def end(self, key: str, done: int, metrics: Mapping[str, Any], say: bool) -> None:
-        """The bar is over. An epoch's stays until the next one's, that of an evaluation within a fit goes."""
+        """The bar is over. An epoch's stays, as `leave` says; that of an evaluation within a fit goes."""
         row = self._rows.get(key)
         if row is None:
             return
@@ -81,7 +86,8 @@ class NotebookDisplay:
         row.seconds = self._clock() - row.began
         if not say:
             del self._rows[key]
-        elif self._leave and key == "train":
+        elif self._leave is not False and key == "train":
+            self._dropped += len(self._past) == self._past.maxlen
             self._past.append(self._rows.pop(key))
         self._draw()
 
@@ -101,8 +107,13 @@ class NotebookDisplay:
     def _bundle(self) -> dict[str, Any]:
         rows = [*self._past, *self._rows.values()]
         cells = "".join(self._html(row) for row in rows)
+        lines = [self._text(row) for row in rows]
+        if self._dropped:
+            earlier = f"{self._dropped} earlier epochs: ProgressBar(leave=True) keeps all"
+            cells = f'<tr style="background:none"><td colspan="4" {_LAST}>{html.escape(earlier)}</td></tr>{cells}'
+            lines.insert(0, earlier)
         return {
-            "text/plain": "\n".join(self._text(row) for row in rows),
+            "text/plain": "\n".join(lines),
             "text/html": f'<table style="border:0;font-size:90%"><tbody>{cells}</tbody></table>',
         }
 

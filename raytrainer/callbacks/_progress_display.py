@@ -58,12 +58,12 @@ def is_live(console: Console) -> bool:
     return console.file.isatty() and not console.is_dumb_terminal
 
 
-def make_display(refresh_rate: float, leave: bool) -> Display:
+def make_display(refresh_rate: float, leave: bool | None) -> Display:
     """One output that is redrawn in a notebook, live bars where stdout allows them, otherwise plain lines."""
     console = Console()
     if console.is_jupyter:
         return NotebookDisplay(refresh_rate, leave)
-    return RichDisplay(console, refresh_rate, leave) if is_live(console) else PlainDisplay()
+    return RichDisplay(console, refresh_rate, bool(leave)) if is_live(console) else PlainDisplay()
 
 
 def count_text(task: Task) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +57,11 @@ def _take(callback: Any, kind: type, hooks: dict[str, Callable[..., Any]]) -> No
         if name not in known:
             other = LambdaWorkerCallback if kind is Callback else LambdaCallback
             base = WorkerCallback if kind is Callback else Callback
-            advice = f"that is a hook of {other.__name__}" if name in _hooks(base) else f"there are {sorted(known)}"
-            raise ConfigurationError(f"{type(callback).__name__}({name}=...): {advice}.")
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"there are {sorted(known)}."
+            if name in _hooks(base):
+                advice = f"that is a hook of {other.__name__}."
+            raise ConfigurationError(f"{type(callback).__name__}({name}=...): {advice}")
         if not callable(function):
             raise ConfigurationError(f"{type(callback).__name__}({name}={function!r}): give a function.")
         setattr(callback, name, function)

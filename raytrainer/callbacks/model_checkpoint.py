@@ -238,6 +238,11 @@ class ModelCheckpoint(Callback):
             else:
                 _log.info("Saved %s after %s.", path, type(exception).__name__)
 
+    @staticmethod
+    def default_folder(log_dir: str) -> str:
+        """Where checkpoints go if there is no `dirpath`."""
+        return _absolute(join_path(str(log_dir), "checkpoints"))
+
     def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
 
@@ -389,7 +394,7 @@ class ModelCheckpoint(Callback):
 
     def _folder(self, trainer: RunningTrainer) -> str:
         if self.dirpath is None:
-            self.dirpath = _absolute(join_path(str(trainer.log_dir or trainer.default_root_dir), "checkpoints"))
+            self.dirpath = self.default_folder(trainer.log_dir or trainer.default_root_dir)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             if pending.get("dirpath") == self.dirpath:  # otherwise each version has a folder of its own

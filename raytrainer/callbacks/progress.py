@@ -22,12 +22,13 @@ class ProgressBar(Callback):
     """Shows epochs, batches, speed and the metrics logged with `prog_bar=True`, on stdout, from the driver only.
 
     On a terminal, and in a notebook: a live bar for the epoch, and one that comes and goes for each evaluation. In a
-    notebook that is one output of the cell, which stays and is saved with it. Elsewhere (a file, a batch job) plain
-    lines: one at the end of each epoch or test, and one every 30 s within a long one.
+    notebook that is one output of the cell, which stays and is saved with it, a line for each epoch. Elsewhere (a file,
+    a batch job) plain lines: one at the end of each epoch or test, and one every 30 s within a long one.
 
     Args:
         refresh_rate: Seconds between redraws of live bars [0.5]. 0 shows nothing at all.
-        leave: Keep each epoch's bar on the screen, instead of only the last.
+        leave: Keep each epoch's bar on the screen (True), or only the last (False). None: in a notebook those of the
+            last 30 epochs, on a terminal only the last.
         metrics: Further metrics to show in training, of those that loggers are given: names, or patterns of names such
             as "gpu_memory/*".
 
@@ -35,7 +36,7 @@ class ProgressBar(Callback):
         ConfigurationError: `refresh_rate` is negative, or `metrics` holds something else than names.
     """
 
-    def __init__(self, refresh_rate: float = 0.5, leave: bool = False, metrics: str | Sequence[str] = ()) -> None:
+    def __init__(self, refresh_rate: float = 0.5, leave: bool | None = None, metrics: str | Sequence[str] = ()) -> None:
         if refresh_rate < 0:
             raise ConfigurationError(f"ProgressBar(refresh_rate={refresh_rate}): seconds, above 0; 0 turns it off")
         self.refresh_rate, self.leave = refresh_rate, leave

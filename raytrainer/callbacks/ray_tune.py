@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.given_arguments import answers
 
 if TYPE_CHECKING:
     from ray.tune import PlacementGroupFactory
@@ -130,6 +131,7 @@ class TuneReportCallback(Callback):
         return {**counters, **{name: there[source] for name, source in wanted.items()}}
 
 
+@answers
 def tune_resources(num_processes: int = 1, gpus: int = 0, num_nodes: int = 1) -> PlacementGroupFactory:
     """What a trial has to reserve for a Trainer with these arguments: give it to `ray.tune.with_resources`.
 

@@ -65,6 +65,11 @@ class StochasticWeightAveraging(WorkerCallback):
         for rate in rates:
             checks.number("StochasticWeightAveraging(swa_lrs)", rate, above=0.0, none=False)
         self.swa_lrs = rates[0] if isinstance(swa_lrs, (int, float)) else rates
+        if not isinstance(swa_epoch_start, (int, float)) or isinstance(swa_epoch_start, bool):
+            raise ConfigurationError(
+                f"StochasticWeightAveraging(swa_epoch_start={swa_epoch_start!r}): give an epoch as an int, or a float "
+                f"in [0, 1] for a fraction of max_epochs."
+            )
         self.swa_epoch_start = checks.fraction_or_count("swa_epoch_start", swa_epoch_start)
         self.annealing_epochs = checks.count("annealing_epochs", annealing_epochs, least=0)
         self.annealing_strategy = checks.choice("annealing_strategy", annealing_strategy, ("cos", "linear"))

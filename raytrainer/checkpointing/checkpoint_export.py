@@ -19,6 +19,7 @@ from raytrainer.checkpointing.pieces import InPieces, join_pieces
 from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.checkpointing.safetensors_files import NAMES
 from raytrainer.errors import CheckpointError
+from raytrainer.plan.given_arguments import answers
 
 __all__ = ["export_weights"]
 
@@ -26,6 +27,7 @@ _INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@answers
 def export_weights(
     ckpt_path: CheckpointPath,
     folder: str | os.PathLike[str],

@@ -16,7 +16,7 @@ from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.run_services import Rows
 from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_datasets
 from raytrainer.driver.reporting.logged_hyperparameters import logged_hyperparameters
-from raytrainer.driver.reporting.results import write_profiles
+from raytrainer.driver.reporting.results import say_where_files_go, write_profiles
 from raytrainer.driver.run_checkpoints import RunCheckpoints
 from raytrainer.driver.saving.preemption import say_interrupted
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -93,6 +93,8 @@ class Run(RunCheckpoints):
         self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())
+            if task.stage == "fit" and not task.settings.fast_dev_run:
+                say_where_files_go(self.logs.loggers, self.callbacks, task.default_root_dir)
         if hyperparameters:
             self.logs.each("log_hyperparams", hyperparameters)
         return coordinator

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "fraction_or_count",
     "gpu_span",
     "gpus",
+    "local_folder",
     "number",
     "precision",
     "seconds",
@@ -70,8 +72,9 @@ def count(
 
 def switch_or_count(name: str, value: Any) -> int:
     """A count of at least 0; True is 1, False 0."""
-    switched: int = count(name, int(value) if isinstance(value, bool) else value, least=0)
-    return switched
+    if isinstance(value, bool) or (_is_int(value) and value >= 0):
+        return int(value)
+    raise ConfigurationError(f"{name}={value!r}: give True, False, or an integer of at least 0.")
 
 
 def number(name: str, value: Any, *, above: float, none: bool = True, zero: bool = False) -> float | None:
@@ -177,7 +180,24 @@ def steps_or_duration(name: str, value: Any) -> int | float | str | None:
     if isinstance(value, int):
         steps: int = count(name, value, least=1)
         return steps
-    return duration(name, value)
+    try:
+        return duration(name, value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f'{error} Or steps, an integer of at least 1; "auto"; 0 for never.') from None
+
+
+def local_folder(name: str, value: Any) -> str:
+    """A local folder as an absolute path; None: the working directory."""
+    if value is None or value == "":
+        return os.getcwd()
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ConfigurationError(f"{name}={value!r}: give a local folder, as a text or a path, or None.")
+    if "://" in os.fspath(value):
+        raise ConfigurationError(
+            f"{name}={os.fspath(value)!r} is a URI: logs need a local folder. Checkpoints may go there: "
+            f"callbacks=[raytrainer.ModelCheckpoint(dirpath={os.fspath(value)!r})]."
+        )
+    return os.path.abspath(os.path.expanduser(value))
 
 
 def count_or_auto(name: str, value: Any) -> int | str:

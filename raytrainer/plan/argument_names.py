@@ -1,11 +1,19 @@
-"""Names of arguments that a Trainer does not have: what was probably meant, or what stands for it here."""
+"""Names that there are not, of arguments and exports: what was probably meant, or what stands for it here."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ELSEWHERE", "EXPORTED", "STRATEGIES_ELSEWHERE", "unknown_argument"]
+__all__ = [
+    "ELSEWHERE",
+    "EXPORTED",
+    "STRATEGIES_ELSEWHERE",
+    "may_be_handed_on",
+    "of_ray_train",
+    "unknown_argument",
+    "unknown_export",
+]
 
 _GPUS = "gpus=2, gpus=-1 (all) or gpus=[0, 3] trains on GPUs, num_processes=2 in processes on CPUs"
 _ACCELERATOR = f"leave it out to train on this CPU; {_GPUS}"
@@ -83,16 +91,140 @@ ELSEWHERE = {
     "use_gpu": _GPUS,
 }
 
+#: Likewise of other classes, and of a Trainer's verbs.
+_FIT = {
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "Trainer(max_epochs=...)"),
+    **dict.fromkeys(("callbacks", "logger", "max_steps", "gpus", "precision"), "that is the Trainer's"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume", "checkpoint", "checkpoint_path"), "ckpt_path="),
+    **dict.fromkeys(("config", "train_loop_config"), "arguments of your Module's and DataModule's __init__"),
+    "datasets": "one at a time: fit(model, RayDataset(train), RayDataset(val))",
+    **dict.fromkeys(("train_loader", "train_dataset", "train_data", "loader", "data"), "train_dataloaders="),
+    **dict.fromkeys(("val_loader", "val_dataset", "val_data", "valid_dataloaders"), "val_dataloaders="),
+    "dataloaders": "train_dataloaders= and val_dataloaders=",
+    **dict.fromkeys(("dm", "data_module"), "datamodule="),
+}
+_EVALUATE = {
+    **dict.fromkeys(("loader", "data", "dataset", "val_loader", "test_loader", "val_dataloaders", "test_dataloaders"),
+                    "dataloaders="),
+    **dict.fromkeys(("checkpoint", "checkpoint_path", "resume_from_checkpoint"), "ckpt_path="),
+    **dict.fromkeys(("dm", "data_module"), "datamodule="),
+}  # fmt: skip
+_ONE_STRATEGY = {
+    **dict.fromkeys(("accelerator", "parallel_devices", "devices"), "Trainer(gpus=...) or Trainer(num_processes=...)"),
+    **dict.fromkeys(("cluster_environment", "start_method"), "nothing: workers are Ray actors"),
+    "checkpoint_io": "nothing: checkpoints go to any path or URI, in the background",
+    **dict.fromkeys(("precision_plugin", "mixed_precision"), "Trainer(precision=...)"),
+    "process_group_backend": "NCCL on GPUs, gloo on CPUs",
+    **dict.fromkeys(("timeout", "timeout_s"), "process_group_timeout="),
+}
+_DDP = {
+    **_ONE_STRATEGY,
+    **dict.fromkeys(("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper"), 'gradient_compression="bf16" or "fp16"'),
+    "model_averaging_period": "nothing: gradients are averaged in every step",
+}
+_FSDP = {
+    **_ONE_STRATEGY,
+    **dict.fromkeys(("auto_wrap_policy", "ignored_parameters", "modules_to_wrap"), "blocks="),
+    "activation_checkpointing_policy": "activation_checkpointing=True, for the blocks",
+    "sharding_strategy": 'reshard_after_forward= (False: SHARD_GRAD_OP), replicate="nodes" (HYBRID_SHARD)',
+    "state_dict_type": "nothing: checkpoints are in shards, and go on at any number of workers",
+    "device_mesh": "replicate=, or ModelParallel(tensor=..., data=...)",
+}
+_PROFILER = dict.fromkeys(("dirpath", "filename"), "reports go to profile/ in the log directory")
+_OF_OTHERS: dict[str, dict[str, str]] = {
+    "Trainer": ELSEWHERE,
+    "fit": _FIT,
+    **dict.fromkeys(("validate", "test", "predict"), _EVALUATE),
+    **dict.fromkeys(("DDP", "DDP2", "DP"), _DDP),
+    "FSDP": _FSDP,
+    "ModelParallel": {
+        **_FSDP,
+        "data_parallel_size": "data=",
+        "tensor_parallel_size": "tensor=",
+        "save_distributed_checkpoint": "nothing: checkpoints are in shards",
+    },
+    "ModelCheckpoint": {
+        "filepath": "dirpath= and filename=",
+        **dict.fromkeys(("period", "every_n_val_epochs"), "every_n_epochs="),
+        "prefix": "filename=",
+        **dict.fromkeys(("num_to_keep", "save_total_limit", "max_to_keep"), "save_top_k="),
+        **dict.fromkeys(("checkpoint_score_attribute", "metric"), "monitor="),
+        "checkpoint_score_order": "mode=",
+        "checkpoint_frequency": "every_n_epochs= or every_n_train_steps=",
+        "checkpoint_at_end": "save_last=",
+        "save_best_only": "monitor= and save_top_k=1",
+    },
+    "EarlyStopping": {
+        "log_rank_zero_only": "nothing: it runs on the driver, once",
+        "restore_best_weights": "trainer.checkpoint_callback.best_model_path, and Module.load_from_checkpoint",
+        "metric": "monitor=",
+    },
+    "ProgressBar": {
+        **dict.fromkeys(("theme", "console_kwargs", "process_position"), "nothing: bars fit the terminal"),
+    },
+    "TuneReportCallback": {"filename": "checkpoint=True", "save_checkpoints": "checkpoint="},
+    "CSVLogger": {"prefix": "name="},
+    "WandbLogger": {
+        "offline": 'mode="offline"',
+        "dir": "save_dir=",
+        "version": "id=",
+        "log_model": "nothing: upload what ModelCheckpoint saves",
+        "experiment": "id=, which goes on with a run",
+        **dict.fromkeys(("anonymous", "checkpoint_name", "add_file_policy"), "nothing"),
+    },
+    "MLFlowLogger": {
+        "save_dir": "tracking_uri=, a folder",
+        "log_model": "nothing: upload what ModelCheckpoint saves",
+        "artifact_location": "nothing: the experiment has it",
+        "synchronous": "nothing: loggers never hold training up",
+    },
+    "ThroughputMonitor": {"batch_size_fn": "samples=", "length_fn": "tokens="},
+    "LearningRateFinder": {"num_training_steps": "num_training="},
+    "TensorBoardLogger": {
+        "log_graph": "trainer.logger.experiment.add_graph(...)",
+        "sub_dir": "version=, which may be a text",
+        "log_dir": "save_dir=",
+        "flush_secs": "nothing: it flushes where the run does",
+    },
+    "SimpleProfiler": {**_PROFILER, "extended": "nothing: the table has all hooks"},
+    "AdvancedProfiler": {**_PROFILER, "line_count_restriction": "lines="},
+    "PyTorchProfiler": {**_PROFILER, "schedule": "wait=, warmup=, active= and repeat="},
+    "RayDataset": {
+        "ds": "dataset=",
+        "prefetch": "prefetch_batches=",
+        **dict.fromkeys(("local_shuffle_buffer_size", "local_shuffle_seed"), "shuffle=, which may be a window's rows"),
+    },
+    "tune_resources": {
+        **dict.fromkeys(("num_workers", "cpu", "CPU"), "num_processes="),
+        **dict.fromkeys(("use_gpu", "gpu", "GPU"), "gpus="),
+    },
+}
+
 #: What other packages export, and what it is here.
 EXPORTED = {
     "LightningModule": "raytrainer.Module",
     "LightningDataModule": "raytrainer.DataModule",
     **dict.fromkeys(("TQDMProgressBar", "RichProgressBar"), "raytrainer.ProgressBar"),
     "Tuner": "trainer.lr_find(model) and trainer.scale_batch_size(model)",
-    **dict.fromkeys(("DDPStrategy", "TorchTrainer", "ScalingConfig"), 'raytrainer.Trainer(strategy="ddp", gpus=...)'),
+    **dict.fromkeys(("DDPStrategy", "TorchTrainer"), 'raytrainer.Trainer(strategy="ddp", gpus=...)'),
     "FSDPStrategy": "raytrainer.FSDP",
     "ModelParallelStrategy": "raytrainer.ModelParallel",
     "LightningEnvironment": "nothing: workers are Ray actors",
+    # Ray Train's
+    "ScalingConfig": "raytrainer.Trainer(num_processes=...) or (gpus=...), per node, and num_nodes=",
+    "RunConfig": "raytrainer.Trainer(default_root_dir=..., callbacks=..., max_failures=...)",
+    "FailureConfig": "raytrainer.Trainer(max_failures=...)",
+    "CheckpointConfig": "raytrainer.ModelCheckpoint(save_top_k=..., monitor=..., mode=...)",
+    "TorchConfig": "raytrainer.DDP(process_group_timeout=...)",
+    "DataConfig": "raytrainer.RayDataset",
+    "Checkpoint": "a path: fit(ckpt_path=...), Module.load_from_checkpoint",
+    "Result": "trainer.callback_metrics, trainer.checkpoint_callback.best_model_path, and the trained module",
+    "report": "self.log(...) in a Module, and raytrainer.ModelCheckpoint",
+    "get_checkpoint": "fit(ckpt_path=...), which restores everything",
+    "get_dataset_shard": "fit(module, raytrainer.RayDataset(...)), whose batches the steps are given",
+    **dict.fromkeys(("get_context", "session"), "raytrainer.rank(), raytrainer.world_size(), self.trainer in a Module"),
+    **dict.fromkeys(("prepare_model", "prepare_data_loader"), "nothing: the Trainer does it"),
+    "get_device": "self.device in a Module",
 }
 
 #: Names of Lightning's strategies, and what to write.
@@ -110,11 +242,32 @@ STRATEGIES_ELSEWHERE = {
 }
 
 
+def of_ray_train(value: object) -> str:
+    """What stands for an object of Ray Train's, but for checkpoints, which are taken; "" of anything else."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] != "ray" or kind.__name__ not in EXPORTED or kind.__name__ == "Checkpoint":
+        return ""
+    return f" {kind.__name__} is Ray Train's; here that is {EXPORTED[kind.__name__]}."
+
+
+def unknown_export(name: str, known: Iterable[str]) -> str:
+    """What is said of a name that the package does not export: what stands for it, or the nearest; or ""."""
+    if name in EXPORTED:
+        return f"; here that is {EXPORTED[name]}"
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def may_be_handed_on(owner: str, name: str, known: Iterable[str]) -> bool:
+    """Whether a name is for the library that `owner` hands on what it does not know to: it is like none of its own."""
+    return name not in _OF_OTHERS.get(owner, {}) and not difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+
+
 def unknown_argument(owner: str, name: str, known: Iterable[str]) -> str:
     """The sentence about an argument that `owner` does not have: what stands for it, the nearest name, or all names."""
     names = list(known)
-    if owner == "Trainer" and name in ELSEWHERE:
-        return f"{owner} has no argument {name!r}. Here: {ELSEWHERE[name]}."
-    close = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
-    return f"{owner} has no argument {name!r}: {meant}"
+    if name in (elsewhere := _OF_OTHERS.get(owner, {})):
+        return f"{owner} has no argument {name!r}. Here: {elsewhere[name]}."
+    close = difflib.get_close_matches(name, names, n=1) or [other for other in names if other.startswith(name)]
+    there = f"there are {', '.join(names)}." if names else "it takes none."
+    return f"{owner} has no argument {name!r}: {f'did you mean {close[0]!r}?' if close else there}"

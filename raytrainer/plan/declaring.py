@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, dataclass_transform
 
-from raytrainer.errors import UnknownArgumentError
-from raytrainer.plan.argument_names import unknown_argument
+from raytrainer.plan.given_arguments import refuse_unknown
 
 __all__ = ["argument", "arguments", "checked", "documented", "meanings"]
 
@@ -83,13 +82,11 @@ def documented(kind: type[T]) -> type[T]:
     They come before what it raises. A name that it does not have is answered with what was probably meant.
     """
     declared = kind.__init__
-    known = list(inspect.signature(declared).parameters)[1:]
+    known = list(inspect.signature(declared).parameters.values())[1:]
 
     @functools.wraps(declared)
-    def checking(self: T, **given: Any) -> None:
-        for name in given:
-            if name not in known:
-                raise UnknownArgumentError(unknown_argument(kind.__name__, name, known))
+    def checking(self: T, *args: Any, **given: Any) -> None:
+        refuse_unknown(kind.__name__, known, args, given)
         declared(self, **given)
 
     checking.__qualname__ = f"{kind.__qualname__}.__init__"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.given_arguments import answers
 
 __all__ = ["StartWeights", "is_on_meta", "on_meta", "refuse_meta", "start_weights_of"]
 
@@ -32,6 +33,7 @@ class StartWeights:
         return name if self.names is None else self.names(name)
 
 
+@answers
 def on_meta(
     make: Callable[[], M],
     weights: str | os.PathLike[str] | None = None,

@@ -62,7 +62,10 @@ def test_an_epoch_and_its_validation(cell):
     assert [line.split("  ")[0] for line in cell.text] == ["Epoch 1/2"]
 
 
-@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 2/2"]), (True, ["Epoch 1/2", "Epoch 2/2"])])
+@pytest.mark.parametrize(
+    ("leave", "epochs"),
+    [(None, ["Epoch 1/2", "Epoch 2/2"]), (False, ["Epoch 2/2"]), (True, ["Epoch 1/2", "Epoch 2/2"])],
+)
 def test_what_stays(cell, leave, epochs):
     display = cell.display(leave=leave)
     for label in ("Epoch 1/2", "Epoch 2/2"):
@@ -71,6 +74,17 @@ def test_what_stays(cell, leave, epochs):
     display.close()
     assert [line.split("  ")[0] for line in cell.text] == epochs
     assert cell.html.count("<progress") == len(epochs)
+
+
+@pytest.mark.parametrize(("leave", "first", "lines"), [(None, "10 earlier epochs", 31), (True, "Epoch 0", 40)])
+def test_a_long_run_keeps_its_last_epochs(cell, leave, first, lines):
+    display = cell.display(leave=leave)
+    for epoch in range(40):
+        display.start("train", f"Epoch {epoch}", 3)
+        display.end("train", 3, {}, say=True)
+    display.close()
+    assert cell.text[0].startswith(first) and cell.text[-1].startswith("Epoch 39")
+    assert len(cell.text) == cell.html.count("<tr") == lines
 
 
 def test_a_length_that_becomes_known_at_the_end(cell):

@@ -133,15 +133,23 @@ class Chunks:
             progress.step, progress.epoch, minimum, "min_steps" if steps else "min_epochs",
         )  # fmt: skip
 
-    def say_whether_time_is_over(self) -> None:
-        """Log it if `max_time` has ended training."""
-        progress = self.state.progress
-        if schedule.out_of_time(self.settings, progress) and not self.state.interrupted:
+    def say_why_no_more(self) -> None:
+        """Log it if `max_time` has ended training, or if there was nothing left to train."""
+        progress, settings = self.state.progress, self.settings
+        if self.state.interrupted or settings.limit_train_batches == 0:
+            return
+        if schedule.out_of_time(settings, progress):
             log.info(
                 "max_time is over, after %.1f s of training in this fit: step %d, epoch %d. "
                 'fit(..., ckpt_path="last") goes on from the newest checkpoint, and has as much time again.',
                 progress.seconds, progress.step, progress.epoch,
             )  # fmt: skip
+        elif progress.seconds == 0.0 and schedule.is_done(settings, progress, False):
+            limits = [f"{name}={limit}" for name in ("max_epochs", "max_steps")
+                      if (limit := getattr(settings, name)) is not None]  # fmt: skip
+            log.info(
+                "Nothing is left to train at step %d, epoch %d: %s.", progress.step, progress.epoch, ", ".join(limits)
+            )
 
     def catch_up(self, group: WorkerGroup, failed: bool = False) -> None:
         """Take up what the latest chunk has left for the next one, where something else comes first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from typing import Any
 
@@ -33,10 +34,21 @@ def sources(
                 raise ConfigurationError("two DataModules were given; pass one.")
             datamodule = value
         elif value is not None:
+            _refuse_stages(stage, value)
             loaders[stage] = value
     if datamodule is not None and not isinstance(datamodule, DataModule):
         raise ConfigurationError(_no_datamodule(datamodule))
     return model, datamodule, loaders
+
+
+def _refuse_stages(stage: str, value: Any) -> None:
+    """A dict of training loaders is several to train from; of training and validation it would be a leak."""
+    names = {str(name).lower() for name in value} if isinstance(value, dict) else set()
+    if "train" in names and names & {"val", "valid", "validation", "eval", "evaluation", "dev", "test"}:
+        raise ConfigurationError(
+            f"{stage}_dataloaders has {', '.join(map(repr, value))}: all of it would be trained on, as several loaders "
+            f"at once. Give each its place: fit(model, loaders['train'], loaders['val'])."
+        )
 
 
 def _no_datamodule(given: Any) -> str:
@@ -59,6 +71,12 @@ def _require_module(model: Any) -> None:
         raise ConfigurationError(
             f"model={name} is a LightningModule of Lightning's: derive it from raytrainer.Module instead. Its methods "
             f"can stay as they are; examples/guide/from-lightning.md lists what differs."
+        )
+    if inspect.isfunction(model):
+        raise ConfigurationError(
+            f"model={model.__name__}, a function: what a training loop does with a batch goes into training_step of a "
+            f"raytrainer.Module, and its optimizer into configure_optimizers; examples/guide/from-ray-train.md and "
+            f"from-a-loop.md show it."
         )
     if not isinstance(model, Module):
         what = f"model={name}"

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raytrainer.callbacks import ModelCheckpoint
+from raytrainer.loggers.logger import Logger, first_log_dir
 from raytrainer.metric_messages import Reduced
+from raytrainer.plan.uris import join_path
 from raytrainer.profilers import Profiler
 from raytrainer.view.run_state import RunState
 
-__all__ = ["by_loader", "outputs_by_loader", "print_results", "say_end", "write_profiles"]
+__all__ = ["by_loader", "outputs_by_loader", "print_results", "say_end", "say_where_files_go", "write_profiles"]
 
 log = logging.getLogger("raytrainer")
 
@@ -31,6 +34,20 @@ def outputs_by_loader(outputs: Sequence[tuple[int, int, Any]], loaders: int) -> 
     for loader, _, output in outputs:
         batches[loader].append(output)
     return batches[0] if loaders == 1 else batches
+
+
+def say_where_files_go(loggers: Sequence[Logger], callbacks: Sequence[object], default_root_dir: str) -> None:
+    """Log the folders of logs and checkpoints, where there are any."""
+    logs = [folder for folder in (logger.log_dir for logger in loggers) if folder]
+    saving = [c for c in callbacks if isinstance(c, ModelCheckpoint) and (c.save_top_k != 0 or c.save_last)]
+    default = ModelCheckpoint.default_folder(first_log_dir(loggers) or default_root_dir)
+    checkpoints = [default if callback.dirpath is None else callback.dirpath for callback in saving]
+    if len(logs) == 1 and checkpoints == [join_path(logs[0], "checkpoints")]:
+        log.info("Logs and checkpoints go to %s", logs[0])
+        return
+    for what, folders in (("Logs", logs), ("Checkpoints", checkpoints)):
+        if folders:
+            log.info("%s go to %s", what, ", ".join(dict.fromkeys(folders)))
 
 
 def say_end(state: RunState) -> None:

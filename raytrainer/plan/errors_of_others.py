@@ -1,0 +1,25 @@
+"""Errors of other libraries in the user's code whose own words do not say what to do here."""
+
+from __future__ import annotations
+
+import re
+
+from raytrainer.plan.argument_names import EXPORTED
+
+__all__ = ["advice"]
+
+
+def advice(message: str) -> str:
+    """What to do about an error, by its message; "" where that says enough."""
+    if found := re.search(r"`(\w+)` cannot be used outside of a Ray Train", message):
+        here = EXPORTED.get(found[1])
+        meant = f"ray.train.{found[1]} knows of ray.train's trainers alone." + (
+            f" Here that is {here}." if here else ""
+        )
+        return f"{meant} examples/guide/from-ray-train.md has each by its name."
+    if re.search(r"dtype|scalar type", message) and {"Double", "Float"} <= set(re.findall(r"\w+", message)):
+        return (
+            "One of the two is float64, as NumPy and pandas make it: batch.float(), dtypes=torch.float32 of a "
+            "RayDataset, or Trainer(precision=64)."
+        )
+    return ""
