@@ -9,7 +9,7 @@ from typing import Any
 
 from raytrainer.callbacks import Callback, ModelCheckpoint
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
-from raytrainer.checkpointing.places import CheckpointPath
+from raytrainer.checkpointing.places import CheckpointPath, same_place
 from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
 from raytrainer.driver.saving.checkpoint_writer import idle_checkpoint
@@ -32,7 +32,7 @@ class CheckpointVerbs(TrainerRuns):
         wait: bool = False,
         on_error: Callable[[CheckpointError], None] | None = None,
     ) -> None:
-        """Save a checkpoint: a directory, replaced in one move if it exists.
+        """Save a checkpoint: a directory, replaced in one move if it exists. A link is followed, as by any program.
 
         Args:
             filepath: A path, or a URI that pyarrow knows ("s3://bucket/name.ckpt").
@@ -70,8 +70,9 @@ class CheckpointVerbs(TrainerRuns):
         return state | {"callbacks": state["callbacks"] | own}
 
     def remove_checkpoint(self, filepath: str) -> None:
-        """Delete a checkpoint, but never the one that this run went on from."""
-        if filepath != self.ckpt_path:
+        """Delete a checkpoint, but never the one that this run went on from; of a link, the link alone."""
+        begun_with = self.ckpt_path
+        if begun_with is None or not same_place(str(begun_with), filepath):
             self._writer.remove(filepath)
 
     def checkpoint_exists(self, filepath: str) -> bool:

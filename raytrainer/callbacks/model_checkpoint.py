@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from raytrainer.callbacks.callback import Callback
+from raytrainer.checkpointing.places import is_link, same_place
 from raytrainer.checkpointing.reservations import release, require_writable, reserve
 from raytrainer.errors import CheckpointError, ConfigurationError
 from raytrainer.plan.argument_checks import choice
@@ -371,7 +372,9 @@ class ModelCheckpoint(Callback):
 
         def taken(name: str) -> bool:
             path = join_path(folder, name)
-            return path != self.last_model_path and (trainer.checkpoint_exists(path) or not reserve(path))
+            if path == self.last_model_path:
+                return is_link(path)  # what somebody has put in its place is not ours to write over
+            return trainer.checkpoint_exists(path) or not reserve(path)
 
         return join_path(folder, self._free_name(stem, taken))
 
@@ -413,7 +416,7 @@ class ModelCheckpoint(Callback):
             path = join_path(folder, name)
             # The one that has to go may be overwritten: a fixed filename then stays one checkpoint.
             new = path not in self.best_k_models and not trainer.checkpoint_exists(path)
-            return path != drop and not (new and reserve(path))
+            return is_link(path) if path == drop else not (new and reserve(path))
 
         return join_path(folder, self._free_name(stem, taken))
 
@@ -424,7 +427,7 @@ class ModelCheckpoint(Callback):
 
     def _may_remove(self, trainer: RunningTrainer, path: str) -> bool:
         resumed_from = trainer.ckpt_path
-        if resumed_from is not None and _absolute(str(resumed_from)) == path:
+        if resumed_from is not None and same_place(str(resumed_from), path):
             return False
         return is_inside(path, self._folder(trainer))
 

@@ -141,9 +141,15 @@ class CheckpointFolder:
         return StorageError(f"{shown}: cannot be written: {error}")
 
     def remove(self) -> None:
-        """Delete the checkpoint, and the folder if nothing else is in it. Where there is none, nothing happens."""
+        """Delete the checkpoint, and the folder if nothing else is in it. Where there is none, nothing happens.
+
+        Of a link to one the link is deleted: what it leads to has a name, and may have an owner, of its own.
+        """
         data = self._present()
         if data is None or not written_by_us(data):
+            return
+        if self.storage.is_link(self.path):
+            self.storage.delete(self.path)
             return
         with self.storage.locked(self.path) as alone:
             self.storage.delete(self.inside(META))

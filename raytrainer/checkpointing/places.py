@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import quote
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checkpoint_meta import META, is_own_name, is_readable, written_by_us
 from raytrainer.checkpointing.storage import ArrowStorage, LocalStorage
-from raytrainer.plan.uris import split_query
+from raytrainer.plan.uris import is_inside, split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -25,9 +26,13 @@ __all__ = [
     "find_checkpoints",
     "folder_at",
     "is_file",
+    "is_link",
+    "lies_in",
     "locate",
     "newest_checkpoint",
     "remove_checkpoint",
+    "same_place",
+    "written_at",
 ]
 
 
@@ -38,6 +43,9 @@ class RayCheckpoint(Protocol):
     def as_directory(self) -> AbstractContextManager[str]:
         """A local copy, or the directory itself if it is local."""
 
+
+#: Names of folders that checkpoints are in.
+_MADE_BY_US = re.compile(r"version_\d+|checkpoints")
 
 #: Where a checkpoint is: a path, a URI, or one of Ray's own objects.
 CheckpointPath: TypeAlias = str | os.PathLike[str] | RayCheckpoint
@@ -70,6 +78,32 @@ def folder_at(path: str | os.PathLike[str]) -> CheckpointFolder:
     filesystem, directory = locate(os.fspath(path))
     local = isinstance(filesystem, fs.LocalFileSystem)
     return CheckpointFolder(LocalStorage() if local else ArrowStorage(filesystem), directory, str(path))
+
+
+def is_link(path: str) -> bool:
+    """Whether a local path leads to a checkpoint, or whatever it is, somewhere else. URIs have no links."""
+    return "://" not in path and os.path.islink(path.rstrip("/"))
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths or URIs lead to the same folder, links followed."""
+    if "://" in one or "://" in other:
+        return one == other
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a path or URI is below a folder, links followed."""
+    if "://" in path or "://" in folder:
+        return is_inside(path, folder)
+    return is_inside(*(os.path.realpath(os.path.expanduser(found)) for found in (path, folder)))
+
+
+def written_at(path: str) -> float | None:
+    """When the checkpoint there was written, in seconds; None: there is none, of anybody's."""
+    filesystem, directory = locate(path)
+    moment = filesystem.get_file_info(f"{directory}/{META}").mtime_ns
+    return None if moment is None else float(moment) / 1e9
 
 
 def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
@@ -106,16 +140,29 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _candidates(root: str | Path) -> list[tuple[float, str]]:
-    """Folders with a `meta.json` of anybody's, and when it was written."""
+    """Folders with a `meta.json` of anybody's, and when it was written.
+
+    Links are not followed, but for folders that this package has made and somebody has moved: of a version, of its
+    checkpoints, and single ones.
+    """
     from pyarrow import fs
 
     filesystem, directory = locate(root)
     found: list[tuple[float, str]] = []
     if isinstance(filesystem, fs.LocalFileSystem):  # pyarrow would follow links, and end at what may not be read
-        for path, _, files in os.walk(directory):
-            if META in files:
-                with contextlib.suppress(OSError):
-                    found.append((os.stat(f"{path}/{META}").st_mtime, path))
+        seen = {os.path.realpath(directory)}
+        roots = [directory]
+        while roots:
+            for path, folders, files in os.walk(roots.pop()):
+                if META in files:
+                    with contextlib.suppress(OSError):
+                        found.append((os.stat(f"{path}/{META}").st_mtime, path))
+                for link in (f"{path}/{name}" for name in folders if os.path.islink(f"{path}/{name}")):
+                    real = os.path.realpath(link)
+                    moved = _MADE_BY_US.fullmatch(os.path.basename(link)) or os.path.isfile(f"{link}/{META}")
+                    if moved and real not in seen and not is_inside(real, os.path.realpath(directory)):
+                        seen.add(real)
+                        roots.append(link)
         return found
     base, query = split_query(str(root))
     base = base.rstrip("/")

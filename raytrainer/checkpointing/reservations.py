@@ -23,7 +23,7 @@ def reserve(path: str) -> bool:
     """Take a name for a checkpoint, until it has been written, or `release`.
 
     Returns:
-        False: it is taken, by a file or folder of anybody's.
+        False: it is taken, by a file, folder or link of anybody's.
 
     Raises:
         OSError: No folder can be made there.
@@ -38,7 +38,7 @@ def reserve(path: str) -> bool:
     except FileExistsError:
         made = False
     with _guard, ExitStack() as stack:
-        if folder.path in _held or not os.path.isdir(folder.path):
+        if folder.path in _held or folder.storage.is_link(folder.path) or not os.path.isdir(folder.path):
             return False
         locked = stack.enter_context(folder.storage.locked(folder.path))
         if not locked and not made:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ArrowStorage", "LocalStorage", "Storage"]
 
+#: Bytes.
+_ASK_EVERY = 8 * 2**20
+
 
 class Storage(ABC):
     """Files and folders; paths are absolute, with "/" between their parts."""
@@ -64,6 +67,10 @@ class Storage(ABC):
     def remove_folder(self, path: str) -> None:
         """Remove a folder, if it is empty."""
 
+    def is_link(self, path: str) -> bool:
+        """Whether it leads to a file or folder that is somewhere else, be it there or not."""
+        return False
+
     @abstractmethod
     def free_bytes(self, path: str) -> int | None:
         """How much more can be written there; None: nobody knows."""
@@ -79,6 +86,26 @@ class Storage(ABC):
         """A small file's content."""
         with self.open(path) as file:
             return file.read()
+
+
+class _OnItsWay:
+    """A file that the disk is asked to take while more is written, so that fsync finds little left to wait for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._asked, self._end = file, 0, 0
+
+    def write(self, data: Any) -> None:
+        self._file.write(data)
+        self._end += memoryview(data).nbytes
+        if self._end - self._asked >= _ASK_EVERY:
+            self.flush()
+            with contextlib.suppress(OSError, AttributeError):  # what is no such file; other systems than Linux
+                # of pages that are dirty, as these are, Linux begins to write and drops none
+                os.posix_fadvise(self._file.fileno(), self._asked, self._end - self._asked, os.POSIX_FADV_DONTNEED)
+            self._asked = self._end
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class LocalStorage(Storage):
@@ -99,7 +126,7 @@ class LocalStorage(Storage):
         file = open(path, "xb")  # noqa: SIM115
         try:
             with file:
-                yield file
+                yield _OnItsWay(file)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
@@ -135,6 +162,9 @@ class LocalStorage(Storage):
     def remove_folder(self, path: str) -> None:
         with contextlib.suppress(OSError):
             os.rmdir(path)
+
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(path)
 
     def free_bytes(self, path: str) -> int | None:
         try:

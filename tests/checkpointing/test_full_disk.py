@@ -33,7 +33,7 @@ class Small(LocalStorage):
 
         class Sink:
             def write(self, data: bytes) -> None:
-                file.flush()
+                file.flush()  # so that `used` counts it
                 room = disk.size - disk.used()
                 if len(data) > room:
                     file.write(data[: max(0, room)])

@@ -152,6 +152,67 @@ def test_the_newest_that_is_damaged_is_not_passed_over(local_trainer: Any, tmp_p
         (newest / "meta.json").write_text(whole)
 
 
+# ---------------------------------------------------------------- links
+
+
+def test_a_link_is_removed_and_what_it_leads_to_stays(local_trainer: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x.ckpt", {"epoch": 1})
+    (tmp_path / "notes").mkdir()
+    for name, target in {"a": "x.ckpt", "b": tmp_path / "x.ckpt", "c": "a", "d": "notes", "e": "nowhere"}.items():
+        (tmp_path / name).symlink_to(target)
+    remove_checkpoint(f"{tmp_path}/b/")
+    for name in ("c", "a", "d", "e"):
+        local_trainer().remove_checkpoint(str(tmp_path / name))
+        remove_checkpoint(tmp_path / name)
+    assert read_checkpoint(tmp_path / "x.ckpt") == {"epoch": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "e", "notes", "x.ckpt"]
+
+
+def test_retention_leaves_what_a_run_went_on_from_by_a_link(local_trainer: Any, tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path)
+    local_trainer(max_epochs=1, callbacks=saving).fit(Tiny(), data())
+    first = Path(saving.best_model_path)
+    (tmp_path / "best.ckpt").symlink_to(first.name)
+    saving = ModelCheckpoint(tmp_path)
+    local_trainer(max_epochs=3, callbacks=saving).fit(Tiny(), data(), ckpt_path=tmp_path / "best.ckpt")
+    assert read_checkpoint(tmp_path / "best.ckpt")["epoch"] == 0 and first.name != Path(saving.best_model_path).name
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("options", [{"filename": "one"}, {"save_top_k": 0, "save_last": True}])
+def test_what_a_link_in_a_checkpoints_place_leads_to_stays(
+    options: dict[str, Any], local_trainer: Any, tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path / "c", **options)
+    local_trainer(max_epochs=1, callbacks=saving).fit(Tiny(), data())
+    (place,) = (tmp_path / "c").iterdir()
+    place.rename(tmp_path / "archived.ckpt")
+    place.symlink_to("../archived.ckpt")
+    saving = ModelCheckpoint(tmp_path / "c", **options)
+    local_trainer(max_epochs=3, callbacks=saving).fit(Tiny(), data(), ckpt_path="last")
+    assert read_checkpoint(tmp_path / "archived.ckpt")["epoch"] == 0
+    newest = saving.best_model_path or saving.last_model_path
+    assert newest.endswith("-v1.ckpt") and read_checkpoint(newest)["epoch"] == 2
+
+
+def test_moved_folders_are_found_by_their_links(tmp_path: Path) -> None:
+    root, disk = tmp_path / "logs", tmp_path / "disk"
+    for epoch, name in enumerate(("version_0/checkpoints/x.ckpt", "version_1/checkpoints/x.ckpt", "y.ckpt", "other/x")):
+        write_checkpoint(disk / name, {"epoch": epoch})
+    (root / "version_0").mkdir(parents=True)
+    (root / "version_0" / "checkpoints").symlink_to(disk / "version_0" / "checkpoints")
+    (root / "version_1").symlink_to(disk / "version_1")
+    (root / "y.ckpt").symlink_to(disk / "y.ckpt")
+    (root / "of another run").symlink_to(disk / "other")
+    (disk / "version_1" / "checkpoints" / "version_2").symlink_to(root)  # round and round
+    (root / "best.ckpt").symlink_to("version_0/checkpoints/x.ckpt")
+    (root / "here").symlink_to("version_0")
+    found = {path for _, path in find_checkpoints(root)}
+    names = ("version_0/checkpoints/x.ckpt", "version_1/checkpoints/x.ckpt", "y.ckpt", "best.ckpt")
+    assert found == {f"{root}/{name}" for name in names}
+    assert newest_checkpoint([root]) == f"{root}/y.ckpt"
+
+
 # ---------------------------------------------------------------- two processes, one folder
 
 
