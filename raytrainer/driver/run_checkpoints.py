@@ -175,14 +175,15 @@ class RunCheckpoints:
         def when() -> str:
             return f"{self._interrupt.since:.1f} s after SIGTERM"
 
-        self.preemption.save(self.callbacks, write, self.state.progress.step, when)
+        self.preemption.save(self.callbacks, write, self.state.progress.step, when, self.state.resumed_from)
 
     def save_homeless(self, state: dict[str, Any]) -> None:
         """There are no workers any more for a state that is well: save it, for another run to go on from."""
         step = self.state.progress.step
         self.preemption.save(
-            self.callbacks, lambda path: self._write_in_turn(path, state), step, lambda: "as its nodes were to go"
-        )
+            self.callbacks, lambda path: self._write_in_turn(path, state), step, lambda: "as its nodes were to go",
+            self.state.resumed_from,
+        )  # fmt: skip
 
     @property
     def _driver_callbacks(self) -> list[Callback]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from raytrainer.callbacks import Callback, ModelCheckpoint, WorkerCallback
-from raytrainer.checkpointing.places import newest_checkpoint
+from raytrainer.checkpointing.places import checkpoint_exists, is_link, lies_in, newest_checkpoint, written_at
+from raytrainer.checkpointing.reservations import release, reserve
+from raytrainer.plan.retention import free_name
 from raytrainer.plan.uris import join_path
 from raytrainer.signals import terminate
 
@@ -19,8 +21,9 @@ __all__ = ["NAME", "Preemption", "default_grace", "say_interrupted"]
 
 log = logging.getLogger("raytrainer")
 
-#: The checkpoint's name: always the same, so that a run that is preempted again and again leaves one.
-NAME = "preempted.ckpt"
+#: The checkpoint's name, without ".ckpt": the same again for a run that goes on, so that many preemptions leave one.
+STEM = "preempted"
+NAME = f"{STEM}.ckpt"
 
 #: Seconds, where nothing else is known: schedulers leave 30 s, of which the rest of the end takes some.
 GRACE = 20.0
@@ -75,22 +78,26 @@ class Preemption:
         write: Callable[[str], object],
         step: int,
         when: Callable[[], str],
+        begun_with: str | None = None,
     ) -> None:
         """Have the checkpoint written; what goes wrong is told.
 
         Args:
             callbacks: Of the run; it goes beside the checkpoints of the first `ModelCheckpoint`.
             write: Writes it to a path.
+            begun_with: The checkpoint that the run went on from.
             step: Of which it is.
             when: When that was, for the line that says so.
         """
         folder = next((c.dirpath for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath), None)
         if folder is None:
             return
-        path = join_path(folder, NAME)
+        path = ""
         try:
+            path = _path(folder, begun_with)
             write(path)
         except Exception as error:
+            release(path)
             log.warning("Step %d could not be saved: %s", step, error)
         else:
             self.saved = path
@@ -114,6 +121,24 @@ class Preemption:
         if self.exit_code is None and not ends_anyway:
             return None
         return terminate() if self.exit_code is None else SystemExit(self.exit_code)
+
+
+def _path(folder: str, begun_with: str | None) -> str:
+    """Where it goes: over an earlier one only where this run went on from that, or from something later beside it.
+
+    Any other may be all there is of another run: of one that shares the folder and was preempted with this one, say.
+    """
+    usual = join_path(folder, NAME)
+    if begun_with is not None and lies_in(begun_with, folder) and not is_link(usual):
+        there, followed = written_at(usual), written_at(begun_with)
+        if there is not None and followed is not None and there <= followed:
+            return usual
+
+    def taken(name: str) -> bool:
+        path = join_path(folder, name)
+        return checkpoint_exists(path) or not reserve(path)
+
+    return join_path(folder, free_name(STEM, ".ckpt", taken))
 
 
 def say_interrupted(callbacks: Sequence[Callback | WorkerCallback], step: int, begun_with: str | None) -> None:

@@ -230,6 +230,29 @@ def test_one_name_for_all_preemptions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+def test_the_preemption_of_another_run_stays(tmp_path, monkeypatch):
+    """Two runs that share a folder, and whose machine is wanted back; then each goes on, and is preempted again."""
+    monkeypatch.chdir(tmp_path)
+    names = [NAME, "preempted-v1.ckpt"]
+
+    def preempted(step, ckpt_path=None):
+        fit(tmp_path, Noisy("training_step", step), ckpt_path, callbacks=ModelCheckpoint(tmp_path, save_top_k=0))
+        return {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.iterdir()}
+
+    first = preempted(2)
+    both = preempted(4)
+    assert sorted(both) == sorted(names) and first.items() <= both.items() and both[names[1]] >= 4
+    # its own, by a relative path; the other one is younger, and another run's
+    assert preempted(9, NAME) == {NAME: 10, names[1]: both[names[1]]}
+    assert preempted(12, "last") == {NAME: 12, names[1]: both[names[1]]}
+    (tmp_path / "kept").mkdir()
+    (tmp_path / NAME).rename(tmp_path / "kept" / NAME)  # archived, with a link in its place
+    (tmp_path / NAME).symlink_to(tmp_path / "kept" / NAME)
+    fit(tmp_path, Noisy("training_step", 13), NAME, callbacks=ModelCheckpoint(tmp_path, save_top_k=0))
+    assert read_checkpoint(tmp_path / "kept" / NAME)["global_step"] == 12
+    assert read_checkpoint(tmp_path / "preempted-v2.ckpt")["global_step"] > 12
+
+
 @pytest.mark.parametrize(
     ("environment", "seconds"),
     [({}, 20), ({preemption.OF_A_JOB: "{}"}, 2.25), ({preemption.OF_A_JOB: "{}", "RAY_JOB_STOP_WAIT_TIME_S": "8"}, 6)],
