@@ -184,6 +184,7 @@ class FinishReport:
     hparams: dict[str, Any] | None = None
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # plain ones, by the submodule that has them
     buffers: dict[str, Any] = field(default_factory=dict)  # those that are not in the state dict
+    kept_buffers: list[str] = field(default_factory=list)  # names of those that are
     datamodule_state: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     calls: list[LogCall] = field(default_factory=list)  # of `self.logger`, since the last report

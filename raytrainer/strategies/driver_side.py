@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from raytrainer.attribute_tensors import attribute_tensors
 from raytrainer.plan.settings import Settings
@@ -36,7 +37,21 @@ class DriverSide:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if name in state:
                 tensor.data = tensor.data.to(state[name].dtype)
-        module.load_state_dict(dict(state))
+        try:
+            module.load_state_dict(dict(state))
+        except RuntimeError:
+            if not _reshaped(module, state):
+                raise
+            module.load_state_dict(dict(state))
+
+
+def _reshaped(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Give tensors the shapes that they have got in the workers; whether any had another one."""
+    found = False
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state and not is_lazy(tensor) and tensor.shape != state[name].shape:
+            tensor.grad, tensor.data, found = None, tensor.data.new_empty(state[name].shape), True
+    return found
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:

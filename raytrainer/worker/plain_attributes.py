@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves, to_cpu
 
-__all__ = ["INTERNAL", "other_buffers", "plain_attributes"]
+__all__ = ["INTERNAL", "buffers_apart", "plain_attributes"]
 
 #: Attributes of torch's, and ours, that are no user data.
 INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
@@ -32,12 +32,18 @@ def plain_attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def other_buffers(module: torch.nn.Module, state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Buffers that are not in the state dict, by name: those registered with `persistent=False`."""
-    names = set(state_dict or ())
-    return {
-        name: to_cpu(value) for name, value in module.named_buffers() if name not in names and type(value) is Tensor
-    }
+def buffers_apart(module: torch.nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], dict[str, Tensor | None]]:
+    """Names of the buffers that are in the state dict; and the others by name: not persistent, or None."""
+    kept: list[str] = []
+    others: dict[str, Tensor | None] = {}
+    for path, part in module.named_modules():
+        for own, value in part._buffers.items():
+            name = f"{path}.{own}" if path else own
+            if name in state_dict:
+                kept.append(name)
+            elif value is None or type(value) is Tensor:
+                others[name] = None if value is None else to_cpu(value)
+    return kept, others
 
 
 def _plain(value: Any, depth: int = 4) -> bool:

@@ -25,7 +25,7 @@ from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
-from raytrainer.worker.plain_attributes import other_buffers, plain_attributes
+from raytrainer.worker.plain_attributes import buffers_apart, plain_attributes
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
@@ -266,8 +266,8 @@ class Worker:
         report = FinishReport(profile=run.finish())
         report.state_dict = run.strategy.home_state(module) if travels else None
         if travels and self.ranks.rank == 0:
-            report.hparams = dict(module.hparams)
-            report.attributes, report.buffers = plain_attributes(module), other_buffers(module, report.state_dict)
+            report.hparams, report.attributes = dict(module.hparams), plain_attributes(module)
+            report.kept_buffers, report.buffers = buffers_apart(module, report.state_dict or {})
             if run.datamodule is not None:
                 report.datamodule_state = run.datamodule.state_dict()
         if self.device.type == "cuda":

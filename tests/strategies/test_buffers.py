@@ -58,3 +58,55 @@ def test_rank_0s_in_any_layout(strategy, kind, forked):
     trainer = forked(strategy=strategy, max_epochs=1, check_val_every_n_epoch=1, num_sanity_val_steps=0)
     trainer.fit(Marks(kind), loader, loader)
     assert [float(trainer.callback_metrics[name]) for name in ("right", "spared")] == [1.0, 1.0]
+
+
+class Makes(Module):
+    """Training makes, changes and drops buffers, of the module and of a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.rows = torch.nn.Embedding(3, 2)
+        for persistent in (False, True):
+            kind = "kept" if persistent else "own"
+            for part in (self, self.layer):
+                for name in ("same", "grown", "cast", "dropped"):
+                    part.register_buffer(f"{kind}_{name}", torch.zeros(2), persistent)
+                part.register_buffer(f"{kind}_later", None, persistent)
+
+    def setup(self, stage: str) -> None:
+        self.rows.num_embeddings, self.rows.weight = 5, torch.nn.Parameter(torch.ones(5, 2))
+
+    def training_step(self, batch, batch_idx):
+        for part in (self, self.layer):
+            for kind in ("own", "kept"):
+                getattr(part, f"{kind}_same").add_(1)
+                setattr(part, f"{kind}_grown", torch.ones(3))
+                setattr(part, f"{kind}_cast", torch.ones(2, dtype=torch.int64))
+                setattr(part, f"{kind}_dropped", None)
+                setattr(part, f"{kind}_later", torch.full((4,), 4.0))
+                if f"{kind}_new" not in part._buffers:
+                    part.register_buffer(f"{kind}_new", torch.ones(1), persistent=kind == "kept")
+        return self.layer(batch[0]).mean() + self.rows(torch.arange(5)).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_training_makes_of_buffers_comes_home(strategy, forked):
+    loader = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=1)
+    found = {}
+    for chosen in ("local", strategy):
+        module = Makes()
+        trainer = forked(strategy=chosen, max_epochs=1, limit_train_batches=2)
+        trainer.fit(module, loader)
+        assert trainer.global_step == 2
+        found[chosen] = {
+            f"{path}.{name}": (value if value is None else value.tolist(), name in part._non_persistent_buffers_set)
+            for path, part in module.named_modules()
+            for name, value in part._buffers.items()
+        }
+        module.load_state_dict(module.state_dict())
+        assert module.rows.weight.shape == (5, 2)
+    assert found[strategy] == found["local"] and len(found["local"]) == 24

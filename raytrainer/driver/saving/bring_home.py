@@ -26,8 +26,10 @@ def bring_home(
     """
     if group.in_process or report.state_dict is None:
         return
+    _take_buffers(module, report)
     if set(report.state_dict) != set(module.state_dict()):
         module.configure_model()
+        _take_buffers(module, report)
     if set(report.state_dict) != set(module.state_dict()):
         _graft(group.call(Worker.fetch_module)[0], module)
     side.take_home(module, report.state_dict)
@@ -36,17 +38,30 @@ def bring_home(
     for path, values in report.attributes.items():
         if path in parts:
             parts[path].__dict__.update(values)
-    for path, value in report.buffers.items():
-        owner, _, name = path.rpartition(".")
-        if owner in parts:
-            own = parts[owner]._buffers.get(name)
-            if own is not None and own.shape == value.shape and own.dtype == value.dtype:
-                with torch.no_grad():
-                    own.copy_(value)
-            else:
-                parts[owner]._buffers[name] = value
+    _take_buffers(module, report)
     if datamodule is not None and report.datamodule_state:
         datamodule.load_state_dict(report.datamodule_state)
+
+
+def _take_buffers(module: nn.Module, report: FinishReport) -> None:
+    """Have the buffers that the workers' module has, as far as the parts that they are of are there."""
+    parts = dict(module.named_modules())
+    kept = {name: (report.state_dict or {}).get(name) for name in report.kept_buffers}
+    for path, value in (*report.buffers.items(), *kept.items()):
+        owner, _, name = path.rpartition(".")
+        if owner not in parts:
+            continue
+        part = parts[owner]
+        own = part._buffers.get(name)
+        if path in kept and own is not None:
+            continue  # which the state dict brings
+        if own is not None and value is not None and own.shape == value.shape and own.dtype == value.dtype:
+            with torch.no_grad():
+                own.copy_(value)
+        elif name in part._buffers:
+            part._buffers[name] = None if value is None else value.clone()
+        elif not hasattr(part, name):
+            part.register_buffer(name, None if value is None else value.clone(), persistent=path in kept)
 
 
 def _graft(source: nn.Module, target: nn.Module) -> None:
@@ -56,6 +71,7 @@ def _graft(source: nn.Module, target: nn.Module) -> None:
         for name, value in getattr(source, kind).items():
             if ours.get(name) is None:
                 ours[name] = value
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set
     for name, child in source._modules.items():
         own = target._modules.get(name)
         if child is None:
