@@ -20,6 +20,7 @@ from raytrainer.strategies.averaging import average_gradients
 from raytrainer.strategies.group_strategy import GroupStrategy, take_from_first
 from raytrainer.strategies.joining import Absentees, JoinedStep, Reached, leaves_of
 from raytrainer.strategies.meeting import END
+from raytrainer.strategies.same_shapes import refuse_other_shapes
 from raytrainer.strategies.step_result import StepResult
 
 __all__ = ["ReplicatedStrategy"]
@@ -55,6 +56,8 @@ class ReplicatedStrategy(GroupStrategy):
         if self._reached is not None:
             self._reached.close()
             self._reached = None
+        if self.ranks.world_size > 1:
+            refuse_other_shapes(module, self.control, self.settings.broadcast_buffers)
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
             return step

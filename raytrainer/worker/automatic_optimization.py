@@ -91,7 +91,8 @@ class AutomaticOptimization:
                     f'several times cannot work with scaled gradients; use "bf16-mixed".'
                 )
             self.given = ScaledOptimizer(self.optimizer, run.precision)
-        self.window = Window(run.view, run.recorder, several=takes is Closure.REQUIRED)
+        self.needs_number = takes is Closure.REQUIRED  # such an optimizer computes with what its closure returns
+        self.window = Window(run.view, run.recorder, several=self.needs_number)
         self.batch: Any = None
         self.index = 0
         self.syncs = True  # whether the next backward pass is the window's last
@@ -139,7 +140,7 @@ class AutomaticOptimization:
         if self.accumulates:
             self.strategy.sync_next(True)
         last = self._weighted(self._evaluate())
-        if not self.given_any:
+        if not (self.given_any or self.needs_number):
             return None
         total = self.window.total(last, self.strategy.device)
         # of one dtype on all workers, since they are to take the same decisions by it
@@ -168,6 +169,7 @@ class AutomaticOptimization:
         loss, self.outputs, join = self.step(self.batch, self.index, 0)
         optimizer = self.optimizer
         if optimizer is not None and (self.accumulate == 1 or self.index % self.accumulate == 0):
+            self.given_any = False
             if self.on_before_zero_grad is not None:
                 self.on_before_zero_grad(optimizer)
             if self.zero_grad is not None:

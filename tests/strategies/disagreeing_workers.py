@@ -208,7 +208,7 @@ for kind, changes in KINDS.items():
     if kind in ("dense", "three"):
         for optimizer in (searching, sharpness_aware):
             for accumulate in (1, 3):
-                for verdict in ("losses", "none by one"):
+                for verdict in ("losses", "none by one", "none by all"):
                     by = f"{optimizer.__name__} {accumulate}"
                     RIGHT[kind, by, verdict] = Case(
                         VERDICTS[verdict], optimizer=optimizer, accumulate=accumulate, **changes

@@ -184,12 +184,17 @@ def test_batches_are_let_go(own_step, local_trainer):
     assert held == [0, 1, 0, 0, 0, 0]
 
 
-def test_a_skipped_window_has_no_loss(local_trainer):
+@pytest.mark.parametrize("needs_number", [False, True])
+def test_a_skipped_window_has_no_loss(needs_number, local_trainer):
+    """But for an optimizer that computes with it, for which it is zero."""
     found = []
 
     class Skips(Net):
+        if not needs_number:
+            make = staticmethod(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
         def training_step(self, batch, batch_idx):
-            return None if batch_idx < 2 else super().training_step(batch, batch_idx)
+            return None if batch_idx % 4 < 2 else super().training_step(batch, batch_idx)
 
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
             found.append(optimizer_closure())
@@ -197,8 +202,9 @@ def test_a_skipped_window_has_no_loss(local_trainer):
         def on_before_optimizer_step(self, optimizer):
             found.append(self.layer.weight.grad is None)
 
-    local_trainer(max_epochs=1, accumulate_grad_batches=2).fit(Skips(), data(8))
-    assert found[:3] == [True, None, False]
+    local_trainer(max_epochs=1, accumulate_grad_batches=2).fit(Skips(), data(12))
+    nothing = 0.0 if needs_number else None
+    assert found[:3] == [True, nothing, False] and found[4:] == [True, nothing]
     assert isinstance(found[3], torch.Tensor) and not found[3].requires_grad
 
 

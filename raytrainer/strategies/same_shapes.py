@@ -1,0 +1,59 @@
+"""Workers whose modules differ in what they train, told before anything waits for what will never come."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from raytrainer.errors import DisagreementError
+from raytrainer.plan.folding import ranks_text
+
+__all__ = ["refuse_other_shapes"]
+
+
+def refuse_other_shapes(module: nn.Module, control: Any, buffers: bool) -> None:
+    """Compare names, shapes, types, and what is frozen. All workers must call it together.
+
+    Args:
+        module: This worker's.
+        control: A gloo group of all workers.
+        buffers: Whether buffers are to be alike too.
+
+    Raises:
+        DisagreementError: Names the first tensor that differs, and the ranks. On all workers.
+    """
+    own = {name: _text(tensor) for name, tensor in module.named_parameters()}
+    own |= {name: _text(tensor) for name, tensor in module.named_buffers()} if buffers else {}
+    number = zlib.crc32(repr(own).encode())
+    both = torch.tensor([number, -number])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=control)
+    if both[0] == -both[1]:
+        return
+    found: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(found, own, group=control)
+    names = dict.fromkeys(name for each in found for name in each)
+    differing = (name for name in names if len({each.get(name) for each in found}) > 1)
+    name = next(differing, None)
+    if name is None:
+        told = "they have the same parameters in another order"
+    else:
+        ranks: dict[str, list[int]] = {}
+        for rank, each in enumerate(found):
+            ranks.setdefault(each.get(name, "absent"), []).append(rank)
+        told = f"{name} is " + ", ".join(f"{text} on rank(s) [{ranks_text(on)}]" for text, on in ranks.items())
+    raise DisagreementError(
+        f"workers have built different modules: {told}. What setup, configure_model and configure_optimizers build, "
+        f"freeze (requires_grad_) or cast must be the same on all workers."
+    )
+
+
+def _text(tensor: Tensor) -> str:
+    shape = "lazy" if is_lazy(tensor) else f"of shape {tuple(tensor.shape)}"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    return f"{'frozen, ' if frozen else ''}{shape} in {kind}"
