@@ -6,6 +6,7 @@ list or tuple that holds plain values only (strings, numbers), such as the file 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,7 +101,10 @@ def join_parts(parts: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.stack(list(parts)) if first.ndim == 0 else torch.cat(list(parts))
     if _is_array(first) and hasattr(first, "__array_interface__"):
-        return join_parts([torch.as_tensor(part) for part in parts]).numpy()
+        import numpy
+
+        masked = any(isinstance(part, numpy.ma.MaskedArray) for part in parts)
+        return (numpy.ma if masked else numpy).concatenate(list(parts))
     if hasattr(type(first), "__torch_function__"):  # TensorDict, say
         return torch.cat(list(parts))
     if isinstance(first, (bool, int, float, complex)):
@@ -165,7 +169,15 @@ def _rebuilt(container: Any, children: dict[Any, Any]) -> Any:
     """A container of the same type with other children."""
     kind: Any = type(container)
     if isinstance(container, Mapping):
-        return children if kind is dict else kind(children)
+        try:
+            return children if kind is dict else kind(children)
+        except TypeError:
+            if not isinstance(container, dict):
+                raise
+            copied = copy.copy(container)  # one that is made of something else: a defaultdict
+            copied.clear()
+            copied.update(children)
+            return copied
     if isinstance(container, (list, tuple)):
         return kind(*children.values()) if hasattr(container, "_fields") else kind(children.values())
     return dataclasses.replace(container, **children)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,30 @@ def test_cutting_and_joining_any_nesting():
     assert torch.equal(whole["x"], x) and torch.equal(whole["pair"][1][0], x[:, 0])
     assert torch.equal(whole["point"].y, x * 2) and whole["names"] == list("abcde")
     assert (whole["array"] == batch["array"]).all()
+
+
+def test_arrays_and_mappings_of_any_kind():
+    x = np.arange(5.0)
+    whole = {
+        "masked": np.ma.masked_array(x, mask=x == 3),
+        "structured": np.array([(i, f"{i}") for i in range(5)], dtype=[("number", "i4"), ("name", "U2")]),
+        "objects": np.array([{"a": i} for i in range(5)], dtype=object),
+        "names": np.array(list("abcde")),
+        "times": np.arange("2026-01-01", "2026-01-06", dtype="datetime64[D]"),
+        "half": x.astype(np.float16),
+        "unsigned": x.astype(np.uint32),
+        "default": defaultdict(list, x=x),
+        "counter": Counter(x=3),
+    }
+    parts = [cut_batch(whole, *span_of(5, index, 2), 5) for index in range(2)]
+    counts = [part.pop("counter") for part in parts]
+    joined = join_parts(parts)
+    for name in whole.keys() - {"default", "counter"}:
+        assert type(joined[name]) is type(whole[name]) and joined[name].dtype == whole[name].dtype, name
+        assert joined[name].tolist() == whole[name].tolist()
+    assert joined["masked"].mask.tolist() == [False, False, False, True, False]
+    assert joined["default"].default_factory is list and joined["default"]["x"].tolist() == x.tolist()
+    assert counts == [Counter(x=3)] * 2 and type(counts[0]) is Counter
 
 
 def test_what_is_passed_whole():
