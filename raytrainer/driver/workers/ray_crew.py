@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -20,9 +21,10 @@ from raytrainer.driver.workers.ray_starting import start_actor
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
+from raytrainer.signals import wait_until
 from raytrainer.worker.actor.place import Place, own_versions
 
-__all__ = ["Crew", "compare_versions"]
+__all__ = ["Crew", "compare_versions", "wait_for"]
 
 log = logging.getLogger("raytrainer")
 
@@ -103,10 +105,32 @@ class Crew:
             return start_actor(slot, request, self._stages), None
         return spare, hand_over(spare, place, slot, request)
 
+    def learn(self, places: Sequence[Place], resting: Sequence[Any], patience: float) -> None:
+        """Note what workers on this machine have imported in the run that is over.
+
+        Args:
+            places: Where they are, by rank.
+            resting: What each has answered, or is to answer, at the run's end; nothing before the first.
+            patience: Seconds.
+
+        Raises:
+            RayError: They do not answer.
+        """
+        wait_for(resting, patience)
+        for where, imported in zip(places, ray.get(list(resting), timeout=0.1), strict=False):
+            if where.host == socket.gethostname() and isinstance(imported, dict):
+                self.modules.learn(imported)
+
     def end(self) -> None:
         """Kill them all."""
         _kill(*self.actors, *self._claims)
         self.spares.close()
+
+
+def wait_for(refs: Sequence[Any], seconds: float) -> None:
+    """Wait at most so long for answers, and hear Ctrl-C."""
+    if refs:
+        wait_until(lambda piece: not ray.wait(list(refs), num_returns=len(refs), timeout=piece)[1], seconds)
 
 
 def _kill(*actors: Any | None) -> None:

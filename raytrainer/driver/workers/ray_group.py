@@ -17,7 +17,7 @@ from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
-from raytrainer.driver.workers.ray_crew import Crew, compare_versions
+from raytrainer.driver.workers.ray_crew import Crew, compare_versions, wait_for
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import ask_where
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
@@ -27,7 +27,7 @@ from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import assign_ranks
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts
-from raytrainer.signals import shield, wait_until
+from raytrainer.signals import shield
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.place import Place
@@ -199,13 +199,14 @@ class RayGroup:
     @property
     def usable(self) -> bool:
         """Whether a new run may use it: the same Ray is still there, and every actor answers."""
-        if self.broken or not self._ray_is_there() or self._outdated():
+        if self.broken or not self._ray_is_there():
             return False
         try:
-            if self._resting:
-                self._wait(self._resting, PATIENCE)
+            self._crew.learn(self.places, self._resting, PATIENCE)
+            if self._outdated():
+                return False
             asked = [actor.obey.remote(Worker.abandon.__name__) for actor in self._actors]
-            self._wait(asked, 5.0)
+            wait_for(asked, 5.0)
             ray.get(asked, timeout=0.1)
         except RayError:
             self.abort()
@@ -218,10 +219,6 @@ class RayGroup:
         if outdated:
             self.abort()
         return outdated
-
-    @staticmethod
-    def _wait(refs: list[Any], seconds: float) -> None:
-        wait_until(lambda piece: not ray.wait(refs, num_returns=len(refs), timeout=piece)[1], seconds)
 
     def _ray_is_there(self) -> bool:
         """Whether the Ray in use is the one that this group is of."""

@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.output import Output
+from raytrainer.worker.actor.own_modules import Stamp, stamps
 from raytrainer.worker.actor.pieces_apart import apart
 from raytrainer.worker.actor.place import Place, own_versions
 from raytrainer.worker.actor.process_share import ProcessShare
@@ -67,6 +69,7 @@ class RemoteWorker:
         self.output = Output()
         self.stacks = can_be_asked(log_folder() / "raytrainer")
         self.share: ProcessShare | None = None  # once it has been asked for, or taken over
+        self.loaded = time.time_ns()  # when the latest task came
         self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()
         gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
@@ -145,6 +148,7 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
+            self.loaded = time.time_ns()
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:
@@ -181,15 +185,16 @@ class RemoteWorker:
         return self.obey(name, *args, **kwargs)
 
     def rest(self) -> Any:
-        """The run is over, and there is none for now."""
+        """The run is over, and there is none for now; the user's modules that it has imported."""
         return self._guard(self._rest)
 
-    def _rest(self) -> None:
+    def _rest(self) -> dict[str, Stamp]:
         self.task = None
         self._worker().rest()
         if not self.settled:
             self.settled = True
             gc.freeze()  # what the first run has imported, mostly
+        return stamps(self.loaded)
 
     @ray.method(num_returns=3)
     def capture(self, weights_only: bool, final: bool = False) -> tuple[Any, Any, Any]:

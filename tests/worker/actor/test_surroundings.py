@@ -13,6 +13,7 @@ import torch
 from raytrainer.driver.cluster import inherited
 from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.private import ray_private
+from raytrainer.worker.actor.own_modules import stamps
 from raytrainer.worker.actor.surroundings import Surroundings, merged_path
 
 
@@ -89,3 +90,26 @@ def test_edited_modules_are_noticed(tmp_path, monkeypatch, caplog):
     path.unlink()
     assert not modules.outdated(shipped=False)
     del sys.modules["sibling_of_a_test"]
+
+
+def test_modules_that_only_workers_have_imported(tmp_path, monkeypatch):
+    path = tmp_path / "imported_late.py"
+    path.write_text("value = 1\n")
+    written = path.stat().st_mtime_ns
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("imported_late")
+    imported = stamps(since=written + 1)
+    late = stamps(since=written)  # it may have been edited after it was imported
+    del sys.modules["imported_late"]
+    modules = EditedModules()
+    modules.note()
+    assert str(path) not in modules.stamps
+    modules.learn(imported)
+    assert not modules.outdated(shipped=False)
+    modules.learn(late)  # what is known from before counts
+    assert not modules.outdated(shipped=False)
+    path.write_text("value = 22\n")
+    assert modules.outdated(shipped=False)
+    fresh = EditedModules()
+    fresh.learn(late)
+    assert fresh.outdated(shipped=False)
