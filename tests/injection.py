@@ -2,11 +2,12 @@
 
 `tests/test_ends.py` and `tests/ray/test_ray_ends.py` try a part of this. All of it, over two workers too:
 
-    python tests/injection.py [--workers 2] [WORD ...]
+    python tests/injection.py [--workers 2] [--part 1/3] [WORD ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import logging
@@ -280,15 +281,18 @@ def trainer_options(folder: Path, **options: Any) -> dict[str, Any]:
 def main() -> None:
     """Try everything, and print what came of it."""
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
-    words = sys.argv[1:]
-    workers = int(words.pop(words.index("--workers") + 1)) if "--workers" in words else 0
-    words = [word for word in words if word != "--workers"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=0, help="over Ray; 0: in this process")
+    parser.add_argument("--part", default="1/1", help="which part of how many")
+    parser.add_argument("words", nargs="*", help="only what has one of these in its name")
+    given = parser.parse_args()
+    workers, words, (part, parts) = given.workers, given.words, map(int, given.part.split("/"))
     where = {"strategy": "ddp", "num_processes": workers} if workers else {"strategy": "local"}
 
     def make(**options: Any) -> raytrainer.Trainer:
         return raytrainer.Trainer(**trainer_options(Path(tempfile.gettempdir()), **where, **options))
 
-    failed = 0
+    failed = count = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in ("all", *FAULTS):
             Path(folder, name).mkdir()
@@ -303,6 +307,9 @@ def main() -> None:
                 if (place, fault) == ("Module.configure_callbacks", "sigterm"):
                     continue  # nothing has begun: SIGTERM does what it does outside of runs
                 if words and not any(word in f"{place} {fault}" for word in words):
+                    continue
+                count += 1
+                if count % parts != part % parts:
                     continue
                 began = time.monotonic()
                 with tempfile.TemporaryDirectory() as own:

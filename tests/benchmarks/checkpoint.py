@@ -2,7 +2,7 @@
 
 Beside it: a bare copy into buffers that are used again, `torch.distributed.checkpoint.async_save` (default and with a
 kept `DefaultStager`), `torch.save`, and Lightning's `save_checkpoint` (if installed). Then: how much slower steps are
-while the write goes on.
+while the write goes on. Before all that: what checksums cost, of writing to the disk and of reading.
 
 Run: python tests/benchmarks/checkpoint.py [--rounds 5] [--megabytes 400] [--devices cpu cuda]
 """
@@ -10,12 +10,14 @@ Run: python tests/benchmarks/checkpoint.py [--rounds 5] [--megabytes 400] [--dev
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import shutil
 import statistics
 import tempfile
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raytrainer
+from raytrainer.checkpointing import checkpoint_files, checksums
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 
 
 class Model(raytrainer.Module):
@@ -152,6 +156,45 @@ def lightning_save(model: Model, folder: str) -> float:
     return time.perf_counter() - begun
 
 
+def write(path: str, state: dict[str, Any], hashes: bool) -> float:
+    """Seconds until a checkpoint is on the disk, without its checksums if so told."""
+    begun = time.perf_counter()
+    with contextlib.nullcontext() if hashes else unittest.mock.patch.object(checksums.xxhash, "xxh3_128", NoHash):
+        write_checkpoint(path, state)
+    return time.perf_counter() - begun
+
+
+def read(path: str, hashes: bool) -> float:
+    begun = time.perf_counter()
+    with contextlib.nullcontext() if hashes else unittest.mock.patch.object(checkpoint_files, "check_file", nothing):
+        read_checkpoint(path)
+    return time.perf_counter() - begun
+
+
+class NoHash:
+    def __init__(self, data: Any = b"") -> None:
+        pass
+
+    def update(self, data: Any) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return "0" * 32
+
+
+def nothing(*args: Any) -> None:
+    pass
+
+
+def checksum_costs(megabytes: int, folder: str, rounds: int) -> None:
+    state, path = {"state_dict": dict(Model(megabytes).state_dict())}, f"{folder}/summed.ckpt"
+    written = interleaved({str(h): lambda h=h: write(f"{path}{h}", state, h) for h in (False, True)}, rounds)
+    found = interleaved({str(h): lambda h=h: read(f"{path}True", h) for h in (False, True)}, rounds)
+    for name, sides in (("writing", written), ("reading", found)):
+        ratio = statistics.median(sides["True"]) / statistics.median(sides["False"])
+        print(f"{name} with checksums: {ratio:.3f} of the time without")
+
+
 def slowdown(megabytes: int, folder: str, device: torch.device, strategy: str) -> float:
     """Median time between steps while a write goes on, over that without any."""
     calm, busy = Model(megabytes), Model(megabytes)
@@ -167,12 +210,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3, help="runs with and without writing, for the slow-down")
+    parser.add_argument("--checksums", action="store_true", help="what these cost, and nothing else")
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--devices", nargs="+", default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        checksum_costs(arguments.megabytes, folder, 4 * arguments.rounds)
+    if arguments.checksums:
+        return
     for device in map(torch.device, arguments.devices):
         folder = tempfile.mkdtemp()
         model = Model(arguments.megabytes).to(device)

@@ -1,10 +1,11 @@
 """A run whose nodes come and go: how soon a new one is used, and what notices of preemption at random moments cost.
 
-    python tests/benchmarks/notices.py --notices 30
+    python tests/benchmarks/notices.py --notices 30 [--seconds 600] [--seed 1]
 
 Raylets on this machine stand for nodes. First a run on one node finds a second; then random nodes are drained, as an
-autoscaler does on a notice, and removed once they are left. Exits with 1 where the end is not that of an undisturbed
-run, a step was lost or trained twice, growth took more than ten seconds, or something is left over.
+autoscaler does on a notice, and removed once they are left; each one prints a line. When time is up, no more are given,
+and the verdict is on those that there were: another seed goes on. Exits with 1 where the end is not that of an
+undisturbed run, a step was lost or trained twice, growth took more than ten seconds, or something is left over.
 """
 
 from __future__ import annotations
@@ -74,31 +75,37 @@ class Grows(raytrainer.Callback):
 class Notices(raytrainer.Callback):
     """Has nodes drained at random moments, one after the other; there is always one that nobody uses."""
 
-    def __init__(self, cluster: Any, count: int, rng: random.Random) -> None:
-        self.cluster, self.left, self.rng = cluster, count, rng
+    def __init__(self, cluster: Any, count: int, seconds: float, rng: random.Random) -> None:
+        self.cluster, self.count, self.rng, self.given, self.noticed = cluster, count, rng, 0, 0.0
         self.drained: Any = None
-        self.next = time.monotonic() + 1.0
+        self.began = time.monotonic()
+        self.next, self.end = self.began + 1.0, self.began + seconds
 
     def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:
         used = set(trainer._run.coordinator.group.by_node)
         if self.drained is not None:
             if self.drained.node_id in used:
                 return
+            left = f"left after {time.monotonic() - self.noticed:.1f} s, at step {trainer.global_step}"
+            print(f"notice {self.given}, {self.noticed - self.began:.0f} s from the beginning: {left}", flush=True)
             self.cluster.nodes.remove(self.drained)
             self.cluster.remove_node(self.drained, allow_graceful=False)
             self.cluster.nodes.append(self.cluster.add_node(num_cpus=1))
             self.drained, self.next = None, time.monotonic() + self.rng.uniform(0.0, 2.0)
-        elif self.left and time.monotonic() >= self.next:
-            self.left -= 1
+        elif self.given == self.count or time.monotonic() > self.end:
+            trainer.should_stop = True
+        elif time.monotonic() >= self.next:
+            self.given, self.noticed = self.given + 1, time.monotonic()
             self.drained = self.rng.choice([node for node in self.cluster.nodes if node.node_id in used])
             drain(self.cluster, self.drained)
-        elif not self.left:
-            trainer.should_stop = True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--notices", type=int, default=30)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="for notices; the rest takes a minute or two"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
@@ -123,13 +130,14 @@ def main() -> int:
             if not 0 < grows.seconds <= SOON:
                 bad.append("growth")
             cluster.nodes.append(cluster.add_node(num_cpus=1))
-            notices, moved, began = Notices(cluster, given.notices, random.Random(given.seed)), Slow(), time.monotonic()
+            notices = Notices(cluster, given.notices, given.seconds, random.Random(given.seed))
+            moved, began = Slow(), time.monotonic()
             options |= {"num_nodes": 2, "snapshot_every": None}
             trainer, rows = run(moved, folder, callbacks=[notices], **options)
             seconds = [found.seconds for found in trainer.recoveries]
             lost = sum(found.replayed_batches for found in trainer.recoveries)
             print(
-                f"{given.notices} notices, {len(seconds)} moves of {min(seconds):.1f} to {max(seconds):.1f} s, "
+                f"{notices.given} notices, {len(seconds)} moves of {min(seconds):.1f} to {max(seconds):.1f} s, "
                 f"{trainer.global_step} steps in {time.monotonic() - began:.0f} s, {lost} batches trained again",
                 flush=True,
             )
@@ -140,7 +148,7 @@ def main() -> int:
                 bad.append("other weights")
             if [row for row in rows if "loss_step" in row[1]] != [row for row in calm_rows if "loss_step" in row[1]]:
                 bad.append("other rows")
-            if lost or len(seconds) != given.notices:
+            if lost or len(seconds) != notices.given:
                 bad.append("lost steps, or moves that were none")
     finally:
         idle_pool.close_idle()
