@@ -36,8 +36,8 @@ from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
-#: Seconds that other workers have to answer when one has failed, as Ray's groups give them.
-PATIENCE = 2.0
+#: Seconds that other workers have to answer when one has failed. One that has not is ended with the group.
+PATIENCE = 0.5
 
 # a fork of a process whose torch knows GPUs cannot run backward passes
 FORK = multiprocessing.get_context("forkserver" if torch.cuda.device_count() else "fork")

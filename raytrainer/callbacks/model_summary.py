@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from raytrainer.callbacks._progress_display import is_live
 from raytrainer.callbacks.callback import Callback
 from raytrainer.cells import html_table, in_notebook, show_html
 from raytrainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.module import Module
 
@@ -72,10 +72,14 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: RunningTrainer, module: Module) -> None:
         """Print it."""
+        from rich.console import Console  # not in workers, which import this module too
+
         self.show(Console(), summarize(module, self.max_depth), total(module))
 
     def show(self, console: Console, rows: Sequence[ModuleRow], totals: ModuleTotals) -> None:
         """Print it as a table for terminals, or elsewhere in plain columns."""
+        from raytrainer.callbacks._progress_display import is_live
+
         if in_notebook():
             cells = [("", "Name", "Type", "Params", "Mode"), *(_cells(number, row) for number, row in enumerate(rows))]
             show_html(html_table(cells, total_lines(totals), numbers=[3]), plain_text(rows, totals))
@@ -136,6 +140,8 @@ def show_rich(console: Console, rows: Sequence[ModuleRow], totals: ModuleTotals)
 
 def rich_table(rows: Sequence[ModuleRow]) -> Table:
     """The table for a terminal."""
+    from rich.table import Table
+
     table = Table(header_style="bold")
     for title in ("", "Name", "Type"):
         table.add_column(title)

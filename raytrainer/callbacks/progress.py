@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.callbacks._progress_display import Display, make_display
 from raytrainer.callbacks.callback import Callback
 from raytrainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from raytrainer.callbacks._progress_display import Display
     from raytrainer.callbacks.running_trainer import RunningTrainer
     from raytrainer.messages import EvaluationReport, TrainReport
     from raytrainer.module import Module
@@ -57,6 +57,8 @@ class ProgressBar(Callback):
         self._close()
         self._evaluating = self._begun = False
         if self.refresh_rate > 0:
+            from raytrainer.callbacks._progress_display import make_display  # and rich, which workers do without
+
             self._display = make_display(self.refresh_rate, self.leave)
 
     def teardown(self, trainer: RunningTrainer, module: Module, stage: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from raytrainer.callbacks.model_summary import ModelSummary, ModuleRow, ModuleTotals, show_rich
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["RichModelSummary"]
 

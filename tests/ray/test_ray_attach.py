@@ -120,7 +120,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     try:
         eventually(lambda: "will now block" in log.read_text() or process.poll() is not None, PATIENCE, "a head node")
         assert process.poll() is None, log.read_text()
-        host = Path("/tmp/ray/ray_current_cluster").read_text().rpartition(":")[0]
+        host = Path(os.environ.get("TMPDIR", "/tmp"), "ray/ray_current_cluster").read_text().rpartition(":")[0]
         yield {
             "member": f"{host}:{port}",
             "client": f"ray://{host}:{client_port}",
