@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.checkpointing.places import locate
 from raytrainer.checkpointing.reservations import require_writable
-from raytrainer.data.ray.columns import prediction_columns
+from raytrainer.data.ray.prediction_columns import prediction_columns
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
 

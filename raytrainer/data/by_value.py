@@ -13,13 +13,15 @@ import pickle
 import sys
 from collections import ChainMap
 from multiprocessing import context, reduction
+from multiprocessing.process import BaseProcess
+from types import FunctionType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from raytrainer.private import ray_private
 
-__all__ = ["start_by_value"]
+__all__ = ["start_all_by_value", "start_by_value"]
 
 
 def start_by_value(loader: DataLoader[Any]) -> None:
@@ -33,6 +35,13 @@ def start_by_value(loader: DataLoader[Any]) -> None:
     method = (given or multiprocessing).get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if method in _CONTEXTS:
         loader.multiprocessing_context = _CONTEXTS[method]()
+
+
+def start_all_by_value() -> None:
+    """Have any process that is started here so, by whomever (a loader that is made in a user's `__iter__`, say)."""
+    if _main_is_elsewhere():
+        process: Any = BaseProcess
+        process.__reduce__ = _ByValue.__reduce__
 
 
 def _main_is_elsewhere() -> bool:
@@ -61,7 +70,26 @@ def _handed_over() -> dict[Any, Any]:
 def _rebuilt(kind: Any, attributes: bytes) -> Any:
     process = kind.__new__(kind)
     process.__dict__.update(pickle.loads(attributes))
+    pickler: Any = reduction.ForkingPickler
+    pickler.reducer_override = _by_value_back
     return process
+
+
+def _by_value_back(pickler: Any, thing: Any) -> Any:
+    """How a process that was started by value pickles what it sends: batches may be of such classes too.
+
+    Where it comes from, its class is known by what cloudpickle has numbered it with, so that it is the same one there.
+    """
+    if isinstance(thing, (type, FunctionType)) and thing.__module__ == "__main__":
+        if thing not in _pickled:
+            stream = io.BytesIO()
+            ray_private.pickler_by_value()(stream).dump(thing)
+            _pickled[thing] = stream.getvalue()
+        return pickle.loads, (_pickled[thing],)
+    return NotImplemented
+
+
+_pickled: dict[Any, bytes] = {}
 
 
 class _SpawnProcess(_ByValue, context.SpawnProcess):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from raytrainer.data.changed_collections import differ
 from raytrainer.data.memories import (
     STREAMS,
     Memory,
@@ -20,6 +21,7 @@ from raytrainer.data.memories import (
     seed_own_generators,
     to_store,
 )
+from raytrainer.data.reading_alike import Order
 from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
 from raytrainer.data.shared_streams import SharedStream, is_shared
 from raytrainer.data.streams import LoaderStream, stream_of
@@ -44,11 +46,17 @@ class EpochState:
         loader: A copy of the user's loader, or the user's iterable.
         batches: What decides on a DataLoader's batches, if anything does.
         seed: The run's seed.
+
+    Attributes:
+        order: Watches a loader of the user's own making.
     """
 
     def __init__(self, loader: Any, batches: ShardedBatches | None, seed: int) -> None:
         self.stream, self.seed = stream_of(loader), seed
         self._shuffling = shuffling_steps(loader)
+        self._batches = batches
+        self.order: Order | None = None
+        self._apart = False
         self._roots = _remembering(loader, batches)
         self._new = [remembered(root) for root in self._roots]
         self._began: list[Memory] = [{} for _ in self._roots]
@@ -59,6 +67,11 @@ class EpochState:
         self._resumed: dict[str, Any] | None = None
         self._ended: Any = None  # the state of a stream that counts epochs itself, in the epoch before
         self._rng: dict[str, Any] | None = None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a loader can begin at any batch: those that were given are the first that it has asked for."""
+        return not self._apart
 
     # ---------------------------------------------------------------- an epoch
 
@@ -117,6 +130,7 @@ class EpochState:
     def _put_back(self, epoch: int, skip: int, before: Past) -> int:
         shared = self.stream if self.goes_on(epoch) else None
         found, self._resumed, self._rng = self._resumed, None, None
+        self._apart = found is not None and found["epoch"] == epoch and bool(found.get("apart"))
         if self.stream is not None:
             self.stream.begin(epoch)
         if self._ended is not None and isinstance(self.stream, LoaderStream):
@@ -124,10 +138,12 @@ class EpochState:
         self._ended = None
         if found is None or found["epoch"] != epoch:
             return 0
+        self._compare(found.get("order"))
         if isinstance(shared, SharedStream) and found.get("others"):
             further = before[-1][1] - found["batch"] if before else 0
             state = shared.load(from_store(found["stream"], shared.owner), further)
             self._kept = {"batch": 0, "rng": None, "stream": to_store(state, shared.owner)}
+        if found.get("others"):
             return 0
         if not (0 if shared is not None else 1) <= found["batch"] <= skip:
             return 0
@@ -141,6 +157,18 @@ class EpochState:
         self.stream.load(from_store(found["stream"], self.stream.owner))
         position: int = found["batch"]
         return position
+
+    def _compare(self, order: int | None) -> None:
+        """Say so where a sampler has drawn another order than in the run that this one goes on from."""
+        batches = self._batches
+        if order is None or batches is None or batches.order_sum() in (None, order) or batches.rank:
+            return
+        log.warning(
+            "%s has drawn another order for this epoch than the run that goes on here had: some samples will come "
+            "twice and others not at all. Unless data or settings are others now, its order depends on what cannot be "
+            "found in it, such as a generator of its module: make that an attribute, draw from (seed, epoch) with "
+            "set_epoch(epoch), or give it state_dict and load_state_dict.", type(batches.users).__name__,
+        )  # fmt: skip
 
     def counts(self, position: int) -> list[int]:
         """Batches that each of the loader's processes has made before."""
@@ -167,7 +195,8 @@ class EpochState:
         stream = None
         if self.stream is not None:
             try:
-                stream = to_store(self.stream.state(), self.stream.owner)
+                state = self.stream.state()
+                stream = None if state is None else to_store(state, self.stream.owner)
             except CheckpointError as error:
                 log.warning("A resumed run will read this epoch again up to where it was: %s", error)
                 self.stream = None if self.stream.kind != "processes" else self.stream
@@ -175,12 +204,22 @@ class EpochState:
 
     def state(self) -> dict[str, Any] | None:
         now = self._memories()
-        if self._kept is None and not any(self._began) and not any(now):
+        order = self._batches.order_sum() if self._batches is not None and self._started else None
+        apart = self._apart or (self.order is not None and not self.order.kept)
+        if self._kept is None and not any([*self._began, *now, apart]) and order is None:
             return None
         kept = self._kept or {"batch": 0, "rng": None, "stream": None}
         stream = self.stream
         form = None if stream is None else [stream.kind, stream.processes]
-        return {"epoch": self._epoch, "began": self._began, "now": now, "form": form, **kept}
+        return {
+            "epoch": self._epoch,
+            "began": self._began,
+            "now": now,
+            "order": order,
+            "apart": apart,
+            "form": form,
+            **kept,
+        }
 
     def take(self, state: dict[str, Any] | None, stage: str) -> None:
         if state is None:
@@ -213,11 +252,22 @@ def _counts_unseen(loader: Any) -> bool:
     return not restarted and not has_state(loader) and bool(remembered(dataset))
 
 
-def of_all_workers(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What another number of workers can go on with, of what `EpochState.state` gave on one; None: nothing."""
-    if state is None or (state.get("form") or [None])[0] != SharedStream.kind:
+def of_all_workers(states: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What another number of workers can go on with, of what `EpochState.state` gave on each; None: nothing.
+
+    A stream of all workers together goes on. What samplers and loaders have counted does where it is the same on all.
+    """
+    first = states[0]
+    if first is None or "began" not in first:
         return None
-    return {**state, "others": True, "began": [], "now": []}
+    alike = all(
+        state is not None and not any(differ(state[name], first[name]) for name in ("epoch", "began", "now"))
+        for state in states
+    )
+    memories: dict[str, Any] = {} if alike else {"began": [], "now": []}
+    if (first["form"] or [None])[0] == SharedStream.kind:
+        return {**first, **memories, "others": True, "order": None}
+    return {**first, **memories, "others": True, "order": None, "stream": None, "rng": None} if alike else None
 
 
 def _remembering(loader: Any, batches: ShardedBatches | None) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import weakref
@@ -20,17 +19,17 @@ from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
 from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
+from raytrainer.data.reading_alike import Order, begun_alike, read_again, read_alike
 from raytrainer.data.refused_loaders import require_loader, without_batches
 from raytrainer.data.sharded_loader import length_of, shard_loader
 from raytrainer.data.sharding import Share
-from raytrainer.data.streams import Requests
+from raytrainer.data.streams import BegunAlike, Requests
 from raytrainer.data.web_pipelines import shuffling_steps
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
 from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
 from raytrainer.private.torch_private import forget_iterator, take_iterator
-from raytrainer.seeding import host_generators
 
 __all__ = ["Feed"]
 
@@ -203,7 +202,7 @@ class Feed:
             self._drawing.skip_to(0)
         self.draw()
         position = self._state.resume(epoch, skip, self._before)
-        if self.batches is not None:
+        if self.batches is not None and self._state.in_order:
             position = skip
             self.batches.skip_to(skip)
         if self.reader is not None:
@@ -212,8 +211,7 @@ class Feed:
             self.reader.generator = torch.Generator().manual_seed(seed)
             if self._drawing is None:
                 self._seed_requests(self.reader, seed, position)
-        alike = self.share.readers > 1 or self._replays() or self._reads_ahead()
-        iterator = self._state.read(self._read_alike(epoch, position) if alike else self._iterate())
+        iterator = self._state.read(self._read(epoch, position))
         for _ in range(position, skip):  # a loader that cannot skip is replayed
             if next(iterator, END) is END:
                 break
@@ -222,25 +220,40 @@ class Feed:
         self._state.about_to_read()
         return LookAhead(iterator, agree if self.ends_unannounced else None, self._state.keep, skip)
 
-    def _replays(self) -> bool:
-        """Whether a resumed run reads the epoch again, in this process: what is drawn there must then be the same."""
-        if self.stage != "train" or self.batches is not None or self._state.stream is not None:
-            return False
-        if self.reader is None:
-            return not isinstance(self.loader, (list, tuple))
-        return not self.reader.num_workers and library_of(self.reader.dataset) not in STREAMS
+    def _read(self, epoch: int, position: int) -> Iterator[Any]:
+        """The loader's batches, with generators seeded where that is needed."""
 
-    def _reads_ahead(self) -> bool:
+        def seed(batch: int) -> int:
+            # streams draw their order with the first
+            own = () if batch == 0 and self.batches is None else (self.share.index,)
+            return derive_seed(self.seed, "reader", self.stage, *own, epoch, batch)
+
+        apart, reader = self._reads_apart(), self.reader
+        again = self.stage == "train" and self.batches is None and self._state.stream is None
+        if apart or self.share.readers > 1 or (again and read_again(self.loader, reader)):
+            iterator = read_alike(self._iterate, seed, position)
+            return iterator if apart is None else apart.watched(iterator)
+        in_process = reader is None or not reader.num_workers
+        if self._drawing is None and in_process and not position and not isinstance(self.loader, (list, tuple)):
+            return begun_alike(self._iterate, seed(0))
+        return self._iterate()
+
+    def _reads_apart(self) -> Order | None:
         """Whether the user's way of reading may be ahead of what it gives, so that each batch is to have its own seed.
 
-        In this process, that is. A thread of the user's that reads is left alone, as it runs beside the training.
+        A thread of the user's that reads is left alone, as it runs beside the training.
         """
         reader, drawing = self.reader, self._drawing
-        plain = self.loader is reader and reads_plainly(reader)
-        if plain or drawing is None or reader is None or reader.num_workers or self.stage != "train":
-            return False
+        if (
+            drawing is None
+            or reader is None
+            or self.stage != "train"
+            or (self.loader is reader and reads_plainly(reader))
+        ):
+            return None
         drawing.seeding = threading.get_ident()
-        return True
+        self._state.order = self._state.order or Order(reader, drawing)
+        return self._state.order
 
     def _seed_requests(self, loader: DataLoader[Any], seed: int, position: int) -> None:
         """Have the processes that read an iterable dataset draw from (seed, process, batch)."""
@@ -249,7 +262,10 @@ class Feed:
         batched = loader.batch_sampler is not None
         if self._requests is None:
             self._requests = Requests(loader.batch_size if batched else None)
-        self._requests.begin(seed, self._state.counts(position))
+        first = derive_seed(self.seed, "processes", self.stage, self._epoch or 0)
+        self._requests.begin(seed, self._state.counts(position), first)
+        if loader.worker_init_fn is None or isinstance(loader.worker_init_fn, BegunAlike):
+            loader.worker_init_fn = BegunAlike(first)
         loader.__dict__["batch_sampler" if batched else "sampler"] = self._requests
 
     def _iterate(self) -> Iterator[Any]:
@@ -272,22 +288,6 @@ class Feed:
                 shutdown()
         if self.reader is not None:
             forget_iterator(self.reader)
-
-    def _read_alike(self, epoch: int, begin: int) -> Iterator[Any]:
-        """Batches that are random in the same way on all readers of the share, and whenever they are read again.
-
-        What is drawn in this process (by samplers, and by datasets without loader processes) depends on (seed, share,
-        epoch, batch) alone, and leaves the generators of the training (dropout) as they are.
-        """
-        iterator: Iterator[Any] | None = None
-        for position in itertools.count(begin):
-            with host_generators(derive_seed(self.seed, "reader", self.stage, self.share.index, epoch, position)):
-                if iterator is None:
-                    iterator = self._iterate()
-                batch = next(iterator, END)
-            if batch is END:
-                return
-            yield batch
 
     # ---------------------------------------------------------------- state
 

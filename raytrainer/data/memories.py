@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from raytrainer.checkpointing.restored_values import unpack_hyperparameters
 from raytrainer.checkpointing.typed_values import NoForm, pack
+from raytrainer.data import changed_collections
+from raytrainer.data.changed_collections import copied, differ, is_collection, restored, stored
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.seeds import derive_seed
 
@@ -39,7 +41,8 @@ __all__ = [
     "to_store",
 ]
 
-#: What objects remembered: by the way from the root, changed counters (".inner.epoch") and states (".inner()").
+#: What objects remembered, by the way from the root: changed counters and collections (".inner.epoch"), and states
+#: (".inner()").
 Memory = dict[str, Any]
 
 #: Objects to look into at most: a sampler that holds more than that holds data.
@@ -50,6 +53,9 @@ FEW = 16
 
 #: Libraries of streams, which draw their order from seeds and epochs of their own.
 STREAMS = ("datasets", "litdata", "streaming", "webdataset", "torchdata")
+
+#: What an attribute that counts is.
+COUNTERS = (type(None), bool, int, float, str)
 
 #: What neither is a sampler nor holds one.
 NO_PARTS = (Dataset, DataLoader, torch.Tensor, nn.Module, type)
@@ -141,7 +147,7 @@ def seed_own_generators(sampler: Any, seed: int) -> None:
 
 
 def remembered(root: Any, beginning: Memory | None = None) -> Memory:
-    """Counters (plain numbers, texts and the like) of `root` and of samplers in it, and states of samplers.
+    """Counters (plain numbers, texts and the like) and collections of `root` and of samplers in it; states of samplers.
 
     Args:
         root: A sampler, or what gives batches or samples, whose own state would be a position. Of a DataLoader: what
@@ -153,11 +159,17 @@ def remembered(root: Any, beginning: Memory | None = None) -> Memory:
         if _keeps_itself(path, part):
             with contextlib.suppress(CheckpointError):  # it cannot be kept
                 found[f"{path}()"] = to_store(part.state_dict(), part)
-        else:
-            found |= {name: vars(part)[name.rpartition(".")[2]] for name in _counters(path, part)}
+            continue
+        for name, value in _values(root, path, part).items():
+            if beginning is None:
+                found[name] = copied(value) if is_collection(value) else value
+            elif name not in beginning or differ(beginning[name], value):
+                form = stored(value, beginning.get(name)) if is_collection(value) else value
+                if form is not None or value is None:
+                    found[name] = form
     if beginning is None:
         return found
-    return {key: value for key, value in found.items() if key not in beginning or _differ(beginning[key], value)}
+    return {key: value for key, value in found.items() if not key.endswith("()") or _differ(beginning.get(key), value)}
 
 
 def recall(root: Any, memory: Memory) -> None:
@@ -167,19 +179,36 @@ def recall(root: Any, memory: Memory) -> None:
             part.load_state_dict(from_store(memory[f"{path}()"], part))
         for name, value in memory.items():
             owner, _, attribute = name.rpartition(".")
-            if owner == path and not name.endswith("()") and hasattr(part, "__dict__") and hasattr(part, attribute):
-                part.__dict__[attribute] = value
+            if owner != path or name.endswith("()"):
+                continue
+            made = getattr(part, attribute, None)
+            with contextlib.suppress(AttributeError):  # it has no place for what another class had
+                object.__setattr__(part, attribute, restored(value, made) if isinstance(value, dict) else value)
 
 
 def _keeps_itself(path: str, part: Any) -> bool:
     return (bool(path) or isinstance(part, Sampler)) and has_state(part)
 
 
-def _counters(path: str, part: Any) -> list[str]:
-    """Names of attributes, after their owner's path, that may count."""
-    if not hasattr(part, "__dict__") or (path and not isinstance(part, Sampler) and not hasattr(part, "__iter__")):
-        return []
-    return [f"{path}.{name}" for name, v in vars(part).items() if v is None or type(v) in (bool, int, float, str)]
+def _values(root: Any, path: str, part: Any) -> Memory:
+    """Attributes, by the way to them, that may count, or hold an order."""
+    helps = isinstance(part, Sampler) or hasattr(part, "__iter__") or library_of(part) == library_of(root)
+    if path and not helps:
+        return {}
+    found = {f"{path}.{name}": value for name, value in _attributes(part).items()}
+    # what gives samples itself may have all of its data in lists
+    most = changed_collections.MOST if isinstance(root, Sampler) else changed_collections.FEW
+    return {name: value for name, value in found.items() if type(value) in COUNTERS or is_collection(value, most)}
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    found = dict(getattr(part, "__dict__", {}))
+    for kind in type(part).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(part, name):
+                found[name] = getattr(part, name)
+    return found
 
 
 def _is_generator(part: Any) -> bool:
@@ -205,7 +234,7 @@ def _parts(root: Any, deep: bool = True) -> Iterator[tuple[str, Any]]:
         yield path, part
         if not deep:
             return
-        for name, value in list(getattr(part, "__dict__", {}).items()):
+        for name, value in _attributes(part).items():
             items: list[tuple[Any, Any]] = [("", value)]
             if isinstance(value, (list, tuple)) and len(value) <= FEW:
                 items = [(f"[{index}]", item) for index, item in enumerate(value)]
@@ -222,6 +251,6 @@ def _is_part(value: Any) -> bool:
         return False
     return (
         library_of(value) not in (*FOREIGN, *STREAMS)
-        and hasattr(value, "__dict__")
+        and (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
         and not hasattr(kind, "__getitem__")
     )

@@ -23,6 +23,7 @@ __all__ = [
     "front_of",
     "inner_loader",
     "kept_readers",
+    "loaders_in",
     "part_at",
     "reads_plainly",
     "with_part",
@@ -30,6 +31,9 @@ __all__ = [
 
 #: Wrappers around wrappers, at most.
 DEPTH = 3
+
+#: Items of a list or dict to look into at most.
+FEW = 64
 
 
 class StandIn(Iterator[Any]):
@@ -119,6 +123,26 @@ def inner_loader(wrapper: Any) -> tuple[str, ...] | None:
                     deeper.append(((*way, name), value))
         level = deeper
     return ways[0] if len(ways) == 1 else None
+
+
+def loaders_in(thing: Any, depth: int = DEPTH) -> list[DataLoader[Any]]:
+    """DataLoaders that an iterable holds, also in lists and dicts."""
+    found: list[DataLoader[Any]] = []
+    for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
+        items = (
+            list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        for item in items[:FEW]:
+            if isinstance(item, DataLoader):
+                found.append(item)
+            elif (
+                depth > 1
+                and hasattr(item, "__dict__")
+                and hasattr(item, "__iter__")
+                and not hasattr(item, "__getitem__")
+            ):
+                found += loaders_in(item, depth - 1)
+    return found
 
 
 def part_at(wrapper: Any, way: tuple[str, ...]) -> Any:

@@ -18,6 +18,7 @@ from raytrainer.data.own_readers import (
     front_of,
     inner_loader,
     kept_readers,
+    loaders_in,
     part_at,
     reads_plainly,
     with_part,
@@ -78,6 +79,8 @@ def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Set
         return _sharded(loader, *arguments)
     way = inner_loader(loader)
     if way is None:
+        if stage == "train" and share.count > 1 and settings.use_distributed_sampler:
+            _refuse_whole(loader, share)
         return ShardedLoader(loader)
     inner = part_at(loader, way)
     sharded = shard_loader(inner, *arguments)
@@ -94,6 +97,25 @@ def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Set
     front = with_part(loader, way, sharded.loader)
     in_step = sharded.in_step and alike and not has_state(loader)
     return ShardedLoader(front, sharded.reader, sharded.batches, sharded.stand_in, in_step)
+
+
+def _refuse_whole(loader: Any, share: Share) -> None:
+    """Raise a DataError if an iterable holds loaders each of which would be read whole by every worker."""
+    if isinstance(loader, (DataLoader, list, tuple, dict)):
+        return
+    whole = [
+        inner
+        for inner in loaders_in(loader)
+        if not isinstance(inner.dataset, IterableDataset) and own_part(inner.batch_sampler or inner.sampler) is None
+    ]
+    if whole:
+        raise DataError(
+            f"the train loader {type(loader).__name__} holds {len(whole)} DataLoader(s), and how it reads them is not "
+            f"known here: each of {share.count} workers would read all of their samples. Give the loaders themselves "
+            f"(a dict or list of them, or a CombinedLoader with a mode), or each of them a DistributedSampler with "
+            f"rt.world_size() and rt.rank(); or say use_distributed_sampler=False where it shards them in a way of "
+            f"its own."
+        )
 
 
 def _with_kept_reader(

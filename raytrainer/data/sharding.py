@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import capture_rng, restore_rng, rng_untouched, seed_generators, seed_host
 
 __all__ = ["IndexShard", "ShardedBatches", "Share", "is_plain_batching", "is_plain_shuffle"]
+
+
+COMPARED = 256  #: Indices, or batches, at the beginning of an epoch that tell one order from another.
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,10 @@ def drawn(source: Any, seed: int, global_seed: int) -> list[Any]:
     with rng_untouched():
         seed_own_generators(source, seed)
         seed_generators(global_seed)
+        length = len(source)  # which is of the next epoch, maybe, once a sampler has begun this one
         iterator = iter(source)
-        found = list(itertools.islice(iterator, len(source)))
-        # a length may be known better now that batches have been made; and one more lets a sampler come to its end
+        found = list(itertools.islice(iterator, length))
+        # it may be known better now that batches have been made; and one more lets a sampler come to its end
         found += itertools.islice(iterator, max(0, len(source) - len(found)))
         next(iterator, None)
         return found
@@ -95,8 +100,7 @@ class IndexShard(Sampler[Any]):
     """
 
     def __init__(self, source: Any, share: Share, seed: int) -> None:
-        self.source, self.share, self.seed = source, share, seed
-        self.epoch = 0
+        self.source, self.share, self.seed, self.epoch = source, share, seed, 0
         self.begin = 0  # samples at the front that are done already, by a group of another size
         self.drawn: list[Any] | None = None  # a user's sampler's indices of this epoch
 
@@ -155,6 +159,7 @@ class ShardedBatches(Sampler[list[Any]]):
         sealed: See `with_seed`: nobody looks at indices on their way.
         seeding: The thread in which indices are asked for while generators may be seeded for what is read by them;
             whoever sets it puts them back. None: they are left alone.
+        asked_in: In which thread batches were asked for, where they are seeded.
     """
 
     def __init__(
@@ -169,7 +174,7 @@ class ShardedBatches(Sampler[list[Any]]):
         alone: bool = False,
     ) -> None:
         self.source, self.share, self.seed, self.pad, self.seeded = source, share, seed, pad, seeded
-        self.sealed = True
+        self.sealed, self.asked_in = True, 0
         self.seeding: int | None = None
         self.rank, self.alone = rank, alone
         inner = getattr(source, "sampler", source) if is_plain_batching(source) else source
@@ -199,6 +204,11 @@ class ShardedBatches(Sampler[list[Any]]):
             self.shard.draw()
         elif self.drawn is None and _has_length(self.source):
             self.drawn = drawn(self.source, *self._seeds())
+
+    def order_sum(self) -> int | None:
+        """A checksum of the order that a user's sampler has drawn for this epoch; None: of what is drawn here."""
+        found = self.drawn if self.shard is None else self.shard.drawn
+        return None if found is None else zlib.crc32(repr((len(found), found[:COMPARED])).encode())
 
     def _seeds(self) -> tuple[int, int]:
         seed = derive_seed(self.seed, "batches", self.epoch)
@@ -263,7 +273,8 @@ class ShardedBatches(Sampler[list[Any]]):
     def _with_seeds(self, batches: Iterator[list[Any]]) -> Iterator[Any]:
         for position, batch in enumerate(batches, self.skip):
             seed = derive_seed(self.seed, "loader", self.rank, self.epoch, position)
-            if self.seeding == threading.get_ident():
+            self.asked_in = threading.get_ident()
+            if self.seeding == self.asked_in:
                 seed_host(seed)
             yield with_seed(batch, seed, self.sealed) if self.seeded else batch
 

@@ -17,7 +17,7 @@ from raytrainer.data.shared_streams import SharedStream, is_shared
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import seed_generators
 
-__all__ = ["DatasetStream", "LoaderStream", "ProcessesStream", "Requests", "Stream", "stream_of"]
+__all__ = ["BegunAlike", "DatasetStream", "LoaderStream", "ProcessesStream", "Requests", "Stream", "stream_of"]
 
 
 class LoaderStream:
@@ -50,7 +50,9 @@ class LoaderStream:
         self.load({"root": self.loader.root.state_dict(), "num_yielded": 0})
 
     def state(self) -> Any:
-        return self.loader.state_dict()
+        """None where there is only a number of batches: torchdata's loader would read an epoch again, without seeds."""
+        state = self.loader.state_dict()
+        return state if not isinstance(self.loader, DataLoader) or _knows_more(state) else None
 
     def load(self, state: Any) -> None:
         self.loader.load_state_dict(state)
@@ -137,6 +139,23 @@ class ProcessesStream:
         yield from held
 
 
+def _knows_more(state: Any) -> bool:
+    """Whether there is a dataset's state, or its iterator's, in what torchdata's loader gives as its own.
+
+    Where it has no place for such, it is of another library.
+    """
+    places = list(_found(state, ("dataset_state", "dataset_iter_state")))
+    return not places or any(place is not None for place in places)
+
+
+def _found(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if name in names:
+            yield value
+        else:
+            yield from _found(value, names)
+
+
 Stream = LoaderStream | DatasetStream | ProcessesStream | SharedStream
 
 
@@ -199,6 +218,16 @@ class _LoadState:
             dataset.load_state_dict(self.states[worker])
 
 
+class BegunAlike:
+    """In the place of no `worker_init_fn`: what `__iter__` draws in a process is the same in all of all workers."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, worker: int) -> None:
+        seed_generators(self.seed)
+
+
 class Requests(Sampler[Any]):
     """What a loader asks its processes for where the dataset is iterable: so many samples, with a seed.
 
@@ -211,11 +240,17 @@ class Requests(Sampler[Any]):
 
     def __init__(self, samples: int | None) -> None:
         self.samples = samples
-        self.begin(0, [])
+        self.begin(0, [], 0)
 
-    def begin(self, seed: int, counts: list[int]) -> None:
-        """Ask with the seed of an epoch that begins, or goes on after so many batches of each process."""
-        self.request = _Request(self.samples, seed, counts)
+    def begin(self, seed: int, counts: list[int], first: int) -> None:
+        """Ask with the seed of an epoch that begins, or goes on after so many batches of each process.
+
+        Args:
+            seed: Of this worker's processes.
+            counts: Batches that each has made.
+            first: The seed of the epoch's first batches, with which all processes of all workers draw the same.
+        """
+        self.request = _Request(self.samples, seed, counts, first)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -223,8 +258,8 @@ class Requests(Sampler[Any]):
 
 
 class _Request:
-    def __init__(self, samples: int | None, seed: int, counts: list[int]) -> None:
-        self.content = samples, seed, counts
+    def __init__(self, samples: int | None, seed: int, counts: list[int], first: int) -> None:
+        self.content = samples, seed, counts, first
 
     def __reduce__(self) -> Any:
         return _arrive, self.content
@@ -233,11 +268,12 @@ class _Request:
 _served = (0, 0)  # in a loader's process: (seed, requests with it)
 
 
-def _arrive(samples: int | None, seed: int, counts: list[int]) -> Any:
+def _arrive(samples: int | None, seed: int, counts: list[int], first: int) -> Any:
     global _served
     info = get_worker_info()
     if info is not None:
         _served = seed, _served[1] + 1 if _served[0] == seed else 1
-        before = counts[info.id] if info.id < len(counts) else 0
-        seed_generators(derive_seed(seed, info.id, before + _served[1]))
+        number = _served[1] + (counts[info.id] if info.id < len(counts) else 0)
+        # streams draw their order with the first, and take their parts of it
+        seed_generators(first if number == 1 else derive_seed(seed, info.id, number))
     return None if samples is None else [None] * samples

@@ -7,6 +7,8 @@ interface away and looks.
 from __future__ import annotations
 
 import logging
+import sys
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,7 @@ __all__ = [
     "abort_groups",
     "all_averaged",
     "compile_call",
+    "count_given",
     "drop_compiled",
     "fix_buckets",
     "forget_iterator",
@@ -208,3 +211,28 @@ def is_loader_iterator(thing: Any) -> bool:
     Without `_BaseDataLoaderIter`: never, so that loaders which keep such a reader are not noticed.
     """
     return any(kind.__name__ == "_BaseDataLoaderIter" for kind in type(thing).__mro__)
+
+
+def count_given(loader: DataLoader[Any]) -> Callable[[], int | None]:
+    """Have a loader (a copy of the user's) tell how many batches its latest iterator has given, whoever took them.
+
+    Of one that is gone: all, which is `sys.maxsize`.
+
+    Without `_get_iterator` or `_num_yielded`: that is not known.
+    """
+    make = getattr(loader, "_get_iterator", None)
+    made: list[weakref.ref[Any]] = []
+
+    def noted() -> Any:
+        iterator = make()  # type: ignore[misc]
+        made[:] = [weakref.ref(iterator)]
+        return iterator
+
+    if callable(make):
+        loader.__dict__["_get_iterator"] = noted
+
+    def given() -> int | None:
+        iterator = made[0]() if made else None
+        return sys.maxsize if made and iterator is None else getattr(iterator, "_num_yielded", None)
+
+    return given

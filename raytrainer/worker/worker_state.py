@@ -136,7 +136,8 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
         rank, size = view.ranks.rank, view.ranks.world_size
         alone = checkpoint.get("parts") in (None, len(by_rank)) and run.strategy.share.count == size
         theirs = by_rank[rank::size] if alone else []
-        run.data.take_states([of_all_workers(state) for state in by_rank[0].get("loaders") or []])
+        loaders = zip(*(own.get("loaders") or [] for own in by_rank), strict=False)
+        run.data.take_states([of_all_workers(states) for states in loaders])
         load_states(module, theirs[0].get("metric_objects") or {} if theirs else {})
         if len(theirs) > 1 and any(own.get("metric_objects") for own in theirs[1:]):
             log.warning(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from raytrainer.data.feed import Feed
 from raytrainer.data.sharding import Share
@@ -152,6 +152,43 @@ class Prefetcher:
         return len(self.loader)
 
 
+class Shuffles(DataLoader[Any]):
+    """Gives batches in an order of its own, as far as they are in its buffer."""
+
+    buffer = SAMPLES
+
+    def __iter__(self):
+        held: list[Any] = []
+        for batch in super().__iter__():
+            held.append(batch)
+            if len(held) > self.buffer:
+                yield held.pop(random.randrange(len(held)))
+        random.shuffle(held)
+        yield from held
+
+
+class ShufflesSome(Shuffles):
+    buffer = 2
+
+
+class Leaves(DataLoader[Any]):
+    """Leaves batches out, whatever its length says."""
+
+    def __iter__(self):
+        return (batch for number, batch in enumerate(super().__iter__()) if number not in (1, 4))
+
+
+class Several:
+    """Reads one loader after the other."""
+
+    def __init__(self, parts: Any) -> None:
+        self.parts = parts
+
+    def __iter__(self):
+        for part in self.parts.values() if isinstance(self.parts, dict) else self.parts:
+            yield from part
+
+
 class Silent(Prefetcher):
     """Does not know its length."""
 
@@ -263,6 +300,42 @@ def test_loaders_that_make_other_batches(kind, world, processes):
             part.close()
     for part in parts:
         part.close()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", [Shuffles, ShufflesSome, Leaves])
+def test_loaders_that_change_the_order_of_batches(kind, world, processes):
+    """A resumed run gives the rest of what it gave, rather than the rest of what was asked for."""
+    parts = feeds(lambda: make(kind, processes), world)
+    whole, states = [read(part, 1) for part in parts], [part.state() for part in parts]
+    given = sorted(i for part in whole for batch in part for i in batch)
+    assert len(given) == len(set(given)) == SAMPLES - 4 * (kind is Leaves)
+    for skip in (1, 2, 3):
+        again = feeds(lambda: make(kind, processes), world)
+        for part, state in zip(again, states, strict=True):
+            part.take_state(state)
+        assert [read(part, 1, skip) for part in again] == [part[skip:] for part in whole]
+        for part in again:
+            part.close()
+    for part in parts:
+        part.close()
+
+
+@pytest.mark.parametrize("form", [list, dict])
+def test_an_iterable_that_holds_several_loaders(form):
+    """How it reads them is not known: each worker would read all."""
+
+    def loader(**options: Any) -> Any:
+        parts = [DataLoader(range(8), 2, **options) for _ in range(2)]
+        return Several(dict(enumerate(parts)) if form is dict else parts)
+
+    assert len(read(feeds(loader, 1)[0], 0)) == 8
+    with pytest.raises(DataError, match=r"Several holds 2 DataLoader\(s\).*2 workers.*CombinedLoader.*Distrib"):
+        feeds(loader, 2)
+    assert len(read(feeds(loader, 2, use_distributed_sampler=False)[0], 0)) == 8
+    shared = feeds(lambda: loader(sampler=DistributedSampler(range(8), 2, 0)), 2)
+    assert len(read(shared[0], 0)) == 4
 
 
 def test_predictions_of_other_batches_have_no_order():

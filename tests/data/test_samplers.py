@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.utils.data import (
 )
 
 import raytrainer as rt
+from raytrainer.data.epoch_state import of_all_workers
 from raytrainer.data.feed import Feed
 from raytrainer.data.sharding import Share
 from raytrainer.plan.settings import build_settings
@@ -88,6 +91,67 @@ class Keeps(Sampler[int]):
         self.order = state["order"]
 
 
+class Reorders(Sampler[int]):
+    """Goes on from the order of the epoch before, which it keeps in some collection."""
+
+    def __init__(self, order: Any) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self):
+        if isinstance(self.order, list):
+            random.shuffle(self.order)
+        elif isinstance(self.order, deque):
+            self.order.rotate(3)
+        else:
+            self.order = self.order[[*range(3, SAMPLES), 0, 1, 2]]
+        return iter([int(index) for index in self.order])
+
+
+class Shelves(Sampler[list[int]]):
+    """Batches of what is alike, shuffled in place, and within them."""
+
+    def __init__(self) -> None:
+        self.buckets: Any = {odd: list(range(odd, SAMPLES, 2)) for odd in (0, 1)}
+        self.kept: Any = None
+
+    def __len__(self) -> int:
+        return SAMPLES // 2
+
+    def __iter__(self):
+        for bucket in self.buckets.values():
+            random.shuffle(bucket)
+        batches = [bucket[i : i + 2] for bucket in self.buckets.values() for i in range(0, len(bucket), 2)]
+        self.kept = batches if self.kept is None else [sorted(batch) for batch in self.kept]
+        return iter(batches)
+
+
+class Order:
+    def __init__(self) -> None:
+        self.rng, self.turns = numpy.random.RandomState(3), 0
+
+    def next(self) -> list[int]:
+        self.turns += 1
+        return numpy.roll(self.rng.permutation(SAMPLES), self.turns).tolist()
+
+
+class Helped(Sampler[int]):
+    """What it knows is in an object of the user's, and it has no `__dict__`."""
+
+    __slots__ = ("helper",)
+
+    def __init__(self) -> None:
+        self.helper = Order()
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self):
+        return iter(self.helper.next())
+
+
 class Pairs(Sampler[list[int]]):
     """A batch sampler over a sampler."""
 
@@ -136,6 +200,12 @@ SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
     "own, python": lambda: by(Drawn("python")),
     "counts": lambda: by(Counts()),
     "state": lambda: by(Keeps()),
+    "in place": lambda: by(Reorders(list(range(SAMPLES)))),
+    "in place, deque": lambda: by(Reorders(deque(range(SAMPLES)))),
+    "array": lambda: by(Reorders(numpy.arange(SAMPLES))),
+    "tensor": lambda: by(Reorders(torch.arange(SAMPLES))),
+    "buckets": lambda: {"batch_sampler": Shelves()},
+    "helped": lambda: by(Helped()),
     "batches": lambda: {"batch_sampler": BatchSampler(Drawn("numpy"), 2, False)},
     "own batches": lambda: {"batch_sampler": Pairs(Drawn("python"))},
     "own batches, counts": lambda: {"batch_sampler": Pairs(Counts())},
@@ -194,6 +264,63 @@ def test_a_resumed_run_reads_the_very_samples(kind, world):
             for part, state in zip(again, states[epoch], strict=True):
                 part.take_state(state)
             assert [read(part, epoch + 1) for part in again] == epochs[epoch + 1]
+
+
+@pytest.mark.parametrize("kind", ["in place", "counts", "state", "buckets", "helped"])
+def test_another_number_of_workers_goes_on_with_what_samplers_know(kind):
+    """In the middle of an epoch, and from its end; what each had differently is not handed on."""
+    two = [feed(SAMPLERS[kind](), rank, 2) for rank in range(2)]
+    one = feed(SAMPLERS[kind]())
+    for epoch in range(2):
+        for part in (*two, one):
+            read(part, epoch)
+    handed = of_all_workers([part.state() for part in two])
+    again = feed(SAMPLERS[kind]())
+    again.take_state(handed)
+    assert read(again, 2) == read(one, 2)
+    again = feed(SAMPLERS[kind]())
+    again.take_state(handed)
+    again.begin(1, ((2, 2),))
+    again.draw()
+    unbroken = feed(SAMPLERS[kind]())
+    read(unbroken, 0)
+    order = [index for batch in read(unbroken, 1) for index in batch]
+    assert sorted(index for batch in again.start(1) for index in batch.tolist()) == sorted(order[8:])
+    states: list[Any] = [part.state() for part in two]
+    states[1]["now"] = []
+    assert of_all_workers(states) is None
+
+
+def test_an_order_that_cannot_be_drawn_again_is_told(caplog):
+    hidden = numpy.random.default_rng(4)
+
+    class Hidden(Drawn):
+        def __init__(self) -> None:
+            self.count = 0
+
+        def __iter__(self):
+            return iter(hidden.permutation(SAMPLES).tolist())
+
+    whole = feed(by(Hidden()))
+    read(whole, 0)
+    for told, state in ((True, whole.state()), (False, feed(by(Hidden())).state())):
+        caplog.clear()
+        again = feed(by(Hidden()))
+        again.take_state(state)
+        with caplog.at_level(logging.WARNING, "raytrainer"):
+            read(again, 0, 3)
+        assert ("Hidden has drawn another order for this epoch" in caplog.text) == told
+
+
+def test_a_longer_dataset_keeps_its_own_order():
+    """What a sampler had kept is of as many samples as there were."""
+    whole = feed(by(Reorders(list(range(SAMPLES)))))
+    read(whole, 0)
+    longer = Reorders(list(range(2 * SAMPLES)))
+    again = feed(by(longer), data=range(2 * SAMPLES))
+    again.take_state(whole.state())
+    again.begin(1)
+    assert longer.order == list(range(2 * SAMPLES))
 
 
 class Noisy(Dataset[Any]):

@@ -156,7 +156,33 @@ class Shuffles:
         return iter([torch.tensor([i]) for i in torch.randperm(SAMPLES, generator=rng).tolist()])
 
 
-def torchdatas(processes: int, dataset: type = Numbers) -> Any:
+class Deals(IterableDataset[Any]):
+    """Draws an order with the global generators, and takes one worker's part of it."""
+
+    def __init__(self, rank: int, world: int, at_once: bool = False) -> None:
+        self.rank, self.world, self.at_once = rank, world, at_once
+
+    def __iter__(self):
+        samples = self.samples()
+        return iter(list(samples)) if self.at_once else samples
+
+    def samples(self):
+        order = torch.randperm(SAMPLES).tolist()
+        random.shuffle(order)
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for number in order[self.rank * workers + worker :: self.world * workers]:
+            yield torch.tensor([float(number), torch.rand(()).item()])
+
+
+class DealsBatches(Deals):
+    """The same as a loader."""
+
+    def __iter__(self):
+        return (sample[None] for sample in super().__iter__())
+
+
+def torchdatas(processes: int, dataset: Callable[[], Any] = Numbers) -> Any:
     module = pytest.importorskip("torchdata.stateful_dataloader")
     return module.StatefulDataLoader(dataset(), batch_size=2, num_workers=processes)
 
@@ -313,6 +339,40 @@ def test_a_resumed_run_reads_the_very_samples(kind, generators):
         assert again.read(1, skip) == whole[skip:], skip
         assert again.read(2) == after, skip
     undisturbed.source.close()
+
+
+DEALS: dict[str, Callable[[int], Any]] = {
+    "dataset": lambda rank: DataLoader(Deals(rank, 2), 2),
+    "dataset, at once": lambda rank: DataLoader(Deals(rank, 2, True), 2),
+    "dataset, 2 processes": lambda rank: DataLoader(Deals(rank, 2), 2, num_workers=2),
+    "dataset, at once, 2 processes": lambda rank: DataLoader(Deals(rank, 2, True), 2, num_workers=2),
+    "own loader": lambda rank: DealsBatches(rank, 2),
+    "torchdata": lambda rank: torchdatas(0, functools.partial(Deals, rank, 2)),
+    "torchdata, 2 processes": lambda rank: torchdatas(2, functools.partial(Deals, rank, 2)),
+}
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+@pytest.mark.parametrize("kind", DEALS)
+def test_streams_that_shuffle_and_then_take_their_part(kind, stage, generators):
+    """All workers draw the same order; noise after the first batch is each one's own; a resumed run reads the rest."""
+    parts = [Feed(DEALS[kind](rank), stage, Share(rank, 2), 3, build_settings()) for rank in range(2)]
+    readers = [Reader(part) for part in parts]
+    read = [reader.read(epoch) for epoch in range(2) for reader in readers]
+    first, second = read[:2], read[2:]
+    assert sorted(row[0] for part in first for batch in part for row in batch) == list(range(SAMPLES))
+    assert sorted(row[0] for part in second for batch in part for row in batch) == list(range(SAMPLES))
+    assert first != second
+    last = [part[-1][-1][1] for part in second]
+    assert len(set(last)) == 2 or "at once" in kind
+    if stage == "train":
+        state, rng = readers[0].marks[3]
+        again = Reader(feed(DEALS[kind](0)))
+        again.source.take_state(state)
+        restore_rng(rng)
+        assert again.read(1, 3) == second[0][3:]
+    for part in parts:
+        part.close()
 
 
 @pytest.mark.parametrize("kind", [k for k in STREAMS if k in ("dataset", "own loader", "torchdata")])

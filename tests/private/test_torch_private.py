@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -88,3 +89,18 @@ def test_loaders_without_a_kept_iterator():
     torch_private.forget_iterator(loader)
     assert torch_private.take_iterator(loader) is None
     assert len(list(loader)) == 3
+
+
+def test_loaders_that_do_not_tell_what_they_have_given(monkeypatch):
+    loader = DataLoader([torch.ones(1)] * 3)
+    given = torch_private.count_given(loader)
+    assert given() is None
+    iterator = iter(loader)
+    next(iterator)
+    assert given() == 1
+    del iterator._num_yielded
+    assert given() is None
+    del iterator
+    assert given() == sys.maxsize
+    monkeypatch.delattr(DataLoader, "_get_iterator")
+    assert torch_private.count_given(DataLoader([1]))() is None

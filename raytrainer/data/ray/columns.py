@@ -25,14 +25,16 @@ __all__ = [
     "joined",
     "picked",
     "pinned",
-    "prediction_columns",
     "require_one_type",
     "row_bytes",
+    "selected",
     "views",
 ]
 
 #: Columns of equal length: tensors where the values are numbers, otherwise NumPy arrays or Arrow arrays.
 Columns = dict[str, Any]
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 #: Scalar columns from which on it costs several times what one column of vectors would.
 MANY_COLUMNS = 64
@@ -56,10 +58,12 @@ def views(table: pa.Table, names: Sequence[str] | None) -> list[tuple[Columns, i
 def _view(array: Any) -> Any:
     import pyarrow as pa
 
-    kind = array.type
     if isinstance(array, pa.ExtensionArray):
         values = array.to_numpy_ndarray() if hasattr(array, "to_numpy_ndarray") else array.to_numpy(False)
         return _as_tensor(values)
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    kind = array.type
     if _whole_with_nulls(array):
         # Arrow would give floats, in which large integers and the nulls are lost
         values = np.empty(len(array), dtype=object)
@@ -75,12 +79,18 @@ def _view(array: Any) -> Any:
 
 
 def _whole_with_nulls(array: Any) -> bool:
-    """Whether it holds integers or booleans, or lists of them, of which some are null."""
+    """Whether it holds integers or booleans, or lists of them, of which some are null.
+
+    Also lists of a fixed size, of which some are null: Arrow has numbers in their places, which are null too.
+    """
     import pyarrow as pa
 
+    nulls = 0
     while _is_list(array.type):
+        nulls += array.null_count if pa.types.is_fixed_size_list(array.type) else 0
         array = array.flatten()
-    return bool(array.null_count and (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)))
+    whole = pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)
+    return bool(whole and (array.null_count or nulls))
 
 
 def _is_list(kind: Any) -> bool:
@@ -163,9 +173,18 @@ def _as_numpy(array: Any) -> Any:
 def picked(columns: Columns, rows: Tensor) -> Columns:
     """The rows of these numbers, in this order, copied."""
     return {
-        name: values.index_select(0, rows) if isinstance(values, Tensor) else _taken(values, rows.numpy())
+        name: selected(values, rows) if isinstance(values, Tensor) else _taken(values, rows.numpy())
         for name, values in columns.items()
     }
+
+
+def selected(values: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows by number; also of unsigned integers, which torch's `index_select` does not take."""
+    signed = _SIGNED.get(values.dtype)
+    if signed is None:
+        return torch.index_select(values, 0, rows, out=out)
+    out = None if out is None else out.view(signed)
+    return torch.index_select(values.view(signed), 0, rows, out=out).view(values.dtype)
 
 
 def _taken(values: Any, rows: Any) -> Any:
@@ -247,41 +266,3 @@ def advice(schema: Any) -> str | None:
             f"(pyarrow.list_(type, size)) or tensors"
         )
     return None
-
-
-def prediction_columns(output: Any, taken: Sequence[str], rows: int | None = None) -> dict[str, Any]:
-    """What `predict_step` returned, as NumPy columns: "prediction", "prediction_0", ... of a tuple, or a dict's names.
-
-    Args:
-        output: A tensor, array or list with one entry for each row, or a dict or tuple of them.
-        taken: Names that it must not have.
-        rows: Their number; None: that of the first column.
-
-    Raises:
-        DataError: It has another number of rows, or a name that is taken.
-    """
-    if isinstance(output, Mapping):
-        named = dict(output)
-    elif isinstance(output, tuple):
-        named = {f"prediction_{i}": value for i, value in enumerate(output)}
-    else:
-        named = {"prediction": output}
-    columns = {}
-    for name, value in named.items():
-        if name in taken:
-            raise DataError(f"predict_step returned {name!r}, which is a column already; choose another name.")
-        if isinstance(value, Tensor):
-            value = value.detach().cpu()
-            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        elif isinstance(value, list):
-            value = np.array(value)
-        if rows is None and isinstance(value, np.ndarray) and value.ndim:
-            rows = len(value)
-        if not isinstance(value, np.ndarray) or value.ndim == 0 or len(value) != rows:
-            got = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise DataError(
-                f"predict_step returned {got} as {name!r} for a batch of {rows} row(s): return a tensor, or a dict or "
-                f"tuple of tensors, with one entry for each row."
-            )
-        columns[name] = value
-    return columns

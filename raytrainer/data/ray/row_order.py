@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.data.ray.columns import Columns, cut, joined, picked
+from raytrainer.data.ray.columns import Columns, cut, joined, picked, selected
 
 __all__ = ["RowOrder"]
 
@@ -83,7 +83,7 @@ class RowOrder:
             scratch = self._scratch[name] = first.new_empty((rows, *first.shape[1:]))
         at = 0
         for columns, wanted in parts:
-            torch.index_select(columns[name], 0, wanted, out=scratch[at : at + len(wanted)])
+            selected(columns[name], wanted, scratch[at : at + len(wanted)])
             at += len(wanted)
         return scratch[:rows]
 

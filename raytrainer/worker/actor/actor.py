@@ -18,6 +18,7 @@ import ray
 import torch
 from ray import cloudpickle
 
+from raytrainer.data.by_value import start_all_by_value
 from raytrainer.errors import SerializationError
 from raytrainer.gpu.choice import use_pci_order
 from raytrainer.place_in_run import take_place
@@ -72,6 +73,7 @@ class RemoteWorker:
         self.loaded = time.time_ns()  # when the latest task came
         self.settled = False  # whether what a first run has imported is set aside too
         keep_heap()
+        start_all_by_value()
         gc.freeze()  # what is there by now is no garbage, and need not be looked through for that of runs
 
     def where(self, on_gpu: bool) -> Place:

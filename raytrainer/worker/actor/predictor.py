@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raytrainer.data.ray.columns import finished, joined, prediction_columns, views
+from raytrainer.data.ray.columns import finished, joined, views
+from raytrainer.data.ray.prediction_columns import prediction_columns
 from raytrainer.data.ray.ray_dataset import RayDataset
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies import SingleStrategy

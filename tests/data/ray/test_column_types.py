@@ -41,6 +41,9 @@ WITH_NULLS = {
     "bool": [pa.array([True, False]), pa.array([None, True])],
     "lists": [pa.array([[1, 2], [3, 4]]), pa.array([[5, LARGE], [None, 8]])],
     "fixed lists": [pa.array([[1, 2], [3, None]], pa.list_(pa.int64(), 2))],
+    "fixed lists, missing": [pa.array([[1, LARGE], None], pa.list_(pa.int64(), 2))],
+    "lists of fixed lists, missing": [pa.array([[[1, LARGE], None]], pa.list_(pa.list_(pa.int64(), 2)))],
+    "dictionaries": [pa.array([1, LARGE]).dictionary_encode(), pa.array([3, None]).dictionary_encode()],
 }
 
 
@@ -89,8 +92,10 @@ def test_lists_of_another_length_in_another_file(shuffle: bool, fixed: bool, mon
     assert sorted(row for batch in found for row in batch) == [[1, 2], [3, 4], [5, 6], [7, 8, 9]]
 
 
-def test_whole_numbers_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = batches([pa.array([1, LARGE]), pa.array([3, 4])], True, monkeypatch)
+@pytest.mark.parametrize("kind", ["int64", "uint64", "dictionary"])
+def test_whole_numbers_stay_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [pa.array(column, pa.uint64() if kind == "uint64" else None) for column in ([1, LARGE], [3, 4])]
+    columns = [column.dictionary_encode() if kind == "dictionary" else column for column in columns]
+    found = batches(columns, True, monkeypatch)
     assert values(found) == sorted([1, 3, 4, LARGE], key=str)
-    assert all(batch["x"].dtype == torch.int64 for batch in found)
-    assert np.asarray(found[0]["x"]).dtype == np.int64
+    assert all(batch["x"].dtype == (torch.uint64 if kind == "uint64" else torch.int64) for batch in found)
