@@ -69,12 +69,15 @@ WORDS: dict[str, dict[str, str]] = {
             "none",
         ),
         "received_sigterm": "`preempted`",
+        "interrupted": "by Ctrl-C or SIGTERM; of a run that has failed, `state.status` is `\"failed\"`",
         "is_last_batch": "in a Module `batch_idx + 1 == self.trainer.num_training_batches`, if the loader has a length",
         "print": "`self.print` of a Module",
-        "fit": "`ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
+        "fit": "the same, but each call begins at epoch 0, with the weights that there are, rather than where the last "
+        "one of this Trainer ended; `ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
         "predict": "the same; lazy on Ray Datasets",
         "callback_metrics": "the same; values are float64, or int64 where that would round. Over several workers a "
-        "Module sees its own value of what a hook at an epoch's end logs, until that hook has ended",
+        "Module sees its own step values, also with `sync_dist`, and its own of what a hook at an epoch's end logs, "
+        "until that hook has ended",
         "current_epoch": "the same, but an epoch that the run ends within is not counted at the end: another run may "
         "go on with it",
         "global_step": "the same; when resuming, right from `on_fit_start` on",
@@ -120,13 +123,15 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "Callback": {
         "on_train_batch_start": "of a `WorkerCallback`, as are all hooks around batches, backward and optimizers",
+        "teardown": "the same; also called when a run has failed",
     },
     "Callbacks": {
         "Checkpoint": "none; derive from `ModelCheckpoint`",
         "ModelCheckpoint": "what a step asks for that ends an epoch or comes before a validation is saved after that, "
         "with its metrics; a monitored metric must be new and of the very weights; one that training logs is looked at "
         "after epochs; every n steps means when n is reached or passed; `last.ckpt` is written whenever a checkpoint "
-        'could be, and at the end; `save_last="link"` does as True; `current_score` is that of the last look',
+        'could be, and at the end; `save_last="link"` does as True; `current_score` is that of the last look; '
+        "with `save_top_k=-1` each checkpoint has a name of its own, by version",
         "ModelPruning": "none; `torch.nn.utils.prune` in a `WorkerCallback`'s `on_train_epoch_end`",
         "RichProgressBar": "`ProgressBar`, which is made with rich",
         "TQDMProgressBar": "`ProgressBar`",
@@ -143,10 +148,11 @@ WORDS: dict[str, dict[str, str]] = {
         "without a logger it warns; there is no `lrs`",
         "BatchSizeFinder": "the same; without `margin` and `max_val`, no size is left out",
         "BaseFinetuning": "no `filter_params`: `unfreeze_and_add_param_group` does it",
-        "StochasticWeightAveraging": "averages are on the module's device unless `device` says otherwise",
+        "StochasticWeightAveraging": "averages are on the module's device unless `device` says otherwise; they are "
+        "taken as epochs end, the last one's too, rather than as they begin; `swa_epoch_start` counts from 0, not 1",
         "EMAWeightAveraging": "averages are on the module's device unless `device` says otherwise; "
-        "`update_every_n_steps=n` updates after steps n, "
-        "2n, ..., rather than 1, n + 1, ...",
+        "`update_every_n_steps=n` updates after steps n, 2n, ..., rather than 1, n + 1, ..., and "
+        "`update_starting_at_step=n` after step n, rather than n + 1; the module's `on_validation_epoch_end` sees them",
         "ThroughputMonitor": "counts samples by itself; without a logger it warns",
         "DeviceStatsMonitor": "without a logger it warns",
     },

@@ -100,6 +100,40 @@ def test_during_a_run(local_trainer):
     assert module.current_epoch == 2 and module.trainer is trainer  # outside again
 
 
+STAGES = {"fit": "training", "validate": "validating", "test": "testing", "predict": "predicting"}
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_hooks_around_a_run_know_what_it_is(verb, local_trainer):
+    """As in Lightning: setup too, on the driver and in workers."""
+    seen = []
+
+    def look(trainer):
+        seen.append([name for name in STAGES.values() if getattr(trainer, name)])
+
+    class Looks(Tiny):
+        def setup(self, stage):
+            look(self.trainer)
+
+        on_fit_start = on_fit_end = on_train_start = on_train_end = lambda self: look(self.trainer)
+        test_step = predict_step = lambda self, batch, batch_idx: None
+
+        def teardown(self, stage):
+            look(self.trainer)
+
+    class Driver(Callback):
+        def setup(self, trainer, module, stage):
+            look(trainer)
+
+        def on_fit_start(self, trainer, module):
+            look(trainer)
+
+    trainer = local_trainer(max_epochs=1, callbacks=Driver())
+    getattr(trainer, verb)(Looks(), data(4))
+    assert seen == [[STAGES[verb]]] * (8 if verb == "fit" else 3)
+    assert not any(getattr(trainer, name) for name in STAGES.values())
+
+
 def test_layers_made_in_the_worker(local_trainer):
     class Lazy(Tiny):
         def __init__(self):

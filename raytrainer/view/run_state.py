@@ -34,8 +34,10 @@ class TrainerState:
 
     @property
     def running_stage(self) -> str | None:
-        """`stage`, while something runs."""
-        return self.stage if self.status == "running" else None
+        """`stage`, while something runs; before its first stage, the one that it is about."""
+        if self.status not in ("initializing", "running"):
+            return None
+        return self.stage or {"fit": "train"}.get(str(self.fn), self.fn)
 
     @property
     def finished(self) -> bool:

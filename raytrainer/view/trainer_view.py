@@ -182,10 +182,14 @@ class TrainerView:
         """Likewise what was logged with `prog_bar=True`, as numbers."""
         return self.metrics.show().progress
 
-    # what runs
+    # what runs; before, after and in between: what was called
+    @property
+    def _now(self) -> str:
+        return self.running or {"fit": "train"}.get(self.stage, self.stage)
+
     @property
     def training(self) -> bool:
-        return self.running == "train"
+        return self._now == "train"
 
     @property
     def sanity_checking(self) -> bool:
@@ -193,15 +197,15 @@ class TrainerView:
 
     @property
     def validating(self) -> bool:
-        return self.running == "validate"
+        return self._now == "validate"
 
     @property
     def testing(self) -> bool:
-        return self.running == "test"
+        return self._now == "test"
 
     @property
     def predicting(self) -> bool:
-        return self.running == "predict"
+        return self._now == "predict"
 
     # data
     @property

@@ -20,6 +20,7 @@ class GivenOptimizer:
         optimizer: The optimizer.
         module: The module that trains, for `toggle_model`; None where nobody asks for that.
         unsynchronised: A context in which `manual_backward` leaves gradients as this worker has computed them.
+        common: Makes of a closure one that returns the same on all workers.
 
     Attributes:
         optimizer: torch's own object.
@@ -30,13 +31,18 @@ class GivenOptimizer:
         optimizer: Optimizer,
         module: Module | None = None,
         unsynchronised: Callable[[], AbstractContextManager[None]] = nullcontext,
+        common: Callable[[Callable[[], Any]], Callable[[], Any]] = lambda closure: closure,
     ) -> None:
-        self.__dict__.update(optimizer=optimizer, _module=module, _unsynchronised=unsynchronised)
+        self.__dict__.update(optimizer=optimizer, _module=module, _unsynchronised=unsynchronised, _common=common)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Make a step; the optimizer runs the closure, if there is one."""
+        """Make a step; the optimizer runs the closure, if there is one.
+
+        Over several workers, an optimizer that may evaluate several times is given the mean of their losses, so that
+        all take the same decisions by it.
+        """
         own: Any = self.__dict__["optimizer"]
-        return own.step(**kwargs) if closure is None else own.step(closure=closure, **kwargs)
+        return own.step(**kwargs) if closure is None else own.step(closure=self.__dict__["_common"](closure), **kwargs)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:

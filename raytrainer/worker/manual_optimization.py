@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.worker.closures import Closure, takes_closure
 from raytrainer.worker.given_optimizer import GivenOptimizer
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
@@ -46,7 +48,11 @@ class ManualOptimization:
                 for optimizer in view.optimizers
             ]
         else:
-            view.given_optimizers = [GivenOptimizer(optimizer, **stands) for optimizer in view.optimizers]
+            view.given_optimizers = []
+            for optimizer in view.optimizers:
+                searches = strategy.ranks.world_size > 1 and takes_closure(optimizer) is not Closure.NEVER
+                own = {**stands, "common": self._common} if searches else stands
+                view.given_optimizers.append(GivenOptimizer(optimizer, **own))
             for optimizer in view.optimizers:
                 if before_step is not None:
                     optimizer.register_step_pre_hook(lambda o, args, kwargs: before_step(o))
@@ -76,6 +82,20 @@ class ManualOptimization:
             yield
         finally:
             self.syncs = outer
+
+    def _common(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure whose loss is the mean over workers, where its `manual_backward` has averaged gradients."""
+
+        def common() -> Any:
+            before = self.calls
+            loss = closure()
+            if loss is None or self.calls == before:
+                return loss
+            own = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, device=self.strategy.device)
+            mean = self.strategy.all_gather(own.double()).mean(0)
+            return mean if isinstance(loss, Tensor) else mean.item()
+
+        return common
 
     def end_chunk(self) -> None:
         """A chunk is through: see that all workers are."""
