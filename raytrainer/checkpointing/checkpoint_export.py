@@ -1,4 +1,7 @@
-"""A checkpoint's weights as other programs read them: safetensors files of a bounded size, with an index."""
+"""A checkpoint's weights as other programs read them: safetensors files of a bounded size, with an index.
+
+What is read is compared with its checksums by `checkpoint_files.py`, shards by `piece_files.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Finding a learning rate: one that rises from step to step, and the loss at each."""
+"""Finding a learning rate: one that rises from step to step, and the loss at each.
+
+It trains a copy of the module: see `short_runs.py`.
+"""
 
 from __future__ import annotations
 
