@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from raytrainer.errors import MetricError
 from raytrainer.loggers.logger import Logger
 from raytrainer.private.torch_private import without_compiled
 from raytrainer.view.last_trainer import keep_trainer, last_trainer
@@ -192,6 +193,8 @@ class AttachedModule(nn.Module):
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
         """`log` each item, with the same options; also those of a `torchmetrics.MetricCollection`."""
+        if not hasattr(dictionary, "items"):
+            raise MetricError(f"self.log_dict({dictionary!r}): give a dict of names and values, or a MetricCollection.")
         items: Any = dictionary.items
         # a collection copies the states that its members share, unless told not to
         for name, value in items(copy_state=False) if hasattr(dictionary, "compute_groups") else items():

@@ -46,9 +46,24 @@ def _has_state(callback: Callback | WorkerCallback) -> bool:
     return type(callback).state_dict is not StatefulCallback.state_dict or isinstance(callback, ProgressBar)
 
 
+def _require_made(callback: Callback | WorkerCallback) -> None:
+    """What derives from one of this package's and leaves out its `__init__` has none of its attributes."""
+    kind = type(callback)
+    try:
+        _ = callback.state_key
+    except AttributeError as error:
+        if "__init__" not in vars(kind):
+            raise
+        raise ConfigurationError(
+            f"{kind.__name__}.__init__ does not call super().__init__(...): call it first ({error})."
+        ) from None
+
+
 def _check(callback: Any) -> None:
     if isinstance(callback, type):
         raise ConfigurationError(f"callback {callback.__name__}, a class: give an object, {callback.__name__}(...).")
+    if isinstance(callback, (Callback, WorkerCallback)):
+        _require_made(callback)
     if isinstance(callback, WorkerCallback):
         return
     if is_lightnings(callback, "Callback"):

@@ -49,6 +49,14 @@ _PRECISIONS = {
     "64-true": "64-true",
 }
 
+#: What others call them.
+_PRECISIONS_ELSEWHERE = {
+    "16-mixed": ("fp16", "float16", "half", "torch.float16", "amp", "mixed"),
+    "bf16-mixed": ("bfloat16", "torch.bfloat16", "bf16-amp"),
+    "32-true": ("fp32", "float32", "float", "full", "torch.float32", "tf32"),
+    "64-true": ("fp64", "float64", "double", "torch.float64"),
+}
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -221,8 +229,9 @@ def precision(name: str, value: Any) -> str:
     key = str(value).lower() if not isinstance(value, bool) else ""
     if key in _PRECISIONS:
         return _PRECISIONS[key]
+    meant = next((f' Did you mean "{form}"?' for form, names in _PRECISIONS_ELSEWHERE.items() if key in names), "")
     raise ConfigurationError(
-        f'{name}={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".'
+        f'{name}={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".{meant}'
     )
 
 

@@ -93,6 +93,8 @@ def verb_answers(method: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # something is missing
                 error.add_note(takes)
+            elif meant := _meant(error, args[1:]):
+                error.add_note(meant)
             raise
         except RuntimeError as error:
             note = advice(str(error))
@@ -101,6 +103,16 @@ def verb_answers(method: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return answering
+
+
+def _meant(error: TypeError, owners: Sequence[Any]) -> str:
+    """What to say of a call in the user's code with a name that a method of these objects does not have; else ""."""
+    found = re.search(r"(\w+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    method = next((getattr(owner, found[1]) for owner in owners if hasattr(owner, found[1])), None) if found else None
+    if found is None or method is None or not method.__module__.startswith("raytrainer."):
+        return ""
+    parameters = inspect.signature(method).parameters
+    return "" if found[2] in parameters else unknown_argument(f"self.{found[1]}", found[2], parameters)
 
 
 def refuse_unknown(

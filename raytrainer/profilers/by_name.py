@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
@@ -25,6 +26,12 @@ def make_profiler(profiler: Any) -> Profiler | None:
         "simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler,
     }  # fmt: skip
     kind = kinds.get(profiler) if isinstance(profiler, str) else None
+    if isinstance(profiler, type):
+        raise ConfigurationError(f"profiler={profiler.__name__}, a class: give an object, {profiler.__name__}(...).")
     if kind is None:
-        raise ConfigurationError(f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.")
+        near = difflib.get_close_matches(profiler, kinds, n=1) if isinstance(profiler, str) else []
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(
+            f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.{meant}"
+        )
     return kind()

@@ -62,6 +62,6 @@ def require_graph(loss: Tensor, where: str) -> None:
     if not loss.requires_grad:
         raise ConfigurationError(
             f"training_step returned a loss without a graph in {where}: nothing that it was computed from requires a "
-            f"gradient (it was detached, made under torch.no_grad(), or is a constant). Return one that depends on the "
-            f"parameters, or None to skip the batch."
+            f"gradient (it was detached, made under torch.no_grad(), or is a constant; or all parameters are frozen; "
+            f"its type is {loss.dtype}). Return one that depends on the parameters, or None to skip the batch."
         )

@@ -45,6 +45,11 @@ class Strange:
     pass
 
 
+class Unmade(raytrainer.EarlyStopping):
+    def __init__(self) -> None:
+        self.mine = 1
+
+
 @pytest.mark.parametrize("name", [n for n, kind in public() if n not in WITHOUT and inspect.signature(kind).parameters])
 def test_a_misspelt_name_is_answered_with_the_nearest(name):
     kind = getattr(raytrainer, name)
@@ -94,6 +99,13 @@ def test_a_value_of_another_type_is_named_and_what_is_allowed(name, tmp_path, mo
         (lambda: raytrainer.Trainer().fit(raytrainer.Module(), {"train": [1], "val": [2]}), "all of it would be"),
         (lambda: raytrainer.Trainer().test(loader=[]), "test has no argument 'loader'. Here: dataloaders="),
         (lambda: raytrainer.seed_everything(sed=3), "did you mean 'seed'"),
+        (lambda: raytrainer.Trainer(logger="tensorbord"), r"Did you mean raytrainer.TensorBoardLogger\("),
+        (lambda: raytrainer.Trainer(logger=raytrainer.CSVLogger), r"a class: give an object, CSVLogger\("),
+        (lambda: raytrainer.Trainer(profiler="simpel"), "Did you mean 'simple'"),
+        (lambda: raytrainer.Trainer(profiler=raytrainer.SimpleProfiler), "a class: give an object"),
+        (lambda: raytrainer.Trainer(precision="fp16"), 'Did you mean "16-mixed"'),
+        (lambda: raytrainer.Trainer(precision=torch.bfloat16), 'Did you mean "bf16-mixed"'),
+        (lambda: raytrainer.Trainer(callbacks=Unmade()), r"Unmade.__init__ does not call super\(\).__init__"),
     ],
 )  # fmt: skip
 def test_answers(make, message):
@@ -131,6 +143,27 @@ def test_errors_of_others_come_with_what_to_do(local_trainer):
     with pytest.raises(RuntimeError, match="dtype") as caught:
         local_trainer(max_epochs=1).fit(Reporting(), [torch.ones(1, 1)])
     assert any("dtypes=torch.float32 of a RayDataset" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "told"),
+    [
+        (lambda self: self.log("a", 1.0, on_epochs=True), TypeError, "self.log has no .* did you mean 'on_epoch'"),
+        (lambda self: self.log_dict([1.0]), raytrainer.MetricError, r"self.log_dict\(\[1.0\]\): give a dict"),
+        (lambda self: self.log_dict({"a": 1.0}, prog_bra=True), TypeError, "self.log has no .* mean 'prog_bar'"),
+    ],
+)
+def test_calls_in_a_step_are_answered(local_trainer, call, error, told):
+    class Calling(raytrainer.Module):
+        def training_step(self, batch, batch_idx):
+            call(self)
+
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(error) as caught:
+        local_trainer(max_epochs=1).fit(Calling(), [torch.ones(1, 1)])
+    assert re.search(told, "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
 
 
 @answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,13 +10,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.loggers import CSVLogger, Logger
+from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.loggers.logger import DirectoryLogger
 from raytrainer.metric_messages import LogCall
 
 __all__ = ["Logs", "make_loggers"]
 
 log = logging.getLogger("raytrainer")
+
+#: Those that a user may mean by a name.
+KINDS = (CSVLogger, TensorBoardLogger, MLFlowLogger, WandbLogger)
 
 #: A logger that fails is left alone for so many times as long as its failing took.
 _REST = 10.0
@@ -33,10 +37,15 @@ def make_loggers(logger: Logger | Iterable[Logger] | bool | None, folder: str) -
         return [CSVLogger(folder, name="raytrainer_logs")]
     given = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, (str, Logger)) else [logger]
     for item in given:
+        if isinstance(item, type):
+            raise ConfigurationError(f"logger={item.__name__}, a class: give an object, {item.__name__}(...).")
         if not isinstance(item, Logger):
+            named = {kind.__name__.removesuffix("Logger").lower(): kind.__name__ for kind in KINDS}
+            near = difflib.get_close_matches(item.lower(), list(named), n=1) if isinstance(item, str) else []
+            meant = f" Did you mean raytrainer.{named[near[0]]}(...)?" if near else ""
             raise ConfigurationError(
-                f"logger={item!r}: give a Logger, such as raytrainer.CSVLogger() or raytrainer.TensorBoardLogger(), a "
-                f"list of them, True or False."
+                f"logger={item!r}: give a Logger, such as raytrainer.CSVLogger({folder!r}) or "
+                f"raytrainer.TensorBoardLogger({folder!r}), a list of them, True or False.{meant}"
             )
     return given
 
