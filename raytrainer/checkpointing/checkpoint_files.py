@@ -26,7 +26,7 @@ from raytrainer.checkpointing.checkpoint_meta import (
     read_meta,
     written_by_us,
 )
-from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord, check_file
+from raytrainer.checkpointing.checksums import LARGE, ChecksummedWriter, FileRecord, check_file, checked_beside
 from raytrainer.checkpointing.storage import Storage
 from raytrainer.errors import CheckpointError, StorageError
 
@@ -72,6 +72,9 @@ class CheckpointFolder:
     def open(self, name: str, record: FileRecord) -> Iterator[BinaryIO]:
         """One of its files, from its beginning, found to be what was written.
 
+        A large local file is compared beside what the block does with it, and the end of the block waits for that: what
+        was made of the file is to be used afterwards only. Other files are compared before.
+
         Args:
             name: The file.
             record: What `meta.json` says of it.
@@ -90,6 +93,10 @@ class CheckpointFolder:
                         f"{'truncated' if size < record.bytes else 'another one'}; use another checkpoint."
                     )
                 if self.storage.is_local:
+                    if size >= LARGE:
+                        with checked_beside(lambda: self.storage.open(self.inside(name)), record, shown):
+                            yield file
+                        return
                     check_file(file, record, shown)
                     file.seek(0)
                     yield file

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Protocol
 
@@ -16,7 +18,20 @@ import xxhash
 
 from raytrainer.errors import CheckpointError, GivenUpError
 
-__all__ = ["CHECKSUM", "ChecksummedWriter", "FileRecord", "Sink", "check_file", "seal", "unseal"]
+__all__ = [
+    "CHECKSUM",
+    "LARGE",
+    "ChecksummedWriter",
+    "FileRecord",
+    "Sink",
+    "check_file",
+    "checked_beside",
+    "seal",
+    "unseal",
+]
+
+#: Bytes of a file from which on another thread is worth its start.
+LARGE = 8 * 2**20
 
 #: Hashed and written in pieces that stay in a core's cache, so that memory is read once for both.
 _PIECE = 4 * 2**20
@@ -132,6 +147,45 @@ def check_file(file: BinaryIO, record: FileRecord, name: str, into: memoryview |
             f"{name}: the file is damaged: its content is not what was written (checksum {digest.hexdigest()} instead "
             f"of {record.checksum.removeprefix(_NAME)}); use another checkpoint."
         )
+
+
+@contextmanager
+def checked_beside(open_again: Callable[[], BinaryIO], record: FileRecord, name: str) -> Iterator[None]:
+    """Compare a file with what is known of it, in a thread, while the block reads it too.
+
+    The end of the block waits for the verdict. If the block fails as well, the damage is the reason that is told.
+
+    Args:
+        open_again: Opens it.
+        record: See `check_file`.
+        name: See `check_file`.
+
+    Raises:
+        CheckpointError: They differ.
+        OSError: The file cannot be read.
+    """
+    found: list[Exception] = []
+
+    def check() -> None:
+        try:
+            with open_again() as file:
+                check_file(file, record, name)
+        except Exception as error:
+            found.append(error)
+
+    # a daemon: after Ctrl-C nobody waits for it
+    thread = threading.Thread(target=check, name="checkpoint-check", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception:
+        thread.join()
+        if found:
+            raise found[0] from None
+        raise
+    thread.join()
+    if found:
+        raise found[0]
 
 
 def seal(document: Mapping[str, Any]) -> bytes:

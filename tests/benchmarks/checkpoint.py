@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import os
 import shutil
 import statistics
 import tempfile
@@ -165,8 +166,14 @@ def write(path: str, state: dict[str, Any], hashes: bool) -> float:
 
 
 def read(path: str, hashes: bool) -> float:
+    """Seconds to read one from the disk, without looking at its checksums if so told."""
+    for file in os.scandir(path):
+        opened = os.open(file.path, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+    unchecked = {"check_file": nothing, "checked_beside": lambda *args: contextlib.nullcontext()}
     begun = time.perf_counter()
-    with contextlib.nullcontext() if hashes else unittest.mock.patch.object(checkpoint_files, "check_file", nothing):
+    with contextlib.nullcontext() if hashes else unittest.mock.patch.multiple(checkpoint_files, **unchecked):
         read_checkpoint(path)
     return time.perf_counter() - begun
 

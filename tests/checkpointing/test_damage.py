@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from forge import as_first_version
 from tiny import Tiny, data
 
 from raytrainer import CheckpointError, DataModule
+from raytrainer.checkpointing import checkpoint_files
+from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.checkpointing.checkpoint_meta import read_meta
 from raytrainer.checkpointing.checksums import ChecksummedWriter, seal, unseal
+from raytrainer.checkpointing.storage import LocalStorage
 
 
 @pytest.fixture
@@ -38,6 +43,32 @@ def test_any_flipped_bit_is_noticed(checkpoint: Path) -> None:
             assert file.name in str(caught.value) or "not a checkpoint of raytrainer" in str(caught.value), place
         file.write_bytes(whole)
     assert read_checkpoint(checkpoint)["epoch"] == 1
+
+
+def test_of_large_files_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are compared while they are read: whatever torch makes of the damage, it is told of as such."""
+    monkeypatch.setattr(checkpoint_files, "LARGE", 0)
+    assert read_checkpoint(checkpoint)["epoch"] == 1
+    draws = random.Random(1)
+    (file,) = checkpoint.glob("state-*")
+    whole = file.read_bytes()
+    # half of them where torch's index of the file is
+    places = [draws.randrange(8 * len(whole)) for _ in range(150)] + [-draws.randrange(1, 8000) for _ in range(150)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"{file.name}: the file is damaged: its content is not what was"):
+            read_checkpoint(checkpoint)
+    file.write_bytes(whole)
+    with (
+        pytest.raises(ZeroDivisionError),
+        CheckpointFolder(LocalStorage(), str(checkpoint), "x").open(
+            file.name, read_meta((checkpoint / "meta.json").read_bytes(), "x")["files"][file.name]
+        ),
+    ):
+        1 / 0  # noqa: B018
+    assert "checkpoint-check" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, -1])

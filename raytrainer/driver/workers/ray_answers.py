@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from raytrainer.errors import WorkerError, WorkerLostError
+from raytrainer.errors import SerializationError, WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.folding import ranks_text
 from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
@@ -132,8 +132,19 @@ class Answers:
                 remedy = ". Install it there, in the Python that `ray start` ran in" if missing else ""
                 return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}")
             return WorkerLostError(rank, lines[0] + self._whereabouts(rank))
+        except RayTaskError as error:
+            return self._unsendable(rank, error.cause or error)
         except RayError as error:
             return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
+
+    def _unsendable(self, rank: int, error: BaseException) -> Failure:
+        """A worker's methods raise nothing, so what Ray has met is an answer that cannot be pickled."""
+        told = SerializationError(
+            f"what rank {rank} was to send to the driver cannot be pickled: {type(error).__name__}: {error}. Return "
+            f"data from predict_step, and keep data in what comes home: tensors, numbers, strings, containers of them."
+        )
+        node = self._group.places[rank].address if self._group.places else "?"
+        return Failure(rank, node, SerializationError.__name__, str(told), f"{told}\n", pickle.dumps(told))
 
     def _whereabouts(self, rank: int) -> str:
         """Where a lost worker was, and where its last words are."""
