@@ -126,8 +126,20 @@ class PredictionWriter(WorkerCallback):
 
         if self._writer is None:
             filesystem, folder = locate(self.path)
+            if "://" not in self.path:
+                self._reserve(f"{folder}/{name}")
             self._writer = pq.ParquetWriter(f"{folder}/{name}", tables[0].schema, filesystem=filesystem)
         self._writer.write_table(pa.concat_tables(tables))
+
+    def _reserve(self, file: str) -> None:
+        """Make a new file, so that no other run can have the same."""
+        try:
+            open(file, "xb").close()
+        except FileExistsError:
+            raise ConfigurationError(
+                f"PredictionWriter({self.path!r}): {os.path.basename(file)} has come there since this run began: "
+                "another one writes to the same folder. Give each its own."
+            ) from None
 
     def _close(self) -> None:
         writer, self._writer = self._writer, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -113,6 +114,10 @@ def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
         return written_by_us(folder.storage.read(folder.inside(META)))
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        if folder.storage.is_local:  # what cannot be read, is no file, or has too long a name
+            return False
+        raise
 
 
 def find_checkpoints(root: str | Path) -> list[tuple[float, str]]:
@@ -150,17 +155,20 @@ def _candidates(root: str | Path) -> list[tuple[float, str]]:
     filesystem, directory = locate(root)
     found: list[tuple[float, str]] = []
     if isinstance(filesystem, fs.LocalFileSystem):  # pyarrow would follow links, and end at what may not be read
-        seen = {os.path.realpath(directory)}
-        roots = [directory]
+        top = os.path.realpath(directory)
+        seen, roots = {top}, [directory]
         while roots:
             for path, folders, files in os.walk(roots.pop()):
                 if META in files:
                     with contextlib.suppress(OSError):
-                        found.append((os.stat(f"{path}/{META}").st_mtime, path))
+                        about = os.stat(f"{path}/{META}")
+                        if stat.S_ISREG(about.st_mode):
+                            found.append((about.st_mtime, path))
                 for link in (f"{path}/{name}" for name in folders if os.path.islink(f"{path}/{name}")):
                     real = os.path.realpath(link)
                     moved = _MADE_BY_US.fullmatch(os.path.basename(link)) or os.path.isfile(f"{link}/{META}")
-                    if moved and real not in seen and not is_inside(real, os.path.realpath(directory)):
+                    # what is inside is found by itself; what this is inside of holds other people's
+                    if moved and real not in seen and not is_inside(real, top) and not is_inside(top, real):
                         seen.add(real)
                         roots.append(link)
         return found

@@ -22,14 +22,20 @@ _guard = Lock()
 def reserve(path: str) -> bool:
     """Take a name for a checkpoint, until it has been written, or `release`.
 
+    Where no folder can be made (a full disk, a name that is too long) nothing is reserved: who writes there is told.
+
     Returns:
         False: it is taken, by a file, folder or link of anybody's.
-
-    Raises:
-        OSError: No folder can be made there.
     """
     if _is_remote(path):
         return True
+    try:
+        return _reserved(path)
+    except OSError:
+        return True
+
+
+def _reserved(path: str) -> bool:
     folder = folder_at(path)
     os.makedirs(os.path.dirname(folder.path), exist_ok=True)
     try:

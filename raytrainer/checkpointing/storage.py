@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -134,7 +135,13 @@ class LocalStorage(Storage):
             raise
 
     def open(self, path: str) -> BinaryIO:
-        return open(path, "rb", buffering=0)
+        file = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )  # no waiting for pipes
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "it is no regular file", path)
+        return open(file, "rb", buffering=0)
 
     def replace(self, path: str, target: str) -> None:
         os.replace(path, target)

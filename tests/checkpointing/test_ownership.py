@@ -205,12 +205,44 @@ def test_moved_folders_are_found_by_their_links(tmp_path: Path) -> None:
     (root / "y.ckpt").symlink_to(disk / "y.ckpt")
     (root / "of another run").symlink_to(disk / "other")
     (disk / "version_1" / "checkpoints" / "version_2").symlink_to(root)  # round and round
+    (root / "version_3").symlink_to(tmp_path)  # above: what other runs have, too
     (root / "best.ckpt").symlink_to("version_0/checkpoints/x.ckpt")
     (root / "here").symlink_to("version_0")
     found = {path for _, path in find_checkpoints(root)}
     names = ("version_0/checkpoints/x.ckpt", "version_1/checkpoints/x.ckpt", "y.ckpt", "best.ckpt")
     assert found == {f"{root}/{name}" for name in names}
     assert newest_checkpoint([root]) == f"{root}/y.ckpt"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_what_is_no_file_is_no_checkpoint(local_trainer: Any, tmp_path: Path) -> None:
+    """A pipe, which nobody writes to: who opened it would wait for ever."""
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "meta.json")
+    (tmp_path / "folder" / "meta.json").mkdir(parents=True)
+    for name in ("pipe", "folder"):
+        assert not checkpoint_exists(tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"meta\.json: the file cannot be read: .*no regular file"):
+            read_checkpoint(tmp_path / name)
+        with pytest.raises(CheckpointError, match="no regular file"):
+            write_checkpoint(tmp_path / name, {"epoch": 1})
+    trainer = local_trainer(max_epochs=1, callbacks=ModelCheckpoint(tmp_path))
+    trainer.fit(Tiny(), data(), ckpt_path="last")
+    assert trainer.ckpt_path is None and len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "pipe" / "meta.json").is_fifo() and (tmp_path / "folder" / "meta.json").is_dir()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_name_that_no_folder_can_have(on_error: Any, local_trainer: Any, tmp_path: Path, caplog: Any) -> None:
+    saving = ModelCheckpoint(tmp_path, "x" * 300, on_error=on_error)
+    trainer = local_trainer(max_epochs=2, callbacks=saving)
+    if on_error == "raise":
+        with pytest.raises(CheckpointError, match=r"xxx\.ckpt: cannot be written: .*too long"):
+            trainer.fit(Tiny(), data())
+    else:
+        trainer.fit(Tiny(), data())
+        assert trainer.state.finished and "training goes on without a checkpoint" in caplog.text
+        assert saving.best_model_path == ""
 
 
 # ---------------------------------------------------------------- two processes, one folder
@@ -326,6 +358,18 @@ def test_predictions_of_others(local_trainer: Any, tmp_path: Path) -> None:
     for _ in range(2):
         local_trainer(callbacks=writer).predict(Predicting(), data(4), return_predictions=False)
     assert PredictionWriter.read(tmp_path).num_rows > 0
+
+
+def test_predictions_of_another_run_that_has_begun_too(local_trainer: Any, tmp_path: Path) -> None:
+    class Predicting(Tiny):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1:  # the other one writes first
+                (tmp_path / "part-00000.parquet").write_bytes(b"theirs")
+            return self(batch[0])
+
+    with pytest.raises(ConfigurationError, match=r"part-00000\.parquet has come there since.*Give each its own"):
+        local_trainer(callbacks=PredictionWriter(tmp_path)).predict(Predicting(), data(8))
+    assert (tmp_path / "part-00000.parquet").read_bytes() == b"theirs"
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_training(local_trainer: Any, tmp_path: Path) -> None:
