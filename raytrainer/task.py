@@ -29,6 +29,7 @@ class Task:
     counters: tuple[int, int] = (0, 0)  # steps and epochs of the last fit, for an evaluation
     resuming: bool = False  # whether a checkpoint is restored right after `setup`, before there are optimizers
     default_root_dir: str = "."
+    log_dir: str | None = None  # None: the same
     ask_predictions: bool = True  # whether predictions are sent to the driver
     datasets: dict[str, list[Any]] = field(default_factory=dict)  # Ray Datasets made ready: by "train", "val", ...
     profiler: Profiler | None = None

@@ -38,6 +38,7 @@ from raytrainer.driver_arguments import TrainerArguments
 from raytrainer.gpu.choice import count_all
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.loggers import Logger
+from raytrainer.loggers.logger import first_log_dir
 from raytrainer.module import Module
 from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
@@ -243,6 +244,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             reseed=seed is not None or self._settings.strategy != "local",
             default_root_dir=self.default_root_dir,
+            log_dir=None if stage == "predict" else first_log_dir(self._loggers),
             logs=self._worker_logs,
             profiler=self._profiler,
         )

@@ -70,10 +70,11 @@ WORDS: dict[str, dict[str, str]] = {
         ),
         "received_sigterm": "`preempted`",
         "interrupted": "by Ctrl-C or SIGTERM; of a run that has failed, `state.status` is `\"failed\"`",
-        "is_last_batch": "in a Module `batch_idx + 1 == self.trainer.num_training_batches`, if the loader has a length",
+        "is_last_batch": "in workers, on `self.trainer`; of training",
         "print": "`self.print` of a Module",
         "fit": "the same, but each call begins at epoch 0, with the weights that there are, rather than where the last "
-        "one of this Trainer ended; `ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint",
+        "one of this Trainer ended; `ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint; "
+        "an epoch for which a training loader of unknown length gives no batch is an error",
         "predict": "the same; lazy on Ray Datasets",
         "callback_metrics": "the same; values are float64, or int64 where that would round. Over several workers a "
         "Module sees its own step values, also with `sync_dist`, and its own of what a hook at an epoch's end logs, "

@@ -213,9 +213,9 @@ class TrainerProperties:
         return self._loggers
 
     @property
-    def log_dir(self) -> str | None:
-        """Folder of the first logger that has one."""
-        return first_log_dir(self._loggers)
+    def log_dir(self) -> str:
+        """Folder of the first logger that has one; `default_root_dir` where none has."""
+        return first_log_dir(self._loggers) or self.default_root_dir
 
     @property
     def ckpt_path(self) -> str | None:

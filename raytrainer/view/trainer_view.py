@@ -14,6 +14,7 @@ from raytrainer.data.transfer import map_leaves
 from raytrainer.loggers.logger import Logger
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.plan.ranks import Ranks
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import Settings
 from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.strategies.strategy import Strategy
@@ -27,6 +28,8 @@ __all__ = ["TrainerView"]
 class TrainerView:
     """The run, as module and worker callbacks may see it. Set `should_stop` to ask for the end of training.
 
+    The Trainer's arguments that concern a run are attributes too: `limit_train_batches`, `val_check_interval`, ...
+
     Attributes:
         settings: The validated settings of the run.
         ranks: This worker's place.
@@ -34,6 +37,9 @@ class TrainerView:
         running: What runs now: "train", "sanity", "validate", "test", "predict", or None in between.
         global_step: Optimizer steps done.
         current_epoch: Index of the epoch in progress.
+        is_last_batch: Whether training's batch is the last one of its epoch. Where a loader's length is unknown, that
+            is not known at batches where its state is kept before it reads ahead.
+        log_dir: As of the driver's Trainer, on whose machine the folder is.
         interrupted: Known from `on_train_end` on: Ctrl-C was pressed, and the run should end soon.
         optimizers: The optimizers.
         lr_scheduler_configs: The schedulers and when they step.
@@ -53,9 +59,11 @@ class TrainerView:
     strategy: Strategy
     stage: str
     default_root_dir: str = "."
+    log_dir: str = "."
     running: str | None = None
     global_step: int = 0
     current_epoch: int = 0
+    is_last_batch: bool = False
     should_stop: bool = False
     interrupted: bool = False
     optimizers: list[Optimizer] = field(default_factory=list)
@@ -79,6 +87,8 @@ class TrainerView:
     if not TYPE_CHECKING:  # for a type checker this would have every name
 
         def __getattr__(self, name: str) -> Any:
+            if name in RunArguments.__dataclass_fields__:
+                return getattr(self.settings, name)
             raise AttributeError(name if name.startswith("_") else absent(name, dir(self)))
 
     # ranks
@@ -206,6 +216,11 @@ class TrainerView:
     @property
     def predicting(self) -> bool:
         return self._now == "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a validation, test or sanity check runs."""
+        return self._now in ("validate", "test", "sanity")
 
     # data
     @property

@@ -193,7 +193,7 @@ class TrainingLoop:
             if self._on_batch_start is not None and there and self._on_batch_start(batch, index) == -1:
                 exhausted = True
                 break
-            last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
+            view.is_last_batch = last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
             stepping = last or accumulate == 1 or (index + 1) % accumulate == 0
             outputs = self._run_batch(batch, index, stepping)
             self.batch = index + 1  # the weights have had it: where a hook fails now, a resumed run goes on after it

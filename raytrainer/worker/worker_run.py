@@ -61,6 +61,7 @@ class WorkerRun:
             strategy=strategy,
             stage=task.stage,
             default_root_dir=task.default_root_dir,
+            log_dir=task.log_dir or task.default_root_dir,
             callbacks=task.callbacks,
             datamodule=task.datamodule,
         )

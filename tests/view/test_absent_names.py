@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import raytrainer
+from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.view.absent_names import absent
 from raytrainer.view.trainer_view import TrainerView
 
@@ -15,8 +16,8 @@ from raytrainer.view.trainer_view import TrainerView
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("is_last_batch", "batch_idx + 1 == self.trainer.num_training_batches"),
-        ("log_dir", "the driver's Trainer has it"),
+        ("state", "self.trainer.stage and self.trainer.running"),
+        ("plot", "the driver's Trainer has it"),
         ("checkpoint_callback", "the driver's Trainer has it"),
         ("globl_step", "did you mean 'global_step'?"),
         ("xyz", "self.trainer has no 'xyz' in a worker."),
@@ -27,7 +28,10 @@ def test_answers(name, said):
 
 
 def test_all_that_the_driver_has_is_known():
-    own = {*dir(TrainerView), *(field.name for field in dataclasses.fields(TrainerView))}
+    own = {
+        *dir(TrainerView),
+        *(field.name for kind in (TrainerView, RunArguments) for field in dataclasses.fields(kind)),
+    }
     for name in set(dir(raytrainer.Trainer)) - own:
         said = absent(name, [])
         assert name.startswith("_") or "the driver" in said or "here that is" in said, said
@@ -40,11 +44,54 @@ def test_asked_for_in_a_step(local_trainer):
             self.net = torch.nn.Linear(1, 1)
 
         def training_step(self, batch, batch_idx):
-            assert not hasattr(self.trainer, "is_last_batch")
-            return self.trainer.is_last_batch
+            assert not hasattr(self.trainer, "state")
+            return self.trainer.state
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    with pytest.raises(AttributeError, match=r"here that is batch_idx \+ 1 =="):
+    with pytest.raises(AttributeError, match=r"here that is self\.trainer\.stage"):
         local_trainer(max_epochs=1).fit(Net(), [torch.ones(1, 1)])
+
+
+@pytest.mark.parametrize("loader", ["sized", "unsized"])
+def test_names_of_lightnings_trainer_that_modules_ask_for(loader, local_trainer, tmp_path):
+    class Net(raytrainer.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+            self.last: list[bool] = []
+
+        def training_step(self, batch, batch_idx):
+            trainer = self.trainer
+            assert (trainer.limit_train_batches, trainer.val_check_interval, trainer.num_sanity_val_steps) == (
+                3,
+                0.5,
+                0,
+            )
+            assert not trainer.evaluating and trainer.log_dir == folder
+            self.last.append(trainer.is_last_batch)
+            return self.net(batch).sum()
+
+        def validation_step(self, batch, batch_idx):
+            assert self.trainer.evaluating and not self.trainer.training
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    batches = [torch.ones(1, 1)] * 4
+    train = batches if loader == "sized" else torch.utils.data.DataLoader(Endless(), batch_size=None)
+    for logger in (False, raytrainer.CSVLogger(tmp_path)):
+        trainer = local_trainer(
+            max_epochs=2, limit_train_batches=3, val_check_interval=0.5, num_sanity_val_steps=0, logger=logger
+        )
+        folder = trainer.log_dir
+        assert folder == (logger.log_dir if logger else trainer.default_root_dir)
+        module = Net()
+        trainer.fit(module, train, batches)
+        assert module.last == [False, False, True] * 2
+
+
+class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+    def __iter__(self):
+        return iter([torch.ones(1, 1)] * 9)
