@@ -23,6 +23,7 @@ from raytrainer.checkpointing.restored_values import unpack_hyperparameters
 from raytrainer.checkpointing.typed_values import NoForm, pack
 from raytrainer.data import changed_collections
 from raytrainer.data.changed_collections import copied, differ, is_collection, restored, stored
+from raytrainer.data.transfer import attributes_of
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.seeds import derive_seed
 
@@ -195,20 +196,10 @@ def _values(root: Any, path: str, part: Any) -> Memory:
     helps = isinstance(part, Sampler) or hasattr(part, "__iter__") or library_of(part) == library_of(root)
     if path and not helps:
         return {}
-    found = {f"{path}.{name}": value for name, value in _attributes(part).items()}
+    found = {f"{path}.{name}": value for name, value in attributes_of(part).items()}
     # what gives samples itself may have all of its data in lists
     most = changed_collections.MOST if isinstance(root, Sampler) else changed_collections.FEW
     return {name: value for name, value in found.items() if type(value) in COUNTERS or is_collection(value, most)}
-
-
-def _attributes(part: Any) -> dict[str, Any]:
-    found = dict(getattr(part, "__dict__", {}))
-    for kind in type(part).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(part, name):
-                found[name] = getattr(part, name)
-    return found
 
 
 def _is_generator(part: Any) -> bool:
@@ -234,7 +225,7 @@ def _parts(root: Any, deep: bool = True) -> Iterator[tuple[str, Any]]:
         yield path, part
         if not deep:
             return
-        for name, value in _attributes(part).items():
+        for name, value in attributes_of(part).items():
             items: list[tuple[Any, Any]] = [("", value)]
             if isinstance(value, (list, tuple)) and len(value) <= FEW:
                 items = [(f"[{index}]", item) for index, item in enumerate(value)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["cast_floating", "map_leaves", "map_tensors", "move", "to_cpu"]
+__all__ = ["attributes_of", "cast_floating", "map_leaves", "map_tensors", "move", "to_cpu"]
 
 
 def map_leaves(batch: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -55,6 +55,17 @@ def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     return copied
 
 
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """What an object holds, in its `__dict__` and in the slots of its class."""
+    found = dict(getattr(thing, "__dict__", {}))
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
+                found[name] = getattr(thing, name)
+    return found
+
+
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`change` of every tensor in `batch`, also in objects that move themselves; the original is left alone.
 
@@ -83,8 +94,7 @@ def _inside(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return copy.copy(value).apply(change)
     if isinstance(value, (Mapping, tuple)) or dataclasses.is_dataclass(value):
         return _rebuilt(value, lambda item: map_tensors(item, change))
-    found = getattr(value, "__dict__", {})
-    changes = {name: map_tensors(item, change) for name, item in found.items()}
+    changes = {name: map_tensors(item, change) for name, item in attributes_of(value).items()}
     copied = copy.copy(value)
     for name, item in changes.items():
         object.__setattr__(copied, name, item)

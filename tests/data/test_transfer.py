@@ -58,6 +58,18 @@ class Attributes:
         return Attributes(self.x.to(device), self.name)
 
 
+class Slots:
+    """The same without a `__dict__`."""
+
+    __slots__ = ("name", "x")
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.name = x, "a"
+
+    def to(self, device: torch.device) -> Slots:
+        return Slots(self.x.to(device))
+
+
 class Applies(Attributes):
     """As PyTorch Geometric's data: changes itself."""
 
@@ -158,6 +170,7 @@ def test_a_mapping_keeps_what_else_it_has():
 
 OBJECTS = [
     (Attributes(T), lambda b: b.x),
+    (Slots(T), lambda b: b.x),
     (Attributes({"deep": [T]}), lambda b: b.x["deep"][0]),
     ([Applies(T)], lambda b: b[0].x),
     (Encoding(a=T), lambda b: b["a"]),

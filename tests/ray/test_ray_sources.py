@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,49 @@ def stateful(processes: int) -> Any:
     return StatefulDataLoader(TABLE, 4, shuffle=True, num_workers=processes)
 
 
+class Own(Sampler[int]):
+    """Shuffles in place what it keeps, by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.rng, self.order = random.Random(4), list(range(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self):
+        self.rng.shuffle(self.order)
+        return iter(self.order)
+
+
+def hugging_face() -> Any:
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    rows: Any = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=4)
+    mine = split_dataset_by_node(rows.shuffle(seed=1, buffer_size=8), rank=rt.rank(), world_size=rt.world_size())
+    return DataLoader(mine, 4, collate_fn=lambda rows: torch.tensor([[row["x"], 0.0] for row in rows]))
+
+
+def ray_dataset(kept: bool) -> Any:
+    import ray.data
+
+    def rows(columns: Any) -> Any:
+        return torch.stack([torch.as_tensor(columns["id"]).float(), torch.zeros(len(columns["id"]))], 1)
+
+    dataset = ray.data.range(SAMPLES, override_num_blocks=4)
+    return rt.RayDataset(dataset, batch_size=4, shuffle=True, keep_in_memory=kept, collate_fn=rows)
+
+
 SOURCES = {
+    "sampler": lambda: DataLoader(TABLE, 4, sampler=Own()),  # type: ignore[arg-type]
     "batch sampler": lambda: DataLoader(TABLE, batch_sampler=Shuffled()),  # type: ignore[arg-type]
     "stream": lambda: DataLoader(Numbers(), 2),
     "stream, 2 processes": lambda: DataLoader(Numbers(), 2, num_workers=2),
     "StatefulDataLoader": lambda: stateful(0),
     "StatefulDataLoader, 2 processes": lambda: stateful(2),
+    "Hugging Face": hugging_face,
+    "RayDataset, kept": lambda: ray_dataset(True),
+    "RayDataset, streamed": lambda: ray_dataset(False),
 }
 
 
@@ -80,6 +118,13 @@ class Data(rt.DataModule):
 
     def train_dataloader(self) -> Any:
         return SOURCES[self.kind]()
+
+
+class Dataset(Data):
+    """Where Ray deals it out."""
+
+    train_dataset = Data.train_dataloader
+    train_dataloader = rt.DataModule.train_dataloader
 
 
 class Tells(rt.Module):
@@ -120,13 +165,15 @@ def samples(folder: Path) -> dict[int, list[int]]:
 def test_a_killed_worker_changes_nothing(kind, ray_trainer, tmp_path):
     if "StatefulDataLoader" in kind:
         pytest.importorskip("torchdata.stateful_dataloader")
+    if kind == "Hugging Face":
+        pytest.importorskip("datasets")
     modules = []
     for deadly in (False, True):
         folder = tmp_path / str(deadly)
         folder.mkdir()
         module = Tells(folder, deadly)
         trainer = ray_trainer(max_epochs=3, seed=5, max_failures=1, snapshot_every=1)
-        trainer.fit(module, datamodule=Data(kind))
+        trainer.fit(module, datamodule=(Dataset if "RayDataset" in kind else Data)(kind))
         assert len(trainer.recoveries) == deadly
         assert samples(folder) == {epoch: list(range(SAMPLES)) for epoch in range(3)}
         modules.append(module)
