@@ -356,7 +356,7 @@ def _kinds(plan: Any) -> set[str]:
 
 
 def paths_read(dataset: Any) -> list[str] | None:
-    """The paths that a dataset of one source of files reads from, files or folders.
+    """The paths that a dataset of one source of local files reads from, files or folders; None: it is another one.
 
     Without Ray Data's plans: not known.
     """
@@ -366,14 +366,21 @@ def paths_read(dataset: Any) -> list[str] | None:
             if len(plan.input_dependencies) > 1:
                 return None
             plan = plan.input_dependencies[0]
-        if type(plan).__name__ == "ListFiles":
+        if type(plan).__name__ == "ListFiles" and _is_local(plan.filesystem):
             return [str(path) for path in plan.paths]
-        if type(plan).__name__ == "Read":
+        if type(plan).__name__ == "Read" and _is_local(plan.datasource._filesystem):
             return [str(path) for path in plan.datasource._pq_paths]
         return None
     except GONE as error:
         log.debug("the paths of a dataset are not known", exc_info=error)
         return None
+
+
+def _is_local(filesystem: Any) -> bool:
+    """Whether its paths are those of this machine; not where they are another's, or begin in some folder."""
+    unwrap = getattr(filesystem, "unwrap", None)
+    inner = unwrap() if callable(unwrap) else filesystem
+    return inner is None or getattr(inner, "type_name", "") == "local"
 
 
 def listed_once(dataset: Any) -> tuple[Any, int | None, int | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ SAMPLES = 32
 
 
 class Shuffled(Sampler[list[int]]):
-    """Batches by a generator of its own; fewer in even epochs."""
+    """Batches by a generator of its own, of an order that it goes on from; fewer in even epochs."""
 
     def __init__(self) -> None:
         self.rng, self.epoch = numpy.random.default_rng(), 0  # another one in each worker
+        self.order = list(range(SAMPLES))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -32,8 +32,8 @@ class Shuffled(Sampler[list[int]]):
 
     def __iter__(self):
         size = SAMPLES // len(self)
-        order = self.rng.permutation(SAMPLES).tolist()
-        return iter([order[i : i + size] for i in range(0, SAMPLES, size)])
+        self.rng.shuffle(self.order)
+        return iter([self.order[i : i + size] for i in range(0, SAMPLES, size)])
 
 
 class Numbers(IterableDataset[Any]):
@@ -65,20 +65,6 @@ def stateful(processes: int) -> Any:
     return StatefulDataLoader(TABLE, 4, shuffle=True, num_workers=processes)
 
 
-class Own(Sampler[int]):
-    """Shuffles in place what it keeps, by a generator of its own."""
-
-    def __init__(self) -> None:
-        self.rng, self.order = random.Random(4), list(range(SAMPLES))
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __iter__(self):
-        self.rng.shuffle(self.order)
-        return iter(self.order)
-
-
 def hugging_face() -> Any:
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -99,7 +85,6 @@ def ray_dataset(kept: bool) -> Any:
 
 
 SOURCES = {
-    "sampler": lambda: DataLoader(TABLE, 4, sampler=Own()),  # type: ignore[arg-type]
     "batch sampler": lambda: DataLoader(TABLE, batch_sampler=Shuffled()),  # type: ignore[arg-type]
     "stream": lambda: DataLoader(Numbers(), 2),
     "stream, 2 processes": lambda: DataLoader(Numbers(), 2, num_workers=2),

@@ -81,8 +81,9 @@ def _prepare(
     # begun now, its actor's process starts while files are listed
     streamed = StreamedBlocks(source, stage, remote) if keep is False else None
     if known is None:
+        files = prepared.files_of(source.dataset) if remote else None
         listed = ray_private.listed_once(ray_private.lasting_blocks(dataset))
-        known = prepared.keep(source.dataset, source.columns, listed) if remote else None
+        known = prepared.keep(source.dataset, source.columns, listed, files)
     else:
         listed = known.listed
     dataset, listed_rows, listed_size = listed

@@ -15,8 +15,9 @@ from raytrainer.private import ray_private
 
 __all__ = ["Prepared", "files_of", "find", "forget", "keep", "keep_only"]
 
-#: Path, size and time of change of each file.
-Files = tuple[tuple[str, int, int], ...]
+#: Path, size, number and times of change of each file. The second time nobody can set: it tells of a file that was
+#: replaced by one of the same size, with the first time of the old one.
+Files = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass
@@ -51,9 +52,17 @@ def find(dataset: Any, columns: Sequence[str] | None) -> Prepared | None:
     return None
 
 
-def keep(dataset: Any, columns: Sequence[str] | None, listed: tuple[Any, int | None, int | None]) -> Prepared | None:
-    """Keep what is known of a dataset; None where nobody could tell whether its files change."""
-    files = files_of(dataset)
+def keep(
+    dataset: Any, columns: Sequence[str] | None, listed: tuple[Any, int | None, int | None], files: Files | None
+) -> Prepared | None:
+    """Keep what is known of a dataset; None where nobody could tell whether its files change.
+
+    Args:
+        dataset: As the user gave it.
+        columns: The columns to read.
+        listed: See `Prepared`.
+        files: What `files_of` gave before they were listed.
+    """
     if files is None:
         return None
     known = Prepared(dataset, _named(columns), files, _cluster(), listed)
@@ -81,12 +90,26 @@ def files_of(dataset: Any) -> Files | None:
     for path in paths:
         root = Path(path)
         try:
-            for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            for file in _within(root) if root.is_dir() else [root]:
                 status = os.stat(file)
-                found.append((str(file), status.st_size, status.st_mtime_ns))
+                found.append((str(file), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
         except OSError:
             return None
     return tuple(found)
+
+
+def _within(root: Path) -> list[Path]:
+    """All files below a folder, also behind links, and the folders."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder), *(Path(folder, name) for name in files)]
+    return sorted(found)
 
 
 def _named(columns: Sequence[str] | None) -> tuple[str, ...] | None:
