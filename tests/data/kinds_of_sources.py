@@ -72,6 +72,20 @@ class Unseeded(Sampler[int]):
         return iter(numpy.random.permutation(SAMPLES).tolist())
 
 
+class InPlace(Sampler[int]):
+    """Shuffles the order of the epoch before."""
+
+    def __init__(self) -> None:
+        self.order = list(range(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Any:
+        random.shuffle(self.order)
+        return iter(self.order)
+
+
 class ByLength(Sampler[list[int]]):
     """Batches of what is alike, by a generator of its own; in odd epochs smaller ones, and so more of them."""
 
@@ -106,6 +120,18 @@ class ReadsAhead(DataLoader[Any]):
         while ahead is not None:
             batch, ahead = ahead, next(batches, None)
             yield batch
+
+
+class Mixes(DataLoader[Any]):
+    """Shuffles batches, as far as they are in a buffer."""
+
+    def __iter__(self) -> Any:
+        held: list[Any] = []
+        for batch in super().__iter__():
+            held.append(batch)
+            if len(held) == 3:
+                yield held.pop(random.randrange(3))
+        yield from held
 
 
 class Repeats(DataLoader[Any]):
@@ -159,6 +185,15 @@ class Stream(IterableDataset[Any]):
         self.epochs += 1
         for number in order[part::parts]:
             yield torch.tensor([float(number), torch.rand(()).item(), random.random()])
+
+
+class Deals(IterableDataset[Any]):
+    """Draws its order, of all samples, with a global generator."""
+
+    def __iter__(self) -> Any:
+        part, parts = rt.data_part()
+        for number in torch.randperm(SAMPLES).tolist()[part::parts]:
+            yield torch.tensor([float(number), torch.rand(()).item()])
 
 
 class Stateful(IterableDataset[Any]):
@@ -376,6 +411,7 @@ KINDS: dict[str, Kind] = {
         times=None,
     ),
     "an own sampler, of the global generators": by(Unseeded),
+    "an own sampler that shuffles in place": by(InPlace),
     "DistributedSampler": by(lambda: DistributedSampler(range(SAMPLES), rt.world_size(), rt.rank())),  # type: ignore[arg-type]
     "an own batch sampler, fewer batches in some epochs": Kind(
         lambda batch: DataLoader(Noisy(), batch_sampler=ByLength(batch))
@@ -391,10 +427,15 @@ KINDS: dict[str, Kind] = {
         lambda batch: DataLoader(Noisy(), None, sampler=ByLength(batch, varies=False), num_workers=2)
     ),
     "a loader that reads ahead": Kind(lambda batch: ReadsAhead(Noisy(), batch, shuffle=True)),
+    "a loader that shuffles batches": Kind(lambda batch: Mixes(Noisy(), batch, shuffle=True)),
     "a loader that gives each batch twice": Kind(lambda batch: Repeats(Noisy(), batch * 2, shuffle=True), times=2),
     "a loader that keeps its reader": Kind(lambda batch: Keeps(Noisy(), batch, shuffle=True)),
     "IterableDataset": Kind(lambda batch: DataLoader(Stream(), batch)),
     "IterableDataset, 2 processes": Kind(lambda batch: DataLoader(Stream(), batch, num_workers=2)),
+    "IterableDataset that deals out what it shuffles": Kind(lambda batch: DataLoader(Deals(), batch)),
+    "IterableDataset that deals out what it shuffles, 2 processes": Kind(
+        lambda batch: DataLoader(Deals(), batch, num_workers=2)
+    ),
     "IterableDataset with a state": Kind(lambda batch: DataLoader(Stateful(), batch)),
     "IterableDataset with a state, 2 processes": Kind(lambda batch: DataLoader(Stateful(), batch, num_workers=2)),
     "an own loader with a state": Kind(OwnLoader),
