@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.checkpointing.places import locate
 from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.data.ray.prediction_columns import prediction_columns
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import ConfigurationError, StorageError
 from raytrainer.plan import argument_checks as checks
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class PredictionWriter(WorkerCallback):
 
     Raises:
         ConfigurationError: Another interval, files that are there, or a folder that cannot be written to.
+        StorageError: A file cannot be written to its end, the disk being full, say; it is removed.
         DataError: A step's output is not one row a sample.
     """
 
@@ -51,7 +53,9 @@ class PredictionWriter(WorkerCallback):
         self.write_interval = checks.choice("PredictionWriter(write_interval)", write_interval, ("epoch", "batch"))
         self.overwrite = overwrite
         self._tables: list[pa.Table] = []  # not written yet
+        self._bytes = 0  # of them
         self._writer: Any = None
+        self._name = ""  # of the file that is being written
 
     @property
     def state_key(self) -> str:
@@ -69,7 +73,7 @@ class PredictionWriter(WorkerCallback):
 
     def on_predict_start(self, trainer: TrainerView, module: Module) -> None:
         """See to the folder; no worker writes before all have."""
-        self._tables = []
+        self._tables, self._bytes = [], 0
         files = _parquet_files(self.path)
         if files and not self.overwrite:
             raise ConfigurationError(
@@ -103,7 +107,8 @@ class PredictionWriter(WorkerCallback):
             self._close()
             return
         self._tables.append(table)
-        if sum(kept.nbytes for kept in self._tables) > _GROUP_BYTES:
+        self._bytes += table.nbytes
+        if self._bytes > _GROUP_BYTES:
             self._flush(trainer)
 
     def on_predict_epoch_end(self, trainer: TrainerView, module: Module) -> None:
@@ -113,10 +118,11 @@ class PredictionWriter(WorkerCallback):
 
     def on_exception(self, trainer: TrainerView, module: Module, exception: BaseException) -> None:
         """Close the file."""
-        self._close()
+        with contextlib.suppress(StorageError):  # the first failure is the one to tell
+            self._close()
 
     def _flush(self, trainer: TrainerView) -> None:
-        tables, self._tables = self._tables, []
+        tables, self._tables, self._bytes = self._tables, [], 0
         if tables:
             self._write(tables, f"part-{trainer.global_rank:05d}.parquet")
 
@@ -124,12 +130,34 @@ class PredictionWriter(WorkerCallback):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._writer is None:
-            filesystem, folder = locate(self.path)
-            if "://" not in self.path:
-                self._reserve(f"{folder}/{name}")
-            self._writer = pq.ParquetWriter(f"{folder}/{name}", tables[0].schema, filesystem=filesystem)
-        self._writer.write_table(pa.concat_tables(tables))
+        filesystem, folder = locate(self.path)
+        try:
+            if self._writer is None:
+                if "://" not in self.path:
+                    self._reserve(f"{folder}/{name}")
+                self._writer = pq.ParquetWriter(f"{folder}/{name}", tables[0].schema, filesystem=filesystem)
+                self._name = name
+            self._writer.write_table(pa.concat_tables(tables))
+        except OSError as error:
+            writer, self._writer = self._writer, None
+            self._give_up(writer, name, error)
+
+    def _give_up(self, writer: Any, name: str, error: OSError) -> None:
+        """Delete a file that cannot be written to its end, and say so.
+
+        Raises:
+            StorageError: Always.
+        """
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
+            writer.is_open = False  # or it would try once more when it is gone
+        filesystem, folder = locate(self.path)
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(f"{folder}/{name}")
+        raise StorageError(
+            f"{self.path}/{name}: the predictions cannot be written: {error}. What there was of this file is removed."
+        ) from error
 
     def _reserve(self, file: str) -> None:
         """Make a new file, so that no other run can have the same."""
@@ -144,7 +172,10 @@ class PredictionWriter(WorkerCallback):
     def _close(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                self._give_up(writer, self._name, error)
 
 
 def _table(outputs: Any, loader: int, batch: int, part: int) -> pa.Table:

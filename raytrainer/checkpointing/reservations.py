@@ -47,7 +47,8 @@ def _reserved(path: str) -> bool:
         if folder.path in _held or folder.storage.is_link(folder.path) or not os.path.isdir(folder.path):
             return False
         locked = stack.enter_context(folder.storage.locked(folder.path))
-        if not locked and not made:
+        # a folder that was made here may be another process's by now; where there are no locks, it is ours
+        if locked is False or (locked is None and not made):
             return False
         if locked:
             folder.delete_leftovers()

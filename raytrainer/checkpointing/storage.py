@@ -76,12 +76,12 @@ class Storage(ABC):
     def free_bytes(self, path: str) -> int | None:
         """How much more can be written there; None: nobody knows."""
 
-    def locked(self, path: str) -> AbstractContextManager[bool]:
+    def locked(self, path: str) -> AbstractContextManager[bool | None]:
         """Whether, for the length of the block, nobody else has this folder locked. Never waits.
 
-        False also where locks are not to be had.
+        None where locks are not to be had, so that nobody knows.
         """
-        return contextlib.nullcontext(False)
+        return contextlib.nullcontext(None)
 
     def read(self, path: str) -> bytes:
         """A small file's content."""
@@ -181,7 +181,8 @@ class LocalStorage(Storage):
         return found.f_bavail * found.f_frsize
 
     @contextmanager
-    def locked(self, path: str) -> Iterator[bool]:
+    def locked(self, path: str) -> Iterator[bool | None]:
+        got: bool | None
         with contextlib.ExitStack() as stack:
             try:
                 import fcntl
@@ -192,8 +193,10 @@ class LocalStorage(Storage):
                 # closing is not enough: a process that was forked meanwhile has it too
                 stack.callback(fcntl.flock, folder, fcntl.LOCK_UN)
                 got = True
-            except (ImportError, OSError):  # somebody has it; Windows; some network filesystems
+            except BlockingIOError:
                 got = False
+            except (ImportError, OSError):  # Windows; some network filesystems
+                got = None
             yield got
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -7,6 +10,7 @@ from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, DataError, PredictionWriter
 from raytrainer.callbacks import prediction_writer
+from raytrainer.errors import StorageError
 
 
 class Several(Tiny):
@@ -82,3 +86,18 @@ def test_fsspec(local_trainer):
 def test_bad_interval():
     with pytest.raises(ConfigurationError, match="write_interval"):
         PredictionWriter("x", "step")
+
+
+@pytest.mark.parametrize("interval", ["epoch", "batch"])
+@pytest.mark.parametrize("call", ["write_table", "close"])
+def test_a_file_that_cannot_be_written_is_named_and_removed(call, interval, tmp_path, local_trainer, monkeypatch):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq.ParquetWriter, call, full)
+    writer = PredictionWriter(tmp_path, write_interval=interval)
+    with pytest.raises(
+        StorageError, match=r"part-00000.*\.parquet: the predictions cannot be written: .*No space left"
+    ):
+        local_trainer(callbacks=writer).predict(First(), data(8), return_predictions=False)
+    assert list(tmp_path.iterdir()) == []

@@ -261,6 +261,25 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert not reserve(path) and checkpoint_exists(path)
 
 
+def test_who_makes_a_folder_may_find_it_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two calls of one that reserves a name another one may come."""
+    fcntl = pytest.importorskip("fcntl")
+    path, make = f"{tmp_path}/x.ckpt", os.mkdir
+    taken: list[int] = []
+
+    def made(*args: Any) -> None:
+        make(*args)
+        taken.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(taken[0], fcntl.LOCK_EX)
+
+    monkeypatch.setattr(os, "mkdir", made)
+    assert not reserve(path)
+    os.close(taken[0])
+    monkeypatch.undo()
+    assert reserve(path)
+    release(path)
+
+
 def test_two_processes_get_different_versions_and_names(tmp_path: Path) -> None:
     begin = FORK.Barrier(2)
     answers = FORK.Queue()
