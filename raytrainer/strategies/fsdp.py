@@ -64,7 +64,7 @@ class FSDPStrategy(ShardedState):
     """
 
     inference_mode = False  # parameters gathered in it could not be trained with
-    compiles_blocks = builds_alike = True
+    compiles_blocks = True
     evaluates_alone = False  # workers gather together what each one needs
 
     def __init__(

@@ -62,7 +62,6 @@ class Strategy(ABC):
     evaluates_alone: bool = True  # whether a worker without a batch left is done, whatever the others have
     compiles_blocks: bool = False  # whether `shape` compiles what is to be compiled
     resumes: bool = False  # whether a checkpoint's weights will be loaded
-    builds_alike: bool = False  # whether all workers draw the same until the module has its form
     comes_home: bool = True  # whether the weights go into the driver's module at the end
     device_mesh: Any = None  # the workers as torch's DeviceMesh, where shards are
 

@@ -12,7 +12,8 @@ from raytrainer.data.data_hooks import DataHooks
 from raytrainer.data.feed import Feed
 from raytrainer.data.prefetch import CopyStream
 from raytrainer.errors import ConfigurationError
-from raytrainer.seeding import capture_rng, same_rng
+from raytrainer.plan.seeds import derive_seed
+from raytrainer.seeding import capture_rng, rng_untouched, same_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
 from raytrainer.worker.hook_calls import Hooks, overridden
@@ -92,10 +93,20 @@ class RunData:
                     f"no {stage} loader: pass one, or write {stage}_dataloader() in the DataModule or Module."
                 )
             before = capture_rng()
-            self._sources[stage] = hook()
+            if self.strategy.share.count > 1:
+                with rng_untouched():
+                    seed_generators(self._seed_of_hook(stage))
+                    self._sources[stage] = hook()
+            else:
+                self._sources[stage] = hook()
             if not same_rng(before, capture_rng()):
                 self._drawn.add(stage)
         return self._sources[stage]
+
+    def _seed_of_hook(self, stage: str) -> int:
+        """What a loader hook draws is the same on all workers, so that each takes its part of the same dataset."""
+        every = self.task.settings.reload_dataloaders_every_n_epochs
+        return derive_seed(self.task.seed, "loaders", stage, self.epoch() // every if every else 0)
 
     def make_anew(self, stage: str) -> None:
         """Call the stage's hook once more when its loaders are next needed."""

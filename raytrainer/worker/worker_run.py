@@ -104,9 +104,9 @@ class WorkerRun:
         if self.datamodule is not None:
             self.datamodule.trainer = view
         own = self.strategy.stream
-        building = 0 if self.strategy.builds_alike else own
         if task.reseed:
-            seed_generators(derive_seed(task.seed, "rank", building))
+            # all draw the same until the module has its form: parts of a dataset that is split, weights
+            seed_generators(derive_seed(task.seed, "rank", 0))
         self.strategy.place(module)
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
@@ -114,7 +114,7 @@ class WorkerRun:
         module.configure_model()
         self._attach(view)
         self._shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
-        if task.reseed and own != building:
+        if task.reseed and own != 0:
             seed_generators(derive_seed(task.seed, "rank", own))
         if task.stage == "fit" and not module.training:
             module.train()
