@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, dataclass_transform
 
+from raytrainer.errors import RaytrainerError
 from raytrainer.plan.given_arguments import refuse_unknown
+from raytrainer.tracebacks import fold
 
 __all__ = ["argument", "arguments", "checked", "documented", "meanings"]
 
@@ -86,8 +88,12 @@ def documented(kind: type[T]) -> type[T]:
 
     @functools.wraps(declared)
     def checking(self: T, *args: Any, **given: Any) -> None:
-        refuse_unknown(kind.__name__, known, args, given)
-        declared(self, **given)
+        try:
+            refuse_unknown(kind.__name__, known, args, given)
+            declared(self, **given)
+        except RaytrainerError as error:
+            fold(error)
+            raise
 
     checking.__qualname__ = f"{kind.__qualname__}.__init__"
     kind.__init__ = checking  # type: ignore[method-assign, assignment]
