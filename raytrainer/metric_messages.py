@@ -123,6 +123,7 @@ class ReadSample:
         batches: How many batches.
         leaves: The batches' hashes by leaf, of those that say enough to tell parts apart.
         advice: What to write if workers read the same.
+        dataset: What tells one dataset from another, where parts of it are dealt out by number.
     """
 
     loader: str
@@ -130,6 +131,7 @@ class ReadSample:
     batches: int
     leaves: dict[str, tuple[int, ...]]
     advice: str
+    dataset: int | None = None
 
 
 @dataclass

@@ -46,7 +46,8 @@ class CombinedFeed:
         whole = replace(settings, **unlimited)
         self.feeds: list[AnyFeed] = [make_feed(part, stage, share, seed, whole, epoch) for part in loaders]
         self.ends_unannounced: bool = any(feed.ends_unannounced for feed in self.feeds)
-        unknown: list[Any] = [part for part, feed in zip(loaders, self.feeds, strict=True) if feed.watched is not None]
+        pairs = zip(loaders, self.feeds, strict=True)
+        unknown: list[Any] = [part for part, feed in pairs if isinstance(feed.watched, Fingerprint)]
         self.watched: Fingerprint | None = Fingerprint(stage, share.index, remedy(unknown[0])) if unknown else None
         self.may_miss: bool = self.mode == "sequential" and any(feed.may_miss for feed in self.feeds)
         empty: list[bool] = [feed.nothing for feed in self.feeds]

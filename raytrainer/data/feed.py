@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from raytrainer.data.epoch_state import EpochState
-from raytrainer.data.first_batches import Fingerprint
+from raytrainer.data.first_batches import watch
 from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
 from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
@@ -52,7 +52,7 @@ class Feed:
         length: Batches to read of this worker's part in this epoch, after the limit; None: until it ends.
         ends_unannounced: Whether the end is only known by reaching it.
         nothing: No worker has any batch.
-        watched: Takes the first batches, where it is not known that workers read different ones.
+        watched: Takes the first batches, where it is not known that workers read different ones, or says of what.
         may_miss: Whether batches may be None: not with torch's own way of collating.
 
     Raises:
@@ -70,8 +70,7 @@ class Feed:
         reading = loader if self.reader is None else self.reader
         self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
         self._state = EpochState(self.loader, self._drawing, seed)
-        dealt = sharded.splits or share.count == share.readers == 1
-        self.watched = None if dealt else Fingerprint(stage, share.index, remedy(loader))
+        self.watched = watch(stage, share, sharded.splits, getattr(reading, "dataset", None), remedy(loader))
         collates = getattr(self.reader, "collate_fn", None)
         self.may_miss = collates is not default_collate or self.loader is not self.reader
         self._requests: Requests | None = None

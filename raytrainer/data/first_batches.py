@@ -9,6 +9,7 @@ augmentation makes images differ while their labels tell.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
+from raytrainer.data.sharding import Share
 from raytrainer.metric_messages import ReadSample
 
-__all__ = ["Fingerprint", "read_alike", "read_apart"]
+__all__ = ["DealtOut", "Fingerprint", "of_other_datasets", "read_alike", "read_apart", "watch"]
+
+log = logging.getLogger("raytrainer")
 
 #: Batches that are looked at.
 BATCHES = 8
@@ -72,6 +77,70 @@ class Fingerprint:
             if bits >= ENOUGH and len(set(hashes)) > 1 and len(hashes) == self.batches:
                 leaves[path] = tuple(hashes)
         return ReadSample(self.loader, self.part, self.batches, leaves, self.advice)
+
+
+class DealtOut:
+    """In the place of a `Fingerprint` where samples are dealt out by number: of what dataset they are.
+
+    Args:
+        loader: As in "the train loader".
+        part: Which part of the data is this worker's.
+        dataset: What has the samples.
+    """
+
+    complete = True
+
+    def __init__(self, loader: str, part: int, dataset: Any) -> None:
+        self.loader, self.part = loader, part
+        self._mark = zlib.crc32(repr(_mark(dataset)).encode())
+
+    def add(self, batch: Any) -> None:
+        """Batches say nothing more."""
+
+    def sample(self) -> ReadSample:
+        """What to compare."""
+        return ReadSample(self.loader, self.part, 0, {}, "", self._mark)
+
+
+def watch(loader: str, share: Share, splits: bool, dataset: Any, advice: str) -> Fingerprint | DealtOut | None:
+    """What finds out whether workers read different parts of the same; None where one worker reads all.
+
+    Args:
+        loader: As in "the train loader".
+        share: This worker's part.
+        splits: Whether parts are dealt out here, by number.
+        dataset: Of which.
+        advice: See `Fingerprint`.
+    """
+    if share.count == share.readers == 1:
+        return None
+    if not splits:
+        return Fingerprint(loader, share.index, advice)
+    return DealtOut(loader, share.index, dataset) if share.readers == 1 else None
+
+
+def _mark(dataset: Any) -> Any:
+    """What can be told of a dataset without having it make a sample."""
+    try:
+        length = len(dataset)
+        if isinstance(dataset, Subset):
+            return length, [int(index) for index in dataset.indices[:ELEMENTS]], _mark(dataset.dataset)
+        if isinstance(dataset, ConcatDataset):
+            return [_mark(part) for part in dataset.datasets]
+        if type(dataset).__module__.startswith("datasets."):  # Hugging Face's
+            rows = dataset.with_format("arrow")
+            return length, rows[0].to_pylist(), rows[length - 1].to_pylist()
+    except Exception as error:  # whatever a user's own makes of it
+        log.debug("a dataset could not be told from others", exc_info=error)
+        return None
+    return length
+
+
+def of_other_datasets(samples: Sequence[ReadSample | None]) -> tuple[int, int] | None:
+    """Two workers whose parts are of different datasets; None if there are none."""
+    marks = {rank: one.dataset for rank, one in enumerate(samples) if one is not None and one.dataset is not None}
+    first = next(iter(marks), None)
+    return next(((first, rank) for rank, mark in marks.items() if first is not None and mark != marks[first]), None)
 
 
 def read_alike(samples: Sequence[ReadSample | None]) -> tuple[int, int, str] | None:

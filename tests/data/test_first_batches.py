@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
 from raytrainer.data.feed import Feed
-from raytrainer.data.first_batches import BATCHES, Fingerprint, read_alike
+from raytrainer.data.first_batches import BATCHES, DealtOut, Fingerprint, read_alike
 from raytrainer.data.sharding import Share
 from raytrainer.driver.reporting.same_data import SameData
 from raytrainer.metric_messages import MetricReport
@@ -122,11 +123,38 @@ def test_said_once_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_is_watched() -> None:
     loader = torch.utils.data.DataLoader(torch.zeros(8))  # type: ignore[arg-type]
     settings = build_settings()
-    assert Feed(loader, "train", Share(0, 2), 1, settings).watched is None  # dealt out here
+    dealt = Feed(loader, "train", Share(0, 2), 1, settings).watched
+    assert isinstance(dealt, DealtOut) and dealt.complete
+    assert Feed(loader, "train", Share(0, 1), 1, settings).watched is None
     assert Feed([1, 2], "train", Share(0, 1), 1, settings).watched is None  # one worker
     watched = Feed([1, 2], "val", Share(1, 2), 1, settings).watched
-    assert watched is not None and (watched.loader, watched.part) == ("val", 1)
+    assert isinstance(watched, Fingerprint) and (watched.loader, watched.part) == ("val", 1)
     for _ in range(BATCHES):
         assert not watched.complete
         watched.add(1)
     assert watched.complete
+
+
+def by_rank(rank: int, kind: str) -> Any:
+    numbers: Any = list(range(8))
+    if kind == "subsets":
+        return Subset(numbers, range(rank, 8, 2))
+    if kind == "lengths":
+        return numbers[: 7 + rank]
+    if kind == "Hugging Face":
+        datasets = pytest.importorskip("datasets")
+        return datasets.Dataset.from_dict({"x": numbers}).shard(2, rank)
+    return ConcatDataset([Subset(numbers, [1, 2]), Subset(numbers, torch.tensor([3, 4]))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["subsets", "lengths", "Hugging Face", "the same"])
+def test_parts_of_different_datasets(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What each worker has split off by its rank is split once more."""
+    same = SameData()
+    for stage in ("train", "val"):
+        marks = [DealtOut(stage, rank, by_rank(rank, kind)).sample() for rank in range(2)]
+        for _ in range(2):
+            same.check([MetricReport(reads=(mark,)) for mark in marks])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (0 if kind == "the same" else 2)
+    assert all("Ranks 0 and 1 have different datasets" in text for text in told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from raytrainer.data.first_batches import read_alike, read_apart
+from raytrainer.data.first_batches import of_other_datasets, read_alike, read_apart
 from raytrainer.errors import DataError
 from raytrainer.metric_messages import MetricReport, ReadSample
 
@@ -38,6 +38,16 @@ class SameData:
                     f"different ones: batch{leaf} differs. This loader's data is not dealt out for you: give both the "
                     f"same, by rt.data_part() rather than by the rank."
                 )
+            others = of_other_datasets(samples)
+            if others is not None:
+                self._said.add(loader)
+                log.warning(
+                    "Ranks %d and %d have different datasets in the %s loader. Its samples are dealt out by their "
+                    "numbers, so that of each one's dataset only a part is read. Give every worker the whole dataset; "
+                    "or, where each has its own part already (split_dataset_by_node, a Subset by rank), say "
+                    "use_distributed_sampler=False.", *others, loader,
+                )  # fmt: skip
+                continue
             found = read_alike(samples)
             if found is None:
                 continue
