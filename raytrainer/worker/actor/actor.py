@@ -125,6 +125,8 @@ class RemoteWorker:
             self.device = torch.device("cuda", 0)
             torch.cuda.set_device(self.device)
         self.worker = Worker(ranks, self.device)
+        if ranks.rank:
+            self.store = None  # of a group whose rank 0 this was
         if ranks.world_size > 1:
             backend = "nccl" if on_gpu else "gloo"
             self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
