@@ -17,7 +17,7 @@ from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_mending import await_room, free_survivors, hand_over
 from raytrainer.driver.workers.ray_spares import Spares
-from raytrainer.driver.workers.ray_starting import start_actor
+from raytrainer.driver.workers.ray_starting import START, start_actor
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
@@ -27,6 +27,9 @@ from raytrainer.worker.actor.place import Place, own_versions
 __all__ = ["Crew", "compare_versions", "wait_for"]
 
 log = logging.getLogger("raytrainer")
+
+#: As `START`, where lost workers are replaced: it is quick, or all start anew.
+MENDING = 30.0
 
 
 class Crew:
@@ -42,6 +45,7 @@ class Crew:
         spares: Wait to take lost workers' places.
         continuity: How many workers there were before the group was formed anew.
         modules: What they may have imported.
+        patience: Seconds for `start`, and to form a group.
     """
 
     def __init__(self, request: Request, slots: Sequence[Slot], stages: bool) -> None:
@@ -51,6 +55,7 @@ class Crew:
         self.spares = Spares(stages)
         self.continuity = Continuity()
         self.modules = EditedModules()
+        self.patience = START
         self._claims: list[Any | None] = []  # beside each worker that has been a spare: what holds its resources
 
     def start(self, answers: Answers, patience: float) -> list[Place]:
@@ -76,6 +81,23 @@ class Crew:
         self.slots = [slot for slot in self.slots if slot.group.id not in reserved]
         return given
 
+    def grow(self, request: Request, more: Sequence[Slot], places: Sequence[Place], counts: Mapping[str, int]) -> bool:
+        """Have the workers leave their group, to form a larger one with others in further places; whether they do.
+
+        Args:
+            request: The larger group's.
+            more: The further places.
+            places: Where the workers are.
+            counts: How many of them the larger group takes, by node. Where that is not all, they end.
+        """
+        if any(counts.get(node, 0) < count for node, count in Counter(place.node_id for place in places).items()):
+            return False
+        if len(free_survivors(self.actors, (), self._stages)) < len(self.actors):
+            return False
+        self._request, self.patience, self.continuity = request, START, Continuity(len(self.actors))
+        self.slots += more
+        return True
+
     def mend(self, places: Sequence[Place], lost: Collection[int]) -> None:
         """Have workers leave a group that has lost some of them, and others come in the place of these.
 
@@ -86,6 +108,7 @@ class Crew:
         Raises:
             ResourceError: That cannot be done.
         """
+        self.patience = MENDING
         survivors = free_survivors(self.actors, lost, self._stages)
         if not survivors and not self.spares.any_on({place.node_id for place in places}):
             raise ResourceError("none is left")

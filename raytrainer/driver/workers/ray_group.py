@@ -46,9 +46,6 @@ log = logging.getLogger("raytrainer")
 #: Seconds that workers get to hand over a state before they are killed, and to give memory back before the next run.
 PATIENCE = 10.0
 
-#: As `START`, where a group is mended: it is quick, or all workers start anew.
-MENDING = 30.0
-
 
 class RayGroup:
     """Actors that form one torch.distributed group.
@@ -86,7 +83,7 @@ class RayGroup:
         with shield():
             self._crew = crew or Crew(request, place(request, timeout) if slots is None else slots, self.stages)
             try:
-                self._start(START if crew is None else MENDING)
+                self._start(self._crew.patience)
             except BaseException:
                 self.abort()
                 raise
@@ -281,8 +278,11 @@ class RayGroup:
             more: Places that it has already.
             stay: How many of this one's places it takes up on each node.
         """
-        kept = self._crew.give_slots(self.places, stay)  # the others go with this one
         with shield():
+            if self._crew.grow(request, more, self.places, stay):
+                self.broken = self._ended = True  # as the crew is another group's now
+                return RayGroup(request, crew=self._crew)
+            kept = self._crew.give_slots(self.places, stay)  # the others go with this one
             self.abort()
             return RayGroup(request, slots=[*kept, *more])
 
