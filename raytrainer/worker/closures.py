@@ -24,12 +24,19 @@ class Closure(Enum):
 
 
 def takes_closure(optimizer: Optimizer) -> Closure:
-    """What an optimizer's `step` does with a closure, by its signature and by where it comes from."""
-    step = type(optimizer).step
-    closure = inspect.signature(step).parameters.get("closure")
-    if closure is None:
-        return Closure.NEVER
-    if closure.default is inspect.Parameter.empty:
-        return Closure.REQUIRED
-    ours = getattr(step, "__module__", "").startswith("torch.optim.")
-    return Closure.NEVER if ours else Closure.OPTIONAL
+    """What an optimizer's `step` does with a closure, by its signature and by where it comes from.
+
+    A `step(*args, **kwargs)` passes on what it is given: so a class that it derives from may say more.
+    """
+    passes_on = False
+    for step in (vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)):
+        parameters = inspect.signature(step).parameters
+        closure = parameters.get("closure")
+        if closure is None and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            passes_on = True
+            continue
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            return Closure.REQUIRED
+        ours = closure is None or getattr(step, "__module__", "").startswith("torch.optim.")
+        return Closure.NEVER if ours and not passes_on else Closure.OPTIONAL
+    return Closure.OPTIONAL if passes_on else Closure.NEVER

@@ -32,6 +32,18 @@ class Optional(torch.optim.SGD):
         super().step()
 
 
+class Passing(torch.optim.SGD):
+    """Passes on what it is given, as many wrappers do."""
+
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+class PassingToLBFGS(torch.optim.LBFGS):
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
 class WithoutClosure(torch.optim.SGD):
     def step(self):
         super().step()
@@ -45,6 +57,8 @@ class WithoutClosure(torch.optim.SGD):
         (Own, Closure.NEVER),
         (WithoutClosure, Closure.NEVER),
         (Optional, Closure.OPTIONAL),
+        (Passing, Closure.OPTIONAL),
+        (PassingToLBFGS, Closure.REQUIRED),
         (torch.optim.LBFGS, Closure.REQUIRED),
     ],
 )
@@ -72,6 +86,19 @@ class Net(Tiny):
 
     def configure_optimizers(self):
         return self.make(self.parameters())
+
+
+@pytest.mark.parametrize(("passing", "plain"), [(Passing, torch.optim.SGD), (PassingToLBFGS, torch.optim.LBFGS)])
+def test_a_step_that_passes_on_its_arguments(passing, plain, local_trainer):
+    found = []
+    for kind in (passing, plain):
+        torch.manual_seed(0)
+        module = Net()
+        module.make = lambda parameters, kind=kind: kind(parameters, lr=0.1)
+        trainer = local_trainer(max_epochs=2, accumulate_grad_batches=2)
+        trainer.fit(module, data())
+        found.append(module.layer.weight.detach())
+    assert trainer.global_step == 10 and torch.equal(*found)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
