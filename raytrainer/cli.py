@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import ConfigurationError
 from raytrainer.extras import not_installed
 from raytrainer.module import Module
+from raytrainer.plan.argument_names import unknown_argument
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         parser = _parser()
     except ConfigurationError as error:
         sys.exit(f"error: {error}")
+    for unknown in _unknown_options(sys.argv[1:] if arguments is None else arguments):
+        parser.error(unknown)
     config = parser.parse_args(arguments)
     verb = config.command
     chosen = config[verb]
@@ -73,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         torch.save(result, made.output)
         print(f"predictions are in {made.output}", file=sys.stderr)
     return result
+
+
+def _unknown_options(arguments: Iterable[str]) -> Iterator[str]:
+    """What to say of `--trainer.<name>` that a Trainer does not have, as the Trainer itself says it."""
+    known = inspect.signature(Trainer).parameters
+    for word in arguments:
+        option = word.partition("=")[0]
+        name = option.removeprefix("--trainer.").partition(".")[0].rstrip("+")
+        if option.startswith("--trainer.") and name not in (*known, "help"):
+            yield f"{option}: {unknown_argument('Trainer', name, known)}"
 
 
 def _parser() -> ArgumentParser:

@@ -153,6 +153,8 @@ def test_help_reads_well(capsys):
         (["fit", "--trainer.epochs=3"], "epochs"),
         (["fit", "--trainer.max_epochs=many"], "max_epochs"),
         (["fit", "--trainer.limit_val_batches=1.5"], "limit_val_batches=1.5"),
+        (["fit", "--trainer.max_epoch=1"], "--trainer.max_epoch: Trainer has no argument 'max_epoch': did you mean"),
+        (["fit", "--trainer.accelerator", "cpu"], "Trainer has no argument 'accelerator'. Here: leave it out"),
         (["fit", "--model=test_cli.Nothing"], "Nothing"),
         (["fit", "--model=test_cli.Pairs"], "Pairs"),
     ],

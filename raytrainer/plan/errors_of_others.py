@@ -22,4 +22,11 @@ def advice(message: str) -> str:
             "One of the two is float64, as NumPy and pandas make it: batch.float(), dtypes=torch.float32 of a "
             "RayDataset, or Trainer(precision=64)."
         )
+    if re.search(r"KeyError: '(LOCAL_)?(RANK|WORLD_SIZE)'|^'(LOCAL_)?(RANK|WORLD_SIZE)'$", message):
+        return (
+            "No variables of torchrun's are set: raytrainer.rank() and raytrainer.world_size() work everywhere, "
+            "self.local_rank in a Module."
+        )
+    if re.search(r"has no attribute 'trainer'$", message.strip()):
+        return "Modules and DataModules have a self.trainer; elsewhere there are raytrainer.rank() and world_size()."
     return ""

@@ -96,7 +96,7 @@ def verb_answers(method: Callable[P, R]) -> Callable[P, R]:
             elif meant := _meant(error, args[1:]):
                 error.add_note(meant)
             raise
-        except RuntimeError as error:
+        except (RuntimeError, LookupError, AttributeError) as error:
             note = advice(str(error))
             if note and note not in getattr(error, "__notes__", ()):
                 error.add_note(note)

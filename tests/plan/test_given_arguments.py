@@ -149,6 +149,9 @@ def test_errors_of_others_come_with_what_to_do(local_trainer):
     ("call", "error", "told"),
     [
         (lambda self: self.log("a", 1.0, on_epochs=True), TypeError, "self.log has no .* did you mean 'on_epoch'"),
+        (lambda self: os.environ["LOCAL_RANK"], KeyError, r"raytrainer.rank\(\)"),
+        (lambda self: self.net_that_is_not.trainer, AttributeError, "net_that_is_not"),
+        (lambda self: Strange().trainer, AttributeError, r"elsewhere there are raytrainer.rank\(\)"),
         (lambda self: self.log_dict([1.0]), raytrainer.MetricError, r"self.log_dict\(\[1.0\]\): give a dict"),
         (lambda self: self.log_dict({"a": 1.0}, prog_bra=True), TypeError, "self.log has no .* mean 'prog_bar'"),
     ],
