@@ -136,7 +136,7 @@ async def the_notebook(kernel: Kernel) -> None:
             assert len(summary) <= 1 and all("parameters" in table for table in summary)
             lines = [line.split("  ")[:2] for line in text.splitlines()]
             assert lines == [[f"Epoch {epoch}/4", "23/23"] for epoch in range(5)]
-            assert len(outputs) <= 8, [output["output_type"] for output in outputs]
+            assert len(outputs) <= 9, [output["output_type"] for output in outputs]
         if ".validate(" in cell.source:
             bar, table = shown(outputs)
             assert bar.startswith("Validation  2/2  ") and "val_loss" in table
