@@ -125,11 +125,10 @@ class RemoteWorker:
             self.device = torch.device("cuda", 0)
             torch.cuda.set_device(self.device)
         self.worker = Worker(ranks, self.device)
-        if ranks.rank:
-            self.store = None  # of a group whose rank 0 this was
         if ranks.world_size > 1:
             backend = "nccl" if on_gpu else "gloo"
-            self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, self.store)
+            store = self.store if ranks.rank == 0 else None  # it may have one of a group whose rank 0 it was
+            self.worker.group = ProcessGroup(ranks, host, port, own_address, backend, self.device, store)
 
     def leave(self) -> Failure | None:
         """Leave the run and the process group, whose other workers may be gone; the process goes on."""
