@@ -32,16 +32,12 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
     are on. After `fit` the driver's object holds the trained weights and buffers.
     """
 
-    #: Set to False in `__init__` to call optimizers yourself, with `self.optimizers()` and `self.manual_backward`.
-    automatic_optimization: bool
+    #: Set to False, in `__init__` or in the class, to call optimizers yourself, with `self.optimizers()` and
+    #: `self.manual_backward`.
+    automatic_optimization: bool = True
 
     #: Whether `load_from_checkpoint` and resuming demand that the keys of the state dicts match exactly.
-    strict_loading: bool
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = True
-        self.strict_loading = True
+    strict_loading: bool = True
 
     def __repr__(self) -> str:
         """torch's tree of modules where it is short, else the parts alone."""

@@ -309,3 +309,23 @@ def test_seed_everything_seeds_every_generator():
     raytrainer.seed_everything(3, verbose=False)
     assert draw() == first
     assert isinstance(raytrainer.seed_everything(verbose=False), int)
+
+
+def test_manual_optimization_as_the_class_says(local_trainer):
+    class Manual(Tiny):
+        automatic_optimization = False
+        strict_loading = False
+        steps = 0
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+            self.steps += 1
+
+    module = Manual()
+    assert not module.automatic_optimization and not module.strict_loading
+    assert Tiny().automatic_optimization and Tiny().strict_loading
+    trainer = local_trainer(max_epochs=1)
+    trainer.fit(module, data())
+    assert trainer.global_step == module.steps > 0

@@ -233,8 +233,8 @@ class RemoteWorker:
                 fold(error)
             text = "".join(traceback.format_exception(error))
             kept = f"; its output: {self.output.path}" if self.output.path else ""
-            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
             sys.stdout.flush()
+            node = f"{self.node} (pid {os.getpid()}, {socket.gethostname()}{kept})"
             return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)
 
 
@@ -244,9 +244,7 @@ class StagingWorker(RemoteWorker):
     With such a thread, Ray runs all other methods outside of the process's main one.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.staged: Any = None
+    staged: Any = None
 
     def load(self, pickled: Pickled, datasets: dict[str, Any], show: bool) -> Failure | str | None:
         """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
