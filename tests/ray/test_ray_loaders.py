@@ -78,29 +78,12 @@ def test_loader_processes_that_import_classes_by_name(method, ray_trainer):
         def __getitem__(self, index):
             return self.shared[index : index + 1]
 
-    class Rows:
-        """Comes back from such a process, which knows its class by value alone."""
-
-        def __init__(self, samples):
-            self.samples = samples
-
-        def flatten(self):
-            assert type(self) is Rows
-            return torch.stack(self.samples).flatten()
-
-    class Around:
-        """Starts its processes where nobody sees it."""
-
-        def __len__(self):
-            return 2
-
-        def __iter__(self):
-            own = DistributedSampler(Own(), raytrainer.world_size(), raytrainer.rank())
-            yield from DataLoader(Own(), 3, sampler=own, num_workers=1, collate_fn=Rows, multiprocessing_context=method)
+    def together(samples):
+        return torch.stack(samples)
 
     class Data(DataModule):
         def train_dataloader(self):
-            return Around()
+            return DataLoader(Own(), 3, num_workers=1, collate_fn=together, multiprocessing_context=method)
 
     module = Records()
     ray_trainer(max_epochs=1).fit(module, datamodule=Data())
