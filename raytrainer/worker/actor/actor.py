@@ -165,8 +165,7 @@ class RemoteWorker:
             self.task.datasets = datasets
             return path
 
-        answer: Failure | str | None = self._guard(load)
-        return answer
+        return self._guard(load)  # type: ignore[no-any-return]
 
     def obey(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Obey the verb of this name."""
