@@ -69,6 +69,8 @@ class TrainStart:
         plateaus: The schedulers that wait for a metric.
         stop: The module or a worker callback has asked the run to stop.
         divisible: The rest of an epoch of the training loader can be dealt out to another number of workers.
+        trained: Stands for which parameters there are, and which of them train.
+        switched: What has changed in that since training was set up: the first few, in words.
     """
 
     batches: int | None
@@ -77,6 +79,8 @@ class TrainStart:
     plateaus: tuple[PlateauWish, ...] = ()
     stop: bool = False
     divisible: bool = False
+    trained: int = 0
+    switched: tuple[str, ...] = ()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from raytrainer.errors import DisagreementError
 from raytrainer.plan.folding import ranks_text
 
-__all__ = ["refuse_other_shapes"]
+__all__ = ["number_of", "refuse_other_shapes", "switched", "what_trains"]
 
 
 def refuse_other_shapes(module: nn.Module, control: Any, buffers: bool) -> None:
@@ -50,6 +50,23 @@ def refuse_other_shapes(module: nn.Module, control: Any, buffers: bool) -> None:
         f"workers have built different modules: {told}. What setup, configure_model and configure_optimizers build, "
         f"freeze (requires_grad_) or cast must be the same on all workers."
     )
+
+
+def what_trains(module: nn.Module) -> dict[str, bool]:
+    """Of each parameter, whether it trains."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def number_of(trained: dict[str, bool]) -> int:
+    """The same for the same parameters, of which the same train."""
+    return zlib.crc32(repr(trained).encode())
+
+
+def switched(before: dict[str, bool], now: dict[str, bool]) -> tuple[str, ...]:
+    """How the first few parameters that differ do."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)][:3]
+    words = {None: "is gone", False: "is frozen", True: "trains"}
+    return tuple(f"{name} {words[now.get(name)] if name in before else 'is new'}" for name in names)
 
 
 def _text(tensor: Tensor) -> str:

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import TrainReport, TrainStart
 from raytrainer.metric_messages import MetricReport, Reduced
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
+from raytrainer.strategies.same_shapes import number_of, switched, what_trains
 from raytrainer.worker.automatic_optimization import AutomaticOptimization, visible, with_loss
 from raytrainer.worker.forward_epoch import forward_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
@@ -67,7 +66,7 @@ class TrainingLoop:
 
     def _bind_optimization(self) -> AutomaticOptimization | ManualOptimization:
         run, module = self.run, self.run.module
-        self._trained = _trained(module)
+        self._trained = what_trains(module)
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         step = unless_missing(step)
         alone = run.strategy.may_skip_alone(module) or not self.feed.may_miss
@@ -88,6 +87,8 @@ class TrainingLoop:
             plateaus=run.plateaus(),
             stop=self.view.should_stop,
             divisible=self.feed.divisible,
+            trained=number_of(now := what_trains(run.module)),
+            switched=switched(self._trained, now),
         )
 
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False) -> TrainStart:
@@ -115,16 +116,14 @@ class TrainingLoop:
         self.run.go_on()
         self.run.resume_generators()
         self._run_batch.accumulate = self.view.accumulate_grad_batches
-        self._prepare_again()
         self._began = skip, self.view.global_step, getattr(self._run_batch, "without_loss", 0)
         self.feed.draw()
         return self.describe(begins=False)
 
     def _prepare_again(self) -> None:
         """Where parameters have been frozen or unfrozen since, have the strategy synchronise those that train now."""
-        trained = _trained(self.run.module)
-        if trained != self._trained and self.run.module.automatic_optimization:
-            self._run_batch = self._bind_optimization()
+        if what_trains(self.run.module) != self._trained and self.run.module.automatic_optimization:
+            self._run_batch, self._began = self._bind_optimization(), (*self._began[:2], 0)
 
     def _batches(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -149,6 +148,8 @@ class TrainingLoop:
         """
         clock = time.perf_counter
         start = clock()
+        if self.batch == self._began[0]:  # the epoch's first batch here; all workers have begun it
+            self._prepare_again()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
         slices, watched = run.slices, self.feed.watched
         view.running, metrics.in_batches = "train", True
@@ -293,8 +294,3 @@ class TrainingLoop:
     def _has_trained(self) -> bool:
         batches, lost = self.batch - self._began[0], getattr(self._run_batch, "without_loss", None)
         return self.view.global_step > self._began[1] if lost is None else lost - self._began[2] < batches
-
-
-def _trained(module: torch.nn.Module) -> list[bool]:
-    """Which parameters train."""
-    return [parameter.requires_grad for parameter in module.parameters()]

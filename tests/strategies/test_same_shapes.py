@@ -52,3 +52,67 @@ def test_all_are_told(way, manual, forked):
     trainer = forked(strategy="ddp", max_epochs=1)
     with pytest.raises(DisagreementError, match=TOLD[way]):
         trainer.fit(Own(way, manual), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=1))
+
+
+class Later(Own):
+    """Changes on one rank only, in a hook of the second epoch."""
+
+    def __init__(self, way: str, manual: bool, hook: str, rank: int) -> None:
+        super().__init__(way, manual)
+        self.hook, self.rank = hook, rank
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def _change(self, hook: str) -> None:
+        if (hook, self.global_rank, self.current_epoch) == (self.hook, self.rank, 1):
+            WAYS[self.way](self)
+
+    def on_train_epoch_start(self) -> None:
+        self._change("on_train_epoch_start")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        self._change("on_train_batch_end")
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.layer(batch[0]) + self.other(batch[0])).square().sum()
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            return None
+        return loss
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "dp"])
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [("frozen", "layer.bias is frozen"), ("all frozen", "layer.weight is frozen, "), ("more", "more.weight is new, ")],
+)
+def test_what_only_one_workers_hook_switches(way, told, strategy, manual, forked):
+    trainer = forked(strategy=strategy, max_epochs=3)
+    match = rf"epoch 1 begins .* on rank\(s\) \[0\] nothing has changed; on rank\(s\) \[1\] {told}"
+    with pytest.raises(DisagreementError, match=match):
+        trainer.fit(Later(way, manual, "on_train_epoch_start", 1), DataLoader(TensorDataset(torch.ones(4, 2)), 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_only_one_worker_adds_in_the_middle_of_an_epoch(rank, forked):
+    trainer = forked(strategy="ddp", max_epochs=3)
+    module = Later("more", False, "on_train_batch_end", rank)
+    with pytest.raises(DisagreementError, match=rf"(after epoch 1 only rank\(s\) \[{rank}\] have|epoch 2 begins .*) "):
+        trainer.fit(module, DataLoader(TensorDataset(torch.ones(4, 2))))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_all_workers_hooks_switch(strategy, forked):
+    class Alike(Later):
+        def _change(self, hook: str) -> None:
+            if hook == "on_train_epoch_start":
+                self.layer.bias.requires_grad_(self.current_epoch != 1)
+
+    module = Alike("frozen", False, "", 0)
+    forked(strategy=strategy, max_epochs=3).fit(module, DataLoader(TensorDataset(torch.ones(4, 2))))
+    assert module.layer.bias.requires_grad

@@ -24,7 +24,7 @@ from raytrainer.driver.loop.evaluation import Evaluation
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.plateaus import Plateaus
 from raytrainer.driver.loop.recovery import WorkerRecovery
-from raytrainer.driver.loop.replica_check import ReplicaCheck
+from raytrainer.driver.loop.replica_check import ReplicaCheck, alike
 from raytrainer.driver.loop.resizing import OtherWorkers, Resizing
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.reporting.journal import Journal
@@ -190,7 +190,7 @@ class Coordinator:
         if not resumed:
             self.services.emit("on_train_epoch_start")
         cursor, news = (progress.epoch, progress.batch, progress.before), self.state.board.take_news()
-        starts = self.group.call(Worker.start_epoch, *cursor, resumed, news)
+        starts = alike(self.group.call(Worker.start_epoch, *cursor, resumed, news), progress.epoch)
         self.state.should_stop |= any(start.stop for start in starts)
         self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)
         self.state.num_training_batches = length = self._chunks.common_length([start.batches for start in starts])

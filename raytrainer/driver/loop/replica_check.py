@@ -8,16 +8,34 @@ from collections.abc import Sequence
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import DisagreementError
-from raytrainer.messages import Difference, Fingerprints
+from raytrainer.messages import Difference, Fingerprints, TrainStart
 from raytrainer.plan.folding import ranks_text
 from raytrainer.worker.worker import Worker
 
-__all__ = ["ReplicaCheck"]
+__all__ = ["ReplicaCheck", "alike"]
 
 log = logging.getLogger("raytrainer")
 
 #: Time between two checks, in times of what one takes: they cost at most a thousandth of the run.
 SELDOM = 1000.0
+
+
+def alike(starts: Sequence[TrainStart], epoch: int) -> Sequence[TrainStart]:
+    """These, of workers that are about to train the same parameters in an epoch.
+
+    Raises:
+        DisagreementError: They are not. Each would wait for gradients that others never send.
+    """
+    if all(start.trained == starts[0].trained for start in starts):
+        return starts
+    told: dict[str, list[int]] = {}
+    for rank, start in enumerate(starts):
+        told.setdefault(", ".join(start.switched) or "nothing has changed", []).append(rank)
+    where = "; ".join(f"on rank(s) [{ranks_text(ranks)}] {text}" for text, ranks in told.items())
+    raise DisagreementError(
+        f"epoch {epoch} begins with other parameters to train on some workers than on others: {where}. What hooks "
+        f"freeze (requires_grad_), unfreeze, add or drop must be the same on all workers."
+    )
 
 
 class ReplicaCheck:
@@ -70,6 +88,7 @@ class ReplicaCheck:
         reports: list[Fingerprints] = group.call(Worker.fingerprints)
         changed = {name for name, number in reports[0].buffers.items() if self._buffers.get(name) != number}
         self._buffers = reports[0].buffers
+        _refuse_single_ones(reports, epoch)
         names = _differing(reports, changed)
         if names:
             self._tell(names, group.call(Worker.compare, names[:100]), epoch, len(names))
@@ -108,12 +127,23 @@ class ReplicaCheck:
         )
 
 
+def _refuse_single_ones(reports: Sequence[Fingerprints], epoch: int) -> None:
+    """Refuse parameters that only some workers have."""
+    for name in dict.fromkeys(name for report in reports for name in report.parameters):
+        ranks = [rank for rank, report in enumerate(reports) if name in report.parameters]
+        if len(ranks) < len(reports):
+            raise DisagreementError(
+                f"after epoch {epoch} only rank(s) [{ranks_text(ranks)}] have a parameter {name}. What hooks and steps "
+                f"add or drop must be the same on all workers."
+            )
+
+
 def _differing(reports: Sequence[Fingerprints], changed: set[str]) -> list[str]:
     """Names of what is not the same everywhere, in the module's order."""
     first = reports[0]
-    names = [n for n, number in first.parameters.items() if any(r.parameters.get(n) != number for r in reports)]
+    names = [n for n, number in first.parameters.items() if any(r.parameters[n] != number for r in reports)]
     return names + [
         n
         for n, number in first.buffers.items()
-        if n not in changed and any(r.buffers.get(n) != number for r in reports)
+        if n not in changed and any(r.buffers.get(n, number) != number for r in reports)
     ]
