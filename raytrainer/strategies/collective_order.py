@@ -4,18 +4,20 @@ Collectives pair by their order. Where user code decides what comes next (a laye
 `manual_backward` that one worker does not call), one worker's gathering of a block would be taken for the gathering of
 another block, without a word; or all would wait for ever. So workers tell the group's store what they do in a step of
 which there is no record. Later steps are compared with the record, which takes no talking; a worker that does something
-else in one waits for all others to do the same.
+else in one waits for all others to do the same, unless it learns that one of them has gone on otherwise.
 """
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from raytrainer.errors import DisagreementError
+from raytrainer.strategies.positions import Positions
 
 __all__ = ["END", "EVALUATION", "NOBODY", "CollectiveOrder", "Event"]
 
@@ -34,6 +36,11 @@ _KNOWN = 32
 #: Seconds that a worker waits for others to do what they have not done in earlier steps.
 _PATIENCE = 300.0
 
+#: Seconds that it waits before it asks where they are, and between two times that it does.
+_ASK_EVERY = 0.5
+
+#: Seconds between two looks for others, at first and at last.
+_SOON, _LATER = 0.0005, 0.02
 
 _IN_TRAINING = (
     ", and call manual_backward equally often. Draw what decides on that alike on all workers; to skip a batch, return "
@@ -58,7 +65,7 @@ class CollectiveOrder:
 
     def __init__(self, store: Any, name: str, names: Sequence[str], timeout: float) -> None:
         self._store, self._name, self._names = store, name, names
-        self._patience = timedelta(seconds=min(timeout / 2, _PATIENCE))
+        self._patience = min(timeout / 2, _PATIENCE)
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._known: dict[Any, list[list[Event]]] = {}  # what steps of a kind do; the latest first
         self._kind: Any = None
@@ -66,6 +73,17 @@ class CollectiveOrder:
         self._step = 0
         self._left: list[list[str]] = []  # keys of the latest meetings
         self.happened: list[Event] = []
+        self._positions: Positions | None = None
+        if self._size > 1:
+            self._positions = Positions(store, name, self._rank, self._size, weakref.WeakMethod(self._word_at))
+
+    def _word_at(self, step: int, place: int) -> str | None:
+        """See `Positions`."""
+        now = self._step  # before the events, which a new step drops before it has a number
+        happened = self.happened
+        if now == step:
+            return _word(happened[place]) if place < len(happened) else None
+        return "" if now > step else None
 
     def forget(self) -> None:
         """What is trained has changed: the next step of each kind is told again."""
@@ -73,8 +91,8 @@ class CollectiveOrder:
 
     def begin(self, kind: Any) -> None:
         """A step begins. All workers' steps of one kind are expected to do the same."""
-        self._step += 1
         self._kind, self.happened = kind, []
+        self._step += 1
         self._follows = next(iter(self._known.get(kind, [])), None)
 
     @property
@@ -143,17 +161,31 @@ class CollectiveOrder:
         keys = [self._key(position), f"{self._key(position)}/here", f"{self._key(position)}/all"]
         if self._store.add(keys[1], 1) == self._size:
             self._store.set(keys[2], "")
-        try:
-            self._store.wait([keys[2]], self._patience)
-        except RuntimeError:  # torch's own error for a time that is over
-            others = f"to which others have not come for {self._patience.total_seconds():.0f} s"
-            raise self._disagreement(word, others) from None
+        self._await(keys[2], position, word)
         # all have left the meeting before the last one
         self._left.append(keys)
         if len(self._left) > 2:
             old = self._left.pop(0)
             for key in old if self._rank == 0 else ():
                 self._store.delete_key(key)
+
+    def _await(self, key: str, position: int, word: str) -> None:
+        """Wait for all others to have come."""
+        now = begun = time.monotonic()
+        ask, pause = now + _ASK_EVERY, _SOON
+        while not self._store.check([key]):
+            if now - begun > self._patience:
+                others = f"to which others have not come for {self._patience:.0f} s"
+                raise self._disagreement(word, others)
+            if now > ask and self._positions is not None:
+                gone = self._positions.gone_on(self._step, position, word)
+                if gone is not None:
+                    rank, theirs = gone
+                    raise self._disagreement(word, f"where rank {rank} has come to {self._shown(theirs or END)}")
+                ask = time.monotonic() + _ASK_EVERY
+            time.sleep(pause)
+            pause = min(2 * pause, _LATER)
+            now = time.monotonic()
 
     def _disagreement(self, word: str, others: str) -> DisagreementError:
         before = f" after {self._shown(_word(self.happened[-1]))}" if self.happened else ""

@@ -33,6 +33,25 @@ class ReturnsEarly(LeavesOutBackward):
         return None if self.global_rank == 1 and batch_idx == self.at else super().training_step(batch, batch_idx)
 
 
+class LosesItsGraph(LeavesOutBackward):
+    """Rank 1 has a loss without parameters in batch `at`."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        apart = self.global_rank == 1 and batch_idx == self.at
+        self.manual_backward(torch.zeros((), requires_grad=True) if apart else self.loss(batch))
+        optimizer.step()
+
+
+class FreezesInBetween(Net):
+    """Rank 1 freezes a block in batch `at`."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == self.at:
+            self.blocks[1].requires_grad_(False)
+
+
 class DropsLayers(Net):
     """In batch `at` each rank leaves out another block: as many gatherings, of the same size."""
 
@@ -61,15 +80,35 @@ class StopsEarly(Net):
     "make, at",
     [
         (LeavesOutBackward, 0), (LeavesOutBackward, 2), (ReturnsEarly, 0), (ReturnsEarly, 3), (DropsLayers, 0),
-        (DropsLayers, 2), (StopsEarly, 0),
+        (DropsLayers, 2), (StopsEarly, 0), (LosesItsGraph, 2), (FreezesInBetween, 2),
     ],
 )  # fmt: skip
 def test_workers_that_do_different_things(make, at, forked):
     module = make()
     module.at = at
-    trainer = forked(max_epochs=1, strategy=rt.FSDP(process_group_timeout=6))
+    trainer = forked(max_epochs=1, strategy="fsdp")
     with pytest.raises(rt.DisagreementError, match=r"different things in one training step: rank \d comes to "):
         trainer.fit(module, loader(32, 4, torch.float32))
+
+
+class StepsAlone(LeavesOutBackward):
+    """Rank 1 leaves out the optimizer's step of batch 2."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        if self.global_rank == 0 or batch_idx != 2:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp", "dp"])
+def test_workers_that_step_apart(strategy, forked):
+    trainer = forked(max_epochs=1, strategy=strategy)
+    with pytest.raises(
+        rt.DisagreementError, match=r"optimizer steps by batch .*rank\(s\) 0: (4|8); rank\(s\) 1: (3|7)\."
+    ):
+        trainer.fit(StepsAlone(), loader(32, 4, torch.float32))
 
 
 class EvaluatesApart(Net):
@@ -91,7 +130,7 @@ class EvaluatesApart(Net):
 @pytest.mark.parametrize("rows", [8, 16])
 def test_workers_that_evaluate_in_different_ways(rows, fewer, forked):
     """Whether they have done the same before, or not."""
-    trainer = forked(strategy=rt.FSDP(process_group_timeout=6))
+    trainer = forked(strategy="fsdp")
     with pytest.raises(rt.DisagreementError, match=r"in one evaluation step: rank \d comes to .* equally often"):
         trainer.validate(EvaluatesApart(fewer), loader(rows, 2, torch.float32))
 

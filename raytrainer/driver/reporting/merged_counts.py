@@ -18,7 +18,18 @@ __all__ = ["in_order", "longest", "merged", "shortest"]
 
 
 def merged(reports: Sequence[TrainReport]) -> TrainReport:
-    """One report for all workers: the slowest time, any request to stop."""
+    """One report for all workers: the slowest time, any request to stop.
+
+    Raises:
+        DisagreementError: Workers have done different numbers of optimizer steps.
+    """
+    if any(report.step != reports[0].step for report in reports):
+        told = by_text({rank: f"{report.step}" for rank, report in enumerate(reports)})
+        raise DisagreementError(
+            f"workers have done different numbers of optimizer steps by batch {reports[0].batch} of the epoch: "
+            f"{'; '.join(f'rank(s) {ranks_text(ranks)}: {what}' for ranks, what in told)}. With manual optimization, "
+            f"all must call optimizer.step() in the same batches."
+        )
     return replace(
         reports[0],
         seconds=max(r.seconds for r in reports),
