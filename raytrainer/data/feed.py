@@ -16,7 +16,7 @@ from raytrainer.data.epoch_state import EpochState
 from raytrainer.data.first_batches import watch
 from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
-from raytrainer.data.memories import STREAMS, depends_on_epoch, has_generators, has_state, library_of
+from raytrainer.data.memories import STREAMS, begins_otherwise, depends_on_epoch, library_of
 from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
 from raytrainer.data.reading_alike import Order, begun_alike, read_again, read_alike
@@ -183,7 +183,7 @@ class Feed:
         if not loader.persistent_workers:
             return
         dataset = loader.dataset
-        changes = self.iterable_dataset and (has_state(dataset) or has_generators(dataset))
+        changes = self.iterable_dataset and begins_otherwise(dataset)
         own = library_of(dataset) not in STREAMS
         if (own and (changes or callable(getattr(dataset, "set_epoch", None)))) or shuffling_steps(dataset):
             self.close()

@@ -30,6 +30,7 @@ from raytrainer.plan.seeds import derive_seed
 __all__ = [
     "STREAMS",
     "Memory",
+    "begins_otherwise",
     "depends_on_epoch",
     "from_store",
     "has_generators",
@@ -124,6 +125,16 @@ def tell_epoch(sampler: Any, epoch: int) -> None:
 def depends_on_epoch(sampler: Any) -> bool:
     """Whether a sampler, or one inside it, is told the epoch."""
     return any(callable(getattr(part, "set_epoch", None)) for _, part in _parts(sampler))
+
+
+def begins_otherwise(dataset: Any) -> bool:
+    """Whether a stream may begin an epoch otherwise in a process that goes on than in a new one.
+
+    It keeps something, or its `__iter__` runs, and may draw an order, before the first sample is asked for, with which
+    an epoch's seed comes.
+    """
+    at_once = not inspect.isgeneratorfunction(getattr(type(dataset), "__iter__", None))
+    return has_state(dataset) or has_generators(dataset) or at_once
 
 
 def has_generators(root: Any) -> bool:

@@ -346,6 +346,9 @@ DEALS: dict[str, Callable[[int], Any]] = {
     "dataset, at once": lambda rank: DataLoader(Deals(rank, 2, True), 2),
     "dataset, 2 processes": lambda rank: DataLoader(Deals(rank, 2), 2, num_workers=2),
     "dataset, at once, 2 processes": lambda rank: DataLoader(Deals(rank, 2, True), 2, num_workers=2),
+    "dataset, at once, persisting": lambda rank: DataLoader(
+        Deals(rank, 2, True), 2, num_workers=2, persistent_workers=True
+    ),
     "own loader": lambda rank: DealsBatches(rank, 2),
     "torchdata": lambda rank: torchdatas(0, functools.partial(Deals, rank, 2)),
     "torchdata, 2 processes": lambda rank: torchdatas(2, functools.partial(Deals, rank, 2)),
