@@ -105,9 +105,8 @@ class StepsAlone(LeavesOutBackward):
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp", "dp"])
 def test_workers_that_step_apart(strategy, forked):
     trainer = forked(max_epochs=1, strategy=strategy)
-    with pytest.raises(
-        rt.DisagreementError, match=r"optimizer steps by batch .*rank\(s\) 0: (4|8); rank\(s\) 1: (3|7)\."
-    ):
+    # after how many batches depends on how long they take
+    with pytest.raises(rt.DisagreementError, match=r"optimizer steps by batch .*rank\(s\) 0: \d; rank\(s\) 1: \d\."):
         trainer.fit(StepsAlone(), loader(32, 4, torch.float32))
 
 
