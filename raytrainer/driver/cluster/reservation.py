@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.gpu_claims import claim
 from raytrainer.driver.cluster.placement_rules import (
     ClusterNode,
@@ -112,7 +113,7 @@ class RayReserver:
 
 def _get(asked: list[Any]) -> list[Any]:
     """The answers of small tasks, heard of within `PATIENCE`."""
-    wait_until(lambda piece: not ray.wait(asked, num_returns=len(asked), timeout=piece)[1], PATIENCE)
+    wait_for(asked, PATIENCE)
     answers: list[Any] = ray.get(asked, timeout=0.1)
     return answers
 

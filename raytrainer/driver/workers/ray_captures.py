@@ -14,12 +14,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytrainer.checkpointing.pieces import KEY
 from raytrainer.checkpointing.pieces_elsewhere import PiecesElsewhere
+from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_copies import SecondCopies
 from raytrainer.driver.workers.ray_parts import PiecesInRay
 from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import CheckpointError, StateLostError
-from raytrainer.signals import wait_until
 from raytrainer.tensor_packing import unpack
 from raytrainer.worker.actor.actor import Failure
 from raytrainer.worker.actor.place import Place
@@ -151,11 +151,8 @@ class RayCaptures:
 
     def wait_handed_over(self, seconds: float) -> None:
         """Give workers that live this time to hand over the newest state, whatever else they wait for."""
-        if self._handing:
-            with contextlib.suppress(RayError):
-                wait_until(
-                    lambda piece: not ray.wait(self._handing, num_returns=len(self._handing), timeout=piece)[1], seconds
-                )
+        with contextlib.suppress(RayError):
+            wait_for(self._handing, seconds)
 
 
 def _all_well(answers: Sequence[Any]) -> bool:

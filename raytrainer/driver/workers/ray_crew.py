@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
@@ -21,10 +22,9 @@ from raytrainer.driver.workers.ray_starting import START, start_actor
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
-from raytrainer.signals import wait_until
 from raytrainer.worker.actor.place import Place, own_versions
 
-__all__ = ["Crew", "compare_versions", "wait_for"]
+__all__ = ["Crew", "compare_versions"]
 
 log = logging.getLogger("raytrainer")
 
@@ -148,12 +148,6 @@ class Crew:
         """Kill them all."""
         _kill(*self.actors, *self._claims)
         self.spares.close()
-
-
-def wait_for(refs: Sequence[Any], seconds: float) -> None:
-    """Wait at most so long for answers, and hear Ctrl-C."""
-    if refs:
-        wait_until(lambda piece: not ray.wait(list(refs), num_returns=len(refs), timeout=piece)[1], seconds)
 
 
 def _kill(*actors: Any | None) -> None:

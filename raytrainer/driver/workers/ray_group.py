@@ -11,13 +11,14 @@ import ray
 from ray.exceptions import RayError
 
 from raytrainer.checkpointing.piece_files import brought_along
+from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import place, remove
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
-from raytrainer.driver.workers.ray_crew import Crew, compare_versions, wait_for
+from raytrainer.driver.workers.ray_crew import Crew, compare_versions
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import ask_where
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.workers.ray_starting import options_in
 from raytrainer.errors import ResourceError
@@ -55,8 +56,7 @@ def free_survivors(actors: Sequence[Any], lost: Collection[int], staging: bool) 
 def _answering(asked: Sequence[tuple[int, Any]], well: Any) -> list[int]:
     """The ranks of those who answer in time, and as they should."""
     refs = [ref for _, ref in asked]
-    if refs:
-        wait_until(lambda piece: not ray.wait(refs, num_returns=len(refs), timeout=piece)[1], LEAVING)
+    wait_for(refs, LEAVING)
     answered = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()
     found = []
     for rank, ref in asked:
@@ -110,7 +110,7 @@ def hand_over(spare: Any, place: Place, slot: Slot, request: Request) -> Any:
     try:
         claim = _claim(place, slot, request)
         taken = spare.take_over.remote(place.share, place.pid)
-        wait_until(lambda piece: bool(ray.wait([taken], timeout=piece)[0]), CLAIMING)
+        wait_for([taken], CLAIMING)
         answer = ray.get(taken, timeout=0.1)
         if isinstance(answer, Failure):
             raise ResourceError(answer.message)
@@ -142,7 +142,7 @@ def _claim(place: Place, slot: Slot, request: Request) -> Any:
     if not request.gpu:
         return claim
     asked = claim.gpus.remote()
-    wait_until(lambda piece: bool(ray.wait([asked], timeout=piece)[0]), CLAIMING)
+    wait_for([asked], CLAIMING)
     try:
         found = ray.get(asked, timeout=0.1)
         if found != place.share.ids:
