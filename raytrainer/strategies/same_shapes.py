@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import DisagreementError
-from raytrainer.plan.folding import ranks_text
+from raytrainer.plan.folding import by_text, ranks_text
 
 __all__ = ["number_of", "refuse_other_shapes", "switched", "what_trains"]
 
@@ -42,10 +42,8 @@ def refuse_other_shapes(module: nn.Module, control: Any, buffers: bool) -> None:
     if name is None:
         told = "they have the same parameters in another order"
     else:
-        ranks: dict[str, list[int]] = {}
-        for rank, each in enumerate(found):
-            ranks.setdefault(each.get(name, "absent"), []).append(rank)
-        told = f"{name} is " + ", ".join(f"{text} on rank(s) [{ranks_text(on)}]" for text, on in ranks.items())
+        said = by_text({rank: each.get(name, "absent") for rank, each in enumerate(found)})
+        told = f"{name} is " + ", ".join(f"{text} on rank(s) [{ranks_text(on)}]" for on, text in said)
     raise DisagreementError(
         f"workers have built different modules: {told}. What setup, configure_model and configure_optimizers build, "
         f"freeze (requires_grad_) or cast must be the same on all workers."

@@ -66,7 +66,7 @@ class TrainingLoop:
 
     def _bind_optimization(self) -> AutomaticOptimization | ManualOptimization:
         run, module = self.run, self.run.module
-        self._trained = what_trains(module)
+        self._trained = self._trains = what_trains(module)  # when the strategy was prepared, and now
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
         step = unless_missing(step)
         alone = run.strategy.may_skip_alone(module) or not self.feed.may_miss
@@ -87,8 +87,8 @@ class TrainingLoop:
             plateaus=run.plateaus(),
             stop=self.view.should_stop,
             divisible=self.feed.divisible,
-            trained=number_of(now := what_trains(run.module)),
-            switched=switched(self._trained, now),
+            trained=number_of(self._trains),
+            switched=switched(self._trained, self._trains),
         )
 
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False) -> TrainStart:
@@ -115,6 +115,7 @@ class TrainingLoop:
             self.run.hooks.call("on_train_epoch_start")
         self.run.go_on()
         self.run.resume_generators()
+        self._trains = what_trains(self.run.module)
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._began = skip, self.view.global_step, getattr(self._run_batch, "without_loss", 0)
         self.feed.draw()
@@ -122,7 +123,7 @@ class TrainingLoop:
 
     def _prepare_again(self) -> None:
         """Where parameters have been frozen or unfrozen since, have the strategy synchronise those that train now."""
-        if what_trains(self.run.module) != self._trained and self.run.module.automatic_optimization:
+        if self._trains != self._trained and self.run.module.automatic_optimization:
             self._run_batch, self._began = self._bind_optimization(), (*self._began[:2], 0)
 
     def _batches(self) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import DisagreementError
 from raytrainer.messages import Difference, Fingerprints, TrainStart
-from raytrainer.plan.folding import ranks_text
+from raytrainer.plan.folding import by_text, ranks_text
 from raytrainer.worker.worker import Worker
 
 __all__ = ["ReplicaCheck", "alike"]
@@ -28,10 +28,8 @@ def alike(starts: Sequence[TrainStart], epoch: int) -> Sequence[TrainStart]:
     """
     if all(start.trained == starts[0].trained for start in starts):
         return starts
-    told: dict[str, list[int]] = {}
-    for rank, start in enumerate(starts):
-        told.setdefault(", ".join(start.switched) or "nothing has changed", []).append(rank)
-    where = "; ".join(f"on rank(s) [{ranks_text(ranks)}] {text}" for text, ranks in told.items())
+    told = by_text({rank: ", ".join(start.switched) or "nothing has changed" for rank, start in enumerate(starts)})
+    where = "; ".join(f"on rank(s) [{ranks_text(ranks)}] {text}" for ranks, text in told)
     raise DisagreementError(
         f"epoch {epoch} begins with other parameters to train on some workers than on others: {where}. What hooks "
         f"freeze (requires_grad_), unfreeze, add or drop must be the same on all workers."
