@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -160,7 +160,8 @@ class CheckpointFolder:
             return
         with self.storage.locked(self.path) as alone:
             self.storage.delete(self.inside(META))
-            self.storage.sync_folder(self.path)  # from here on it is no checkpoint any more
+            with suppress(FileNotFoundError):  # somebody else removes it too, and was faster
+                self.storage.sync_folder(self.path)  # from here on it is no checkpoint any more
             self.delete(named_files(data))
             if alone:
                 self.delete_leftovers()

@@ -18,6 +18,7 @@ from raytrainer import CheckpointError, ConfigurationError, CSVLogger, ModelChec
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.checkpointing.places import checkpoint_exists, find_checkpoints, newest_checkpoint, remove_checkpoint
 from raytrainer.checkpointing.reservations import release, require_writable, reserve
+from raytrainer.checkpointing.storage import LocalStorage
 
 FOREIGN = {
     "state-of-california.csv": b"a,b",
@@ -166,6 +167,25 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(local_trainer: Any, tmp_pa
         remove_checkpoint(tmp_path / name)
     assert read_checkpoint(tmp_path / "x.ckpt") == {"epoch": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "e", "notes", "x.ckpt"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_two_remove_one_checkpoint(link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "x.ckpt", {"epoch": 1})
+    path = tmp_path / "x.ckpt"
+    if link:
+        path = tmp_path / "a"
+        path.symlink_to("x.ckpt")
+    asked = LocalStorage.is_link
+
+    def is_link(storage: LocalStorage, place: str) -> bool:
+        monkeypatch.setattr(LocalStorage, "is_link", asked)
+        remove_checkpoint(path)  # between the other one's looks at it
+        return asked(storage, place)
+
+    monkeypatch.setattr(LocalStorage, "is_link", is_link)
+    remove_checkpoint(path)
+    assert [left.name for left in tmp_path.iterdir()] == (["x.ckpt"] if link else [])
 
 
 def test_retention_leaves_what_a_run_went_on_from_by_a_link(local_trainer: Any, tmp_path: Path) -> None:
