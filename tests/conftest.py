@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +81,14 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(exempt)}
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="in a whole run, too, all members of each kind that is tested")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "sample(n): takes long; a whole run tries n of its members, and all with --all or if it is named"
+    )
     # a shell without job control has the programs that it starts in the background ignore Ctrl-C, which tests press
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,6 +103,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     option = config.option
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    option.all |= not whole or bool(option.keyword)
     if whole and hasattr(option, "tx") and option.numprocesses is None and not (option.tx or option.usepdb):
         option.numprocesses = 2
     if getattr(option, "numprocesses", None):
@@ -112,8 +122,24 @@ def _scope(nodeid: str) -> str:
     return f"4 {path}" if path.parts[1] == "strategies" or path.stem == "test_ends" else f"5 {path}"
 
 
+def _left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    members = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            members[item.nodeid.partition("[")[0]].append(item)
+    for of_one in members.values():
+        # by chance, but the same each time: members in a row may have one parameter in common
+        of_one.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        mark = of_one[0].get_closest_marker("sample")
+        assert mark is not None
+        yield from of_one[mark.args[0] :]
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.all and (left_out := set(_left_out(items))):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: _scope(item.nodeid)[0])
 
 

@@ -69,6 +69,7 @@ def undisturbed(tmp_path_factory):
     return module
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("by", ["last", "uri"])
 def test_resumed_from_a_uri(by, bucket, undisturbed, tmp_path):
     with pytest.raises(Died):

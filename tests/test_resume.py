@@ -24,6 +24,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
 
 
 # an epoch has 14 batches, 7 steps, validations after 7 and 14 batches
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("batches", [3, 7, 8, 13, 14, 15, 22, 28, 29, 41])
 @pytest.mark.parametrize("save_every", [1, 3])
 def test_resumed_after_dying_anywhere(undisturbed, tmp_path, batches, save_every):

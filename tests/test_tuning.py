@@ -274,6 +274,7 @@ class Hungry(Learner):
         return loss
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("mode", "best"), [("power", 32), ("binsearch", 37)])
 @pytest.mark.parametrize(
     "error",
@@ -290,6 +291,7 @@ def test_scale_batch_size(mode, best, error, local_trainer, tmp_path):
     assert sized.hparams.batch_size == best and list(tmp_path.iterdir()) == [] and trainer.global_step == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("arguments", "best"),
     [

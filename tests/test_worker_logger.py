@@ -287,6 +287,7 @@ def texts(monkeypatch, folder, die=None, verb="train", **options):
 DEATHS = [(batches, "train") for batches in (0, 1, 7, 8, 14, 28, 29, 41)] + [(b, "validate") for b in (7, 14, 21)]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("batches", "verb"), DEATHS)
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_a_recovered_run_makes_each_call_once(monkeypatch, tmp_path, batches, verb, every):

@@ -44,6 +44,7 @@ def test_driver_on_a_member(cluster: Lab) -> None:
     assert accuracy(done.stdout) > 85
 
 
+@pytest.mark.sample(0)
 def test_submitted_job(cluster: Lab, tmp_path: Path) -> None:
     with open_tunnel(cluster, tmp_path / "log", "ray dashboard cluster/local.yaml", "127.0.0.1:8265"):
         submit = "ray job submit --address http://localhost:8265 --working-dir examples"
@@ -52,6 +53,7 @@ def test_submitted_job(cluster: Lab, tmp_path: Path) -> None:
     assert accuracy(done.stdout) > 85
 
 
+@pytest.mark.sample(0)
 def test_client_on_a_laptop(cluster: Lab, tmp_path: Path) -> None:
     """Weights come home: the laptop tests them, and has the checkpoints."""
     with open_tunnel(cluster, tmp_path / "log", "ssh -N -L 10001:localhost:10001 h1", "127.0.0.1:10001"):
@@ -62,6 +64,7 @@ def test_client_on_a_laptop(cluster: Lab, tmp_path: Path) -> None:
     assert "raytrainer_logs" in done.stdout
 
 
+@pytest.mark.sample(0)
 def test_a_host_loses_power(cluster: Lab, tmp_path: Path) -> None:
     """The run ends on the host that was left over, with the weights of an undisturbed run; the host comes back."""
     head = cluster.hosts[0]

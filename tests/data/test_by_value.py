@@ -14,6 +14,7 @@ from raytrainer.data.sharding import Share
 from raytrainer.plan.settings import build_settings
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_classes_of_a_notebook(method, monkeypatch):
     class Cell(Dataset[torch.Tensor]):

@@ -33,6 +33,7 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.mark.sample(28)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.ray])
 def test_each_sample_once_and_the_same_after_resuming(

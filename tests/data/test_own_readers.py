@@ -246,6 +246,7 @@ def read(source: Feed, epoch: int, skip: int = 0) -> list[Any]:
     return found
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_each_sample_once_and_resumed_exactly(kind, world):
@@ -284,6 +285,7 @@ def test_wrappers_that_are_not_in_step_with_their_loader(kind):
     assert [len(read(part, 0)) for part in feeds(loader, 2, use_distributed_sampler=False)] == [len(whole[0])] * 2
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", [Repeats, Halves])
@@ -302,6 +304,7 @@ def test_loaders_that_make_other_batches(kind, world, processes):
         part.close()
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", [Shuffles, ShufflesSome, Leaves])

@@ -231,6 +231,7 @@ def read(source: Feed, epoch: int, skip: int = 0) -> list[Any]:
     return found
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_resumed_run_reads_the_very_samples(kind, world):
@@ -406,6 +407,7 @@ x = torch.randn(SAMPLES, 4, generator=torch.Generator().manual_seed(1))
 TABLE = TensorDataset(x, x.sum(1, keepdim=True))
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", [k for k in SAMPLERS if "unending" not in k and k != "unbatched"])
 def test_weights_of_a_resumed_run(kind, local_trainer, tmp_path):
     """From a checkpoint in the middle of the second epoch of three."""

@@ -317,6 +317,7 @@ def generators():
     restore_rng(before)
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_resumed_run_reads_the_very_samples(kind, generators):
     make = STREAMS[kind]
@@ -355,6 +356,7 @@ DEALS: dict[str, Callable[[int], Any]] = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("stage", ["train", "val"])
 @pytest.mark.parametrize("kind", DEALS)
 def test_streams_that_shuffle_and_then_take_their_part(kind, stage, generators):
@@ -407,6 +409,7 @@ class Fits(rt.Module):
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", STREAMS)
 def test_weights_of_a_resumed_run(kind, local_trainer, tmp_path):
     """From checkpoints in the middle, and at the end, of the second epoch."""

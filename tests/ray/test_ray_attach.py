@@ -181,6 +181,7 @@ def test_as_a_client(head, project):
     check(start(project, head, head["client"]), head["client"])
 
 
+@pytest.mark.sample(0)
 def test_control_c_as_a_client(head, tmp_path):
     environment = {**environment_of(head), "RAY_ADDRESS": head["client"]}
     with script(tmp_path / "interrupted.py", INTERRUPTED, **environment) as running:

@@ -96,6 +96,7 @@ def test_accumulation_by_epoch(one_process, ray_trainer):
     assert trainer.global_step == 6 + 2 + 2 + 6
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("callback", [EMAWeightAveraging, StochasticWeightAveraging])
 def test_a_killed_worker_changes_nothing(callback, tmp_path, monkeypatch):
     """With workers that are as if of another process; states of callbacks travel as those of metrics do, see below."""
@@ -188,6 +189,7 @@ class Scored(Net):
         self.log("mean", self.mean)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("samples,batch_size", [(23, 4), (3, 4)])
 def test_metric_objects_over_uneven_data(samples, batch_size, ray_trainer):
     """The last batch is smaller, and one worker has more batches; or one has none at all."""

@@ -178,6 +178,7 @@ WAYS: list[Way] = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.late(way[3])] if way[3] != 2 else []) for way in WAYS], ids=str
 )
@@ -190,6 +191,7 @@ def test_each_row_reaches_one_worker(read: Callable[..., Any], way: Way) -> None
     assert (epochs[0] == epochs[1]) == (way[2] is False)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", [(False, True, True, 2), (True, False, 100, 2)], ids=["kept", "streamed"])
 def test_same_seed_same_order(read: Callable[..., Any], way: Way) -> None:
     first = read(way)
@@ -202,6 +204,7 @@ def test_full_shuffle_of_a_stream_repeats(read: Callable[..., Any]) -> None:
     assert read(way)[:1] == read(way, max_epochs=1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
 def test_drop_last(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
     data = RayDataset(rays.read_parquet(parquet), batch_size=64, drop_last=True, keep_in_memory=keep)
@@ -210,6 +213,7 @@ def test_drop_last(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, k
         assert len(set(flat(epoch))) == 14 * 64
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
 def test_a_second_run_with_the_same_dataset(
     ray_trainer: Make, rays: Any, footers: None, tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch
@@ -353,6 +357,7 @@ def test_hooks_of_a_datamodule(ray_trainer: Make, parquet: str) -> None:
     assert data.asked == ["train", "val", "test", "test", "predict"]  # on the driver
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("footers")
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "streamed"])
 def test_in_the_drivers_process(one_process: Make, rays: Any, parquet: str, tmp_path: Path, keep: bool) -> None:
@@ -378,6 +383,7 @@ class KillAt(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", [(False, True, 100, 2), (True, False, 100, 2)], ids=["kept", "streamed"])
 def test_going_on_in_mid_epoch(
     ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -423,6 +429,7 @@ def windowed(parquet: str, keep: bool) -> RayDataset:
     return RayDataset(ray.data.read_parquet(parquet), batch_size=20, shuffle=100, keep_in_memory=keep)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "workers", [2, pytest.param(3, marks=pytest.mark.late(3))], ids=lambda number: f"{number} workers"
 )

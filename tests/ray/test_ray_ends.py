@@ -19,6 +19,7 @@ WORKERS = ["Module.setup", "Module.on_train_batch_end", "WorkerCallback.on_train
 DRIVER = ["Callback.on_train_epoch_end", "Callback.teardown", "Logger.finalize", "Callback.on_exception"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["error", "exit", "control-c"])
 def test_faults_in_hooks(fault, ray_trainer, tmp_path):
     """The workers stay, unless Ctrl-C has left them in the midst of something."""

@@ -64,6 +64,7 @@ def test_loader_processes(ray_trainer):
     assert_same(*modules)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_loader_processes_that_import_classes_by_name(method, ray_trainer):
     """A script's and a notebook's own have come to the worker by value, and go to such processes by value too."""
@@ -277,6 +278,7 @@ class Numbers(IterableDataset):
         yield from (torch.tensor([float(i)]) for i in range(part, 24, parts))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("processes", "method"), [(0, None), (2, "fork"), (1, "spawn")])  # which take seconds each
 def test_streams_that_ask_which_part_is_theirs(processes, method, ray_trainer, caplog):
     module = Records()

@@ -49,6 +49,7 @@ def memory() -> tuple[int, int]:
     return total - free, total
 
 
+@pytest.mark.sample(0)
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="reads /proc/meminfo")
 def test_a_worker_killed_for_its_memory(no_ray: Callable[[], None], tmp_path: Path) -> None:
     used, total = memory()

@@ -132,6 +132,7 @@ def test_a_node_that_is_drained_is_left_before_it_goes(cluster, tmp_path):
     assert recovery.workers == 4 and recovery.replayed_batches == 0 and recovery.step == recovery.resumed_step
 
 
+@pytest.mark.sample(0)
 def test_a_spare_node_takes_over(cluster, tmp_path):
     options = {
         "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
@@ -148,6 +149,7 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     assert recovery.workers == 4  # how many are new depends on how soon Ray moves the reservations
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("held", [True, False])
 def test_shards_of_a_lost_node(held, cluster):
     """Its neighbour has them, if it was asked to keep them."""

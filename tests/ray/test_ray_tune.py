@@ -44,6 +44,7 @@ def trial(config: dict[str, Any]) -> None:
     trainer.fit(Graded(config["score"], config["notes"]), loader(16, 4), loader(8, 4))
 
 
+@pytest.mark.sample(0)
 def test_asha_stops_a_trial_of_two_workers(
     ray_session: str, one_process: Callable[..., raytrainer.Trainer], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ class BesideIt(Net):
             assert torch.equal(theirs.to_local(), ours.to_local()), name
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "bf16-true"])
 def test_equal_bit_by_bit(precision, accumulate, forked):

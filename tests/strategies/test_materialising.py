@@ -81,6 +81,7 @@ class Tunable(Resets):
         return torch.optim.AdamW(self.parameters(), self.lr)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [Tunable, lambda: rt.on_meta(Tunable)], ids=["real", "on meta"])
 def test_tuning(make, forked):
     module = make()

@@ -61,6 +61,7 @@ def fit_both(forked, make, layout, val=None, **options):
     return one, two
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -82,6 +83,7 @@ def test_equals_one_process(layout, options, forked):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", [(2, 2, None), (1, 2, 2)], ids=str)
 def test_resuming_is_equal_bit_by_bit(layout, forked, tmp_path):
     """Also in the middle of an accumulation, with statistics and dropout of each worker's own."""
@@ -133,6 +135,7 @@ def test_any_layout_goes_on_with_anothers_checkpoint(forked, tmp_path):
     assert_equal(alone, module)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("precision", [32, "bf16-mixed", "bf16-true"])
 def test_made_in_the_workers(precision, forked, tmp_path):
     """Weights are the same in any layout."""
@@ -195,6 +198,7 @@ def test_a_module_that_does_it_all_itself(forked):
     torch.testing.assert_close(two.callback_metrics["loss_epoch"], one.callback_metrics["loss_epoch"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", [(2, 2, None), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("loads", [True, False])
 def test_what_configure_model_builds_is_rank_0s(layout, loads, forked):

@@ -41,6 +41,7 @@ class Typed(Net):
         return self.kind(self.parameters())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("strategy", ["local", "fsdp"])
 @pytest.mark.parametrize("precision", ["bf16-true", 64])
 @pytest.mark.parametrize("kind", [torch.optim.NAdam, WideMoments])

@@ -85,6 +85,7 @@ class Later(Own):
         return loss
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "dp"])
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def saver(folder, **options):
     return rt.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options, saving",
     [
@@ -127,6 +128,7 @@ def test_files(saved):
     assert "state_dict/inp.weight" in parts[0]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 @pytest.mark.parametrize("pattern", ["rank1-*", "pieces-*", "state-*"])
 def test_damage_is_told_with_the_file(damage, pattern, saved, forked):

@@ -76,6 +76,7 @@ class StopsEarly(Net):
         return self.head(x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "make, at",
     [
@@ -125,6 +126,7 @@ class EvaluatesApart(Net):
         self.log("val", self.head(x).mean())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fewer", [False, True])
 @pytest.mark.parametrize("rows", [8, 16])
 def test_workers_that_evaluate_in_different_ways(rows, fewer, forked):
@@ -250,6 +252,7 @@ class InValidation(Net):
         self.head.weight.mul_(0.9)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -177,6 +177,7 @@ def test_export_of_a_whole_checkpoint_in_another_type(forked, tmp_path):
         rt.export_weights(path, tmp_path / "out", max_file_size="5 elephants")
 
 
+@pytest.mark.sample(0)
 def test_the_example(forked, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("llama", Path(__file__).parents[2] / "examples" / "llama.py")
     llama = importlib.util.module_from_spec(spec)

@@ -90,6 +90,7 @@ class TogglesAcross(Parts):
             self.untoggle_optimizer(optimizer)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", [Unfreezes, Switches, FreezesWithin, Adds, FreezesAtFirst, TogglesAcross])
 @pytest.mark.parametrize("averaging", [False, True])  # which has checkpoints made within validations
 def test_a_resumed_run_trains_what_it_trained(kind, averaging, local_trainer, tmp_path):

@@ -56,6 +56,7 @@ class Counting(Tiny):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [Live, AddsLive])
 def test_checkpoints_are_of_the_step_that_they_say(
     kind: type[Live], local_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
