@@ -46,7 +46,7 @@ def copied(value: Any) -> Any:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two values are not the same."""
+    """Whether two values are not the same; those that cannot be compared count as different."""
     if type(one) is not type(other):
         return True
     if isinstance(one, Tensor):
@@ -58,6 +58,8 @@ def differ(one: Any, other: Any) -> bool:
     try:
         return bool(one != other)
     except (RuntimeError, ValueError):  # tensors and arrays in it, which compare one by one
+        if type(one) not in _KINDS.values():
+            return True
         return len(one) != len(other) or any(differ(*pair) for pair in zip(one, other, strict=True))
 
 

@@ -251,7 +251,7 @@ class Feed:
         ):
             return None
         drawing.seeding = threading.get_ident()
-        self._state.order = self._state.order or Order(reader, drawing)
+        self._state.order = self._state.order or Order(self.loader, reader, drawing)
         return self._state.order
 
     def _seed_requests(self, loader: DataLoader[Any], seed: int, position: int) -> None:

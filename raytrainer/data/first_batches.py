@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset, Subset
 from raytrainer.data.sharding import Share
 from raytrainer.metric_messages import ReadSample
 
-__all__ = ["DealtOut", "Fingerprint", "of_other_datasets", "read_alike", "read_apart", "watch"]
+__all__ = ["DealtOut", "Fingerprint", "leaves", "of_other_datasets", "read_alike", "read_apart", "watch"]
 
 log = logging.getLogger("raytrainer")
 
@@ -62,7 +62,7 @@ class Fingerprint:
     def add(self, batch: Any) -> None:
         """The next batch, as the loader gives it."""
         self.batches += 1
-        for number, (path, values) in enumerate(_leaves(batch, "")):
+        for number, (path, values) in enumerate(leaves(batch)):
             if number == LEAVES:
                 return
             self._hashes.setdefault(path, []).append(zlib.crc32(repr(values).encode()))
@@ -167,8 +167,8 @@ def read_apart(samples: Sequence[ReadSample | None]) -> tuple[int, int, str] | N
     return None
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
-    """The first values of each leaf, by its way from the root."""
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The first values of each leaf, after its way from the root."""
     if isinstance(value, Tensor):
         if value.numel() and value.layout is torch.strided and not value.is_quantized:
             flat = value.detach().reshape(-1)[:ELEMENTS].cpu()
@@ -179,21 +179,21 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
         yield path, [value]
     elif isinstance(value, Mapping):
         for key, item in value.items():  # not by iteration, which gives a TensorDict's rows
-            yield from _leaves(item, f"{path}[{key!r}]")
+            yield from leaves(item, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         if value and all(isinstance(item, (str, bytes, bool, int, float)) for item in value):
             yield path, list(value[:ELEMENTS])
             return
         for index, item in enumerate(value[:ELEMENTS]):
-            yield from _leaves(item, f"{path}[{index}]")
+            yield from leaves(item, f"{path}[{index}]")
     elif isinstance(getattr(value, "shape", None), tuple) and callable(getattr(value, "tolist", None)):
         if value.size:  # NumPy's arrays
             yield path, value.reshape(-1)[:ELEMENTS].tolist()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name, None), f"{path}.{field.name}")
+            yield from leaves(getattr(value, field.name, None), f"{path}.{field.name}")
     elif callable(getattr(value, "to_dict", None)):  # PyTorch Geometric's
-        yield from _leaves(value.to_dict(), path)
+        yield from leaves(value.to_dict(), path)
     elif callable(getattr(value, "to", None)):
         for name, item in getattr(value, "__dict__", {}).items():
-            yield from _leaves(item, f"{path}.{name}")
+            yield from leaves(item, f"{path}.{name}")

@@ -181,7 +181,7 @@ def remembered(root: Any, beginning: Memory | None = None) -> Memory:
                     found[name] = form
     if beginning is None:
         return found
-    return {key: value for key, value in found.items() if not key.endswith("()") or _differ(beginning.get(key), value)}
+    return {key: value for key, value in found.items() if not key.endswith("()") or differ(beginning.get(key), value)}
 
 
 def recall(root: Any, memory: Memory) -> None:
@@ -215,13 +215,6 @@ def _values(root: Any, path: str, part: Any) -> Memory:
 
 def _is_generator(part: Any) -> bool:
     return isinstance(part, (torch.Generator, random.Random)) or type(part).__module__.startswith("numpy.random")
-
-
-def _differ(one: Any, other: Any) -> bool:
-    try:
-        return bool(one != other)
-    except (RuntimeError, ValueError):  # tensors and arrays in it, which compare one by one
-        return True
 
 
 def _parts(root: Any, deep: bool = True) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ interface away and looks.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import weakref
@@ -23,10 +24,10 @@ from raytrainer.errors import ConfigurationError
 
 __all__ = [
     "BATCH_NORMS",
+    "Given",
     "abort_groups",
     "all_averaged",
     "compile_call",
-    "count_given",
     "drop_compiled",
     "fix_buckets",
     "forget_iterator",
@@ -213,26 +214,46 @@ def is_loader_iterator(thing: Any) -> bool:
     return any(kind.__name__ == "_BaseDataLoaderIter" for kind in type(thing).__mro__)
 
 
-def count_given(loader: DataLoader[Any]) -> Callable[[], int | None]:
-    """Have a loader (a copy of the user's) tell how many batches its latest iterator has given, whoever took them.
+class Given:
+    """What a loader (a copy of the user's, which this changes) has given in its latest pass, whoever took it.
 
-    Of one that is gone: all, which is `sys.maxsize`.
-
-    Without `_get_iterator` or `_num_yielded`: that is not known.
+    Attributes:
+        first: The first two batches that its latest iterator has given, as far as it has. Whoever has compared them
+            lets go of them by putting another list here.
     """
-    make = getattr(loader, "_get_iterator", None)
-    made: list[weakref.ref[Any]] = []
 
-    def noted() -> Any:
-        iterator = make()  # type: ignore[misc]
-        made[:] = [weakref.ref(iterator)]
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.first: list[Any] = []
+        self._made: weakref.ref[Any] | None = None
+        self._make = getattr(loader, "_get_iterator", None)
+        if callable(self._make):
+            loader.__dict__["_get_iterator"] = self._noted
+
+    def count(self) -> int | None:
+        """How many batches; of an iterator that is gone: all, which is `sys.maxsize`.
+
+        Without `_get_iterator` or `_num_yielded`: None, that is not known.
+        """
+        if self._made is None:
+            return None
+        iterator = self._made()
+        return sys.maxsize if iterator is None else getattr(iterator, "_num_yielded", None)
+
+    def _noted(self) -> Any:
+        assert self._make is not None
+        iterator = self._make()
+        self._made, self.first = weakref.ref(iterator), []
+        read = getattr(type(iterator), "_next_data", None)
+        if read is not None:  # without it, `first` stays empty
+            iterator.__dict__["_next_data"] = functools.partial(_note, self._made, read, self.first)
         return iterator
 
-    if callable(make):
-        loader.__dict__["_get_iterator"] = noted
 
-    def given() -> int | None:
-        iterator = made[0]() if made else None
-        return sys.maxsize if made and iterator is None else getattr(iterator, "_num_yielded", None)
-
-    return given
+def _note(made: weakref.ref[Any], read: Callable[[Any], Any], first: list[Any]) -> Any:
+    """An iterator's next batch, noted until there are two: in the place of its method, which it then has again."""
+    iterator: Any = made()
+    batch = read(iterator)
+    first.append(batch)
+    if len(first) == 2:
+        del iterator.__dict__["_next_data"]
+    return batch

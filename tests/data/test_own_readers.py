@@ -178,6 +178,40 @@ class Leaves(DataLoader[Any]):
         return (batch for number, batch in enumerate(super().__iter__()) if number not in (1, 4))
 
 
+class LeavesFirst(DataLoader[Any]):
+    """A batch that is not trained on comes first; the others are changed, in place or not."""
+
+    in_place = False
+
+    def __iter__(self):
+        batches = super().__iter__()
+        next(batches)
+        for batch in batches:
+            yield batch.add_(SAMPLES) if self.in_place else batch + SAMPLES
+
+
+class LeavesFirstInPlace(LeavesFirst):
+    in_place = True
+
+
+class LeavesLater(DataLoader[Any]):
+    """Leaves a batch out by its place, where a run has gone on before that."""
+
+    def __iter__(self):
+        return (batch for number, batch in enumerate(super().__iter__()) if number != 3)
+
+
+class ScalesAhead(DataLoader[Any]):
+    """Reads one batch ahead, and changes inputs, but not labels."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        ahead = next(batches, None)
+        while ahead is not None:
+            batch, ahead = ahead, next(batches, None)
+            yield [batch / 255, batch]
+
+
 class Several:
     """Reads one loader after the other."""
 
@@ -323,6 +357,54 @@ def test_loaders_that_change_the_order_of_batches(kind, world, processes):
             part.close()
     for part in parts:
         part.close()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("kind", [LeavesFirst, LeavesFirstInPlace, Shuffles])
+def test_the_order_is_known_with_the_first_batch(kind, processes):
+    """What is told of a loader that has given a single batch is enough to go on from there."""
+    (whole,) = feeds(lambda: make(kind, processes), 1)
+    wanted = read(whole, 1)
+    (part,) = feeds(lambda: make(kind, processes), 1)
+    part.begin(1)
+    part.draw()
+    next(part.start(1))
+    (again,) = feeds(lambda: make(kind, processes), 1)
+    again.take_state(part.state())
+    assert read(again, 1, 1) == wanted[1:]
+    for one in (whole, part, again):
+        one.close()
+
+
+def test_reading_ahead_leaves_nothing_out():
+    """A run goes on without reading again what was read before."""
+    (part,) = feeds(lambda: make(ScalesAhead), 1)
+    part.begin(1)
+    part.draw()
+    wanted = [labels.tolist() for _, labels in part.start(1)]
+    assert not (part.state() or {}).get("apart")
+    (again,) = feeds(lambda: make(ScalesAhead), 1)
+    again.take_state(part.state())
+    again.begin(1)
+    again.draw()
+    assert [labels.tolist() for _, labels in again.start(1, 3)] == wanted[3:]
+    assert again.batches is not None and again.batches.skip == 3
+
+
+def test_what_is_left_out_later_is_told(caplog):
+    (part,) = feeds(lambda: make(LeavesLater), 1)
+    part.begin(1)
+    part.draw()
+    batches = part.start(1)
+    next(batches)
+    state = part.state()
+    assert len(list(batches)) == SAMPLES // 2 - 2
+    assert "LeavesLater" not in caplog.text
+    (again,) = feeds(lambda: make(LeavesLater), 1)
+    again.take_state(state)
+    read(again, 1, 1)
+    assert "LeavesLater gives other batches than it reads" in caplog.text
+    assert "went on at batch 1" in caplog.text
 
 
 @pytest.mark.parametrize("form", [list, dict])

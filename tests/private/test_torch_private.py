@@ -93,14 +93,18 @@ def test_loaders_without_a_kept_iterator():
 
 def test_loaders_that_do_not_tell_what_they_have_given(monkeypatch):
     loader = DataLoader([torch.ones(1)] * 3)
-    given = torch_private.count_given(loader)
-    assert given() is None
+    given = torch_private.Given(loader)
+    assert given.count() is None
     iterator = iter(loader)
-    next(iterator)
-    assert given() == 1
+    batches = [next(iterator)]
+    assert given.count() == 1
+    batches += iterator
+    assert len(batches) == 3
+    assert [id(batch) for batch in given.first] == [id(batch) for batch in batches[:2]]
+    assert "_next_data" not in vars(iterator)
     del iterator._num_yielded
-    assert given() is None
+    assert given.count() is None
     del iterator
-    assert given() == sys.maxsize
+    assert given.count() == sys.maxsize
     monkeypatch.delattr(DataLoader, "_get_iterator")
-    assert torch_private.count_given(DataLoader([1]))() is None
+    assert torch_private.Given(DataLoader([1])).count() is None
