@@ -29,12 +29,16 @@ _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "t
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: garbage is not looked for in it at each collection."""
     import torch
 
     # several runs share a machine, and threads that wait for each other make tiny models slow
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports much
+
+
+@pytest.fixture(autouse=True, scope="module")
+def heap_set_aside() -> None:
+    """What files before this one have imported stays: garbage is not looked for in it at each collection."""
     gc.collect()
     gc.freeze()
 

@@ -120,6 +120,7 @@ class Fails(Net):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.sample(0)
 def test_the_newest_snapshot_is_saved_after_an_error(ray_trainer, tmp_path):
     saving = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(ArithmeticError):
@@ -221,6 +222,7 @@ def test_ranks_that_log_different_metric_objects(ray_trainer):
         ray_trainer().validate(Differs(), loader(16, 4))
 
 
+@pytest.mark.sample(0)
 def test_metric_states_survive_a_killed_worker(tmp_path):
     class Counted(Exact):
         def __init__(self, *args, **kwargs):

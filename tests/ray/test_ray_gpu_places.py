@@ -38,6 +38,7 @@ def indices(slots: list[Slot]) -> list[int]:
     return reserve.RayReserver().held([slot.group for slot in slots])
 
 
+@pytest.mark.sample(0)
 def test_chosen_gpus(four_gpus: None) -> None:
     chosen = reserve.place(Request(1, 2, True, indices=(1, 3)), 20)
     assert indices(chosen) == [1, 3]

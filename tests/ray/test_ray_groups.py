@@ -135,6 +135,7 @@ def test_another_address_than_the_one_in_use(ray_session):
         ensure_ray(Cluster("10.9.9.9:6379"), 1)
 
 
+@pytest.mark.sample(0)
 def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog):
     """The session's Ray has four CPUs; Ray reports what waits for them about once a second."""
     monkeypatch.setattr(pool, "LOOK_EVERY", 0.1)

@@ -80,6 +80,7 @@ def living() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+@pytest.mark.sample(0)
 def test_shrinks_and_grows(cluster, tmp_path):
     nodes = Nodes(cluster, spare=False)
     trainer, _ = run(

@@ -104,6 +104,7 @@ def _ends(*args):
     os._exit(1)
 
 
+@pytest.mark.sample(0)
 def test_what_cannot_be_state_is_told_and_leaves_nothing(state, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.ckpt", state)
     before = sorted(tmp_path.rglob("*"))
@@ -129,6 +130,7 @@ def _writes_elsewhere(path, shown, marker, environment, plans, *pieces):
     return [PartRecord(FileRecord(1, None), {}) for _ in plans]
 
 
+@pytest.mark.sample(0)
 def test_giving_up_ends_what_nodes_write(state, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_parts, "write_parts", _never_ends)
     asked = []

@@ -49,6 +49,7 @@ def test_a_state_that_cannot_be_pickled_is_named(staged, tmp_path, monkeypatch):
         run(Unpicklable(), tmp_path, save_every=2, **OVER_RAY)
 
 
+@pytest.mark.sample(0)
 def test_a_killed_worker_changes_nothing(tmp_path):
     calm, struck = Exact(), Exact((0, 9), "kill", f"{tmp_path}/flag")
     _, rows = run(calm, tmp_path, save_every=2, **OVER_RAY)
