@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.hparams import HyperparametersMixin
+from raytrainer.short_repr import ShortRepr
 from raytrainer.view.last_trainer import last_trainer
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DataModule"]
 
 
-class DataModule(HyperparametersMixin, DataHooks):
+class DataModule(ShortRepr, HyperparametersMixin, DataHooks):
     """Override `prepare_data`, `setup`, the `*_dataloader` hooks and, where needed, the transfer hooks.
 
     Loaders are built inside the workers.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from raytrainer.short_repr import ShortRepr
+
 __all__ = ["StatefulCallback"]
 
 
-class StatefulCallback:
+class StatefulCallback(ShortRepr):
     """A key and a state that travel in checkpoints."""
 
     @property

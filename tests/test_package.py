@@ -19,7 +19,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Rooms and files of the top level, from the ground up: each imports from its own row and from those above it here.
 FLOORS = [
-    ["errors", "version", "metric_messages", "messages", "signals", "ending", "extras", "tracebacks", "cells"],
+    [
+        "errors",
+        "version",
+        "metric_messages",
+        "messages",
+        "signals",
+        "ending",
+        "extras",
+        "tracebacks",
+        "cells",
+        "short_repr",
+    ],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding", "place_in_run", "attribute_tensors"],
     ["checkpointing", "data", "metrics"],

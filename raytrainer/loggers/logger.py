@@ -13,11 +13,12 @@ from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.media import draw
+from raytrainer.short_repr import ShortRepr
 
 __all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "first_log_dir", "flatten"]
 
 
-class Logger(ABC):
+class Logger(ShortRepr, ABC):
     """Takes the metrics and hyperparameters of a run. Lives on the driver, and lasts over several runs."""
 
     @abstractmethod

@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from raytrainer.short_repr import ShortRepr
+
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Profiler"]
 
 
-class Profiler(ABC):
+class Profiler(ShortRepr, ABC):
     """Watches one worker's hooks. It is sent to the workers, and each has its own; reports come home as files.
 
     Besides the module's and worker callbacks' hooks, it is shown "next_batch" (waiting for the loader), "backward",
