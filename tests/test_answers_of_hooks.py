@@ -38,6 +38,7 @@ def test_a_forgotten_return_of_a_batch(local_trainer, hook, verb):
         (lambda m: (sgd(m), StepLR(sgd(m), 1)), r"StepLR\(...\) as an optimizer: return \(\[optimizer\], \["),
         (lambda m: ([sgd(m)], [StepLR]), r"lr_scheduler StepLR, a class: give StepLR\(optimizer"),
         (lambda m: [sgd(m), None], "returned None as an optimizer: return an optimizer, a list"),
+        (lambda m: StepLR(sgd(m), 1), r"returned StepLR\(...\) alone: return \(\[optimizer\], \[scheduler\]\)"),
     ],
 )  # fmt: skip
 def test_configure_optimizers(local_trainer, answer, message):
@@ -152,6 +153,12 @@ def test_an_epoch_that_trains_nothing_is_warned_of(local_trainer, caplog):
         assert told(Half()) == told(Tiny()) == told(returning("on_train_batch_start", -1)) == []
 
 
+def test_what_means_nothing_is_told_of_once(local_trainer, caplog):
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=2).fit(returning("on_train_batch_start", "skip"), data())
+    assert caplog.text.count("on_train_batch_start returned 'skip', which means nothing: return -1") == 1
+
+
 @pytest.mark.parametrize(
     ("owner", "hook", "taken", "given"),
     [
@@ -160,6 +167,7 @@ def test_an_epoch_that_trains_nothing_is_warned_of(local_trainer, caplog):
         ("module", "on_validation_batch_end", lambda self: None, r"on_validation_batch_end\(outputs, batch, batch_idx"),
         ("module", "on_train_batch_start", lambda self, batch, i, j: None, r"on_train_batch_start\(batch, batch_idx\)"),
         ("datamodule", "setup", lambda self: None, r"setup\(stage\)"),
+        ("module", "configure_gradient_clipping", lambda self, optimizer: None, r"configure_gradient_clipping\(opt"),
         ("callback", "on_train_epoch_end", lambda self: None, r"on_train_epoch_end\(trainer, module\)"),
         ("worker callback", "on_train_batch_end", lambda self, trainer, module: None, r"on_train_batch_end\(trainer"),
     ],
@@ -170,6 +178,44 @@ def test_hooks_that_take_something_else(local_trainer, owner, hook, taken, given
     trainer = local_trainer(max_epochs=1, callbacks=[made] if "callback" in owner else None)
     with pytest.raises(ConfigurationError, match=rf"Odd.{hook}\(.*\): it is called as {given}"):
         trainer.fit(made if owner == "module" else Tiny(), data(), datamodule=made if owner == "datamodule" else None)
+
+
+def yields(self, *args):
+    yield 1
+
+
+async def waits(self, *args):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook", "value", "message"),
+    [
+        (Tiny, "validation_step", yields, "has a yield in it, so that calling it would run nothing"),
+        (Tiny, "training_step", waits, "is an async def"),
+        (rt.Callback, "on_fit_start", yields, "has a yield in it"),
+        (rt.WorkerCallback, "on_train_start", waits, "is an async def"),
+        (rt.DataModule, "setup", yields, "has a yield in it"),
+        (rt.DataModule, "train_dataloader", data(), r"is a DataLoader: it is a method, def train_dataloader\(self"),
+        (Tiny, "val_dataloader", [data()], "is a list: it is a method"),
+        (Tiny, "optimizer_step", 3, "is an int: it is a method"),
+    ],
+)
+def test_hooks_that_would_not_run(local_trainer, kind, hook, value, message):
+    odd = type("Odd", (kind,), {hook: value})()
+    trainer = local_trainer(max_epochs=1, callbacks=[odd] if isinstance(odd, rt.Callback | rt.WorkerCallback) else None)
+    with pytest.raises(ConfigurationError, match=rf"Odd\.{hook} {message}"):
+        trainer.fit(odd if kind is Tiny else Tiny(), data(), datamodule=odd if kind is rt.DataModule else None)
+
+
+def test_a_loader_hook_may_yield_batches(local_trainer):
+    class Fine(Tiny):
+        def train_dataloader(self):
+            yield from data()
+
+    trainer = local_trainer(max_epochs=1)
+    trainer.fit(Fine())
+    assert trainer.global_step == len(data())
 
 
 def test_hooks_that_take_more_or_less_than_they_need(local_trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from raytrainer.worker.signatures import bind_batch_hook
 if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
-__all__ = ["Hooks", "overridden"]
+__all__ = ["Hooks", "overridden", "skips_the_epoch"]
 
 log = logging.getLogger("raytrainer")
 
@@ -30,6 +31,20 @@ def overridden(owner: object, name: str) -> bool:
         return False
     function = getattr(value, "__func__", value)
     return all(getattr(base, name, None) is not function for base in (Module, WorkerCallback, Callback, DataHooks))
+
+
+def skips_the_epoch(answer: Any) -> bool:
+    """Whether `on_train_batch_start` returned -1; what means nothing is told of, once."""
+    if answer is None or (isinstance(answer, int) and answer == -1):
+        return answer is not None
+    _tell_of(f"{answer!r}" if isinstance(answer, (bool, int, str)) else type(answer).__name__)
+    return False
+
+
+@functools.cache
+def _tell_of(answer: str) -> None:
+    log.warning("on_train_batch_start returned %s, which means nothing: return -1 to skip the rest of the epoch, or "
+                "nothing.", answer)  # fmt: skip
 
 
 class Hooks:

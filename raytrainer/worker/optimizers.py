@@ -63,7 +63,7 @@ def _check_fused(optimizer: Optimizer) -> None:
         if parameter.device.type == "cpu"
     }
     for dtype in dtypes & {torch.bfloat16, torch.float16}:
-        # torch 2.13 and others leave all but the last few numbers as they are
+        # torch 2.13, for one, updates the last few numbers only: try it
         weights = torch.ones(64, dtype=dtype)
         weights.grad = torch.ones_like(weights)
         SGD([weights], lr=0.5, fused=True).step()
@@ -90,6 +90,9 @@ def _parts(answer: Any) -> tuple[list[Optimizer], list[Any]]:
         if items and all(isinstance(item, Mapping) for item in items):
             return _from_dicts(items)
         return _only_optimizers(items), []
+    if hasattr(answer, "step") and not isinstance(answer, type):
+        name = type(answer).__name__
+        raise ConfigurationError(f"configure_optimizers returned {name}(...) alone: return ([optimizer], [scheduler]).")
     what = f"{answer.__name__}, a class" if isinstance(answer, type) else repr(answer)
     raise ConfigurationError(f"configure_optimizers returned {what}: return {_FORMS}.")
 

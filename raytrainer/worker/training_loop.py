@@ -24,6 +24,7 @@ from raytrainer.seeding import rng_untouched
 from raytrainer.strategies.same_shapes import number_of, switched, what_trains
 from raytrainer.worker.automatic_optimization import AutomaticOptimization, visible, with_loss
 from raytrainer.worker.forward_epoch import forward_epoch
+from raytrainer.worker.hook_calls import skips_the_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
 from raytrainer.worker.scheduler_steps import SchedulerSteps
@@ -192,7 +193,7 @@ class TrainingLoop:
             if accumulate > 1 and index % accumulate == 0:
                 self._since = metrics.moment
             metrics.begin_batch(batch)
-            if self._on_batch_start is not None and there and self._on_batch_start(batch, index) == -1:
+            if self._on_batch_start is not None and there and skips_the_epoch(self._on_batch_start(batch, index)):
                 exhausted = True
                 break
             view.is_last_batch = last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)

@@ -1,4 +1,4 @@
-"""Hooks that cannot be called with what they are given: told before the run, rather than when one is due."""
+"""Hooks that cannot be called as they are: told before the run, rather than when one is due, or never."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SEVERAL = {"training_step", "validation_step", "test_step", "predict_step"}
 def require_hook_arguments(
     module: Module, datamodule: DataModule | None, callbacks: Iterable[Callback | WorkerCallback]
 ) -> None:
-    """Refuse a hook that does not take its arguments.
+    """Refuse a hook that is no method, does not take its arguments, or whose body a call does not run.
 
     Raises:
         ConfigurationError: Names the hook, and what it is called with.
@@ -32,15 +32,27 @@ def require_hook_arguments(
         kinds: list[type] = [
             kind for kind in (ModuleHooks, DataHooks, Callback, WorkerCallback) if isinstance(owner, kind)
         ]
-        for kind in kinds:
-            for name, declared in vars(kind).items():
-                if inspect.isfunction(declared) and not name.startswith("_") and name not in _SEVERAL:
-                    _require(owner, name, declared)
+        hooks = [item for kind in kinds for item in vars(kind).items()]
+        if isinstance(owner, Module):
+            hooks.append(("configure_gradient_clipping", Module.configure_gradient_clipping))
+        for name, declared in hooks:
+            if inspect.isfunction(declared) and not name.startswith("_"):
+                _require(owner, name, declared)
 
 
 def _require(owner: Any, name: str, declared: Callable[..., Any]) -> None:
     own = getattr(owner, name, None)
-    if not callable(own) or getattr(own, "__func__", own) is declared:
+    if own is None or getattr(own, "__func__", own) is declared:
+        return
+    who = f"{type(owner).__name__}.{name}"
+    if not callable(own):
+        raise ConfigurationError(f"{who} is {_kind(own)}: it is a method, def {name}(self...), which the run calls.")
+    unrun = {inspect.isgeneratorfunction: "has a yield in it", inspect.iscoroutinefunction: "is an async def",
+             inspect.isasyncgenfunction: "is an async def"}  # fmt: skip
+    for is_so, why in unrun.items():
+        if is_so(own) and not (name.endswith("_dataloader") and is_so is inspect.isgeneratorfunction):
+            raise ConfigurationError(f"{who} {why}, so that calling it would run nothing of it: write a plain method.")
+    if name in _SEVERAL:
         return
     names = _names(declared)
     try:
@@ -49,10 +61,12 @@ def _require(owner: Any, name: str, declared: Callable[..., Any]) -> None:
         return
     counts = {len(names), len(names) - names.count("dataloader_idx")}
     if not any(_takes(taken, count) for count in counts):
-        raise ConfigurationError(
-            f"{type(owner).__name__}.{name}{taken}: it is called as {name}({', '.join(names)}). Give it these "
-            f"parameters."
-        )
+        raise ConfigurationError(f"{who}{taken}: it is called as {name}({', '.join(names)}). Give it these parameters.")
+
+
+def _kind(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOaeio' else 'a'} {kind}"
 
 
 @functools.cache
