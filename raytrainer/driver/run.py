@@ -196,9 +196,9 @@ class Run(RunCheckpoints):
 
     def regroup(self, wounded: WorkerGroup | None = None) -> WorkerGroup:
         """See `GroupSupply.mend_or_take`. Workers may be long in coming, so Ctrl-C ends that at once."""
-        self.withdraw()  # these were for more workers than there were
+        self.withdraw()  # places that were asked for to grow: this group first gets back to its size
         with self._interrupt.at_once():
-            if self.coordinator is None:  # else what it had prepared is in use
+            if self.coordinator is None:  # a running group has had this done at its start
                 self.groups.prepare(self.task.settings)
             with shield():
                 group = self.groups.mend_or_take(self.task.settings, wounded, self._held)

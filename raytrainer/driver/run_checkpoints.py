@@ -114,14 +114,14 @@ class RunCheckpoints:
         moment = (progress.total_batches, progress.step) if coordinator.group.in_process else None
         with self.state.clock.phase("saving"):
             if looked_at or coordinator.group.in_process:
-                self.writer.await_others(moment)  # this process holds one state beside the live one, and no more
+                self.writer.await_others(moment)  # at most one copy of the state in this process
             captured = coordinator.capture(weights_only)
             if looked_at:
                 state = captured.resolve()
                 pieces = {KEY: state.pop(KEY)} if KEY in state else {}
                 tensors = tensors_in(state)
                 self.emit("on_save_checkpoint", state)
-                state = own_copy(state, keep=tensors)  # hooks may have put in what they go on to change
+                state = own_copy(state, keep=tensors)  # a hook may go on to change what it has put in
                 self.writer.save(path, captured.giving(state | pieces), on_error, moment)
             else:
                 self.writer.save(path, captured.resolve, on_error, moment)
@@ -130,12 +130,12 @@ class RunCheckpoints:
         return True
 
     def _write_in_turn(self, path: str, state: dict[str, Any]) -> None:
-        """Write a state after what has been announced before: the newest checkpoint is what was written last."""
+        """Write a state when all that was asked for before is written, so that the newest checkpoint is this one."""
         self._let_writer_end()
         write_checkpoint(path, state)
 
     def _let_writer_end(self) -> None:
-        """What it could not write has been told with this, and is no reason not to write what comes now."""
+        """Wait for the writer. If it failed, the user has been told, and what comes now is written all the same."""
         try:
             self.writer.flush()
         except Exception as error:
@@ -178,7 +178,7 @@ class RunCheckpoints:
         self.preemption.save(self.callbacks, write, self.state.progress.step, when, self.state.resumed_from)
 
     def save_homeless(self, state: dict[str, Any]) -> None:
-        """There are no workers any more for a state that is well: save it, for another run to go on from."""
+        """Save a sound state for which there are no workers any more, so that another run can go on from it."""
         step = self.state.progress.step
         self.preemption.save(
             self.callbacks, lambda path: self._write_in_turn(path, state), step, lambda: "as its nodes were to go",

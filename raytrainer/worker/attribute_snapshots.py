@@ -49,7 +49,12 @@ class AttributeSnapshots:
         self._tensors = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors]  # the large ones
 
     def take(self, module: nn.Module) -> dict[str, Any]:
-        """All data of a few bytes, and of more what has changed; and the names of what has changed and is no data."""
+        """What a worker in place of another needs: small data always, large data if it has changed.
+
+        Returns:
+            "values" and "tensors": the data; "gone": attributes that there are no more; "lost": names of what has
+            changed and is no data, so that it cannot be taken.
+        """
         held, tensors, values = Held(module), list[Tensor](), dict[Place, bytes]()
         held.unchanged = {
             id(tensor): index

@@ -43,7 +43,7 @@ class RunData:
         self._feeds: dict[str, list[AnyFeed]] = {}
         self._sources: dict[str, Any] = dict(task.loaders)
         self._states: list[dict[str, Any] | None] = []
-        self.epoch: Callable[[], int] = lambda: 0  # the one in progress, or the first
+        self.epoch: Callable[[], int] = lambda: 0  # the epoch in progress; before training the first
         self._drawn: set[str] = set()  # stages whose hook has drawn random numbers
         self._outdated: set[str] = set()  # stages whose loaders are to be made anew when next needed
 

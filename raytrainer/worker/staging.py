@@ -63,7 +63,7 @@ class Staging:
         self._needed.clear()
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Have a thread take memory for copies of the GPU's tensors in `state`, as far as there is none yet."""
+        """Have a thread take the memory that a copy of `state` needs for the GPU's tensors, if it is not there yet."""
         if self._reserving is not None and self._reserving.is_alive():
             return
         kinds = [_kind(tensor) for tensor in _tensors(state)]

@@ -87,7 +87,7 @@ class Coordinator:
         self._epoch_end = EpochEnd(task, state, services, self._journal, self._plateaus, self._replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()
-        self.end_state: Captured | None = None  # of a fit that has ended, if it is kept
+        self.end_state: Captured | None = None  # what `save_checkpoint` saves after the fit, where it is kept
 
     # ---------------------------------------------------------------- fit
 
@@ -100,10 +100,10 @@ class Coordinator:
         while True:
             try:
                 self.state.clock.switch("starting")
-                if lost is not None:  # in here, since workers may be lost while others are being replaced
+                if lost is not None:  # within `try`, since more may be lost meanwhile
                     self.group = self._recovery.regroup(lost, self.group)
                     resumed, lost = self._recovery.go_back(beginning), None
-                    self._resumes = False  # to workers that are new, all of it is
+                    self._resumes = False  # new workers begin as they would at the first start
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
                 if self.interrupt.terminated or not self._recovery.allowed():
@@ -195,9 +195,9 @@ class Coordinator:
         self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)
         self.state.num_training_batches = length = self._chunks.common_length([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
-        if progress.before and length == 0:  # others have left no batch for each worker
+        if progress.before and length == 0:  # workers of before have left too few batches for these
             self._end_batches()
-        if self._validation_due(val_every):  # a run that goes on from a checkpoint made right before a validation
+        if self._validation_due(val_every):  # the run goes on from a checkpoint that was made right before one
             self._validate(min(1, progress.step))
         while not progress.epoch_ended and not self._done():
             report = self._chunks.train(self.group, length, val_every, self._plateaus.step_marks)

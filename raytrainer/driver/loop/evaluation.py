@@ -108,7 +108,7 @@ class Evaluation:
                 predictions += report.predictions
             self._take(stage, sanity, [report.metrics for report in reports])
             done = max(report.batches for report in reports)
-            # the workers have waited for all batches, or for all but the last one
+            # a report that is `behind` does not wait for its last batch
             waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
             chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
             shown = replace(reports[0], batches=done, done=finished, predictions=[])

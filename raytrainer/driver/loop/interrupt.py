@@ -71,7 +71,7 @@ class Interrupt:
         self.stop_clock()
         while self._previous:
             number, handler = self._previous.popitem()
-            # a process that has come to use Ray meanwhile has more to end than SIGTERM's default would
+            # the default ends the process at once: one that uses Ray by now has to end that first
             uses_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
             signal.signal(number, exit_in_order if uses_ray and handler is signal.SIG_DFL else handler)
 

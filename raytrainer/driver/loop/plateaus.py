@@ -54,7 +54,7 @@ class Plateaus:
         self._act(group, passed, lambda: self._validated(validates))
 
     def _validated(self, validates: bool) -> bool:
-        """Whether a metric that is still missing cannot come from the first validation."""
+        """Whether validation cannot bring a missing metric any more: there is none, or there has been one already."""
         return not validates or self._state.progress.validated_at >= 0
 
     def _act(self, group: WorkerGroup, due: Sequence[PlateauWish], too_late: Callable[[], bool]) -> None:

@@ -61,7 +61,7 @@ class WorkerRecovery:
             group: Those that are left of it go on, at the first attempt; at further ones all workers are new.
         """
         first = self._failed is None
-        if first:  # else an earlier one has not been recovered from yet
+        if first:  # at a further failure the time since the first one counts
             self._failed = error, time.perf_counter(), self._state.progress
         log.warning("%s Recovering.", error)
         try:

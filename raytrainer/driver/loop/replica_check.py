@@ -21,10 +21,10 @@ SELDOM = 1000.0
 
 
 def alike(starts: Sequence[TrainStart], epoch: int) -> Sequence[TrainStart]:
-    """These, of workers that are about to train the same parameters in an epoch.
+    """`starts` as given, once it is sure that all workers are about to train the same parameters.
 
     Raises:
-        DisagreementError: They are not. Each would wait for gradients that others never send.
+        DisagreementError: They are not: each would wait for gradients that others never send.
     """
     if all(start.trained == starts[0].trained for start in starts):
         return starts

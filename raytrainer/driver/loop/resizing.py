@@ -75,7 +75,7 @@ class Resizing:
             return
         accumulate = self._settings.accumulated(progress.epoch)
         if progress.epoch_ended or progress.batch % accumulate:
-            return  # sums, and gradients, of the epoch that ends are those of these workers
+            return  # these workers alone have the ended epoch's sums, or half a step's gradients
         self._next = now + LOOK_EVERY
         self._leave_if_asked(group)
         if self.divisible or not progress.batch:
@@ -123,13 +123,13 @@ class Resizing:
             log.warning("Ray is to give back node(s) %s, in %.0f s: their workers will go on elsewhere.", nodes, left)
         elsewhere = self._services.elsewhere(group)
         as_many = any(size >= group.size for size in elsewhere)
-        whole = self.divisible or not self._state.progress.batch  # a smaller group repeats nothing
+        whole = self.divisible or not self._state.progress.batch  # a smaller group can go on within the epoch
         if not as_many and left > MARGIN:
             return
         if not as_many and elsewhere and not whole:
             log.warning("Fewer workers begin the epoch anew, as this loader is read as it is on each of them.")
         began, progress = time.perf_counter(), self._state.progress
-        # into this process, as the node takes its memory with it
+        # the state comes into this process, since the node that goes takes its memory with it
         state = brought_here(self._capture.capture(group).resolve())
         self._capture.keep(state)
         self._services.withdraw()
