@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from raytrainer.config import find
 from raytrainer.datamodule import DataModule
 from raytrainer.errors import ConfigurationError
 from raytrainer.extras import not_installed
 from raytrainer.module import Module
 from raytrainer.plan.argument_names import unknown_argument
+from raytrainer.plan.nearest_names import nearest
 from raytrainer.seeding import seed_everything
 from raytrainer.trainer import Trainer
 
@@ -26,6 +29,8 @@ _VERBS = {
     "test": "Run one test epoch and print its metrics.",
     "predict": "Predict every batch.",
 }
+#: With what an option may begin; what follows a dot is checked by jsonargparse.
+_ROOTS = ("config", "model", "data", "trainer", "ckpt_path", "seed_everything", "output", "print_config", "help")
 _TITLES = {
     "model": "the model: a Module (its own options: --model.help=my_project.Classifier)",
     "data": "the data: a DataModule (its own options: --data.help=my_project.Digits)",
@@ -80,13 +85,28 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
 
 def _unknown_options(arguments: Iterable[str]) -> Iterator[str]:
-    """What to say of `--trainer.<name>` that a Trainer does not have, as the Trainer itself says it."""
+    """What to say of options that there are not; of `--trainer.<name>`, as the Trainer itself says it."""
     known = inspect.signature(Trainer).parameters
     for word in arguments:
-        option = word.partition("=")[0]
-        name = option.removeprefix("--trainer.").partition(".")[0].rstrip("+")
-        if option.startswith("--trainer.") and name not in (*known, "help"):
+        option = word.partition("=")[0].rstrip("+")
+        if not re.match(r"--\w", option):
+            continue
+        root, _, rest = option.removeprefix("--").partition(".")
+        name = rest.partition(".")[0]
+        if root == "trainer" and name and name not in (*known, "help"):
             yield f"{option}: {unknown_argument('Trainer', name, known)}"
+        if root not in _ROOTS:
+            yield f"{option}: {_unknown_root(root, known)}"
+
+
+def _unknown_root(root: str, of_trainer: Iterable[str]) -> str:
+    if root in of_trainer:
+        return f"did you mean --trainer.{root}?"
+    near = nearest(root, _ROOTS)
+    if near:
+        return f"there is no {root!r}; did you mean {near[0]!r}?"
+    there = ", ".join(f"--{name}" for name in _ROOTS)
+    return f"no such option. There are {there}. A model's own are --model.NAME, a Trainer's --trainer.NAME."
 
 
 def _parser() -> ArgumentParser:
@@ -98,10 +118,17 @@ def _parser() -> ArgumentParser:
 
     from jsonargparse import DefaultHelpFormatter
 
+    class Parser(ArgumentParser):  # type: ignore[misc]
+        """Says what is wrong with a class's options in a line."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            super().error(_in_a_line(message), ex)
+            raise SystemExit(2)  # it has ended already: its types do not say so here
+
     class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):  # type: ignore[misc]
         """Keeps the lines of the example."""
 
-    parser = ArgumentParser(
+    parser = Parser(
         prog="python -m raytrainer",
         description="Train, validate, test and predict with raytrainer.",
         epilog=_EPILOG,
@@ -110,15 +137,31 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", metavar="{" + ",".join(_VERBS) + "}")
     for verb, text in _VERBS.items():
-        commands.add_subcommand(verb, _verb_parser(verb, text, Formatter), help=text)
+        commands.add_subcommand(verb, _verb_parser(verb, text, Parser, Formatter), help=text)
     return parser
 
 
-def _verb_parser(verb: str, text: str, formatter: Any) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+def _in_a_line(message: str) -> str:
+    """jsonargparse's account of all that it has tried with a class, cut to what went wrong with this one."""
+    key = re.search(r'Parser key "(\w+)"', message)
+    problem = re.search(r"Problem with given class_path '([\w.]+)':\s*(.+)", message)
+    given = re.search(r"Given value: ([\w.]+)$", message)
+    if key and problem:
+        option = re.search(r"Option '(\w+)' is not accepted", problem[2])
+        if option is None:
+            return f"--{key[1]}={problem[1]}: {problem[2]}"
+        takes = inspect.signature(find(problem[1])).parameters
+        return f"--{key[1]}.{option[1]}: {unknown_argument(problem[1], option[1], takes)}"
+    if key and given and "does not correspond to a subclass of" in message:
+        base = {"model": Module, "data": DataModule}.get(key[1])
+        if base is not None:
+            return f"--{key[1]}={given[1]}: give the path of a class that derives from raytrainer.{base.__name__}."
+    return message
 
+
+def _verb_parser(verb: str, text: str, parser_class: Any, formatter: Any) -> ArgumentParser:
     usage = f"python -m raytrainer {verb} [--config FILE] [--option=value ...]"
-    parser = ArgumentParser(
+    parser: ArgumentParser = parser_class(
         usage=usage, description=text, epilog=_EPILOG, formatter_class=formatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of these options; may be repeated.")

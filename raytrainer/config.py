@@ -10,7 +10,7 @@ from typing import Any
 from raytrainer.errors import ConfigurationError, RaytrainerError, UnknownArgumentError
 from raytrainer.plan.argument_names import unknown_argument
 
-__all__ = ["check_names", "instantiate", "named"]
+__all__ = ["check_names", "find", "instantiate", "named"]
 
 
 def instantiate(value: Any) -> Any:
@@ -30,7 +30,7 @@ def instantiate(value: Any) -> Any:
     path, extra = value["class_path"], sorted(set(value) - {"class_path", "init_args"})
     if extra:
         raise ConfigurationError(f"{path!r}: {extra} beside class_path; arguments go into init_args.")
-    cls = _find(path)
+    cls = find(path)
     given = value.get("init_args") or {}
     arguments = named(given, f"{path}: init_args")
     check_names(cls, arguments)
@@ -53,7 +53,7 @@ def named(values: Any, what: str) -> dict[str, Any]:
     return {name: instantiate(value) for name, value in values.items()}
 
 
-def _find(path: Any) -> Any:
+def find(path: Any) -> Any:
     if not isinstance(path, str) or not path:
         raise ConfigurationError(f'class_path={path!r}: give "package.module.Class".')
     module, _, name = path.rpartition(".")

@@ -155,8 +155,20 @@ def test_help_reads_well(capsys):
         (["fit", "--trainer.limit_val_batches=1.5"], "limit_val_batches=1.5"),
         (["fit", "--trainer.max_epoch=1"], "--trainer.max_epoch: Trainer has no argument 'max_epoch': did you mean"),
         (["fit", "--trainer.accelerator", "cpu"], "Trainer has no argument 'accelerator'. Here: leave it out"),
-        (["fit", "--model=test_cli.Nothing"], "Nothing"),
-        (["fit", "--model=test_cli.Pairs"], "Pairs"),
+        (["fit", "--trainr.max_epochs=1"], "--trainr.max_epochs: there is no 'trainr'; did you mean 'trainer'?"),
+        (["fit", "--modle.lr", "1"], "--modle.lr: there is no 'modle'; did you mean 'model'?"),
+        (["fit", "--max_epochs=1"], "--max_epochs: did you mean --trainer.max_epochs?"),
+        (["fit", "--lr=1"], "--lr: no such option. There are --config, --model"),
+        (["fit", "--model.lrr=1"], "--model.lrr: test_cli.Model has no argument 'lrr': did you mean 'lr'?"),
+        (
+            ["fit", "--data.sampels=1"],
+            "--data.sampels: test_cli.Pairs has no argument 'sampels': did you mean 'samples'",
+        ),
+        (["fit", "--model=test_cli.Nothing"], "--model=test_cli.Nothing: module 'test_cli' has no attribute 'Nothing'"),
+        (
+            ["fit", "--model=test_cli.Pairs"],
+            "--model=test_cli.Pairs: give the path of a class that derives from raytrainer.Module",
+        ),
     ],
 )
 def test_errors_end_with_a_message(words, message, config, capsys):
