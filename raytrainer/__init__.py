@@ -26,7 +26,7 @@ else:  # a type checker that sees it takes any name for one of the package's
         try:
             return globals()[name]  # a submodule too, now that they have been imported
         except KeyError:
-            said = importlib.import_module("raytrainer.plan.argument_names").unknown_export(name, public.__all__)
+            said = importlib.import_module("raytrainer.plan.names_elsewhere").unknown_export(name, public.__all__)
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{said}") from None
 
     def __dir__() -> list[str]:

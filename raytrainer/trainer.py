@@ -246,6 +246,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         """Give values to the loggers from a callback, at the current step unless another is given."""
         self._logs.rows([(self.global_step if step is None else step, {**metrics, "epoch": self.current_epoch})])
 
+    @verb_answers
     def plot(self, names: str | Sequence[str] | None = None) -> Figure:
         """Logged metrics over steps, as a matplotlib figure: `CSVLogger.plot` of this trainer's first `CSVLogger`.
 
@@ -266,6 +267,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
 
     # ---------------------------------------------------------------- end
 
+    @verb_answers
     def where(self, timeout: float = 15.0) -> list[Whereabouts]:
         """Where each worker of the run in progress is, also one that hangs; to be called from another thread.
 

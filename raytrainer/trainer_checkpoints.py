@@ -15,6 +15,7 @@ from raytrainer.driver.saving.checkpoint_to_resume import read_to_resume
 from raytrainer.driver.saving.checkpoint_writer import idle_checkpoint
 from raytrainer.errors import CheckpointError
 from raytrainer.module import Module
+from raytrainer.plan.given_arguments import verb_answers
 from raytrainer.trainer_runs import TrainerRuns
 
 __all__ = ["CheckpointVerbs"]
@@ -25,6 +26,7 @@ log = logging.getLogger("raytrainer")
 class CheckpointVerbs(TrainerRuns):
     """The checkpoints of a `Trainer`."""
 
+    @verb_answers
     def save_checkpoint(
         self,
         filepath: str | os.PathLike[str],

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -42,6 +42,8 @@ from raytrainer.loggers.logger import first_log_dir
 from raytrainer.module import Module
 from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
+from raytrainer.plan.names_elsewhere import absent_of_a_trainer
+from raytrainer.plan.nearest_names import nearly
 from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import Settings, settle
 from raytrainer.profilers import Profiler, make_profiler
@@ -140,7 +142,17 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             shown[name] = -1 if shown[name] is None else shown[name]
         self.__dict__.update(shown)
 
+    if not TYPE_CHECKING:  # which would take any name for one that there is
+
+        def __getattr__(self, name: str) -> Any:
+            """Asked for a name that there is not."""
+            if name.startswith("_"):  # Python's own questions, as in copying, say
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(absent_of_a_trainer(name, dir(self)))
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in (known := dir(self)) and (meant := nearly(name, known)):
+            raise AttributeError(f"trainer.{name} = ...: a Trainer has no {name!r}; did you mean {meant!r}?")
         try:
             super().__setattr__(name, value)
         except FrozenInstanceError:

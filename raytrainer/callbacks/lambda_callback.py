@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.nearest_names import did_you_mean
 
 __all__ = ["LambdaCallback", "LambdaWorkerCallback"]
 
@@ -57,8 +57,7 @@ def _take(callback: Any, kind: type, hooks: dict[str, Callable[..., Any]]) -> No
         if name not in known:
             other = LambdaWorkerCallback if kind is Callback else LambdaCallback
             base = WorkerCallback if kind is Callback else Callback
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"there are {sorted(known)}."
+            advice = did_you_mean(name, sorted(known)) or f"there are {sorted(known)}."
             if name in _hooks(base):
                 advice = f"that is a hook of {other.__name__}."
             raise ConfigurationError(f"{type(callback).__name__}({name}=...): {advice}")

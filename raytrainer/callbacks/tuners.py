@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.callbacks.callback import Callback
 
@@ -43,7 +43,7 @@ class LearningRateFinder(Tuner):
         min_lr: float = 1e-8,
         max_lr: float = 1.0,
         num_training: int = 100,
-        mode: str = "exponential",
+        mode: Literal["exponential", "linear"] = "exponential",
         early_stop_threshold: float | None = 4.0,
         attr_name: str | None = None,
         update_attr: bool = True,
@@ -84,7 +84,7 @@ class BatchSizeFinder(Tuner):
 
     def __init__(
         self,
-        mode: str = "power",
+        mode: Literal["power", "binsearch"] = "power",
         steps_per_trial: int = 3,
         init_val: int = 2,
         max_trials: int = 25,

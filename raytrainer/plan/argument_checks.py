@@ -5,7 +5,6 @@ So what forms an argument may have (durations, counts, GPUs, precisions) is deci
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.nearest_names import perhaps
 
 __all__ = [
     "boolean",
@@ -128,9 +128,8 @@ def choice(name: str, value: Any, allowed: Sequence[Any], hint: str = "", none: 
             return value
     options = ", ".join(repr(a) for a in allowed)
     names = [candidate for candidate in allowed if isinstance(candidate, str)]
-    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigurationError(f"{name}={value!r}: give one of {options}.{' ' + hint if hint else ''}{meant}")
+    hint = f" {hint}" if hint else ""
+    raise ConfigurationError(f"{name}={value!r}: give one of {options}.{hint}{perhaps(value, names)}")
 
 
 _REFUSED: Any = object()

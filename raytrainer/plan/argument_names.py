@@ -1,19 +1,13 @@
-"""Names that there are not, of arguments and exports: what was probably meant, or what stands for it here."""
+"""Arguments that there are not: what was probably meant, or what stands for it here."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "ELSEWHERE",
-    "EXPORTED",
-    "STRATEGIES_ELSEWHERE",
-    "may_be_handed_on",
-    "of_ray_train",
-    "unknown_argument",
-    "unknown_export",
-]
+from raytrainer.plan.nearest_names import did_you_mean
+
+__all__ = ["ELSEWHERE", "may_be_handed_on", "unknown_argument"]
 
 _GPUS = "gpus=2, gpus=-1 (all) or gpus=[0, 3] trains on GPUs, num_processes=2 in processes on CPUs"
 _ACCELERATOR = f"leave it out to train on this CPU; {_GPUS}"
@@ -69,7 +63,10 @@ ELSEWHERE = {
     **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps"), "accumulate_grad_batches="),
     **dict.fromkeys(("lr", "learning_rate", "optimizer", "scheduler", "lr_scheduler"), _OPTIMIZER),
     **dict.fromkeys(("batch_size", "shuffle"), _LOADER),
-    "early_stopping": "callbacks=[raytrainer.EarlyStopping(...)]",
+    **dict.fromkeys(
+        ("early_stopping", "early_stop", "early_stop_callback", "early_stopping_patience", "patience"),
+        "callbacks=[raytrainer.EarlyStopping(...)]",
+    ),
     "resume": "trainer.fit(model, ckpt_path=...)",
     "ckpt_path": "trainer.fit(model, ckpt_path=...)",
     # Ray Train
@@ -200,63 +197,6 @@ _OF_OTHERS: dict[str, dict[str, str]] = {
     },
 }
 
-#: What other packages export, and what it is here.
-EXPORTED = {
-    "LightningModule": "raytrainer.Module",
-    "LightningDataModule": "raytrainer.DataModule",
-    **dict.fromkeys(("TQDMProgressBar", "RichProgressBar"), "raytrainer.ProgressBar"),
-    "Tuner": "trainer.lr_find(model) and trainer.scale_batch_size(model)",
-    **dict.fromkeys(("DDPStrategy", "TorchTrainer"), 'raytrainer.Trainer(strategy="ddp", gpus=...)'),
-    "FSDPStrategy": "raytrainer.FSDP",
-    "ModelParallelStrategy": "raytrainer.ModelParallel",
-    "LightningEnvironment": "nothing: workers are Ray actors",
-    # Ray Train's
-    "ScalingConfig": "raytrainer.Trainer(num_processes=...) or (gpus=...), per node, and num_nodes=",
-    "RunConfig": "raytrainer.Trainer(default_root_dir=..., callbacks=..., max_failures=...)",
-    "FailureConfig": "raytrainer.Trainer(max_failures=...)",
-    "CheckpointConfig": "raytrainer.ModelCheckpoint(save_top_k=..., monitor=..., mode=...)",
-    "TorchConfig": "raytrainer.DDP(process_group_timeout=...)",
-    "DataConfig": "raytrainer.RayDataset",
-    "Checkpoint": "a path: fit(ckpt_path=...), Module.load_from_checkpoint",
-    "Result": "trainer.callback_metrics, trainer.checkpoint_callback.best_model_path, and the trained module",
-    "report": "self.log(...) in a Module, and raytrainer.ModelCheckpoint",
-    "get_checkpoint": "fit(ckpt_path=...), which restores everything",
-    "get_dataset_shard": "fit(module, raytrainer.RayDataset(...)), whose batches the steps are given",
-    **dict.fromkeys(("get_context", "session"), "raytrainer.rank(), raytrainer.world_size(), self.trainer in a Module"),
-    **dict.fromkeys(("prepare_model", "prepare_data_loader"), "nothing: the Trainer does it"),
-    "get_device": "self.device in a Module",
-}
-
-#: Names of Lightning's strategies, and what to write.
-STRATEGIES_ELSEWHERE = {
-    "ddp_find_unused_parameters_true": "strategy=raytrainer.DDP(find_unused_parameters=True)",
-    "ddp_find_unused_parameters_false": 'strategy="ddp"',
-    **dict.fromkeys(("ddp_notebook", "ddp_fork", "ddp_notebook_find_unused_parameters_false"), 'strategy="ddp"'),
-    "ddp_notebook_find_unused_parameters_true": "strategy=raytrainer.DDP(find_unused_parameters=True)",
-    "single_device": 'strategy="local"',
-    "fsdp_cpu_offload": "strategy=raytrainer.FSDP(cpu_offload=True)",
-    **dict.fromkeys(("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"), 'strategy="fsdp"'),
-    **dict.fromkeys(
-        ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"), "strategy=raytrainer.FSDP(cpu_offload=True)"
-    ),
-}
-
-
-def of_ray_train(value: object) -> str:
-    """What stands for an object of Ray Train's, but for checkpoints, which are taken; "" of anything else."""
-    kind = type(value)
-    if kind.__module__.partition(".")[0] != "ray" or kind.__name__ not in EXPORTED or kind.__name__ == "Checkpoint":
-        return ""
-    return f" {kind.__name__} is Ray Train's; here that is {EXPORTED[kind.__name__]}."
-
-
-def unknown_export(name: str, known: Iterable[str]) -> str:
-    """What is said of a name that the package does not export: what stands for it, or the nearest; or ""."""
-    if name in EXPORTED:
-        return f"; here that is {EXPORTED[name]}"
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
 
 def may_be_handed_on(owner: str, name: str, known: Iterable[str]) -> bool:
     """Whether a name is for the library that `owner` hands on what it does not know to: it is like none of its own."""
@@ -268,6 +208,5 @@ def unknown_argument(owner: str, name: str, known: Iterable[str]) -> str:
     names = list(known)
     if name in (elsewhere := _OF_OTHERS.get(owner, {})):
         return f"{owner} has no argument {name!r}. Here: {elsewhere[name]}."
-    close = difflib.get_close_matches(name, names, n=1) or [other for other in names if other.startswith(name)]
     there = f"there are {', '.join(names)}." if names else "it takes none."
-    return f"{owner} has no argument {name!r}: {f'did you mean {close[0]!r}?' if close else there}"
+    return f"{owner} has no argument {name!r}: {did_you_mean(name, names) or there}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from raytrainer.plan.argument_names import EXPORTED
+from raytrainer.plan.names_elsewhere import EXPORTED
 
 __all__ = ["advice"]
 

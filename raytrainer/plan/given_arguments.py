@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from raytrainer.errors import ConfigurationError, RaytrainerError, UnknownArgumentError
-from raytrainer.plan.argument_names import may_be_handed_on, of_ray_train, unknown_argument
+from raytrainer.plan.argument_names import may_be_handed_on, unknown_argument
 from raytrainer.plan.errors_of_others import advice
+from raytrainer.plan.names_elsewhere import of_ray_train
 from raytrainer.tracebacks import fold
 
 __all__ = ["answers", "check_types", "constructor_answers", "refuse_unknown", "verb_answers"]
@@ -188,7 +189,9 @@ class _Answering:
                 result = function(*args, **kwargs)
             except RaytrainerError:
                 raise  # it knows better what is allowed
-            except Exception:
+            except Exception as error:
+                for name in _missing(error):
+                    error.add_note(f"{name}: {_meaning(name, self.text)}")
                 try:
                     check_types(self.owner, self.declared, given, self.text)
                 except ConfigurationError as wrong:
@@ -199,6 +202,12 @@ class _Answering:
             fold(error)
             raise
         return result
+
+
+def _missing(error: Exception) -> list[str]:
+    """The arguments that a call lacked, where this is what Python says of that."""
+    found = re.search(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)", str(error))
+    return re.findall(r"'(\w+)'", found[1]) if found and isinstance(error, TypeError) else []
 
 
 @functools.cache

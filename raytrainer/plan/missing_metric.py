@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from raytrainer.plan.nearest_names import perhaps
 
 __all__ = ["missing_metric"]
 
@@ -17,10 +18,7 @@ def missing_metric(wanted: str, known: Iterable[str], validated: bool) -> str:
         validated: Whether there is a validation, which might have logged it.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(wanted, names, 1)
-    text = f"no such metric was logged; there are: {', '.join(names) or 'none'}."
-    if near:
-        text += f" Did you mean {near[0]!r}?"
+    text = f"no such metric was logged; there are: {', '.join(names) or 'none'}.{perhaps(wanted, names)}"
     if not validated:
         text += (
             " Nothing is validated (there is no validation loader, or no validation_step, or limit_val_batches=0), so "

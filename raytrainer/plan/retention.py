@@ -146,6 +146,7 @@ def check_arguments(
             )
     try:
         template_fields(filename or "")
+        fill_template(filename or "", {})
     except ValueError as error:
         raise ConfigurationError(
             f"ModelCheckpoint(filename={filename!r}): {error}; write names in braces: '{{epoch}}-{{val_loss:.2f}}'"

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan import argument_checks as checks
-from raytrainer.plan.argument_names import STRATEGIES_ELSEWHERE
+from raytrainer.plan.names_elsewhere import EXPORTED, STRATEGIES_ELSEWHERE
 from raytrainer.plan.sharding_settings import FSDP, ModelParallel, seconds_to_wait
+from raytrainer.plan.strangers import is_lightnings
 
 __all__ = ["DDP", "DDP2", "DP", "STRATEGIES", "effective_batch", "parse_strategy"]
 
@@ -104,6 +105,10 @@ def parse_strategy(value: Any) -> tuple[str, DDP | FSDP]:
         raise ConfigurationError(f"strategy={value.__name__}: give an object, {value.__name__}(), or its name.")
     if isinstance(value, str) and value in STRATEGIES_ELSEWHERE:
         raise ConfigurationError(f"strategy={value!r}: here that is {STRATEGIES_ELSEWHERE[value]}.")
+    if is_lightnings(value, "Strategy"):
+        name = type(value).__name__
+        here = EXPORTED.get(name, "a name or an object of raytrainer's")
+        raise ConfigurationError(f"strategy={name}(...) is Lightning's: here that is {here}.")
     checks.choice(
         "strategy", value, STRATEGIES, "Or an object: DDP(...), DDP2(...), DP(...), FSDP(...), ModelParallel(...)."
     )

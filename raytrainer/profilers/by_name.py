@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.nearest_names import perhaps
 from raytrainer.profilers.advanced import AdvancedProfiler
 from raytrainer.profilers.profiler import Profiler
 from raytrainer.profilers.pytorch import PyTorchProfiler
@@ -29,9 +29,7 @@ def make_profiler(profiler: Any) -> Profiler | None:
     if isinstance(profiler, type):
         raise ConfigurationError(f"profiler={profiler.__name__}, a class: give an object, {profiler.__name__}(...).")
     if kind is None:
-        near = difflib.get_close_matches(profiler, kinds, n=1) if isinstance(profiler, str) else []
-        meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigurationError(
-            f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.{meant}"
+            f"profiler={profiler!r}: give {', '.join(map(repr, kinds))}, a Profiler, or None.{perhaps(profiler, kinds)}"
         )
     return kind()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from raytrainer.plan.nearest_names import did_you_mean
 
 __all__ = ["absent"]
 
@@ -37,5 +38,5 @@ def absent(name: str, known: Iterable[str]) -> str:
         return f"{said}; here that is {_INSTEAD[name]}."
     if name in _DRIVERS:
         return f"{said}: the driver's Trainer has it, which the hooks of a Callback (not a WorkerCallback) are given."
-    close = difflib.get_close_matches(name, [known_one for known_one in known if not known_one.startswith("_")], n=1)
-    return said + (f"; did you mean {close[0]!r}?" if close else ".")
+    meant = did_you_mean(name, [known_one for known_one in known if not known_one.startswith("_")])
+    return said + (f"; {meant}" if meant else ".")

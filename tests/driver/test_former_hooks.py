@@ -58,5 +58,5 @@ def test_a_misspelt_step_is_named(local_trainer):
         def configure_optimizer(self):
             pass
 
-    with pytest.raises(ConfigurationError, match=r"no training_step\(\).*There is traning_step\(\)"):
+    with pytest.raises(ConfigurationError, match=r"no training_step\(\).*There is Typed.traning_step\(\)"):
         local_trainer(max_epochs=1).fit(Typed(), data(4))

@@ -8,7 +8,8 @@ import pytest
 
 import raytrainer
 from raytrainer.errors import ConfigurationError, UnknownArgumentError
-from raytrainer.plan.argument_names import ELSEWHERE, EXPORTED, STRATEGIES_ELSEWHERE, unknown_argument
+from raytrainer.plan.argument_names import ELSEWHERE, unknown_argument
+from raytrainer.plan.names_elsewhere import EXPORTED, STRATEGIES_ELSEWHERE
 
 OURS = list(inspect.signature(raytrainer.Trainer).parameters)
 

@@ -73,6 +73,18 @@ def test_a_value_of_another_type_is_named_and_what_is_allowed(name, tmp_path, mo
             assert argument in told or f"{name}(" in told or (argument == "callbacks" and "callback " in told), told
 
 
+def of_lightnings(name, base):
+    """An object of a class that looks like one of Lightning's."""
+    parent = type(base, (), {"__module__": "lightning.pytorch"})
+    return type(name, (parent,), {"__module__": "lightning.pytorch"})()
+
+
+def test_what_is_missing_is_told_with_its_meaning():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'monitor'") as caught:
+        raytrainer.EarlyStopping()
+    assert caught.value.__notes__ == ["monitor: Name of the metric in `trainer.callback_metrics`."]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -105,6 +117,14 @@ def test_a_value_of_another_type_is_named_and_what_is_allowed(name, tmp_path, mo
         (lambda: raytrainer.Trainer(profiler=raytrainer.SimpleProfiler), "a class: give an object"),
         (lambda: raytrainer.Trainer(precision="fp16"), 'Did you mean "16-mixed"'),
         (lambda: raytrainer.Trainer(precision=torch.bfloat16), 'Did you mean "bf16-mixed"'),
+        (lambda: raytrainer.Trainer(strategy=of_lightnings("DDPStrategy", "Strategy")), "is Lightning's: here that is"),
+        (lambda: raytrainer.Trainer(logger=of_lightnings("CSVLogger", "Logger")), "take raytrainer.CSVLogger"),
+        (lambda: raytrainer.Trainer(logger=of_lightnings("Mine", "Logger")), "derive it from raytrainer.Logger"),
+        (lambda: raytrainer.Trainer(strategy="ddp_sharded"), 'here that is strategy="fsdp"'),
+        (lambda: raytrainer.Trainer().save_checkpoint("x", weights=True), "did you mean 'weights_only'"),
+        (lambda: raytrainer.Trainer().plot(name="x"), "did you mean 'names'"),
+        (lambda: raytrainer.ModelCheckpoint(filename="{epoch:q}"), "Unknown format code 'q'"),
+        (lambda: raytrainer.LearningRateFinder(mode="log"), "give 'exponential' or 'linear'"),
         (lambda: raytrainer.Trainer(callbacks=Unmade()), r"Unmade.__init__ does not call super\(\).__init__"),
     ],
 )  # fmt: skip

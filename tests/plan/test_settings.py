@@ -131,7 +131,7 @@ def test_no_fast_dev_run(fast):
         ({"seed": -1}, r"seed=-1: .*from 0 to 2\*\*63 - 1"),
         ({"seed": 1.0}, r"seed=1\.0: "),
         ({"log_every_n_steps": -1}, r"log_every_n_steps=-1: "),
-        ({"strategy": "horovod"}, r"strategy='horovod': give one of 'auto', 'local', 'ddp'"),
+        ({"strategy": "tpu"}, r"strategy='tpu': give one of 'auto', 'local', 'ddp'"),
         ({"num_nodes": 0}, r"num_nodes=0: .*at least 1"),
         ({"num_processes": 0}, r"num_processes=0: .*at least 1"),
         ({"gpus": [0, 0]}, r"gpus=\[0, 0\]: an index is given twice"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from typing import Any
@@ -12,6 +11,7 @@ from raytrainer.driver.prepare.former_hooks import own_functions
 from raytrainer.driver.prepare.ray_datasets import has_dataset
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.plan.nearest_names import nearest
 from raytrainer.plan.strangers import is_lightnings
 from raytrainer.worker.hook_calls import overridden
 
@@ -95,18 +95,29 @@ def tell_of_half_a_validation(module: Module, loaders: dict[str, Any], datamodul
     data = data or any(owner is not None and overridden(owner, "val_dataloader") for owner in owners)
     name = type(module).__name__
     if data and not step:
-        log.warning("There is data for validation, but %s has no validation_step: nothing is validated.", name)
+        meant = _misnamed("validation_step", module)
+        log.warning("There is data for validation, but %s has no validation_step: nothing is validated.%s", name, meant)
     if step and not data:
-        log.info("%s has a validation_step, but no validation loader was given: nothing is validated.", name)
+        meant = _misnamed("val_dataloader", *owners)
+        log.info("%s has a validation_step, but no validation loader was given: nothing is validated.%s", name, meant)
 
 
 def require_methods(verb: str, module: Module, *names: str) -> None:
     """Raise a ConfigurationError if the module lacks one of the methods that `verb` needs."""
     for name in names:
         if not overridden(module, name):
-            near = difflib.get_close_matches(name, own_functions(module, Module), n=1)
-            meant = f" There is {near[0]}(): did you mean that?" if near else ""
+            meant = _misnamed(name, module)
             raise ConfigurationError(f"{type(module).__name__} has no {name}(); {verb} needs one.{meant}")
+
+
+def _misnamed(hook: str, *owners: Module | DataModule | None) -> str:
+    """What to say of a method of the user's whose name is like that of a hook that is missing, or ""."""
+    for owner in owners:
+        if owner is not None:
+            base = Module if isinstance(owner, Module) else DataModule
+            for found in nearest(hook, own_functions(owner, base))[:1]:
+                return f" There is {type(owner).__name__}.{found}(): did you mean that?"
+    return ""
 
 
 def require_data(verb: str, stage: str, loaders: dict[str, Any], module: Module, datamodule: DataModule | None) -> None:
@@ -116,4 +127,6 @@ def require_data(verb: str, stage: str, loaders: dict[str, Any], module: Module,
         return
     if not any(owner is not None and overridden(owner, f"{stage}_dataloader") for owner in owners):
         what = "training data" if stage == "train" else "data"
-        raise ConfigurationError(f"{verb} needs {what}: pass a loader or DataModule, or write {stage}_dataloader().")
+        hook = f"{stage}_dataloader"
+        meant = _misnamed(hook, *owners)
+        raise ConfigurationError(f"{verb} needs {what}: pass a loader or DataModule, or write {hook}().{meant}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,8 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raytrainer.loggers.logger import DirectoryLogger
 from raytrainer.metric_messages import LogCall
+from raytrainer.plan.nearest_names import nearest
+from raytrainer.plan.strangers import is_lightnings
 
 __all__ = ["Logs", "make_loggers"]
 
@@ -41,8 +42,12 @@ def make_loggers(logger: Logger | Iterable[Logger] | bool | None, folder: str) -
             raise ConfigurationError(f"logger={item.__name__}, a class: give an object, {item.__name__}(...).")
         if not isinstance(item, Logger):
             named = {kind.__name__.removesuffix("Logger").lower(): kind.__name__ for kind in KINDS}
-            near = difflib.get_close_matches(item.lower(), list(named), n=1) if isinstance(item, str) else []
+            near = nearest(item, named) if isinstance(item, str) else []
             meant = f" Did you mean raytrainer.{named[near[0]]}(...)?" if near else ""
+            if is_lightnings(item, "Logger"):
+                ours = {kind.__name__ for kind in KINDS}
+                name = type(item).__name__ if type(item).__name__ in ours else "Logger"
+                meant = f" This one is Lightning's: {'take' if name in ours else 'derive it from'} raytrainer.{name}."
             raise ConfigurationError(
                 f"logger={item!r}: give a Logger, such as raytrainer.CSVLogger({folder!r}) or "
                 f"raytrainer.TensorBoardLogger({folder!r}), a list of them, True or False.{meant}"
