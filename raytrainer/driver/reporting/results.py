@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.callbacks import ModelCheckpoint
+from raytrainer.cells import html_table, in_notebook, show_html
 from raytrainer.loggers.logger import Logger, first_log_dir
 from raytrainer.metric_messages import Reduced
 from raytrainer.plan.uris import join_path
@@ -64,19 +65,30 @@ def say_end(state: RunState) -> None:
 
 
 def print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
+    """Print what an evaluation has found: a column for each loader, or where there is no room for these, a row."""
     from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for result in results for name in result))
     if not names:
         return
+    rows = [
+        (f"{stage} metric", *("value" if len(results) == 1 else f"loader {index}" for index in range(len(results)))),
+        *((name, *(f"{result[name]:.6g}" if name in result else "" for result in results)) for name in names),
+    ]
+    if in_notebook():
+        show_html(html_table(rows, numbers=range(1, len(results) + 1)), "\n".join("  ".join(row) for row in rows))
+        return
+    console = Console()
+    if len(results) > 1 and sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) >= console.width:
+        found = [(index, name, result[name]) for index, result in enumerate(results) for name in result]
+        rows = [("loader", f"{stage} metric", "value"), *((f"{i}", name, f"{value:.6g}") for i, name, value in found)]
     table = Table(title=None)
-    table.add_column(f"{stage} metric")
-    for index in range(len(results)):
-        table.add_column("value" if len(results) == 1 else f"loader {index}", justify="right")
-    for name in names:
-        table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
-    Console().print(table)
+    for head in rows[0]:
+        table.add_column(head, justify="left" if head.endswith("metric") else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
 
 
 def write_profiles(profiler: Profiler, profiles: Sequence[bytes | None], folder: Path) -> None:
