@@ -27,7 +27,7 @@ def is_collection(value: Any, most: int = MOST) -> bool:
     """Whether an order may be kept in it, of `most` items."""
     kind = type(value)
     if kind is Tensor:
-        return bool(value.numel() <= most and value.layout is torch.strided)
+        return bool(value.numel() <= most and value.layout is torch.strided and not value.is_nested)
     if kind is dict or kind in _KINDS.values():
         return len(value) <= most
     numpy = sys.modules.get("numpy")

@@ -9,18 +9,19 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from raytrainer.data.changed_collections import differ
+from raytrainer.data.held_objects import STREAMS, library_of
 from raytrainer.data.memories import (
-    STREAMS,
     Memory,
     from_store,
     has_generators,
     has_state,
-    library_of,
     recall,
     remembered,
     seed_own_generators,
     to_store,
 )
+from raytrainer.data.own_generators import put_back, states_of
+from raytrainer.data.own_readers import reads_plainly
 from raytrainer.data.reading_alike import Order
 from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
 from raytrainer.data.shared_streams import SharedStream, is_shared
@@ -60,6 +61,7 @@ class EpochState:
         self._roots = _remembering(loader, batches)
         self._new = [remembered(root) for root in self._roots]
         self._began: list[Memory] = [{} for _ in self._roots]
+        self._drawing = _drawing(loader)
         self._unseen = _counts_unseen(loader)
         self._epoch = 0
         self._started = False
@@ -92,6 +94,8 @@ class EpochState:
         if memories is not None and len(memories) == len(self._roots):
             for root, memory in zip(self._roots, memories, strict=True):
                 recall(root, memory)
+        if epoch in (found["epoch"], found["epoch"] + 1):
+            put_back(self._drawing, found.get("drawn", ()))
         if epoch != found["epoch"]:
             self._resumed = None
             follows = (
@@ -206,7 +210,8 @@ class EpochState:
         now = self._memories()
         order = self._batches.order_sum() if self._batches is not None and self._started else None
         apart = self._apart or (self.order is not None and not self.order.kept)
-        if self._kept is None and not any([*self._began, *now, apart]) and order is None:
+        drawn = states_of(self._drawing)
+        if self._kept is None and not any([*self._began, *now, *drawn, apart]) and order is None:
             return None
         kept = self._kept or {"batch": 0, "rng": None, "stream": None}
         stream = self.stream
@@ -217,6 +222,7 @@ class EpochState:
             "now": now,
             "order": order,
             "apart": apart,
+            "drawn": drawn,
             "form": form,
             **kept,
         }
@@ -239,6 +245,16 @@ class EpochState:
 
     def _memories(self) -> list[Memory]:
         return [remembered(root, new) for root, new in zip(self._roots, self._new, strict=True)]
+
+
+def _drawing(loader: Any) -> list[Any]:
+    """What makes samples and batches here, one when it is asked for, and may draw from generators of its own for that.
+
+    A loader's processes have copies of these, which are seeded with each batch.
+    """
+    if not isinstance(loader, DataLoader) or loader.num_workers or not reads_plainly(loader):
+        return []
+    return [] if isinstance(loader.dataset, IterableDataset) else [loader.dataset, loader.collate_fn]
 
 
 def _counts_unseen(loader: Any) -> bool:
@@ -264,7 +280,7 @@ def of_all_workers(states: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
         state is not None and not any(differ(state[name], first[name]) for name in ("epoch", "began", "now"))
         for state in states
     )
-    memories: dict[str, Any] = {} if alike else {"began": [], "now": []}
+    memories: dict[str, Any] = {"drawn": [], **({} if alike else {"began": [], "now": []})}
     if (first["form"] or [None])[0] == SharedStream.kind:
         return {**first, **memories, "others": True, "order": None}
     return {**first, **memories, "others": True, "order": None, "stream": None, "rng": None} if alike else None

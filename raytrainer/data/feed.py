@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from raytrainer.data.epoch_state import EpochState
 from raytrainer.data.first_batches import watch
+from raytrainer.data.held_objects import STREAMS, library_of
 from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
-from raytrainer.data.memories import STREAMS, begins_otherwise, depends_on_epoch, library_of
+from raytrainer.data.memories import begins_otherwise, depends_on_epoch
 from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
 from raytrainer.data.reading_alike import Order, begun_alike, read_again, read_alike

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import random
-import sys
-from collections import deque
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,19 +21,19 @@ from raytrainer.checkpointing.restored_values import unpack_hyperparameters
 from raytrainer.checkpointing.typed_values import NoForm, pack
 from raytrainer.data import changed_collections
 from raytrainer.data.changed_collections import copied, differ, is_collection, restored, stored
+from raytrainer.data.held_objects import STREAMS, held, library_of
+from raytrainer.data.own_generators import FOREIGN, is_generator, reseed
 from raytrainer.data.transfer import attributes_of
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.seeds import derive_seed
 
 __all__ = [
-    "STREAMS",
     "Memory",
     "begins_otherwise",
     "depends_on_epoch",
     "from_store",
     "has_generators",
     "has_state",
-    "library_of",
     "recall",
     "remembered",
     "seed_own_generators",
@@ -47,32 +45,11 @@ __all__ = [
 #: (".inner()").
 Memory = dict[str, Any]
 
-#: Objects to look into at most: a sampler that holds more than that holds data.
-MOST = 256
-
-#: Items of a list or dict to look into at most.
-FEW = 16
-
-#: Libraries of streams, which draw their order from seeds and epochs of their own.
-STREAMS = ("datasets", "litdata", "streaming", "webdataset", "torchdata")
-
 #: What an attribute that counts is.
 COUNTERS = (type(None), bool, int, float, str)
 
 #: What neither is a sampler nor holds one.
-NO_PARTS = (Dataset, DataLoader, torch.Tensor, nn.Module, type)
-FOREIGN = {
-    "numpy",
-    "threading",
-    "multiprocessing",
-    "queue",
-    "logging",
-    "pathlib",
-    "torch",
-    "pandas",
-    "pyarrow",
-    *STREAMS,
-}
+NO_PARTS = (Dataset, DataLoader, torch.Tensor, nn.Module, type, ModuleType)
 
 
 def has_state(thing: Any) -> bool:
@@ -109,11 +86,6 @@ def from_store(stored: Any, owner: Any) -> Any:
     return copy.deepcopy(unpack_hyperparameters({"state": stored}, (type(owner),))["state"])
 
 
-def library_of(thing: Any) -> str:
-    """The package that its class comes from."""
-    return type(thing).__module__.split(".")[0]
-
-
 def tell_epoch(sampler: Any, epoch: int) -> None:
     """Call `set_epoch` of a sampler, and of all samplers inside it."""
     for _, part in _parts(sampler):
@@ -139,23 +111,14 @@ def begins_otherwise(dataset: Any) -> bool:
 
 def has_generators(root: Any) -> bool:
     """Whether `seed_own_generators` would find any."""
-    return any(_is_generator(part) for _, part in _parts(root))
+    return any(is_generator(part) for _, part in _parts(root))
 
 
 def seed_own_generators(sampler: Any, seed: int) -> None:
     """Seed every generator (torch's, NumPy's, Python's) that a sampler, or one inside it, has as an attribute."""
-    numpy = sys.modules.get("numpy")
-    for path, generator in _parts(sampler):
-        own = derive_seed(seed, "generator", path)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(own)
-        elif isinstance(generator, random.Random):
-            generator.seed(own)
-        elif numpy is not None and isinstance(generator, numpy.random.RandomState):
-            generator.seed(own % 2**32)
-        elif numpy is not None and isinstance(generator, (numpy.random.Generator, numpy.random.BitGenerator)):
-            bits = getattr(generator, "bit_generator", generator)
-            bits.state = type(bits)(own).state
+    for path, part in _parts(sampler):
+        if is_generator(part):
+            reseed(part, derive_seed(seed, "generator", path))
 
 
 def remembered(root: Any, beginning: Memory | None = None) -> Memory:
@@ -213,33 +176,13 @@ def _values(root: Any, path: str, part: Any) -> Memory:
     return {name: value for name, value in found.items() if type(value) in COUNTERS or is_collection(value, most)}
 
 
-def _is_generator(part: Any) -> bool:
-    return isinstance(part, (torch.Generator, random.Random)) or type(part).__module__.startswith("numpy.random")
-
-
 def _parts(root: Any, deep: bool = True) -> Iterator[tuple[str, Any]]:
     """(way to it, object): the root, and the samplers, generators and helpers that it holds, but no data."""
-    seen: set[int] = set()
-    waiting: deque[tuple[str, Any]] = deque([("", root)])
-    while waiting and len(seen) < MOST:
-        path, part = waiting.popleft()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        yield path, part
-        if not deep:
-            return
-        for name, value in attributes_of(part).items():
-            items: list[tuple[Any, Any]] = [("", value)]
-            if isinstance(value, (list, tuple)) and len(value) <= FEW:
-                items = [(f"[{index}]", item) for index, item in enumerate(value)]
-            elif isinstance(value, dict) and len(value) <= FEW:
-                items = [(f"[{key!r}]", item) for key, item in value.items()]
-            waiting += [(f"{path}.{name}{key}", item) for key, item in items if _is_part(item)]
+    return held(root, _is_part, deep)
 
 
 def _is_part(value: Any) -> bool:
-    if isinstance(value, Sampler) or _is_generator(value):
+    if isinstance(value, Sampler) or is_generator(value):
         return True
     kind = type(value)
     if isinstance(value, NO_PARTS) or hasattr(kind, "__next__") or callable(value):

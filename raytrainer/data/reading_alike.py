@@ -15,8 +15,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from raytrainer.data.first_batches import leaves
+from raytrainer.data.held_objects import STREAMS, library_of
 from raytrainer.data.look_ahead import END
-from raytrainer.data.memories import STREAMS, library_of
 from raytrainer.data.sharding import ShardedBatches
 from raytrainer.private.torch_private import Given
 from raytrainer.seeding import host_generators

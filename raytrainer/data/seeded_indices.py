@@ -6,13 +6,16 @@ was resumed; and dataset, `worker_init_fn` and `collate_fn` are the user's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from raytrainer.data.own_generators import seed_those_of
+from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import seed_generators
 
-__all__ = ["with_seed"]
+__all__ = ["SeededCollate", "with_seed"]
 
 
 def with_seed(indices: Any, seed: int, sealed: bool) -> Any:
@@ -66,7 +69,28 @@ class _Sealed:
         return _arrive, (self.indices, self.seed)
 
 
+class SeededCollate:
+    """A user's `collate_fn`, in a loader's process: generators that it has are seeded with each batch.
+
+    Attributes:
+        seed: Of the batch that is made, as its indices brought it; None: they brought none.
+    """
+
+    seed: int | None = None
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        if SeededCollate.seed is not None:
+            seed_those_of(self.collate, derive_seed(SeededCollate.seed, "collate"))
+        return self.collate(samples)
+
+
 def _arrive(indices: Any, seed: int) -> Any:
-    if get_worker_info() is not None:
+    info = get_worker_info()
+    if info is not None:
         seed_generators(seed)
+        seed_those_of(info.dataset, seed)
+        SeededCollate.seed = seed
     return indices

@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from raytrainer.data.by_value import start_by_value
 from raytrainer.data.memories import has_state, tell_epoch
+from raytrainer.data.own_generators import holds_objects
 from raytrainer.data.own_readers import (
     StandIn,
     finite_loader,
@@ -24,6 +25,7 @@ from raytrainer.data.own_readers import (
     with_part,
 )
 from raytrainer.data.own_sharding import at_its_place, own_part
+from raytrainer.data.seeded_indices import SeededCollate
 from raytrainer.data.sharding import IndexShard, ShardedBatches, Share, is_plain_batching
 from raytrainer.data.web_pipelines import warn_of_the_clock
 from raytrainer.errors import DataError
@@ -149,6 +151,9 @@ def _sharded(
     if settings.on_gpu and loader.num_workers > 0:
         # done by a thread of the loader's, it costs the training loop nothing
         copied.__dict__["pin_memory"] = True
+    if not getattr(loader, "in_order", True):
+        # in the order in which processes are ready, which nothing can repeat, and which no batch's number tells
+        copied.__dict__["in_order"] = True
     if isinstance(loader.dataset, IterableDataset):
         return ShardedLoader(copied, copied)
     batched = loader.batch_sampler is not None
@@ -194,6 +199,8 @@ def _sharded(
             f"__len__ is that of its batch sampler."
         )
     copied.__dict__["batch_sampler" if batched else "sampler"] = batches
+    if loader.num_workers and holds_objects(loader.collate_fn):
+        copied.collate_fn = SeededCollate(loader.collate_fn)
     return ShardedLoader(copied, copied, batches, in_step=in_step)
 
 

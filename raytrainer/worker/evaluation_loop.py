@@ -11,6 +11,7 @@ import torch
 
 from raytrainer.callbacks.base_prediction_writer import BasePredictionWriter
 from raytrainer.data.batch_indices import note_indices
+from raytrainer.data.own_generators import hold_generators
 from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.metric_messages import MetricReport, ReadSample, Reduced
@@ -43,6 +44,8 @@ class EvaluationLoop:
         # before the loaders' hooks; what is begun and cut off is done again by the run that goes on
         self._put_back = hold_rng() if sanity is not None or run.task.stage == "fit" else None
         self.feeds = run.data.feeds(_LOADER[stage])
+        # training may read the same datasets
+        self._put_back_own = None if sanity is None else hold_generators(feed.source for feed in self.feeds)
         for feed in self.feeds:
             feed.begin(self.view.current_epoch)
         self.lengths: list[int | None] = []
@@ -259,3 +262,5 @@ class EvaluationLoop:
             # loaders whose hooks have drawn numbers are made when training would have made them
             self.run.data.forget_drawn(_LOADER[self.stage])
             self._put_back()
+            if self._put_back_own is not None:
+                self._put_back_own()

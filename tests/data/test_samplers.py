@@ -44,6 +44,9 @@ class Drawn(Sampler[int]):
             "numpy": lambda: numpy.random.default_rng(7),
             "numpy legacy": lambda: numpy.random.RandomState(7),
             "python": lambda: random.Random(7),
+            "spawns": lambda: numpy.random.SeedSequence(7),
+            "spawns too": lambda: numpy.random.default_rng(7),
+            "held": lambda: {"rngs": [(random.Random(7), None)]},
         }[kind]()
 
     def __len__(self) -> int:
@@ -52,8 +55,12 @@ class Drawn(Sampler[int]):
     def __iter__(self):
         if self.kind == "torch":
             return iter(torch.randperm(SAMPLES, generator=self.rng).tolist())
-        order = list(range(SAMPLES))
-        self.rng.shuffle(order)
+        order, rng = list(range(SAMPLES)), self.rng
+        if "spawns" in self.kind:
+            rng = numpy.random.default_rng(rng.spawn(1)[0])
+        elif self.kind == "held":
+            rng = rng["rngs"][0][0]
+        rng.shuffle(order)
         return iter(order)
 
 
@@ -198,6 +205,9 @@ SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
     "own, numpy": lambda: by(Drawn("numpy")),
     "own, numpy legacy": lambda: by(Drawn("numpy legacy")),
     "own, python": lambda: by(Drawn("python")),
+    "own, spawns": lambda: by(Drawn("spawns")),
+    "own, spawns too": lambda: by(Drawn("spawns too")),
+    "own, held": lambda: by(Drawn("held")),
     "counts": lambda: by(Counts()),
     "state": lambda: by(Keeps()),
     "in place": lambda: by(Reorders(list(range(SAMPLES)))),
@@ -505,8 +515,16 @@ def test_a_sampler_without_an_end_is_read_as_far_as_it_is_long():
 
 
 @pytest.mark.parametrize("name", ["source", "sampler", "batch_sampler"])
-@pytest.mark.parametrize("held", [torch.arange(SAMPLES), numpy.arange(SAMPLES)], ids=["tensor", "array"])
+@pytest.mark.parametrize(
+    "held",
+    [torch.arange(SAMPLES), numpy.arange(SAMPLES), None],
+    ids=["tensor", "array", "nested tensor"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_attributes_that_are_no_samplers(name, held):
+    if held is None:
+        held = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+
     class Sub(Sampler[int]):
         def __init__(self) -> None:
             setattr(self, name, held)
@@ -515,9 +533,11 @@ def test_attributes_that_are_no_samplers(name, held):
             return SAMPLES
 
         def __iter__(self):
-            return iter(getattr(self, name).tolist())
+            return iter(range(SAMPLES) if held.ndim == 2 else getattr(self, name).tolist())
 
-    assert [i for batch in read(feed(by(Sub())), 0) for i in batch] == list(range(SAMPLES))
+    source = feed(by(Sub()))
+    assert [i for batch in read(source, 0) for i in batch] == list(range(SAMPLES))
+    assert source.state() is not None
 
 
 # ---------------------------------------------------------------- the user's dataset in loader processes
