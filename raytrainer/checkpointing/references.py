@@ -65,9 +65,20 @@ def reference(value: Any) -> tuple[str, str] | None:
         found: Any = functools.reduce(getattr, name.split("."), sys.modules.get(home))
     except AttributeError:
         return None
-    # a function of the script itself has been made anew where it came back from a worker
-    same = isinstance(found, FunctionType) and getattr(value, "__code__", None) == found.__code__
-    return (_importable(home), name) if found is value or same else None
+    return (_importable(home), name) if found is value or _made_anew(value, found) else None
+
+
+def _made_anew(value: Any, found: Any) -> bool:
+    """Whether a function of the script itself has come back from a worker, rather than being another of that name."""
+    if not isinstance(value, FunctionType) or not isinstance(found, FunctionType):
+        return False  # a method, say, which is bound to an object
+    try:
+        cells = [[cell.cell_contents for cell in each.__closure__ or ()] for each in (value, found)]
+        rest = [(each.__code__, each.__defaults__, each.__kwdefaults__) for each in (value, found)]
+        same = all(one is other or _made_anew(one, other) or one == other for one, other in zip(*cells, strict=True))
+        return same and rest[0] == rest[1]
+    except Exception:  # values that cannot be compared, a cell that is empty yet
+        return False
 
 
 def _importable(module: str) -> str:

@@ -82,6 +82,7 @@ CONTAINERS: list[tuple[str, type, Callable[[Any], Any], Callable[[Any], Any]]] =
     ("Counter", Counter, dict, Counter),
     ("AttributeDict", AttributeDict, dict, AttributeDict),
     ("defaultdict", defaultdict, lambda d: (d.default_factory, dict(d)), lambda v: defaultdict(*v)),
+    ("set", set, list, set),  # whose members need not be hashable in their plain form
     ("frozenset", frozenset, list, frozenset),
     ("slice", slice, lambda s: (s.start, s.stop, s.step), lambda v: slice(*v)),
     ("Namespace", Namespace, vars, lambda v: with_state(Namespace, v)),
@@ -119,8 +120,10 @@ def pack(value: Any) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return value.detach() if kind is Tensor and not value.is_leaf else value
-    if kind in (list, tuple, set):
+    if kind in (list, tuple):
         return kind(pack(item) for item in value)
+    if kind is set and all(type(item) in PLAIN for item in value):
+        return value
     if kind is dict:
         if all(type(key) in (str, int, bool) for key in value) and MARK not in value:
             return {key: pack(item) for key, item in value.items()}

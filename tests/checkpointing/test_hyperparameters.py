@@ -60,6 +60,7 @@ def reloaded(module, tmp_path, **overrides):
 
 PLAIN = [
     None, True, 3, 0.1, 1j, "s", b"b", [1, ("a", None)], {"a": {1: [2]}}, {1, 2}, frozenset({3, 4}), (1, 2),
+    {Kind.A}, {frozenset({1})}, {(1, Kind.B)}, frozenset({Pair(1, "r")}), set(), [{Size.LARGE}],
     {(1, 2): "tuple", Kind.A: 1, None: 2}, {"raytrainer type": "enum", "value": "x"},
     collections.OrderedDict(b=1, a=2), collections.Counter("aab"), AttributeDict(a=AttributeDict(b=1)),
     range(1, 9, 2), slice(1, None), argparse.Namespace(a=1, b=argparse.Namespace(c=[2])),
@@ -134,7 +135,27 @@ def test_interpolations_in_a_file_are_not_resolved(tmp_path):
 
 
 class Cell:
-    pass
+    def get(self):
+        return self
+
+
+def scaled(factor):
+    def decorate(function):
+        @functools.wraps(function)
+        def call(x):
+            return factor * function(x)
+
+        return call
+
+    return decorate
+
+
+@scaled(2)
+def double(x):
+    return x
+
+
+tripled = scaled(3)(double.__wrapped__)  # which calls itself "double"
 
 
 def local():
@@ -160,6 +181,9 @@ class Loose(dict):
         (lambda: numpy.array([object()]), "ndarray of objects"),
         (lambda: torch.Generator(), "Generator"),
         (lambda: [].append, "list.append"),
+        (lambda: Cell().get, "Cell.get"),
+        (lambda: {1: Cell().get}, "Cell.get"),
+        (lambda: tripled, "double"),
         (lambda: (items := [], items.append(items))[0], "list"),
     ],
 )
