@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-__all__ = ["LogCall", "MetricReport", "MetricSpec", "Number", "Partial", "ReadSample", "Reduced", "StepRow"]
+__all__ = ["LogCall", "MetricReport", "MetricSpec", "News", "Number", "Partial", "ReadSample", "Reduced", "StepRow"]
 
 #: What is logged, with all its digits: an int where the value was one.
 Number: TypeAlias = float | int
@@ -81,6 +81,19 @@ class Reduced:
         self.callback |= later.callback
         self.logged |= later.logged
         self.progress |= later.progress
+
+
+@dataclass(frozen=True)
+class News:
+    """What workers are told before they go on.
+
+    Attributes:
+        metrics: Values over all workers that they have not been told yet.
+        stop: Whether the end of training has been asked for, by whomever.
+    """
+
+    metrics: Reduced | None = None
+    stop: bool = False
 
 
 @dataclass(frozen=True)

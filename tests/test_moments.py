@@ -11,7 +11,14 @@ import pytest
 import torch
 from tiny import Tiny, data
 
-from raytrainer import Callback, EarlyStopping, LambdaWorkerCallback, ModelCheckpoint, WorkerCallback
+from raytrainer import (
+    Callback,
+    EarlyStopping,
+    LambdaCallback,
+    LambdaWorkerCallback,
+    ModelCheckpoint,
+    WorkerCallback,
+)
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint as Saver
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 
@@ -457,3 +464,35 @@ def test_hooks_see_that_the_driver_was_asked_to_stop(local_trainer):
     stopping = EarlyStopping("val_loss", patience=1)
     local_trainer(max_epochs=9, callbacks=stopping).fit(Looking(), data(4), data(4))
     assert Looking.seen == [(0, False), (1, True), ("end", True)]
+
+
+def test_batches_see_that_the_driver_was_asked_to_stop(local_trainer):
+    """As `min_epochs` has it wait; a callback may take it back."""
+
+    class Looking(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_epoch_start(self):
+            self.seen.append(("epoch", self.current_epoch, self.trainer.should_stop))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.seen.append(("batch", self.current_epoch, self.trainer.should_stop))
+
+        def on_validation_start(self):
+            self.seen.append(("validation", self.current_epoch, self.trainer.should_stop))
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+    def change(trainer, module):
+        if trainer.current_epoch in (0, 2):
+            trainer.should_stop = trainer.current_epoch == 0
+
+    asking = LambdaCallback(on_train_epoch_end=change)
+    trainer = local_trainer(max_epochs=4, min_epochs=4, callbacks=asking, num_sanity_val_steps=0)
+    trainer.fit(module := Looking(), data(2, 2), data(2))
+    expected = [(epoch, epoch in (1, 2)) for epoch in range(4)]
+    assert module.seen == [(what, *each) for each in expected for what in ("epoch", "batch", "validation")]
+    assert not trainer.should_stop

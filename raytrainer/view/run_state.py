@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from raytrainer.metric_messages import News
 from raytrainer.metrics.metric_board import MetricBoard
 from raytrainer.plan.phase_clock import PhaseClock, TimeReport
 from raytrainer.plan.recoveries import Recovery
@@ -76,3 +77,7 @@ class RunState:
     profiles: list[bytes | None] = field(default_factory=list)  # of each worker, by rank, where there is a profiler
     peak_memory_bytes: list[int] = field(default_factory=list)  # of each worker's GPU, by rank; empty on CPUs
     catch_up: Callable[[], None] = nothing  # takes up what workers have still to report to `board`
+
+    def news(self) -> News:
+        """What workers have not been told yet; they are told by the caller."""
+        return News(self.board.take_news(), self.should_stop)

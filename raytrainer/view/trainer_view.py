@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from raytrainer.data.transfer import map_leaves
 from raytrainer.loggers.logger import Logger
+from raytrainer.metric_messages import News
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.run_arguments import RunArguments
@@ -127,6 +128,12 @@ class TrainerView:
     @property
     def is_global_zero(self) -> bool:
         return self.ranks.rank == 0
+
+    def hear(self, news: News | None) -> None:
+        """Take up what the driver tells, if it does."""
+        if news is not None:
+            self.metrics.take(news.metrics)
+            self.should_stop = news.stop
 
     # settings
     @property

@@ -18,7 +18,7 @@ from raytrainer.messages import (
     TrainReport,
     TrainStart,
 )
-from raytrainer.metric_messages import MetricReport, MetricSpec, Number, Reduced
+from raytrainer.metric_messages import MetricReport, MetricSpec, News, Number, Reduced
 from raytrainer.place_in_run import advise
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
@@ -130,10 +130,10 @@ class Worker:
 
     @verb(Wait.USER_CODE)
     def start_epoch(
-        self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False, metrics: Reduced | None = None
+        self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False, news: News | None = None
     ) -> TrainStart:
-        """See TrainingLoop. `metrics` are those reduced over all workers since the last ones."""
-        self.run.view.metrics.take(metrics)
+        """See TrainingLoop. `news` are metrics reduced over all workers since the last ones, and requests."""
+        self.run.view.hear(news)
         return self.training.start_epoch(epoch, skip, before, resumed)
 
     @verb(Wait.TRAINING)
@@ -141,12 +141,12 @@ class Worker:
         self,
         batches: int,
         stop_at_step: int | None = None,
-        metrics: Reduced | None = None,
+        news: News | None = None,
         more: bool = False,
         vote_every: int = 1,
     ) -> TrainReport:
-        """Train a chunk. `metrics`: see `start_epoch`; others: see TrainingLoop."""
-        self.run.view.metrics.take(metrics)
+        """Train a chunk. `news`: see `start_epoch`; others: see TrainingLoop."""
+        self.run.view.hear(news)
         report = self.training.train(batches, stop_at_step, more, vote_every)
         self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
         if self.ranks.rank:  # the driver reads a thousand of these
@@ -209,8 +209,8 @@ class Worker:
     # ---------------------------------------------------------------- evaluation
 
     @verb(Wait.USER_CODE)
-    def start_evaluation(self, stage: str, sanity: int | None = None, news: Reduced | None = None) -> EvaluationStart:
-        self.run.view.metrics.take(news)
+    def start_evaluation(self, stage: str, sanity: int | None = None, news: News | None = None) -> EvaluationStart:
+        self.run.view.hear(news)
         self._evaluation = EvaluationLoop(self.run, stage, sanity)
         return self._evaluation.start(within_fit=self.run.task.stage == "fit")
 

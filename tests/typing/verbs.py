@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import FinishReport, TrainReport
-from raytrainer.metric_messages import Reduced
+from raytrainer.metric_messages import News, Reduced
 from raytrainer.worker.worker import Worker
 
 
 def right(group: WorkerGroup) -> None:
     """Arguments and answers are those of the method that is the verb."""
-    trained: list[TrainReport] = group.call(Worker.train, 3, None, Reduced({"loss": 1.0}), more=True)
+    trained: list[TrainReport] = group.call(Worker.train, 3, None, News(Reduced({"loss": 1.0})), more=True)
     finished: list[FinishReport] = group.call(Worker.finish, True)
     print(trained, finished)
 

@@ -73,12 +73,12 @@ class Chunks:
         ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._batches + 1)
         batches = min(ahead, self._batches)
         stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *plateau_marks))
-        metrics = state.board.take_news()
+        news = state.news()
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
             more, vote_every = ahead > batches, self._vote_every
-            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, metrics, more, vote_every)
+            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, news, more, vote_every)
         report = merged(reports)
         leaves = [each.leaves for each in reports]
         if any(leaves):

@@ -189,7 +189,7 @@ class Coordinator:
         self._epoch_end.forget()
         if not resumed:
             self.services.emit("on_train_epoch_start")
-        cursor, news = (progress.epoch, progress.batch, progress.before), self.state.board.take_news()
+        cursor, news = (progress.epoch, progress.batch, progress.before), self.state.news()
         starts = alike(self.group.call(Worker.start_epoch, *cursor, resumed, news), progress.epoch)
         self.state.should_stop |= any(start.stop for start in starts)
         self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)

@@ -53,7 +53,7 @@ class Evaluation:
         """
         state, name = self._state, _HOOK[stage]
         self.cut_off = False
-        starts = group.call(Worker.start_evaluation, stage, sanity, state.board.take_news())
+        starts = group.call(Worker.start_evaluation, stage, sanity, state.news())
         state.should_stop |= any(start.stop for start in starts)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
         if all(start.nothing for start in starts):
