@@ -101,7 +101,7 @@ class Trainer(CheckpointVerbs, TuningVerbs):
         require_data("fit", "train", loaders, module, datamodule)
         tell_of_half_a_validation(module, loaders, datamodule)
         run = self._begin("fit", module, datamodule, loaders)
-        beginning = self._read(ckpt_path, weights_only)
+        beginning = self._read(ckpt_path, weights_only, begins=True)
         if beginning is None and not self.fast_dev_run:
             for callback in self._callbacks:
                 if isinstance(callback, Tuner):
@@ -110,8 +110,8 @@ class Trainer(CheckpointVerbs, TuningVerbs):
             if beginning is not None:
                 run.resume(beginning.state, coordinator)
             report = coordinator.fit(beginning)
-            self._fitted = Fitted(module, coordinator.end_state)
             bring_home(module, datamodule, report, coordinator.group, driver_side(self._settings))
+            self._fitted, run.is_home = Fitted(module, coordinator.end_state), True
             self._emit("on_fit_end")
         if not self._probing:
             say_end(self._state)

@@ -81,9 +81,11 @@ class CheckpointVerbs(TrainerRuns):
         """Whether a whole checkpoint is there."""
         return self._writer.exists(filepath)
 
-    def _read(self, ckpt_path: CheckpointPath | None, weights_only: bool | None = None) -> Beginning | None:
-        lazily = self._settings.sharding is not None
-        return read_to_resume(ckpt_path, self._callbacks, self._loggers, self.default_root_dir, weights_only, lazily)
+    def _read(
+        self, ckpt_path: CheckpointPath | None, weights_only: bool | None, begins: bool = False
+    ) -> Beginning | None:
+        lazily, root = self._settings.sharding is not None, self.default_root_dir
+        return read_to_resume(ckpt_path, self._callbacks, self._loggers, root, weights_only, lazily, begins)
 
     def _chosen(self, stage: str, model: Module | None, ckpt_path: CheckpointPath | None) -> CheckpointPath | None:
         """The checkpoint that an evaluation uses: of the trainer's own fit, without a model, the best."""

@@ -269,3 +269,37 @@ def test_callbacks_can_be_copied(kind, how):
     made = kind(**ARGUMENTS.get(kind.__name__, {}))
     again = COPIES[how](made)
     assert type(again) is kind and again.state_key == made.state_key and vars(again).keys() == vars(made).keys()
+
+
+# ---------------------------------------------------------------- what a checkpoint has, and this trainer lacks
+
+
+class CountingBeside(WorkerCallback):
+    """As `Counting`, beside the module."""
+
+    def state_dict(self):
+        return {"seen": 1}
+
+
+class Stateless(Callback):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingBeside, Stateless])
+def test_states_that_nobody_takes_up_are_told(kind, local_trainer, tmp_path, caplog):
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    local_trainer(max_epochs=1, callbacks=[saving, kind()]).fit(Tiny(), data())
+    for callbacks in ([saving, kind()], [saving]):
+        local_trainer(max_epochs=2, callbacks=callbacks).fit(Tiny(), data(), ckpt_path=tmp_path / "last.ckpt")
+    told = [r.getMessage() for r in caplog.records if "callbacks that this Trainer does not have" in r.getMessage()]
+    assert len(told) == (kind is not Stateless)
+    assert all(f": {kind.__name__}. It is left out" in message for message in told)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_without_any_checkpoint_the_last_one_is_warned_of(verb, local_trainer, caplog):
+    trainer = local_trainer(max_epochs=1)
+    evaluated(trainer, verb, Growing(), ckpt_path="last")
+    told = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [record.getMessage().partition(";")[0] for record in told] == ['ckpt_path="last": there is no checkpoint']
+    assert trainer.ckpt_path is None

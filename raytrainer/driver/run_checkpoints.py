@@ -13,7 +13,7 @@ from raytrainer.checkpointing.pieces import KEY
 from raytrainer.driver.loop.coordinator import Coordinator
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.run_loggers import Logs
-from raytrainer.driver.saving.callback_states import own_copy, put_back, states_of, tensors_in
+from raytrainer.driver.saving.callback_states import own_copy, put_back, states_of, tensors_in, without_owner
 from raytrainer.driver.saving.checkpoint_writer import CheckpointWriter
 from raytrainer.driver.saving.preemption import Preemption
 from raytrainer.driver.workers.group_supply import GroupSupply
@@ -44,6 +44,7 @@ class RunCheckpoints:
         preemption: What is done about SIGTERM.
         coordinator: Drives the workers, from their start to the end of the run.
         failing: Whether callbacks are being told that the run has failed.
+        is_home: Whether a fit is over, and what it has trained is in the driver's module.
     """
 
     task: Task
@@ -57,6 +58,7 @@ class RunCheckpoints:
     preemption: Preemption = field(default_factory=Preemption)
     coordinator: Coordinator | None = field(default=None, init=False)
     failing: bool = field(default=False, init=False)
+    is_home: bool = field(default=False, init=False)
     _interrupt: Interrupt = field(default_factory=Interrupt, init=False)
 
     # ---------------------------------------------------------------- checkpoints
@@ -92,6 +94,11 @@ class RunCheckpoints:
         if "made_by" not in checkpoint and not self.quiet:
             progress = self.state.progress
             log.info("Going on from %s: step %d, epoch %d.", path, progress.step, progress.epoch)
+            if missing := without_owner(checkpoint, [*self.callbacks, *self.task.callbacks]):
+                log.warning(
+                    "%s has the state of callbacks that this Trainer does not have, with these arguments: %s. It is "
+                    "left out; to go on with it, give the Trainer those callbacks.", path, "; ".join(missing),
+                )  # fmt: skip
         self.emit("on_load_checkpoint", checkpoint)
         self.restore_callbacks(checkpoint.get("callbacks") or {})
 
@@ -104,7 +111,7 @@ class RunCheckpoints:
             CheckpointError: The run has failed, and there is nothing to save.
         """
         coordinator = self.coordinator
-        if coordinator is not None and self.failing:
+        if coordinator is not None and self.failing and not self.is_home:
             self._write_in_turn(path, self._rescued(coordinator))
             return True
         if coordinator is None or self.state.trainer.status != "running":

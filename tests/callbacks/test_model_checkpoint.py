@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import Tiny, data
 
+from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.errors import ConfigurationError
@@ -400,6 +401,25 @@ def test_a_failed_run_is_saved_if_asked_for(hook, save_last, tmp_path, local_tra
             Fails(), data(), data(4)
         )
     assert not list((tmp_path / "b").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+@pytest.mark.parametrize("kind", [Callback, WorkerCallback])
+def test_a_run_that_fails_at_its_end_is_saved_too(kind, hook, tmp_path, local_trainer):
+    def fail(*args):
+        raise ArithmeticError
+
+    failing = type("Failing", (kind,), {hook: fail})()
+    saving = ModelCheckpoint(tmp_path, "x", save_on_exception=True, every_n_epochs=7)
+    module = Tiny()
+    with pytest.raises(ArithmeticError):
+        local_trainer(max_epochs=2, callbacks=[failing, saving]).fit(module, data())
+    goes_on, trainer = Tiny(), local_trainer(max_epochs=3)
+    trainer.fit(goes_on, data(), ckpt_path=tmp_path / "x.ckpt")
+    alone = Tiny()
+    alone.load_state_dict(read_checkpoint(tmp_path / "x.ckpt")["state_dict"])
+    assert torch.equal(alone.layer.weight, module.layer.weight)
+    assert trainer.global_step == 30 and goes_on.story == "10 |"
 
 
 def test_last_is_one_of_three():

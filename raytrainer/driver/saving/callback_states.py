@@ -10,8 +10,9 @@ from torch import Tensor
 
 from raytrainer.callbacks import Callback
 from raytrainer.errors import CheckpointError
+from raytrainer.stateful_callback import StatefulCallback
 
-__all__ = ["own_copy", "put_back", "states_of", "tensors_in"]
+__all__ = ["own_copy", "put_back", "states_of", "tensors_in", "without_owner"]
 
 
 def states_of(callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -38,6 +39,13 @@ def put_back(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> None:
     for callback in callbacks:
         if callback.state_key in states:
             callback.load_state_dict(own_copy(states[callback.state_key]))
+
+
+def without_owner(checkpoint: Mapping[str, Any], callbacks: Iterable[StatefulCallback]) -> list[str]:
+    """The keys of states in a checkpoint that none of the callbacks takes up."""
+    keys = {callback.state_key for callback in callbacks}
+    states = [*(checkpoint.get("callbacks") or {}).items(), *(checkpoint.get("worker_callbacks") or {}).items()]
+    return [key for key, state in states if state and key not in keys]
 
 
 def own_copy(value: Any, keep: Iterable[Tensor] = ()) -> Any:

@@ -31,6 +31,7 @@ def read_to_resume(
     default_root_dir: str,
     weights_only: bool | None = None,
     lazily: bool = False,
+    begins: bool = True,
 ) -> Beginning | None:
     """The checkpoint, with where it was found as "path"; None: there is none to use.
 
@@ -41,6 +42,7 @@ def read_to_resume(
         default_root_dir: Where those go without a logger.
         weights_only: False: execute what a file of Lightning's asks for.
         lazily: Leave tensors that are in pieces to the workers, each of which reads what it needs.
+        begins: Whether a run that finds none begins at the beginning, as `fit` does.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -60,7 +62,10 @@ def read_to_resume(
     elif path == "last":
         path = _newest(savers, loggers, default_root_dir)
         if path is None:
-            log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
+            if begins:
+                log.info('ckpt_path="last": there is no checkpoint yet; beginning at the beginning.')
+            else:
+                log.warning('ckpt_path="last": there is no checkpoint; the weights are those that the module has.')
             return None
     assert path is not None
     checkpoint = read_checkpoint(path, weights_only=weights_only, lazily=lazily)
