@@ -9,6 +9,7 @@
     ├── CheckpointError                   a checkpoint that is missing, truncated, foreign or too new
     ├── DisagreementError                 workers that were to do, or to hold, the same have not
     ├── ResourceError                     the cluster cannot give what was asked
+    ├── TrainingSpikeError (RuntimeError)    a loss that has jumped, where `SpikeDetection` looks at it
     ├── WorkerError                       user code failed in a worker: carries rank, node and its traceback
     └── WorkerLostError                   a worker process or its node is gone
 
@@ -29,6 +30,7 @@ __all__ = [
     "RaytrainerError",
     "ResourceError",
     "SerializationError",
+    "TrainingSpikeError",
     "UnknownArgumentError",
     "WorkerError",
     "WorkerLostError",
@@ -57,6 +59,17 @@ class MetricError(RaytrainerError):
 
 class DisagreementError(RaytrainerError):
     """Workers that were to do the same, or to hold the same, have not: names the ranks and what differs."""
+
+
+class TrainingSpikeError(RaytrainerError, RuntimeError):
+    """The loss has jumped, as `SpikeDetection` has seen. `batch_idx`: in which batch of the epoch."""
+
+    def __init__(self, message: str, batch_idx: int) -> None:
+        super().__init__(message)
+        self.batch_idx = batch_idx
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.batch_idx)
 
 
 class SerializationError(RaytrainerError):

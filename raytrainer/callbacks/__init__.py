@@ -17,6 +17,7 @@ from raytrainer.callbacks.prediction_writer import PredictionWriter
 from raytrainer.callbacks.progress import ProgressBar
 from raytrainer.callbacks.ray_tune import TuneReportCallback, tune_resources
 from raytrainer.callbacks.rich_model_summary import RichModelSummary
+from raytrainer.callbacks.spike_detection import SpikeDetection
 from raytrainer.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from raytrainer.callbacks.throughput_monitor import ThroughputMonitor
 from raytrainer.callbacks.timer import Timer
@@ -43,6 +44,7 @@ __all__ = [
     "PredictionWriter",
     "ProgressBar",
     "RichModelSummary",
+    "SpikeDetection",
     "StochasticWeightAveraging",
     "ThroughputMonitor",
     "Timer",
