@@ -114,10 +114,10 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
                     f"step, leave the Trainer's gradient_clip_val out and override configure_gradient_clipping."
                 )
             gradient_clip_val, gradient_clip_algorithm = ours
-        if gradient_clip_val is None:
-            return
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ConfigurationError(f'gradient_clip_algorithm={gradient_clip_algorithm!r}: give "norm" or "value".')
+        if gradient_clip_val is None:
+            return
         if view is not None:
             view.unscale(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -329,3 +329,48 @@ def test_manual_optimization_as_the_class_says(local_trainer):
     trainer = local_trainer(max_epochs=1)
     trainer.fit(module, data())
     assert trainer.global_step == module.steps > 0
+
+
+class Sized(DataModule):
+    def __init__(self, batch_size=2, stage="fit"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.told = []
+
+    def train_dataloader(self):
+        return data(4, self.hparams.batch_size)
+
+    def val_dataloader(self):
+        raise ValueError("no such file")
+
+    def on_exception(self, exception):
+        self.told.append(exception)
+
+
+def test_a_datamodule_shows_what_it_has():
+    assert str(Sized()) == "Sized(batch_size=2, stage='fit') with train, val data"
+    assert str(DataModule()) == "DataModule() with no data"
+    assert str(DataModule.from_datasets(test_dataset=[1])) == "DataModule() with test data"
+
+
+@pytest.mark.parametrize("where", ["data", "module", "callback"])
+def test_a_datamodule_is_told_of_errors(where, local_trainer):
+    class Failing(Tiny):
+        def training_step(self, batch, batch_idx):
+            if where == "module":
+                raise ValueError("no such step")
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    class Beside(WorkerCallback):
+        def on_train_batch_end(self, *args):
+            raise ValueError("no such place")
+
+    datamodule = Sized()
+    beside = [Beside()] if where == "callback" else []
+    trainer = local_trainer(max_epochs=1, callbacks=beside, limit_val_batches=1.0 if where == "data" else 0)
+    with pytest.raises(ValueError, match="no such") as raised:
+        trainer.fit(Failing(), datamodule=datamodule)
+    assert datamodule.told == [raised.value]

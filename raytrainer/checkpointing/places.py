@@ -15,7 +15,8 @@ from urllib.parse import quote
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checkpoint_meta import META, is_own_name, is_readable, written_by_us
 from raytrainer.checkpointing.storage import ArrowStorage, LocalStorage
-from raytrainer.plan.uris import is_inside, split_query
+from raytrainer.errors import ConfigurationError
+from raytrainer.plan.uris import is_inside, is_web, split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -53,14 +54,25 @@ CheckpointPath: TypeAlias = str | os.PathLike[str] | RayCheckpoint
 
 
 def locate(path: str | Path) -> tuple[FileSystem, str]:
-    """The filesystem of a path or URI, and the path on it."""
-    from pyarrow import fs
+    """The filesystem of a path or URI, and the path on it.
+
+    Raises:
+        ConfigurationError: A URI of a kind that pyarrow has no filesystem for.
+    """
+    from pyarrow import ArrowInvalid, fs
 
     text = str(path)
     if "://" in text:
         base, query = split_query(text)
         # pyarrow refuses what URIs must escape, such as spaces, and undoes the escapes
-        filesystem, inner = fs.FileSystem.from_uri(quote(base, safe=":/@[]%=+,;~") + query)
+        try:
+            filesystem, inner = fs.FileSystem.from_uri(quote(base, safe=":/@[]%=+,;~") + query)
+        except ArrowInvalid as error:
+            web = " A file on the web: fetch it first, torch.hub.download_url_to_file(url, path)." * is_web(text)
+            raise ConfigurationError(
+                f"{text}: pyarrow cannot open this address ({error}). Checkpoints may be on local paths and at s3://, "
+                f"gs://, abfss:// and hdfs://.{web}"
+            ) from error
         return filesystem, inner.rstrip("/")
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
 

@@ -130,6 +130,11 @@ class DirectoryLogger(Logger):
         return self._version
 
     @property
+    def save_dir(self) -> str:
+        """The folder that it was given, as an absolute path."""
+        return str(self._save_dir)
+
+    @property
     def root_dir(self) -> str:
         """`<save_dir>/<name>`."""
         return str(self._save_dir / self._name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["is_inside", "join_path", "split_query"]
+__all__ = ["is_inside", "is_web", "join_path", "split_query"]
 
 
 def join_path(base: str, *parts: str) -> str:
@@ -24,6 +24,11 @@ def split_query(path: str) -> tuple[str, str]:
         return path, ""
     base, mark, query = path.partition("?")
     return base, mark + query
+
+
+def is_web(path: str) -> bool:
+    """Whether it is an address of a web page."""
+    return path.startswith(("http://", "https://"))
 
 
 def is_inside(path: str, folder: str) -> bool:

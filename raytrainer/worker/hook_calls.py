@@ -94,13 +94,15 @@ class Hooks:
         return bound(*args) if bound is not None else None
 
     def tell(self, error: BaseException) -> BaseException:
-        """Call the callbacks' `on_exception`; what to raise: the error, or one that explains it."""
+        """Call `on_exception` of callbacks and DataModule; what to raise: the error, or one that explains it."""
         error = explain_inference_tensor(error, self.module) or error
-        for callback in self.callbacks:
+        listeners: list[tuple[Any, tuple[Any, ...]]] = [(each, (self.view, self.module)) for each in self.callbacks]
+        listeners += [] if self.view.datamodule is None else [(self.view.datamodule, ())]
+        for listener, args in listeners:
             try:
-                callback.on_exception(self.view, self.module, error)
+                listener.on_exception(*args, error)
             except BaseException as another:  # must not take the place of the one that is to be told
-                log.warning("%s.on_exception failed: %s", type(callback).__name__, another)
+                log.warning("%s.on_exception failed: %s", type(listener).__name__, another)
         return error
 
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from raytrainer import Callback, CheckpointError, DataModule, EarlyStopping, Module
+from raytrainer import Callback, CheckpointError, ConfigurationError, DataModule, EarlyStopping, Module
 from raytrainer.hparams import AttributeDict
 
 FILES = pathlib.Path(__file__).parent / "lightning_files"
@@ -201,3 +201,14 @@ def test_what_is_no_checkpoint(content, told, tmp_path):
     for source in (tmp_path / "x.ckpt", io.BytesIO((tmp_path / "x.ckpt").read_bytes())):
         with pytest.raises(CheckpointError, match=told):
             Net.load_from_checkpoint(source)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/x.ckpt", "ftp://example.org/x.ckpt"])
+def test_addresses_that_nothing_is_read_from(address, local_trainer):
+    told = r"https.*fetch it first" if address.startswith("https") else "ftp.*may be on local paths"
+    for use in (
+        Net.load_from_checkpoint,
+        lambda path: local_trainer(max_epochs=1).fit(Net(), loader(), ckpt_path=path),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            use(address)
