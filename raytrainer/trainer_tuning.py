@@ -54,7 +54,8 @@ class TuningVerbs:
             max_lr: The last one.
             num_training: Steps.
             mode: "exponential" or "linear".
-            early_stop_threshold: Stop where the smoothed loss is so many times its best; None: do not.
+            early_stop_threshold: Stop where the smoothed loss is so many times its best, after a tenth of the steps;
+                None: do not.
             update_attr: Set `attr_name` of the module to the suggestion, if there is one.
             attr_name: An attribute or hyperparameter; None: `lr` or `learning_rate`.
 

@@ -40,15 +40,19 @@ def smoothed(losses: Sequence[float], beta: float = 0.98) -> list[float]:
     return found
 
 
-def diverged_at(losses: Sequence[float], threshold: float | None) -> int | None:
-    """Index of the first loss that is not finite, or worse than `threshold` times the best before it."""
+def diverged_at(losses: Sequence[float], threshold: float | None, first: int = 0) -> int | None:
+    """Index of the first loss that is not finite, or worse than `threshold` times the best before it.
+
+    Of those before index `first`, which are averages of few, only whether they are finite counts.
+    """
     best = math.inf
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
             return index
-        if threshold is not None and index and loss > best + (threshold - 1) * abs(best):
-            return index
-        best = min(best, loss)
+        if index >= first:
+            if threshold is not None and loss > best + (threshold - 1) * abs(best):
+                return index
+            best = min(best, loss)
     return None
 
 

@@ -31,6 +31,9 @@ def test_divergence():
     assert diverged_at([1.0, math.nan], None) == 1
     assert diverged_at([-1.0, -2.0, 3.9], 4.0) is None and diverged_at([-1.0, -2.0, 4.1], 4.0) == 2
     assert diverged_at([], 4.0) is None
+    assert diverged_at([0.1, 1.0, 1.2, 5.0], 4.0) == 1
+    assert diverged_at([0.1, 1.0, 1.2, 5.0], 4.0, first=1) == 3
+    assert diverged_at([0.1, math.inf], 4.0, first=5) == 1
 
 
 def test_steepest():

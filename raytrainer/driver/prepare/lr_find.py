@@ -96,11 +96,11 @@ class _Losses(Logger):
 
 
 class _StopWhenDiverged(Callback):
-    def __init__(self, taken: _Losses, threshold: float | None) -> None:
-        self.taken, self.threshold = taken, threshold
+    def __init__(self, taken: _Losses, threshold: float | None, first: int) -> None:
+        self.taken, self.threshold, self.first = taken, threshold, first
 
     def on_train_chunk_end(self, trainer: Any, module: Module, report: Any) -> None:
-        if diverged_at(smoothed(self.taken.losses), self.threshold) is not None:
+        if diverged_at(smoothed(self.taken.losses), self.threshold, self.first) is not None:
             trainer.should_stop = True
 
 
@@ -125,14 +125,15 @@ def find_learning_rate(
         )
     if attribute is not None:
         get_attribute(attribute, module)  # an error now rather than after the search
-    taken = _Losses()
-    probe = make_probe([_Sweep(lrs), _StopWhenDiverged(taken, early_stop_threshold)], [taken], max_steps=num_training)
+    taken, first = _Losses(), num_training // 10
+    stopping = _StopWhenDiverged(taken, early_stop_threshold, first)
+    probe = make_probe([_Sweep(lrs), stopping], [taken], max_steps=num_training)
     with no_trace(loaders):
         run_copy(probe, module, loaders, datamodule)
     if not taken.losses:
         raise _no_loss(module)
     smooth = smoothed(taken.losses)
-    end = diverged_at(smooth, early_stop_threshold)
+    end = diverged_at(smooth, early_stop_threshold, first)
     smooth = smooth if end is None else smooth[:end]
     found = LearningRates({"lr": taken.rates[: len(smooth)], "loss": smooth, "raw": taken.losses[: len(smooth)]})
     rate = found.suggestion()
