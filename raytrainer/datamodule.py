@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -51,20 +50,6 @@ class DataModule(ShortRepr, HyperparametersMixin, DataHooks):
 
     def on_exception(self, exception: BaseException) -> None:
         """Clean up after an error in this worker, of the module, of a callback or of the data."""
-
-    def __repr__(self) -> str:
-        """Class, hyperparameters, and the stages that it has data for; loaders are made in workers only."""
-        given = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.hparams.items())
-        stages = [
-            stage
-            for stage in ("train", "val", "test", "predict")
-            if self._has(f"{stage}_dataloader") or self._has(f"{stage}_dataset")
-        ]
-        return f"{type(self).__name__}({given}) with {', '.join(stages) or 'no'} data"
-
-    def _has(self, hook: str) -> bool:
-        found = getattr(self, hook)
-        return found is not None and getattr(found, "__func__", found) is not getattr(DataHooks, hook)
 
     @classmethod
     def from_datasets(

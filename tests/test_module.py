@@ -332,7 +332,7 @@ def test_manual_optimization_as_the_class_says(local_trainer):
 
 
 class Sized(DataModule):
-    def __init__(self, batch_size=2, stage="fit"):
+    def __init__(self, batch_size=2):
         super().__init__()
         self.save_hyperparameters()
         self.told = []
@@ -345,12 +345,6 @@ class Sized(DataModule):
 
     def on_exception(self, exception):
         self.told.append(exception)
-
-
-def test_a_datamodule_shows_what_it_has():
-    assert str(Sized()) == "Sized(batch_size=2, stage='fit') with train, val data"
-    assert str(DataModule()) == "DataModule() with no data"
-    assert str(DataModule.from_datasets(test_dataset=[1])) == "DataModule() with test data"
 
 
 @pytest.mark.parametrize("where", ["data", "module", "callback"])
