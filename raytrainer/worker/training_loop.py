@@ -52,6 +52,7 @@ class TrainingLoop:
         self.feed: AnyFeed = feeds[0]
         self.epoch = 0
         self.batch = 0
+        self.has_begun = False  # an epoch
         self._since = 0  # moment before the batches that are accumulated
         self._iterator: Iterator[Any] | None = None
         self._run_batch = self._bind_optimization()
@@ -97,7 +98,7 @@ class TrainingLoop:
 
         `before` is what groups of other sizes have done of it; `resumed`: it has begun before the run was resumed.
         """
-        self.view.current_epoch = self.epoch = epoch
+        self.view.current_epoch, self.epoch, self.has_begun = epoch, epoch, True
         every = self.view.settings.reload_dataloaders_every_n_epochs
         if every and epoch and epoch % every == 0 and skip == 0:
             for stage in ("train", "val"):

@@ -232,13 +232,13 @@ class Worker:
     # ---------------------------------------------------------------- state
 
     @verb(Wait.AT_ONCE)
-    def cursor(self) -> tuple[int, int] | None:
-        """After a failure: batches done in the epoch and steps in the run; None before the first epoch."""
-        if self._training is None:
+    def cursor(self) -> tuple[int, int, int] | None:
+        """After a failure: the epoch, batches done in it and steps in the run; None before the first one here."""
+        if self._training is None or not self._training.has_begun:
             return None
         view, batch = self.run.view, self._training.batch
         self.run.accumulating = batch % view.accumulate_grad_batches != 0
-        return batch, view.global_step
+        return self._training.epoch, batch, view.global_step
 
     def capture(
         self, weights_only: bool = False, replica: bool = False, live: bool = False, final: bool = False

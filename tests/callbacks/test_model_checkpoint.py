@@ -403,23 +403,41 @@ def test_a_failed_run_is_saved_if_asked_for(hook, save_last, tmp_path, local_tra
     assert not list((tmp_path / "b").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_end", "on_fit_end"])
 @pytest.mark.parametrize("kind", [Callback, WorkerCallback])
-def test_a_run_that_fails_at_its_end_is_saved_too(kind, hook, tmp_path, local_trainer):
-    def fail(*args):
-        raise ArithmeticError
+def test_a_run_that_fails_between_epochs_or_at_its_end_goes_on_from_there(kind, hook, tmp_path, local_trainer):
+    def fail(self, trainer, module):
+        if hook != "on_train_epoch_start" or trainer.current_epoch == 2:
+            raise ArithmeticError
 
     failing = type("Failing", (kind,), {hook: fail})()
     saving = ModelCheckpoint(tmp_path, "x", save_on_exception=True, every_n_epochs=7)
     module = Tiny()
     with pytest.raises(ArithmeticError):
-        local_trainer(max_epochs=2, callbacks=[failing, saving]).fit(module, data())
+        local_trainer(max_epochs=2 + (hook == "on_train_epoch_start"), callbacks=[failing, saving]).fit(module, data())
     goes_on, trainer = Tiny(), local_trainer(max_epochs=3)
     trainer.fit(goes_on, data(), ckpt_path=tmp_path / "x.ckpt")
     alone = Tiny()
     alone.load_state_dict(read_checkpoint(tmp_path / "x.ckpt")["state_dict"])
     assert torch.equal(alone.layer.weight, module.layer.weight)
     assert trainer.global_step == 30 and goes_on.story == "10 |"
+
+
+def test_a_run_that_fails_before_it_goes_on_is_saved_where_it_began(tmp_path, local_trainer):
+    class Fails(Callback):
+        def on_train_start(self, trainer, module):
+            raise ArithmeticError
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    local_trainer(max_epochs=1, callbacks=saving).fit(Tiny(), data())
+    rescuing = ModelCheckpoint(tmp_path, "again", save_on_exception=True, every_n_epochs=7)
+    with pytest.raises(ArithmeticError):
+        local_trainer(max_epochs=1, callbacks=[Fails(), rescuing]).fit(
+            Tiny(), data(), ckpt_path=tmp_path / "step=4.ckpt"
+        )
+    module = Tiny()
+    local_trainer(max_epochs=1).fit(module, data(), ckpt_path=tmp_path / "again.ckpt")
+    assert module.story == "6 |"
 
 
 def test_last_is_one_of_three():

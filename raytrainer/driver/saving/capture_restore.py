@@ -25,9 +25,10 @@ log = logging.getLogger("raytrainer")
 def count_up(group: WorkerGroup, state: RunState) -> None:
     """Have the driver's counters be those of workers in this process, whose chunk has failed."""
     cursor, progress = group.call(Worker.cursor)[0], state.progress
-    if cursor is not None and not progress.epoch_ended:
-        progress.total_batches += cursor[0] - progress.batch
-        progress.batch, progress.step = cursor
+    # after an epoch's end the driver is in the next one before workers are, if they are to begin it at all
+    if cursor is not None and not progress.epoch_ended and cursor[0] == progress.epoch:
+        progress.total_batches += cursor[1] - progress.batch
+        _, progress.batch, progress.step = cursor
 
 
 class RunCapture:
