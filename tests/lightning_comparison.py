@@ -6,10 +6,12 @@ what Lightning has. What becomes of each of its names stands in `lightning_words
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,9 +71,33 @@ def beyond_arguments(title: str, given: list[str], names: Mapping[str, Any]) -> 
     return [name for name in given if title != "Trainer" or name not in names["Trainer arguments"]]
 
 
-def exported(module: Any) -> dict[str, list[str]]:
+def exported(module: Any, what: Callable[[Any], list[str]] = arguments) -> dict[str, list[str]]:
     kinds = {name: getattr(module, name) for name in module.__all__}
-    return {name: arguments(kind) for name, kind in kinds.items() if inspect.isclass(kind)}
+    return {name: what(kind) for name, kind in kinds.items() if inspect.isclass(kind)}
+
+
+def attributes(kind: type) -> list[str]:
+    """Public names of its objects: of the class, and those that its methods set."""
+    names = set(dir(kind))
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("lightning", "raytrainer"):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_set(node)}
+    return sorted(name for name in names if name[0] != "_")
+
+
+def beyond_base(title: str, given: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Each class's names without those of the base that its table shows beside it; `Callback` has its own table."""
+    base = {"Callbacks": "Callback", "Loggers": "Logger", "Profilers": "Profiler"}[title]
+    return {
+        name: [each for each in names if name == base or each not in given[base]]
+        for name, names in given.items()
+        if name not in OBJECTS
+    }
+
+
+def _is_set(node: ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def of_lightning() -> dict[str, Any]:
@@ -92,6 +118,7 @@ def of_lightning() -> dict[str, Any]:
         if not hasattr(module, "__all__"):
             module.__all__ = [name for name in dir(module) if name[0].isupper()]
         names[title] = exported(module)
+        names[f"{title} attributes"] = beyond_base(title, exported(module, attributes))
     names["Tuning"] = {name: arguments(getattr(Tuner, name)) for name in TUNING}
     names["Strategies"] = sorted(StrategyRegistry.available_strategies())
     return names
@@ -114,6 +141,7 @@ def of_raytrainer() -> dict[str, Any]:
         names[title] = {
             name: given for name, given in exported(importlib.import_module(ours)).items() if hasattr(raytrainer, name)
         }
+        names[f"{title} attributes"] = exported(importlib.import_module(ours), attributes)
     names["Tuning"] = {name: arguments(getattr(raytrainer.Trainer, name)) for name in TUNING}
     names["Strategies"] = list(STRATEGIES)
     return names
@@ -144,6 +172,16 @@ def difference(theirs: list[str], ours: list[str], renamed: Mapping[str, str]) -
     return "; ".join(parts)
 
 
+def without(title: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """What objects of Lightning's classes have and those here lack."""
+    told = {}
+    for name, given in theirs.get(f"{title} attributes", {}).items():
+        missing = set(given) - set(ours[f"{title} attributes"].get(name, given)) - set(theirs[title][name])
+        if missing:
+            told[name] = f"objects have no {code(sorted(missing))}"
+    return told
+
+
 def check(
     title: str, theirs: Iterable[str], ours: Iterable[str], words: Mapping[str, str], new: Mapping[str, str]
 ) -> None:
@@ -160,7 +198,13 @@ def check(
 
 
 def table(
-    title: str, theirs: Any, ours: Any, words: Mapping[str, str], new: Mapping[str, str], renamed: Any
+    title: str,
+    theirs: Any,
+    ours: Any,
+    words: Mapping[str, str],
+    new: Mapping[str, str],
+    renamed: Any,
+    lacks: Mapping[str, str],
 ) -> list[str]:
     """One table: names that are the same in a sentence, the others in rows."""
     check(title, theirs, ours, words, new)
@@ -170,7 +214,7 @@ def table(
         more = ""
         if isinstance(theirs, Mapping) and name in ours:
             more = difference(theirs[name], ours[name], renamed.get(name, {}))
-        said = "; ".join(part for part in (words.get(name, ""), more) if part)
+        said = "; ".join(part for part in (words.get(name, ""), more, lacks.get(name, "")) if part)
         if said:
             rows.setdefault(said, []).append(name)
         else:
@@ -193,7 +237,7 @@ def page() -> str:
     lines = [said.HEAD.replace("VERSION", theirs["version"])]
     for title in ("Trainer arguments", *OBJECTS, *CALLABLES, "Tuning", "Strategies"):
         words, new = said.WORDS.get(title, {}), said.NEW.get(title, {})
-        lines += table(title, theirs[title], ours[title], words, new, said.RENAMED)
+        lines += table(title, theirs[title], ours[title], words, new, said.RENAMED, without(title, theirs, ours))
         for name, given in theirs.get(f"{title} methods", {}).items():
             told = difference(given, ours[f"{title} methods"][name], said.RENAMED.get(name, {}))
             if told:

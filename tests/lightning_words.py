@@ -37,9 +37,10 @@ WORDS: dict[str, dict[str, str]] = {
         "max_steps": "the run ends exactly there, whatever `max_epochs` says, rather than at whichever comes first",
         "val_check_interval": "the same, counted in batches; an interval of time is an error",
         "logger": "the same; loggers live on the driver",
-        "callbacks": "`Callback`s run on the driver, `WorkerCallback`s beside the module",
+        "callbacks": "`Callback`s run on the driver, `WorkerCallback`s beside the module; none by entry points",
         "profiler": "the same names; one file a worker",
-        "num_sanity_val_steps": "the same; leaves no metric and no trace in generators; skipped when resuming",
+        "num_sanity_val_steps": "the same; leaves no metric and no trace in generators, for which a `val_dataloader` "
+        "that draws random numbers is called once more; skipped when resuming; the attribute stays -1",
         "enable_checkpointing": "the same; False leaves out the default one: a `ModelCheckpoint` that is given saves",
         "reload_dataloaders_every_n_epochs": "the same; validation loaders are made as training begins, and "
         "anew at the first validation after n, 2n, ... epochs",
@@ -69,12 +70,14 @@ WORDS: dict[str, dict[str, str]] = {
             "none",
         ),
         "received_sigterm": "`preempted`",
-        "interrupted": "by Ctrl-C or SIGTERM; of a run that has failed, `state.status` is `\"failed\"`",
+        "interrupted": "by Ctrl-C, after which `fit` returns rather than ending the program, or SIGTERM; of a run that "
+        "has failed, `state.status` is `\"failed\"`",
         "is_last_batch": "in workers, on `self.trainer`; of training",
         "print": "`self.print` of a Module",
         "fit": "the same, but each call begins at epoch 0, with the weights that there are, rather than where the last "
         "one of this Trainer ended; `ckpt_path` may also be a file of Lightning's, or Ray's object for a checkpoint; "
-        "an epoch for which a training loader of unknown length gives no batch is an error",
+        "an epoch for which a training loader of unknown length gives no batch is an error; what is drawn depends on "
+        "the seed and the epoch, not on what this process has drawn before",
         "predict": "the same; lazy on Ray Datasets",
         "callback_metrics": "the same; values are float64, or int64 where that would round. Over several workers a "
         "Module sees its own step values, also with `sync_dist`, and its own of what a hook at an epoch's end logs, "
@@ -86,7 +89,8 @@ WORDS: dict[str, dict[str, str]] = {
         "test": "as `validate`",
         "save_checkpoint": "makes a directory; `wait=True` returns when it is written; of a `fit` that has failed "
         "there is nothing left to save afterwards, see `save_on_exception`",
-        "ckpt_path": "the same; not to be set",
+        "ckpt_path": "the same; not to be set; `\"last\"` is the newest one, whatever its name; addresses on the web "
+        "are not read",
     },
     "LightningModule": {
         **dict.fromkeys(
@@ -103,12 +107,17 @@ WORDS: dict[str, dict[str, str]] = {
         "logger": "passes `log_...` calls on to the loggers, which are on the driver; there is no `logger.experiment`",
         "loggers": "`logger` in a list",
         "log": "the same; epoch values are reduced over workers without `sync_dist`; `on_step=False` alone means "
-        "`on_epoch=True`, and both False is an error",
+        "`on_epoch=True`, and both False is an error; `reduce_fx` may be any function of the values",
         "configure_optimizers": "the same; the `frequency` of a scheduler with `interval=\"step\"` counts optimizer "
         "steps, over epochs, and one that waits for a metric acts on each value once; unknown keys are errors",
         "load_from_checkpoint": "the same, Lightning's own files too. Values have their types without "
         "unpickling, which is done only for a file of Lightning's with `weights_only=False`; weights go to the CPU "
         "unless `map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
+        **dict.fromkeys(
+            ("training_step", "validation_step", "test_step", "predict_step"),
+            "the same; `dataloader_idx` may be asked for with one loader too, `dataloader_iter` may not",
+        ),
+        "train_dataloader": "the same; `CombinedLoader` may be of mode `\"sequential\"`",
         "save_hyperparameters": "the same; a child made in its parent's `__init__` has its own arguments only",
     },
     "LightningDataModule": {
@@ -118,8 +127,9 @@ WORDS: dict[str, dict[str, str]] = {
             ),
             _KEYS,
         ),
-        "name": "none",
-        "on_exception": "none; `on_exception` of a `WorkerCallback`",
+        "name": "none; `str(datamodule)` has its class and arguments, not the sizes of loaders, which workers "
+        "make",
+        "on_exception": "of what fails in a worker",
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)`",
     },
     "Callback": {
@@ -136,7 +146,7 @@ WORDS: dict[str, dict[str, str]] = {
         "ModelPruning": "none; `torch.nn.utils.prune` in a `WorkerCallback`'s `on_train_epoch_end`",
         "RichProgressBar": "`ProgressBar`, which is made with rich",
         "TQDMProgressBar": "`ProgressBar`",
-        "SpikeDetection": "none; a `WorkerCallback`'s `on_train_batch_end` sees the loss",
+        "SpikeDetection": "raises a `TrainingSpikeError`, as soon as one worker's loss has a spike",
         "WeightAveraging": "averages are on the module's device unless `device` says otherwise; the functions are "
         "`avg_fn` and `multi_avg_fn`",
         "Callback": "runs on the driver; beside the module, and around batches, `WorkerCallback`",
@@ -146,7 +156,8 @@ WORDS: dict[str, dict[str, str]] = {
         '`"none"`, `"patience"`, `"not_finite"`, `"stopping_threshold"`, `"divergence_threshold"`',
         "LearningRateFinder": "results are in `optimal_lr`, and in `result`",
         "LearningRateMonitor": "rates are logged with `self.log`: those of an epoch stand in the row of its end; "
-        "without a logger it warns; there is no `lrs`",
+        "without a logger it warns",
+        "Timer": "the same; a sanity check has a clock of its own, `\"sanity\"`; `max_time` makes none",
         "BatchSizeFinder": "the same; without `margin` and `max_val`, no size is left out",
         "BaseFinetuning": "no `filter_params`: `unfreeze_and_add_param_group` does it",
         "StochasticWeightAveraging": "averages are on the module's device unless `device` says otherwise; they are "
@@ -160,6 +171,10 @@ WORDS: dict[str, dict[str, str]] = {
     "Loggers": {
         "CometLogger": "none; derive from `Logger`",
         "LitLogger": "none; derive from `Logger`",
+        "CSVLogger": "hyperparameters go to `hparams.json`, not a `hparams.yaml`; `hparams_file` reads both; the "
+        "folder is called `logs`",
+        "TensorBoardLogger": "hyperparameters go to TensorBoard's table alone, not to a `hparams.yaml` too; the folder "
+        "is called `logs`; `default_hp_metric` is False unless given",
         "WandbLogger": "further arguments go to `wandb.init`",
         "MLFlowLogger": "checkpoints are not uploaded",
     },
@@ -172,8 +187,9 @@ WORDS: dict[str, dict[str, str]] = {
         "SimpleProfiler": _FILES,
     },
     "Tuning": {
-        "lr_find": "a method of the Trainer; other rates by a documented rule",
-        "scale_batch_size": "a method of the Trainer; without `margin` and `max_val`, no size is left out",
+        "lr_find": "a method of the Trainer; other rates by a documented rule; also with `fast_dev_run`",
+        "scale_batch_size": "a method of the Trainer; also with `fast_dev_run`; without `margin` and `max_val`, no "
+        "size is left out",
     },
     "Strategies": {
         "ddp_spawn": _DDP,
@@ -235,7 +251,7 @@ NEW: dict[str, dict[str, str]] = {
         "where": "where runs go",
         "datamodule": "an attribute in Lightning too",
         "should_stop": "an attribute in Lightning too; in a worker, `self.trainer.should_stop` tells what the driver "
-        "was asked for from the epoch's last hooks on",
+        "was asked for, from the next batches, evaluation or epoch on",
         "state": "an attribute in Lightning too; its fields are strings",
     },
     "LightningModule": {
