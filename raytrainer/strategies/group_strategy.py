@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from raytrainer.plan.ranks import Ranks
 from raytrainer.strategies.meeting import NEXT, Meeting
+from raytrainer.strategies.stop_board import StopBoard
 from raytrainer.strategies.strategy import Strategy
 
 __all__ = ["GroupStrategy", "take_from_first"]
@@ -47,6 +48,7 @@ class GroupStrategy(Strategy):
     def __init__(self, ranks: Ranks, device: torch.device, control: Any = None) -> None:
         super().__init__(ranks, device)
         self.control = control
+        self.board: StopBoard | None = None  # where workers of one host say that they are to stop; others vote
         self.votes = control  # or a group of their own, so that they never pair with what training does
         self.meeting = Meeting(control, ranks.world_size)
 

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.torch_private import set_group_timeout
+from raytrainer.strategies.stop_board import StopBoard
 
 __all__ = ["ProcessGroup", "interface_of", "lone_group", "make_store"]
 
@@ -56,7 +57,8 @@ def lone_group(device: torch.device) -> ProcessGroup:
 class ProcessGroup:
     """Joins the group; `control` is a gloo group beside it, for agreements on the CPU.
 
-    `votes` is another one, for what workers ask each other while they train: it pairs with nothing else.
+    `votes` is another one, for what workers ask each other while they train: it pairs with nothing else. Workers of one
+    host have a `board` for that.
 
     Args:
         ranks: This worker's ranks.
@@ -107,7 +109,11 @@ class ProcessGroup:
         )
         self.store = store
         self.control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
-        self.votes = dist.new_group(backend="gloo")
+        # whether one is asked to stop: workers of one host look on a board, others vote
+        self.board = (
+            StopBoard.of_host(store, ranks.rank, ranks.world_size, self.control) if ranks.num_nodes == 1 else None
+        )
+        self.votes = dist.new_group(backend="gloo") if self.board is None else None
         self._of_node: tuple[Any, Any] | None = None
         self._alone: list[Any] | None = None
         self._meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}

@@ -23,12 +23,12 @@ from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
 from raytrainer.strategies.same_shapes import number_of, switched, what_trains
 from raytrainer.worker.automatic_optimization import AutomaticOptimization, visible, with_loss
+from raytrainer.worker.common_stop import common_stop
 from raytrainer.worker.forward_epoch import forward_epoch
 from raytrainer.worker.hook_calls import skips_the_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
 from raytrainer.worker.scheduler_steps import SchedulerSteps
-from raytrainer.worker.stop_votes import StopVotes
 
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
@@ -138,7 +138,7 @@ class TrainingLoop:
         return self._iterator
 
     def train(
-        self, batches: int, stop_at_step: int | None = None, more: bool = False, vote_every: int = 1
+        self, batches: int, stop_at_step: int | None = None, more: bool = False, chunk: int = 1, vote_every: int = 1
     ) -> TrainReport:
         """Train at most `batches` batches, ending early at an optimizer step, at the loader's end, or to stop.
 
@@ -147,7 +147,8 @@ class TrainingLoop:
             stop_at_step: End early once this optimizer step is reached or passed.
             more: Whether another chunk follows at once. A GPU is then kept busy in between: the report waits for all
                 batches but the last one, whose values come with the next report.
-            vote_every: After so many batches, several workers find out whether one of them is asked to stop.
+            chunk: The chunk's number, higher than that of any before it.
+            vote_every: After so many batches, workers of several hosts find out whether one of them is asked to stop.
         """
         clock = time.perf_counter
         start = clock()
@@ -156,15 +157,16 @@ class TrainingLoop:
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
         slices, watched = run.slices, self.feed.watched
         view.running, metrics.in_batches = "train", True
-        votes = StopVotes(run.strategy, view, vote_every)
-        steps_before, vote, stopping = view.global_step, votes.every, False
+        steps_before = view.global_step
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
+        # a loader whose state is kept before it reads ahead is to be told of the last batch
+        stop = common_stop(run.strategy, view, bool(look_ahead and look_ahead.keep), chunk, vote_every)
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate, agrees, stepping = view.accumulate_grad_batches, self._missing.agree is not None, True
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
         for left in range(batches, 0, -1):
-            asked = clock()
+            stopping, asked = stop.before(), clock()
             if look_ahead is not None:
                 ends = stop_at_step is not None and view.global_step + 1 >= stop_at_step
                 look_ahead.keeping = left == 1 or ends or stopping
@@ -219,16 +221,11 @@ class TrainingLoop:
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 behind = False
                 break
-            vote -= 1
-            if not vote:
-                vote = votes.every
-                # a loader whose state is kept before it reads ahead has not been told that this was the last batch
-                stops, stopping = stopping, stopping or votes.take()
-                if stopping and (stops or look_ahead is None or look_ahead.keep is None):
-                    behind = False
-                    break
+            if stop.after():
+                behind = False
+                break
         self._run_batch.end_chunk()
-        votes.close()
+        stop.close()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
         report = metrics.finish_report() if (behind := behind and not exhausted) else metrics.report()

@@ -143,14 +143,14 @@ class Worker:
         stop_at_step: int | None = None,
         news: News | None = None,
         more: bool = False,
+        chunk: int = 1,
         vote_every: int = 1,
     ) -> TrainReport:
         """Train a chunk. `news`: see `start_epoch`; others: see TrainingLoop."""
         self.run.view.hear(news)
-        report = self.training.train(batches, stop_at_step, more, vote_every)
+        report = self.training.train(batches, stop_at_step, more, chunk, vote_every)
         self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
-        if self.ranks.rank:  # the driver reads a thousand of these
-            report.metrics = report.metrics.shared()
+        report.metrics = report.metrics.shared() if self.ranks.rank else report.metrics  # the driver reads a thousand
         return report
 
     @verb(Wait.TRAINING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from raytrainer.worker.worker import Worker
 __all__ = ["Chunks"]
 
 log = logging.getLogger("raytrainer")
+
+#: Of chunks, over all runs of this process: workers outlive a run, and know by it which chunk another one is at.
+_NUMBERS = itertools.count(1)
 
 
 class Chunks:
@@ -77,8 +81,8 @@ class Chunks:
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
-            more, vote_every = ahead > batches, self._vote_every
-            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, news, more, vote_every)
+            more, chunk, votes = ahead > batches, next(_NUMBERS), self._vote_every
+            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, news, more, chunk, votes)
         report = merged(reports)
         leaves = [each.leaves for each in reports]
         if any(leaves):
