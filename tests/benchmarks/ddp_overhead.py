@@ -1,7 +1,10 @@
-"""What a DDP step costs over two Ray workers (gloo), beside torchrun's plain loop. Linear(32, 2), batch 8.
+"""What a DDP step costs over two Ray workers (gloo), beside the plain loop in two processes. Linear(32, 2), batch 8.
 
-Run: python tests/benchmarks/ddp_overhead.py [--rounds 5] [--batches 1500]
-Lightning is a column if it is installed.
+Processes of both sides stay, each computes in one thread, and they take turns: short ones, in an order that rotates, so
+that what else the machine is at falls on both. CPU seconds are rank 0's, of all threads of its process.
+
+Run: python tests/benchmarks/ddp_overhead.py [--rounds 12] [--batches 1500]
+Lightning, which starts anew in each of its turns, is a row if it is installed.
 """
 
 from __future__ import annotations
@@ -10,12 +13,11 @@ import argparse
 import importlib.util
 import logging
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,28 +31,59 @@ from torch.utils.data.distributed import DistributedSampler
 
 import raytrainer
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-def plain_loop(batches: int, out: str) -> None:
-    """A rank of torchrun: the loop one would write by hand."""
+
+def plain_loop() -> None:
+    """A rank of torchrun: the loop one would write by hand. Runs so many batches as each line of its input says."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    dataset = loader(batches * 2).dataset
-    data = DataLoader(dataset, batch_size=8, sampler=DistributedSampler(dataset, shuffle=False))
-    model = DistributedDataParallel(nn.Linear(32, 2), gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    start = time.perf_counter()
-    for x, y in data:
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    seconds = time.perf_counter() - start
-    if dist.get_rank() == 0:
-        Path(out).write_text(str(seconds / len(data)))
+    for line in sys.stdin:
+        dataset = loader(int(line) * 2).dataset
+        data = DataLoader(dataset, batch_size=8, sampler=DistributedSampler(dataset, shuffle=False))
+        model = DistributedDataParallel(nn.Linear(32, 2), gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        dist.barrier()
+        start, cpu = time.perf_counter(), time.process_time()
+        for x, y in data:
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        print(seconds / len(data), cpu / len(data), flush=True)
     dist.destroy_process_group()
 
 
-def lightning_rank(batches: int, out: str) -> None:
+class PlainRanks:
+    """Two processes with the plain loop, which wait for their turns; started with torchrun's variables."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--role", "plain"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env={**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank},
+            )
+            for rank in "01"
+        ]  # fmt: skip
+
+    def turn(self, batches: int) -> tuple[float, float]:
+        """Seconds a step, and CPU seconds."""
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{batches}\n")
+            rank.stdin.flush()
+        answers = [rank.stdout.readline().split() for rank in self.ranks if rank.stdout is not None]
+        return float(answers[0][0]), float(answers[0][1])
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.communicate()
+
+
+def lightning_rank(batches: int) -> None:
     import lightning
 
     torch.set_num_threads(1)
@@ -62,19 +95,14 @@ def lightning_rank(batches: int, out: str) -> None:
     )  # fmt: skip
     trainer.fit(model(), loader(batches * 2))
     if trainer.is_global_zero:
-        Path(out).write_text(str(model.seconds / batches))
+        print("seconds", model.seconds / batches)
 
 
-def in_torchrun(role: str, batches: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/seconds"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        if role == "lightning":  # launches its second process itself
-            command = [sys.executable]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        arguments = [__file__, "--role", role, "--batches", str(batches), "--out", out]
-        subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
-        return float(Path(out).read_text())
+def lightnings(batches: int) -> float:
+    command = [sys.executable, __file__, "--role", "lightning", "--batches", str(batches)]
+    done = subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    (seconds,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("seconds")]
+    return float(seconds)
 
 
 class Timed(raytrainer.Module):
@@ -83,14 +111,14 @@ class Timed(raytrainer.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.Linear(32, 2)
-        self.seconds = 0.0
+        self.seconds = self.cpu = 0.0
 
     def on_train_epoch_start(self) -> None:
         torch.set_num_threads(1)
-        self.seconds = time.perf_counter()
+        self.seconds, self.cpu = time.perf_counter(), time.process_time()
 
     def on_train_epoch_end(self) -> None:
-        self.seconds = time.perf_counter() - self.seconds
+        self.seconds, self.cpu = time.perf_counter() - self.seconds, time.process_time() - self.cpu
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
@@ -100,37 +128,52 @@ class Timed(raytrainer.Module):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def over_ray(trainer: raytrainer.Trainer, batches: int) -> float:
+def over_ray(trainer: raytrainer.Trainer, batches: int) -> tuple[float, float]:
     model = Timed()
     trainer.fit(model, loader(batches * 2))
-    return model.seconds / batches
+    return model.seconds / batches, model.cpu / batches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batches", type=int, default=1500)
     parser.add_argument("--role", default="")
-    parser.add_argument("--out", default="")
     arguments = parser.parse_args()
-    if arguments.role:
-        {"plain": plain_loop, "lightning": lightning_rank}[arguments.role](arguments.batches, arguments.out)
+    if arguments.role == "plain":
+        plain_loop()
+        return
+    if arguments.role == "lightning":
+        lightning_rank(arguments.batches)
         return
     logging.getLogger("raytrainer").setLevel(logging.ERROR)
     trainer = raytrainer.Trainer(
         strategy="ddp", num_processes=2, max_epochs=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
+    cpu: dict[str, list[float]] = {"by hand": [], "raytrainer, 2 Ray workers": []}
+
+    def noted(side: str, figures: tuple[float, float]) -> float:
+        cpu[side].append(figures[1])
+        return figures[0]
+
+    plain = PlainRanks()
     with trainer:
-        over_ray(trainer, 20)
         sides: dict[str, Callable[[], float]] = {
-            "torchrun, by hand": lambda: in_torchrun("plain", arguments.batches),
-            "raytrainer, 2 Ray workers": lambda: over_ray(trainer, arguments.batches),
+            "by hand": lambda: noted("by hand", plain.turn(arguments.batches)),
+            "raytrainer, 2 Ray workers": lambda: noted(
+                "raytrainer, 2 Ray workers", over_ray(trainer, arguments.batches)
+            ),
         }
         if importlib.util.find_spec("lightning"):
-            sides["Lightning ddp"] = lambda: in_torchrun("lightning", arguments.batches)
+            sides["Lightning ddp"] = lambda: lightnings(arguments.batches)
+        plain.turn(20)
+        over_ray(trainer, 20)
         figures = interleaved(sides, arguments.rounds)
-    print(table(figures, "torchrun, by hand", "µs a step", 1e6))
+    plain.close()
+    print(table(figures, "by hand", "µs a step", 1e6))
+    print()
+    print(table(cpu, "by hand", "CPU µs a step", 1e6))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 
 import raytrainer as rt
 from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import (
     EvaluationReport,
@@ -36,6 +38,7 @@ from raytrainer.messages import (
     TrainStart,
 )
 from raytrainer.metric_messages import MetricReport, MetricSpec, Partial, StepRow
+from raytrainer.plan.recoveries import Continuity
 
 #: Batches of a chunk, and of an epoch; a validation follows each epoch.
 CHUNK, EPOCH = 100, 2000
@@ -63,6 +66,7 @@ class Simulated:
     """
 
     in_process = False
+    continuity = Continuity()
 
     def __init__(self, size: int) -> None:
         self.size, self.broken, self.epoch, self.batch, self.step = size, False, 0, 0, 0
@@ -123,10 +127,10 @@ class Simulated:
         ]
 
     def _end_batches(self, *args: Any) -> list[MetricReport]:
-        return self._epoch_metrics()
+        return [replace(report, trained=True) for report in self._epoch_metrics()]
 
     def _end_epoch(self, *args: Any) -> list[MetricReport]:
-        return [MetricReport() for _ in range(self.size)]
+        return [MetricReport(trained=True) for _ in range(self.size)]
 
     def _start_evaluation(self, *args: Any) -> list[EvaluationStart]:
         return [EvaluationStart([1]) for _ in range(self.size)]
@@ -143,12 +147,13 @@ class Simulated:
     def _finish(self, *args: Any) -> list[FinishReport]:
         return [FinishReport(state_dict=WEIGHTS, buffers={}) for _ in range(self.size)]
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Callable[[], list[dict[str, Any]]]:
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         step, size = self.step, self.size
-        return lambda: [
+        states = [
             {"own": {"rng": rank}, **({"state_dict": {}, "global_step": step, "epoch": 0} if rank < 2 else {})}
             for rank in range(size)
         ]
+        return Copies(lambda: (states, None))
 
     def _fingerprints(self, *args: Any, **kwargs: Any) -> list[Fingerprints]:
         return [Fingerprints({"layer.weight": 1}, {}) for _ in range(self.size)]
@@ -165,6 +170,12 @@ class Simulated:
 
     def abort(self) -> None:
         self.broken = True
+
+    def mended(self) -> None:
+        """All workers start anew."""
+
+    def keep_spares(self, count: int) -> None:
+        """There are none."""
 
     def release(self) -> None:
         pass
@@ -277,7 +288,7 @@ def asked_over_ray(workers: int) -> float:
             return packed
 
     actors = [Idle.remote() for _ in range(workers)]
-    packed = pickle.dumps(("train", (CHUNK, None, None, True, 4), {}), 5)
+    packed = pickle.dumps(("train", (CHUNK, None, None, True, 1, 4), {}), 5)
     answers, times = Answers(Asked()), []
     for _ in range(50):
         began = time.perf_counter()
