@@ -49,19 +49,19 @@ class Recovery:
         )
 
 
-def snapshot_due(every: int | float | str | None, seconds: float, steps: int, cost: float) -> bool:
+def snapshot_due(every: int | float | str | None, seconds: float, steps: int, cost: float | None) -> bool:
     """Whether to take an in-memory snapshot.
 
     Args:
         every: An int counts steps, a float seconds; "auto": as often as costs less than a hundredth of the time, and
-            not within 10 s; None: never.
+            not within 2 s, the first two not within 10 s; None: never.
         seconds: Since the latest snapshot.
         steps: Since the latest snapshot.
-        cost: Seconds that training was blocked by the latest one.
+        cost: Seconds that training was blocked by the latest one; None: that is not known yet.
     """
     if every is None:
         return False
     if isinstance(every, str):
         # handing the copy over beside training costs about as much again
-        return seconds >= max(10.0, 250.0 * cost)
+        return seconds >= (10.0 if cost is None else max(2.0, 250.0 * cost))
     return steps >= every if isinstance(every, int) else seconds >= every

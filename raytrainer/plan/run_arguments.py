@@ -173,8 +173,8 @@ class RunArguments:
     checkpoint. Errors of user code are never retried. "local" recovers nothing."""
 
     snapshot_every: int | str | timedelta | None = argument(default="auto", check=checks.steps_or_duration)
-    """In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": at most every 10 s,
-    costing under 1 % of the time, but for the first one; None: none."""
+    """In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": as often as
+    costs under 1 % of the time, but for the first one, and at most every 2 s; None: none."""
 
     spares: int | str = argument(default="auto", check=checks.count_or_auto)
     """Processes on each node that wait, without CPUs and GPUs of their own, to take a lost worker's place at once;

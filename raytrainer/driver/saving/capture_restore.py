@@ -46,8 +46,8 @@ class RunCapture:
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""
-        self._state.catch_up()  # a state goes on after what has been reported
         began = time.perf_counter()
+        self._state.catch_up()  # a state goes on after what has been reported
         with self._state.clock.phase("saving"):
             copies = group.capture(weights_only)
         captured = Captured(copies, {} if weights_only else self._driver_state(group))

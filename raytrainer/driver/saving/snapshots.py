@@ -30,14 +30,15 @@ class Snapshots:
         self._kept: list[Captured] = []
         self._taken = time.perf_counter()
         self._step = 0
-        self._cost: float | None = None
+        self._cost: float | None = None  # of the latest, from the second on
+        self._first = True
         self._warm = False
         self._announced = False
 
     def restart(self, step: int) -> None:
         """Training begins, or goes on after a loss, here."""
         self._taken, self._step, self._cost, self._warm = time.perf_counter(), step, None, False
-        self._announced = False
+        self._first, self._announced = True, False
 
     def trained(self) -> None:
         """A chunk has been. The first one's time is that of compiling and the like, which no snapshot would save."""
@@ -51,14 +52,14 @@ class Snapshots:
             del self._kept[:-1]
 
     def due(self, step: int) -> bool:
-        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost or 0.0)
+        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
 
     def approaching(self, step: int) -> bool:
         """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow."""
-        if self._announced or self._cost is not None or step <= self._step:
+        if self._announced or not self._first or step <= self._step:
             return False
         self._announced = snapshot_due(
-            self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), 0.0
+            self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), None
         )
         return self._announced
 
@@ -69,7 +70,7 @@ class Snapshots:
         # the one before is kept for now: a worker may die before it has handed over the newest
         self._kept = [*self._kept[-1:], captured]
         # a worker's first copy also allocates the memory for all later ones, so its time is no guide to theirs
-        self._cost = 0.0 if self._cost is None else cost
+        self._cost, self._first = None if self._first else cost, False
         self._taken, self._step = time.perf_counter(), step
 
     def latest(self) -> dict[str, Any] | None:

@@ -47,6 +47,8 @@ def test_the_first_copy_of_new_workers_does_not_count(clock: Clock) -> None:
     assert moments(kept, clock, [2.0, 0.04, 0.4, 0.04]) == [10.0, 20.0, 30.0, 130.0]
     kept.restart(0)
     assert moments(kept, clock, [2.0, 0.4, 0.4]) == [10.0, 20.0, 120.0]
+    kept.restart(0)
+    assert moments(kept, clock, [0.001] * 4) == [10.0, 20.0, 22.0, 24.0]
 
 
 @pytest.mark.parametrize(("every", "moment"), [("auto", 110.0), ("00:00:00:20", 100.0), (3, 100.0)])
