@@ -24,8 +24,8 @@ __all__ = ["OtherWorkers", "Resizing"]
 
 log = logging.getLogger("raytrainer")
 
-#: Seconds between two looks; each asks Ray, which takes a millisecond or two.
-LOOK_EVERY = 2.5
+#: Seconds between two looks, and while processes start in new places; each asks Ray, which takes a millisecond or two.
+LOOK_EVERY, STARTING = 2.5, 0.5
 
 #: Seconds until the next try after one that has failed; doubled each time, up to `SELDOM`.
 PAUSE, SELDOM = 10.0, 300.0
@@ -80,6 +80,8 @@ class Resizing:
         self._leave_if_asked(group)
         if self.divisible or not progress.batch:
             self._grow_if_possible(group, now)
+            if self._services.places is not None:
+                self._next = now + min(LOOK_EVERY, STARTING)
 
     # ---------------------------------------------------------------- more
 
