@@ -49,7 +49,10 @@ class DataModule(ShortRepr, HyperparametersMixin, DataHooks):
         """Take back what `state_dict` gave; called in every worker."""
 
     def on_exception(self, exception: BaseException) -> None:
-        """Clean up after an error in this worker, of the module, of a callback or of the data."""
+        """Clean up after an error in this worker, of the module, of a callback or of the data.
+
+        In the driver's process, also after any other of the run.
+        """
 
     @classmethod
     def from_datasets(

@@ -129,7 +129,7 @@ WORDS: dict[str, dict[str, str]] = {
         ),
         "name": "none; `str(datamodule)` has its class and arguments, not the sizes of loaders, which workers "
         "make",
-        "on_exception": "of what fails in a worker",
+        "on_exception": "the same; on other processes, of what fails in that worker",
         "remove_ignored_hparams": "`save_hyperparameters(ignore=...)`",
     },
     "Callback": {

@@ -347,8 +347,8 @@ class Sized(DataModule):
         self.told.append(exception)
 
 
-@pytest.mark.parametrize("where", ["data", "module", "callback"])
-def test_a_datamodule_is_told_of_errors(where, local_trainer):
+@pytest.mark.parametrize("where", ["data", "module", "callback", "driver"])
+def test_datamodule_and_callbacks_are_told_of_errors_once(where, local_trainer):
     class Failing(Tiny):
         def training_step(self, batch, batch_idx):
             if where == "module":
@@ -359,12 +359,24 @@ def test_a_datamodule_is_told_of_errors(where, local_trainer):
             pass
 
     class Beside(WorkerCallback):
-        def on_train_batch_end(self, *args):
-            raise ValueError("no such place")
+        def __init__(self):
+            self.told = []
 
-    datamodule = Sized()
-    beside = [Beside()] if where == "callback" else []
-    trainer = local_trainer(max_epochs=1, callbacks=beside, limit_val_batches=1.0 if where == "data" else 0)
+        def on_train_batch_end(self, *args):
+            if where == "callback":
+                raise ValueError("no such place")
+
+        def on_exception(self, trainer, module, exception):
+            self.told.append(exception)
+
+    class OnTheDriver(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if where == "driver":
+                raise ValueError("no such end")
+
+    datamodule, beside = Sized(), Beside()
+    limit = 1.0 if where == "data" else 0
+    trainer = local_trainer(max_epochs=1, callbacks=[beside, OnTheDriver()], limit_val_batches=limit)
     with pytest.raises(ValueError, match="no such") as raised:
         trainer.fit(Failing(), datamodule=datamodule)
-    assert datamodule.told == [raised.value]
+    assert datamodule.told == beside.told == [raised.value]

@@ -275,7 +275,7 @@ class WorkerCallback(StatefulCallback):
         """After prediction."""
 
     def on_exception(self, trainer: TrainerView, module: Module, exception: BaseException) -> None:
-        """When a hook or step raised in this worker."""
+        """When a hook or step raised in this worker; in the driver's process, also when anything else has failed."""
 
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         """Before the module's, on the workers that give the common part of a checkpoint or snapshot.

@@ -27,6 +27,7 @@ from raytrainer.metric_messages import LogCall
 from raytrainer.profilers import Profiler
 from raytrainer.signals import shield, terminate
 from raytrainer.view.run_state import nothing
+from raytrainer.worker.worker import Worker
 
 if TYPE_CHECKING:
     from raytrainer.driver.workers.ray_more_places import MorePlaces
@@ -143,6 +144,10 @@ class Run(RunCheckpoints):
         if self._interrupt.terminated:
             with ending.step("saving what SIGTERM has left"):
                 self.save_in_the_end(error)
+        coordinator = self.coordinator
+        if coordinator is not None and coordinator.group.in_process:  # whose callbacks leave the driver's own module
+            with ending.step("telling callbacks beside the module"):
+                coordinator.group.call(Worker.tell, error)
         self.failing = True
         self.emit("on_exception", error, around=ending.hook)
         self.failing = False

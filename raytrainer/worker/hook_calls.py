@@ -58,6 +58,7 @@ class Hooks:
         profiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, function: function,
     ) -> None:
         self.view, self.module, self.callbacks, self._profiled = view, module, list(callbacks), profiled
+        self._told: BaseException | None = None
 
     def bind(self, name: str, loaders: int | None = None) -> Callable[..., Any] | None:
         """One function that calls every overridden `name`, or None if nobody overrode it.
@@ -94,8 +95,10 @@ class Hooks:
         return bound(*args) if bound is not None else None
 
     def tell(self, error: BaseException) -> BaseException:
-        """Call `on_exception` of callbacks and DataModule; what to raise: the error, or one that explains it."""
-        error = explain_inference_tensor(error, self.module) or error
+        """Call `on_exception` of callbacks and DataModule, once; what to raise: the error, or one that explains it."""
+        if error is self._told:
+            return error
+        self._told = error = explain_inference_tensor(error, self.module) or error
         listeners: list[tuple[Any, tuple[Any, ...]]] = [(each, (self.view, self.module)) for each in self.callbacks]
         listeners += [] if self.view.datamodule is None else [(self.view.datamodule, ())]
         for listener, args in listeners:

@@ -81,8 +81,6 @@ class Worker:
                 raise told from error
             raise
 
-    # ---------------------------------------------------------------- set-up
-
     @verb(Wait.USER_CODE, takes_task=True)
     def prepare_data(self, task: Task) -> None:
         """Run `prepare_data` of DataModule and Module, in one worker of each node."""
@@ -125,8 +123,6 @@ class Worker:
     def evaluation(self) -> EvaluationLoop:
         assert self._evaluation is not None
         return self._evaluation
-
-    # ---------------------------------------------------------------- training
 
     @verb(Wait.USER_CODE)
     def start_epoch(
@@ -206,8 +202,6 @@ class Worker:
     def end_fit(self) -> None:
         self.run.hooks.call("on_fit_end")
 
-    # ---------------------------------------------------------------- evaluation
-
     @verb(Wait.USER_CODE)
     def start_evaluation(self, stage: str, sanity: int | None = None, news: News | None = None) -> EvaluationStart:
         self.run.view.hear(news)
@@ -228,8 +222,6 @@ class Worker:
         """The last hooks; `metrics` are the evaluation's, over all workers. `cut_off`: see EvaluationLoop."""
         report, self._evaluation = self.evaluation.end(metrics, cut_off), None
         return report
-
-    # ---------------------------------------------------------------- state
 
     @verb(Wait.AT_ONCE)
     def cursor(self) -> tuple[int, int, int] | None:
@@ -280,6 +272,12 @@ class Worker:
     def fetch_module(self) -> Any:
         """The whole module of the run just finished, for a driver whose own lacks what was built in the worker."""
         return self._finished.cpu() if self._finished is not None and self.ranks.rank == 0 else None
+
+    @verb(Wait.USER_CODE)
+    def tell(self, error: BaseException) -> None:
+        """Tell the run's callbacks of an error of the driver's side."""
+        if self._run is not None:
+            self._run.hooks.tell(error)
 
     @verb(Wait.AT_ONCE)
     def abandon(self) -> None:

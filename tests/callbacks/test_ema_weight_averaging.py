@@ -8,7 +8,7 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data, weights
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raytrainer import Callback, ConfigurationError, EMAWeightAveraging, WeightAveraging
+from raytrainer import Callback, ConfigurationError, EMAWeightAveraging, LambdaCallback, WeightAveraging
 
 
 class Seeing(Tiny):
@@ -225,13 +225,21 @@ def test_exact_resume(batches, verb, undisturbed, tmp_path):
     assert 0 < len(resumed) < len(rows) and resumed == rows[-len(resumed) :]
 
 
-def test_an_error_in_validation_leaves_the_trained_weights(local_trainer):
+@pytest.mark.parametrize("hook", [None, "on_validation_start", "on_validation_epoch_end"])
+def test_an_error_in_validation_leaves_the_trained_weights(hook, local_trainer):
+    """Of the module, or of a driver's callback, where workers are well."""
+
+    def fail(*args):
+        raise ArithmeticError
+
     class Fails(Seeing):
         def validation_step(self, batch, batch_idx):
-            raise ArithmeticError
+            if hook is None:
+                fail()
 
-    module = Fails()
-    trainer = local_trainer(max_epochs=1, callbacks=EMAWeightAveraging(0.5), num_sanity_val_steps=0)
+    module, failing = Fails(), LambdaCallback(**({hook: fail} if hook else {}))
+    averages = EMAWeightAveraging(0.5)
+    trainer = local_trainer(max_epochs=1, callbacks=[averages, failing], num_sanity_val_steps=0)
     with pytest.raises(ArithmeticError):
         trainer.fit(module, data(), data(4))
     assert torch.equal(weights(module), module.trained[-1])
