@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raytrainer.class_only import only_on_the_class
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.hparams import HyperparametersMixin
 from raytrainer.short_repr import ShortRepr
@@ -133,3 +134,6 @@ def _loaders(datasets: Any, shuffle: bool, options: Mapping[str, Any]) -> Any:
     if isinstance(datasets, Sequence) and not isinstance(datasets, Dataset):
         return [loader(dataset) for dataset in datasets]
     return loader(datasets)
+
+
+only_on_the_class(DataModule, "load_from_checkpoint")

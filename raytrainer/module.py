@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from raytrainer.cells import html_table
+from raytrainer.class_only import only_on_the_class
 from raytrainer.data.data_hooks import DataHooks
 from raytrainer.errors import ConfigurationError
 from raytrainer.hparams import HyperparametersMixin
@@ -226,3 +227,6 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         from raytrainer.checkpointing.weights import export_weights
 
         export_weights(self, path)
+
+
+only_on_the_class(Module, "load_from_checkpoint")

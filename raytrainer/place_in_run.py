@@ -102,7 +102,8 @@ def advise(error: BaseException) -> None:
     if "process group has not been initialized" in str(error) and not getattr(error, "__notes__", None):
         error.add_note(
             "One worker has no process group. raytrainer.rank() and raytrainer.world_size() work with any number of "
-            "workers: DistributedSampler(dataset, num_replicas=raytrainer.world_size(), rank=raytrainer.rank())."
+            "workers: DistributedSampler(dataset, num_replicas=raytrainer.world_size(), rank=raytrainer.rank()). "
+            "So does self.all_gather(...) of a Module; other collectives need an if raytrainer.world_size() > 1."
         )
 
 

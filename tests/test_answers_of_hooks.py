@@ -70,6 +70,10 @@ def test_an_optimizer_of_other_parameters_is_warned_of(local_trainer, caplog):
         ("train.csv", "'train.csv', a text"),
         (DataLoader, "DataLoader, a class: give an object"),
         (TensorDataset(torch.ones(4, 4)), r"a TensorDataset, which is no loader: give DataLoader\(dataset"),
+        (
+            torch.ones(16, 4),
+            r"a Tensor of shape \(16, 4\), whose rows would be taken for batches: give DataLoader\(Ten",
+        ),
         (3, "loader is 3: give a DataLoader"),
         ([data(), None], "a list of loaders, in which number 1 is None"),
         ({"a": data(), "b": 3}, "a dict whose values are not all loaders .*'b': a int"),

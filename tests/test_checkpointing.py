@@ -229,6 +229,24 @@ def test_saving_in_a_callback_at_any_moment(local_trainer, tmp_path):
     assert [read_checkpoint(tmp_path / name)["global_step"] for name in ("start", "validation", "end")] == [0, 10, 10]
 
 
+@pytest.mark.parametrize(
+    ("before", "now"), [(torch.optim.SGD, torch.optim.Adam), (torch.optim.Adam, torch.optim.RMSprop)]
+)
+def test_another_optimizers_state_is_refused(before, now, tmp_path, local_trainer):
+    def fit(kind, epochs, **given):
+        module = type("Changed", (Tiny,), {"configure_optimizers": lambda self: kind(self.parameters(), 0.1)})()
+        trainer = local_trainer(max_epochs=epochs)
+        trainer.fit(module, data(), **given)
+        return trainer
+
+    fit(before, 1).save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(
+        CheckpointError, match=f"optimizer is another one: it has no .*, which this {now.__name__} needs"
+    ):
+        fit(now, 2, ckpt_path=tmp_path / "one.ckpt")
+    assert fit(before, 2, ckpt_path=tmp_path / "one.ckpt").current_epoch == 2
+
+
 # ---------------------------------------------------------------- load_from_checkpoint
 
 

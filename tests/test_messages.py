@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from tiny import Tiny, data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,6 +75,24 @@ def of_lightning() -> object:
 def test_models(local_trainer, make, message):
     with pytest.raises(ConfigurationError, match=message):
         local_trainer(max_epochs=1).fit(make(), loader())
+
+
+def test_backward_in_a_step(local_trainer):
+    class Twice(Tiny):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            loss.backward()
+            return loss
+
+    with pytest.raises(RuntimeError, match="a second time") as caught:
+        local_trainer(max_epochs=1).fit(Twice(), data())
+    assert any("The Trainer calls backward() on the loss" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("kind", [Tiny, raytrainer.DataModule])
+def test_what_makes_a_new_object_is_the_classes(kind):
+    with pytest.raises(ConfigurationError, match=rf"leaves this one as it is: write new = {kind.__name__}\.load_from"):
+        kind().load_from_checkpoint("last.ckpt")
 
 
 def test_a_trainer_in_init():

@@ -30,6 +30,7 @@ FLOORS = [
         "tracebacks",
         "cells",
         "short_repr",
+        "class_only",
     ],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding", "place_in_run", "attribute_tensors"],

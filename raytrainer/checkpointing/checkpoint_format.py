@@ -161,6 +161,8 @@ def read_checkpoint(
         try:
             state: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:
+            if "deserialize object on" in str(error):  # whole, but for a device that is not here
+                raise CheckpointError(f"{path}/{name}, map_location={map_location!r}: {error}") from None
             raise CheckpointError(
                 f"{path}/{name}: the file is damaged, or holds more than plain data, which is never executed: {error}"
             ) from None

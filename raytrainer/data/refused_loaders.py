@@ -28,6 +28,12 @@ def require_loader(loader: Any, stage: str) -> None:
     elif isinstance(loader, (list, tuple)) and any(isinstance(item, DataLoader) for item in loader):
         at, item = next((at, item) for at, item in enumerate(loader) if not isinstance(item, DataLoader))
         what = f"a {type(loader).__name__} of loaders, in which number {at} is {_kind(item)}: give loaders only"
+    elif getattr(loader, "ndim", 3) < 3 and hasattr(loader, "shape"):
+        rows = "columns' names" if hasattr(loader, "columns") else "rows"
+        what = (
+            f"a {type(loader).__name__} of shape {tuple(loader.shape)}, whose {rows} would be taken for batches: give "
+            f"DataLoader(TensorDataset(...), batch_size=...)"
+        )
     elif hasattr(loader, "__iter__"):
         return
     elif hasattr(loader, "__getitem__"):

@@ -27,6 +27,12 @@ def advice(message: str) -> str:
             "No variables of torchrun's are set: raytrainer.rank() and raytrainer.world_size() work everywhere, "
             "self.local_rank in a Module."
         )
+    if "backward through the graph a second time" in message:
+        return (
+            "The Trainer calls backward() on the loss that training_step returns: leave it out there, or set "
+            "self.automatic_optimization = False and use self.manual_backward(loss). Or a tensor that an earlier batch "
+            "has left is used again: keep tensor.detach()."
+        )
     if re.search(r"has no attribute 'trainer'$", message.strip()):
         return "Modules and DataModules have a self.trainer; elsewhere there are raytrainer.rank() and world_size()."
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,7 +12,16 @@ from pathlib import Path
 
 from raytrainer.plan.folding import by_text, ranks_text
 
-__all__ = ["LOADERS_PROCESS", "Frame", "Whereabouts", "folded", "frames_of_threads", "keep_waiting", "whereabouts"]
+__all__ = [
+    "LOADERS_PROCESS",
+    "Frame",
+    "Silence",
+    "Whereabouts",
+    "folded",
+    "frames_of_threads",
+    "keep_waiting",
+    "whereabouts",
+]
 
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -23,6 +33,11 @@ _OWN = str(Path(__file__).parents[1])
 _STANDARD = sysconfig.get_path("stdlib")
 
 _BATCH = "a batch from the loader's processes"
+_DRIVER = "the driver"
+
+#: Seconds without an answer that are worth a word: workers answer about once a second.
+_LONG = 3.0
+
 _BACKWARD = "the backward pass, and in it averages over the workers"
 
 #: Waits that have a name: part of the file's path, the function ("" for any), what it is.
@@ -47,7 +62,7 @@ _PLAIN_WAITS = (
 
 
 #: How waits begin that may be for other workers. A GPU waits for them too, and the driver for those that do not answer.
-_FOR_OTHERS = ("the collective", "the backward pass", "the other workers", "the GPU", "the driver")
+_FOR_OTHERS = ("the collective", "the backward pass", "the other workers", "the GPU", _DRIVER)
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Whereabouts:
         innermost: The innermost line of all; None where it did not answer.
         waits_for: What it waits for, where that can be told; "" otherwise.
         threads: The whole dump.
+        seconds: For how long the driver has waited for the workers' answer; None where it does not.
     """
 
     rank: int
@@ -82,6 +98,7 @@ class Whereabouts:
     innermost: Frame | None
     waits_for: str
     threads: str
+    seconds: float | None = None
 
     @property
     def where(self) -> str:
@@ -89,10 +106,30 @@ class Whereabouts:
         if self.innermost is None:
             return "did not answer"
         at = f"at {self.user}" if self.user is not None else f"in no code of yours, at {self.innermost}"
-        return f"{at}{f', waiting for {self.waits_for}' if self.waits_for else ''}"
+        silent = self.seconds is not None and self.seconds >= _LONG and self.waits_for != _DRIVER
+        said = f"; no answer for {self.seconds:.0f} s" if silent else ""
+        return f"{at}{f', waiting for {self.waits_for}' if self.waits_for else ''}{said}"
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}: {self.where}"
+
+
+class Silence:
+    """Entered while the driver waits for answers: `seconds` tells for how long, from any thread."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    @property
+    def seconds(self) -> float | None:
+        since = self._since
+        return None if since is None else time.monotonic() - since
 
 
 def folded(found: Sequence[Whereabouts]) -> list[str]:
@@ -124,20 +161,21 @@ def frames_of_threads(dump: str) -> list[list[Frame]]:
     return threads
 
 
-def whereabouts(rank: int, node: str, dump: str) -> Whereabouts:
+def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -> Whereabouts:
     """What a dump says of the thread that trains: the one that this package's worker runs in.
 
     Args:
         rank: The worker's global rank.
         node: Its node and process.
         dump: What `faulthandler` has written there, followed by that of its loader's processes.
+        seconds: See `Whereabouts`.
     """
     own, *loaders = dump.split(LOADERS_PROCESS)
     threads = frames_of_threads(own)
     training = next((frames for frames in threads if any(_trains(frame) for frame in frames)), None)
     if training is None:  # between verbs
         idle = threads[-1][0] if threads and threads[-1] else None
-        return Whereabouts(rank, node, None, idle, "the driver" if idle else "", dump)
+        return Whereabouts(rank, node, None, idle, _DRIVER if idle else "", dump, seconds)
     inside = training[: next(i for i, frame in enumerate(training) if _trains(frame))]
     user = _users(inside)
     # what called the user's line, a backward pass its hook, say, is not what that waits for
@@ -150,7 +188,7 @@ def whereabouts(rank: int, node: str, dump: str) -> Whereabouts:
         hooks = [frames for frames in threads if frames is not training and frames[-1:] and not _of_python(frames[-1])]
         hook = next(filter(None, map(_users, hooks)), None)
         user, waits_for = (user, waits_for) if hook is None else (hook, "")
-    return Whereabouts(rank, node, user, training[0], waits_for, dump)
+    return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds)
 
 
 def _users(frames: Sequence[Frame]) -> Frame | None:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raytrainer.errors import CheckpointError
+
 __all__ = ["load_optimizer_state"]
 
 
@@ -20,8 +22,18 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], as_saved: 
         optimizer: Takes it up.
         state: As saved; may be kept.
         as_saved: Parameters have the types that they had then, so that its state has too.
+
+    Raises:
+        CheckpointError: It is another optimizer's.
     """
     optimizer.load_state_dict(state)
+    lacking = sorted({name for group in optimizer.param_groups for name in optimizer.defaults if name not in group})
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is another one: it has no {', '.join(lacking)}, which this "
+            f"{type(optimizer).__name__} needs. Go on with that run's optimizer, or begin with its weights alone: "
+            f"Module.load_from_checkpoint(...)."
+        )
     if not as_saved:
         return
     saved = [index for group in state["param_groups"] for index in group["params"]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import raytrainer
-from raytrainer.plan.where_it_is import LOADERS_PROCESS, frames_of_threads, keep_waiting, whereabouts
+from raytrainer.plan.where_it_is import LOADERS_PROCESS, Silence, frames_of_threads, keep_waiting, whereabouts
 
 OWN, STANDARD = Path(raytrainer.__file__).parent, sysconfig.get_path("stdlib")
 TORCH = f"{STANDARD}/site-packages/torch"
@@ -84,6 +85,19 @@ def test_between_verbs_and_without_an_answer():
     found = whereabouts(0, "n", dump(((f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop"),)))
     assert found.user is None and found.waits_for == "the driver"
     assert str(whereabouts(1, "n", "")) == "rank 1 on n: did not answer"
+
+
+def test_for_how_long():
+    waits, works = (whereabouts(rank, "n", dump(x + WORKER), 41.4) for rank, x in enumerate((COLLECTIVE, STEP)))
+    assert str(waits).endswith(f"waiting for {waits.waits_for}; no answer for 41 s")
+    assert str(works).endswith("in training_step; no answer for 41 s")
+    assert "no answer" not in str(replace(works, seconds=0.9)) + str(replace(works, seconds=None))
+    idle = dump(((f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop"),))
+    assert "no answer" not in str(whereabouts(0, "n", idle, 41.4))  # it has answered, and the driver waits for others
+    silence = Silence()
+    with silence:
+        assert silence.seconds >= 0
+    assert silence.seconds is None
 
 
 def test_frames():

@@ -83,6 +83,7 @@ def test_each_hang_is_found(ray_trainer, tmp_path, caplog):
     asking.join()
     for how, (other, stuck) in found.items():
         assert (stuck.rank, stuck.user.line, stuck.waits_for) == (1, line_of(how), ""), f"{how}: {stuck}"
+        assert stuck.seconds >= 0
         assert "the backward pass" in other.waits_for, f"{how}: {other}"
     assert trainer.where() == []
     with pytest.raises(WorkerLostError, match="no answer from rank") as caught:  # what came before does not wait again

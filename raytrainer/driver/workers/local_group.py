@@ -17,7 +17,7 @@ from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.settings import Settings
-from raytrainer.plan.where_it_is import Whereabouts, whereabouts
+from raytrainer.plan.where_it_is import Silence, Whereabouts, whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
@@ -40,6 +40,7 @@ class LocalGroup:
     def __init__(self, worker: Worker | None = None) -> None:
         self.worker = worker or Worker(in_place=True)
         self._module: torch.nn.Module | None = None
+        self._silence = Silence()
 
     def describe(self) -> str:
         return f"this process ({self.worker.device})"
@@ -53,7 +54,8 @@ class LocalGroup:
         return [self.worker.obey(Worker.setup, task)]
 
     def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
-        answer = self.worker.obey(method, *args, **kwargs)
+        with self._silence:
+            answer = self.worker.obey(method, *args, **kwargs)
         if verb_of(method).name == "finish":
             self._bring_back()
         return [answer]
@@ -62,7 +64,8 @@ class LocalGroup:
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            return [whereabouts(0, f"{socket.gethostname()}, pid {os.getpid()}", file.read())]
+            node, seconds = f"{socket.gethostname()}, pid {os.getpid()}", self._silence.seconds
+            return [whereabouts(0, node, file.read(), seconds)]
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         staged = self.worker.capture(weights_only, live=final, final=final)

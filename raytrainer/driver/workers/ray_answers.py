@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
@@ -98,7 +99,7 @@ class Answers:
             silent = [of[ref] for ref in refs if ref in pending]
             reason = f"no answer from rank(s) [{ranks_text(silent)}] for {patience:.0f} s ({what})"
             # told before they are ended: which of them keeps the others waiting shows in what each one waits for
-            found = self._group.whereabouts(WHERE)
+            found = [replace(each, seconds=None) for each in self._group.whereabouts(WHERE)]  # has been said
             lost = keep_waiting([each for each in found if each.rank in silent]) or silent
             self._group.lose(lost)
             raise WorkerLostError(lost[0], reason + "".join(f"\n  {line}" for line in folded(found)))

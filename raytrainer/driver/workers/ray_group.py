@@ -27,7 +27,7 @@ from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import assign_ranks
 from raytrainer.plan.recoveries import Continuity
-from raytrainer.plan.where_it_is import Whereabouts
+from raytrainer.plan.where_it_is import Silence, Whereabouts
 from raytrainer.signals import shield
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack
@@ -78,7 +78,7 @@ class RayGroup:
         self.stale = False  # the process group may hold half a collective: join anew before the next run
         self.outputs: list[str | None] = [None] * self.size
         self.places: list[Place] = []
-        self._answers = Answers(self)
+        self._answers, self._silence = Answers(self), Silence()
         self._captures: RayCaptures | None = None  # once there are workers
         self._surroundings: Surroundings | None = None  # of the run's workers
         with shield():
@@ -115,7 +115,7 @@ class RayGroup:
 
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         """See `WorkerGroup`."""
-        return ask_where(self.places, patience)
+        return ask_where(self.places, patience, self._silence.seconds)
 
     @property
     def by_node(self) -> Mapping[str, int]:
@@ -185,7 +185,8 @@ class RayGroup:
             packed = packed_verb(verb, args, kwargs or {})
             refs = [actor.obey_packed.remote(packed) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
-        return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
+        with self._silence:
+            return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         """See `RayCaptures.capture`."""

@@ -18,7 +18,7 @@ __all__ = ["ask_where"]
 WRITING = 5.0
 
 
-def ask_where(places: Sequence[Place], patience: float) -> list[Whereabouts]:
+def ask_where(places: Sequence[Place], patience: float, silent_for: float | None) -> list[Whereabouts]:
     """Where each worker is, by rank; those that have not answered after `patience` seconds are told so."""
     remote = ray.remote(num_cpus=0, max_retries=0)(_asked)
     asked: list[Any] = []
@@ -29,7 +29,7 @@ def ask_where(places: Sequence[Place], patience: float) -> list[Whereabouts]:
     for ref in late:
         ray.cancel(ref, force=True)
     return [
-        whereabouts(rank, f"{place.host}, pid {place.pid}", _text(ref) if ref in ready else "")
+        whereabouts(rank, f"{place.host}, pid {place.pid}", _text(ref) if ref in ready else "", silent_for)
         for rank, (place, ref) in enumerate(zip(places, asked, strict=True))
     ]
 
