@@ -13,13 +13,16 @@ from typing import ParamSpec, TypeVar
 
 from raytrainer.errors import RaytrainerError, WorkerError
 
-__all__ = ["FULL", "fold", "folds_tracebacks"]
+__all__ = ["FULL", "HINT", "fold", "folds_tracebacks"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Set to 1, it shows every frame.
 FULL = "RAYTRAINER_FULL_TRACEBACK"
+
+#: Said below an error of which frames have been left out.
+HINT = f"{FULL}=1 shows the frames of raytrainer and torch too."
 
 #: Packages between the user's call and the user's code, beside this one.
 BETWEEN = ("torch", "ray")
@@ -48,9 +51,8 @@ def fold(error: BaseException) -> None:
             kept.append(frames[-1])
         hidden += len(frames) - len(kept)
         each.__traceback__ = _linked(kept)
-    note = f"{FULL}=1 shows the frames of raytrainer and torch too."
-    if hidden and not isinstance(error, RaytrainerError) and note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    if hidden and not isinstance(error, RaytrainerError) and HINT not in getattr(error, "__notes__", ()):
+        error.add_note(HINT)
 
 
 def folds_tracebacks(verb: Callable[P, R]) -> Callable[P, R]:

@@ -26,8 +26,9 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], as_saved: 
     Raises:
         CheckpointError: It is another optimizer's.
     """
+    needed = {name for name in optimizer.defaults if all(name in group for group in optimizer.param_groups)}
     optimizer.load_state_dict(state)
-    lacking = sorted({name for group in optimizer.param_groups for name in optimizer.defaults if name not in group})
+    lacking = sorted({name for group in optimizer.param_groups for name in needed - group.keys()})
     if lacking:
         raise CheckpointError(
             f"the checkpoint's optimizer is another one: it has no {', '.join(lacking)}, which this "

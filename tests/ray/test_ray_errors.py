@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raytrainer import DataModule, Module, WorkerError, WorkerLostError
 from raytrainer.errors import SerializationError
+from raytrainer.tracebacks import HINT
 
 
 def check_next_fit(make_trainer) -> None:
@@ -41,6 +42,7 @@ def test_one_rank_fails_while_the_other_waits_for_it(ray_trainer):
     assert isinstance(where, WorkerError)
     assert where.rank == 1 and where.node.split()[0] not in ("", "?")
     assert "# the line that users look for" in where.traceback and "test_ray_errors.py" in where.traceback
+    assert HINT not in where.traceback and getattr(caught.value, "__notes__", []).count(HINT) <= 1  # said once
     assert "rank 1" in str(where)
     assert trainer.state.status == "failed" and not trainer.interrupted
     check_next_fit(ray_trainer)

@@ -16,6 +16,7 @@ from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.folding import ranks_text
 from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
 from raytrainer.signals import PIECE, hear
+from raytrainer.tracebacks import HINT
 from raytrainer.worker.actor.actor import Failure
 from raytrainer.worker.actor.module_pickling import Pickled
 from raytrainer.worker.actor.place import Place
@@ -182,14 +183,14 @@ class Answers:
             f.rank for f in failures if isinstance(f, Failure) and f is not culprit and (f.type_name, f.message) == said
         ]
         others = f"Ranks {ranks_text(alike)} said the same.\n" if len(alike) > 1 else ""
-        where = WorkerError(culprit.rank, culprit.node, culprit.traceback + others)
         try:
             original = pickle.loads(culprit.pickled) if culprit.pickled is not None else None
         except Exception:
             original = None
-        if isinstance(original, BaseException):
-            raise original from where
-        raise where
+        if isinstance(original, BaseException):  # which is told with the hint, below
+            text = culprit.traceback.replace(f"{HINT}\n", "")
+            raise original from WorkerError(culprit.rank, culprit.node, text + others)
+        raise WorkerError(culprit.rank, culprit.node, culprit.traceback + others)
 
 
 def _lines(error: RayError) -> list[str]:
