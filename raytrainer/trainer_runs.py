@@ -216,7 +216,7 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             self._state.trainer.status = "interrupted" if self._state.interrupted else "failed"
             raise
         self._callbacks = arrange_callbacks(given, self._own_callbacks)
-        refuse_former_hooks(module, self._callbacks)
+        refuse_former_hooks(module, datamodule, self._callbacks)
         require_hook_arguments(module, datamodule, self._callbacks)
         if stage == "fit":
             self._require_writable()

@@ -212,6 +212,22 @@ def test_hooks_that_would_not_run(local_trainer, kind, hook, value, message):
         trainer.fit(odd if kind is Tiny else Tiny(), data(), datamodule=odd if kind is rt.DataModule else None)
 
 
+def test_datasets_in_attributes_are_ones_own(local_trainer):
+    class Fine(rt.DataModule):
+        def setup(self, stage):
+            self.val_dataset = self.train_dataset
+
+        def train_dataloader(self):
+            return DataLoader(self.train_dataset, 4)
+
+    fine = Fine()
+    fine.train_dataset = data().dataset
+    for _ in range(2):  # the second time with what `setup` has set
+        trainer = local_trainer(max_epochs=1)
+        trainer.fit(Tiny(), datamodule=fine)
+        assert trainer.global_step > 0
+
+
 def test_a_loader_hook_may_yield_batches(local_trainer):
     class Fine(Tiny):
         def train_dataloader(self):

@@ -5,7 +5,7 @@ import logging
 import pytest
 from tiny import Tiny, data
 
-from raytrainer import Callback, ConfigurationError, Module, WorkerCallback
+from raytrainer import Callback, ConfigurationError, DataModule, Module, WorkerCallback
 
 
 @pytest.mark.parametrize("name", ["training_epoch_end", "validation_epoch_end", "test_epoch_end"])
@@ -60,3 +60,33 @@ def test_a_misspelt_step_is_named(local_trainer):
 
     with pytest.raises(ConfigurationError, match=r"no training_step\(\).*There is Typed.traning_step\(\)"):
         local_trainer(max_epochs=1).fit(Typed(), data(4))
+
+
+@pytest.mark.parametrize("in_class", [True, False])
+def test_misspelt_flags_are_warned_of(in_class, local_trainer, caplog):
+    class Odd(Tiny):
+        automatic_optimization = True
+
+    odd = Odd()
+    (Odd if in_class else odd).automatic_optimisation = False
+    local_trainer(max_epochs=1).fit(odd, data(4))
+    assert (
+        "Odd.automatic_optimisation means nothing to the Trainer: did you mean automatic_optimization?" in caplog.text
+    )
+    assert caplog.text.count("means nothing") == 1
+
+
+def test_misspelt_hooks_of_a_datamodule_are_warned_of(local_trainer, caplog):
+    class Odd(DataModule):
+        def train_dataloader(self):
+            return data(4)
+
+        def val_dataloder(self):
+            return data(4)
+
+        def train_loader(self):
+            """One's own."""
+
+    local_trainer(max_epochs=1).fit(Tiny(), datamodule=Odd())
+    assert "Odd.val_dataloder is not called by the Trainer: did you mean val_dataloader?" in caplog.text
+    assert caplog.text.count("is not called by the Trainer") == 1

@@ -10,8 +10,10 @@ from types import FunctionType
 from typing import Any
 
 from raytrainer.callbacks import Callback, WorkerCallback
+from raytrainer.datamodule import DataModule
 from raytrainer.errors import ConfigurationError
 from raytrainer.module import Module
+from raytrainer.plan.nearest_names import nearly
 
 __all__ = ["own_functions", "refuse_former_hooks"]
 
@@ -25,6 +27,9 @@ _WITH_OUTPUTS = {
 }
 #: What hooks are called.
 _HOOK = re.compile(r"^on_|_step$|_dataloader$|^configure_|^transfer_|^setup$|^teardown$|^prepare_data$")
+
+#: Attributes of a module that say how it is trained.
+_FLAGS = ("automatic_optimization", "strict_loading")
 
 #: Of modules and callbacks.
 _RENAMED = {
@@ -46,7 +51,9 @@ _RENAMED = {
 }
 
 
-def refuse_former_hooks(module: Module, callbacks: Iterable[Callback | WorkerCallback]) -> None:
+def refuse_former_hooks(
+    module: Module, datamodule: DataModule | None, callbacks: Iterable[Callback | WorkerCallback]
+) -> None:
     """Refuse those that were given outputs, as Lightning does, and warn of others, which might be the user's own.
 
     Raises:
@@ -58,11 +65,21 @@ def refuse_former_hooks(module: Module, callbacks: Iterable[Callback | WorkerCal
                 f"{type(module).__name__}.{name} is never called: it is {instead}(self) now, without outputs. Keep "
                 f"what it needs in an attribute during the steps, as in self.outputs.append(...)."
             )
+    _warn_of_misspelt_flags(module)
+    if datamodule is not None:
+        _warn_of_misspelt(datamodule, DataModule)
     for owner in (module, *callbacks):
         _warn_of_misspelt(owner, next(base for base in (Module, Callback, WorkerCallback) if isinstance(owner, base)))
         for name, instead in _RENAMED.items():
             if callable(getattr(owner, name, None)):
                 log.warning("%s.%s is not called by the Trainer; there is %s.", type(owner).__name__, name, instead)
+
+
+def _warn_of_misspelt_flags(module: Module) -> None:
+    kinds = (kind for kind in type(module).__mro__ if not issubclass(Module, kind))
+    for name in dict.fromkeys((*vars(module), *(name for kind in kinds for name in vars(kind)))):
+        if name not in _FLAGS and (meant := nearly(name, _FLAGS)):
+            log.warning("%s.%s means nothing to the Trainer: did you mean %s?", type(module).__name__, name, meant)
 
 
 def own_functions(owner: Any, base: type) -> list[str]:

@@ -34,6 +34,8 @@ def _owner(stage: str, owners: tuple[Any, ...]) -> Any:
         if owner is None:
             continue
         dataset, loader = (overridden(owner, f"{stage}_{kind}") for kind in ("dataset", "dataloader"))
+        # an attribute that is no method is what the user's loader reads: many DataModules call it so
+        dataset = dataset and callable(getattr(owner, f"{stage}_dataset"))
         if dataset and loader:
             raise ConfigurationError(
                 f"{type(owner).__name__} has {stage}_dataset() and {stage}_dataloader(): write one of them."
