@@ -96,8 +96,10 @@ class Preemption:
         try:
             path = _path(folder, begun_with)
             write(path)
-        except Exception as error:
+        except BaseException as error:
             release(path)
+            if not isinstance(error, Exception):  # the time is over, or Ctrl-C
+                raise
             log.warning("Step %d could not be saved: %s", step, error)
         else:
             self.saved = path

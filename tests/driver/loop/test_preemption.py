@@ -175,6 +175,18 @@ def test_nothing_half_written_is_left(tmp_path, caplog, monkeypatch):
     assert "of which there is no checkpoint" in caplog.text
 
 
+@pytest.mark.parametrize("ended_by", [SystemExit, KeyboardInterrupt])
+def test_its_name_is_given_back_where_time_is_over_before_it_is_begun(tmp_path, ended_by):
+    def write(path):
+        assert Path(path).is_dir()  # taken, so that no other run takes it
+        raise ended_by
+
+    saver = ModelCheckpoint(tmp_path)
+    with pytest.raises(ended_by):
+        Preemption(1.0, END).save([saver], write, 3, lambda: "now")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_full_is_told(tmp_path, caplog, monkeypatch):
     caplog.set_level("WARNING", logger="raytrainer")
 
