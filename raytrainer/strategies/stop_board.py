@@ -52,23 +52,23 @@ class StopBoard:
     @classmethod
     def of_host(cls, store: Any, rank: int, size: int, control: Any) -> StopBoard | None:
         """A board of workers that can all map the same memory, else None. All make it together, over a gloo group."""
-        length, name, file = 8 * (_POSITIONS + size), "", -1
-        with contextlib.suppress(OSError):
-            if rank == 0:
+        length, name, file, whole = 8 * (_POSITIONS + size), "", -1, False
+        if rank == 0:
+            with contextlib.suppress(OSError):
                 folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
                 file, name = tempfile.mkstemp(prefix="raytrainer-stop-", dir=folder)
-                os.ftruncate(file, length)
-        if rank == 0:
-            store.set("raytrainer/stop/file", name)
-        elif name := store.get("raytrainer/stop/file").decode():
+                # takes its memory now: where there is none, the first to write to it later would be ended by a signal
+                whole = os.write(file, bytes(length)) == length
+            store.set("raytrainer/stop/file", name if whole else "")
+        elif there := store.get("raytrainer/stop/file").decode():
             with contextlib.suppress(OSError):
-                file = os.open(name, os.O_RDWR)
-        there = torch.tensor([int(file >= 0)])
-        dist.all_reduce(there, op=dist.ReduceOp.MIN, group=control)
+                file, whole = os.open(there, os.O_RDWR), True
+        every = torch.tensor([int(whole)])
+        dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control)
         if rank == 0 and name:
             os.unlink(name)
         try:
-            return cls(store, rank, size, mmap.mmap(file, length)) if there.item() else None
+            return cls(store, rank, size, mmap.mmap(file, length)) if every.item() else None
         finally:
             if file >= 0:
                 os.close(file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import tempfile
 import threading
 
 import pytest
@@ -87,3 +89,38 @@ def test_who_never_names_it_is_an_error(boards, monkeypatch):
     boards[0]._board[stop_board._ASKED] = 7
     with pytest.raises(RaytrainerError, match="asked to stop"):
         boards[1].enter(0)
+
+
+@pytest.mark.parametrize("failure", [None, "mkstemp", "write"])
+def test_without_room_for_it_there_is_none(failure, monkeypatch, tmp_path):
+    """A full /dev/shm, say: workers vote instead. What was made of it is gone."""
+    made = []
+
+    def mkstemp(prefix, dir):
+        if failure == "mkstemp":
+            raise OSError("no room")
+        file, name = original(prefix=prefix, dir=tmp_path)
+        made.append(file)
+        return file, name
+
+    def write(file, data):
+        return 0 if failure == "write" else real(file, data)
+
+    real, original = os.write, tempfile.mkstemp
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(os, "write", write)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        board = StopBoard.of_host(store, 0, 1, None)
+    finally:
+        dist.destroy_process_group()
+        monkeypatch.undo()
+    assert (board is None) == bool(failure)
+    assert not list(tmp_path.iterdir())
+    for file in made:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(file)
+    if board is not None:
+        board.begin(1)
+        assert board.enter(0) is None
