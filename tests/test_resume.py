@@ -121,6 +121,29 @@ class Counting(raytrainer.Module):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Reads(Counting):
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def training_step(self, batch, batch_idx):
+        self.read += batch[:, 0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_another_batch_size_goes_on_with_the_samples_that_are_left(size, local_trainer, tmp_path):
+    def data(batch_size):
+        return DataLoader(torch.arange(32.0).reshape(-1, 1).expand(-1, 2), batch_size, shuffle=True)
+
+    first, second = Reads(), Reads()
+    saver = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True, every_n_train_steps=4)
+    local_trainer(max_steps=4, seed=1, callbacks=saver, enable_checkpointing=True).fit(first, data(4))
+    local_trainer(max_epochs=1, seed=1).fit(second, data(size), ckpt_path=tmp_path / "last.ckpt")
+    assert sorted(first.read + second.read) == list(range(32))
+    assert second.batches == 16 // size
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_nothing_is_left_for_another_number_of_workers(local_trainer, tmp_path, drop_last):
     """The epoch ends, is validated, and the next one begins; a row too few for a batch is no error."""

@@ -29,7 +29,7 @@ from raytrainer.data.web_pipelines import shuffling_steps
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
-from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
+from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit, samples_before
 from raytrainer.private.torch_private import forget_iterator, take_iterator
 
 __all__ = ["Feed"]
@@ -55,6 +55,7 @@ class Feed:
         nothing: No worker has any batch.
         watched: Takes the first batches, where it is not known that workers read different ones, or says of what.
         may_miss: Whether batches may be None: not with torch's own way of collating.
+        batch_size: Samples in a batch, where that is known.
 
     Raises:
         DataError: No iterable, or in training samples, but no batch of them for this worker.
@@ -62,18 +63,17 @@ class Feed:
 
     def __init__(self, loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> None:
         require_loader(loader, stage)
-        self.stage, self.share, self.seed, self.settings = stage, share, seed, settings
-        self.source = loader
+        self.source, self.stage, self.share, self.seed, self.settings = loader, stage, share, seed, settings
         sharded = shard_loader(loader, stage, share, seed, settings, epoch)
         self.loader, self.reader, self._stand_in = sharded.loader, sharded.reader, sharded.stand_in
-        self._drawing = sharded.batches
+        self._drawing, self.batch_size = sharded.batches, sharded.batch_size(loader)
         self.batches = sharded.batches if sharded.in_step else None
         reading = loader if self.reader is None else self.reader
         self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
         self._state = EpochState(self.loader, self._drawing, seed)
         self.watched = watch(stage, share, sharded.splits, getattr(reading, "dataset", None), remedy(loader))
-        collates = getattr(self.reader, "collate_fn", None)
-        self.may_miss = collates is not default_collate or self.loader is not self.reader
+        collate = getattr(self.reader, "collate_fn", None)
+        self.may_miss = collate is not default_collate or self.loader is not self.reader
         self._requests: Requests | None = None
         self._reading: Callable[[], Any] = lambda: None  # a weak reference to the loader's latest iterator
         self._epoch: int | None = None
@@ -151,7 +151,7 @@ class Feed:
         self._own = own = None if self._unmeasured else length_of(self.loader)
         # fractions are of the longest part, so that all workers agree on them
         longest = own if self.batches is None or own is None else self.batches.longest_part()
-        offset, count = batches_before(self._before), self.share.count
+        offset, count = batches_before(self._before, self.batch_size), self.share.count
         limit = resolve_limit(f"limit_{self.stage}_batches", self.settings.limit(self.stage), longest)
         if limit is not None and offset:
             limit = max(0, -(-(limit * count - offset) // count))
@@ -159,7 +159,7 @@ class Feed:
 
     def _leave_out(self, before: Past) -> None:
         """Leave out the epoch's first batches, which groups of other sizes have done."""
-        offset, count = batches_before(before), self.share.count
+        offset, count = batches_before(before, self.batch_size), self.share.count
         self._unmeasured = bool(offset) and self._state.goes_on(self._epoch or 0)  # lengths are of whole epochs
         if self.batches is None:
             if offset and not self._unmeasured:
@@ -168,7 +168,7 @@ class Feed:
                     "epoch was begun by another number of workers: the epoch begins anew.", self.stage,
                 )  # fmt: skip
         elif self.batches.shard is not None and self.batches.share.count == 1:
-            self.batches.shard.begin = offset * (getattr(self.source, "batch_size", None) or 1)
+            self.batches.shard.begin = samples_before(before, self.batch_size or 1)
         else:
             # batches of an own DistributedSampler are this worker's alone
             self.batches.begin = offset if self.batches.share.count > 1 else offset // count

@@ -63,6 +63,12 @@ class ShardedLoader:
             return False
         return batches.share.count > 1 or (batches.shard is not None and batches.shard.share.count > 1)
 
+    def batch_size(self, given: Any) -> int | None:
+        """Samples in a batch of the `given` loader, the user's; None where that is not known, or up to a sampler."""
+        batching = None if self.batches is None else self.batches.source
+        size = getattr(batching if is_plain_batching(batching) else given, "batch_size", None)
+        return size if isinstance(size, int) else None
+
 
 def shard_loader(loader: Any, stage: str, share: Share, seed: int, settings: Settings, epoch: int = 0) -> ShardedLoader:
     """Put samplers into a copy of the loader, or of the one that it wraps, so that the user's stays as it is.

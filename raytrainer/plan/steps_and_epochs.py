@@ -8,8 +8,9 @@ beats a minimum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.settings import Settings
@@ -20,6 +21,7 @@ __all__ = [
     "batches_before",
     "batches_until_decision",
     "chunk_batches",
+    "counted_in",
     "epoch_done",
     "is_done",
     "may_stop",
@@ -28,17 +30,37 @@ __all__ = [
     "rescale",
     "resolve_limit",
     "resolve_val_every",
+    "samples_before",
+    "size_of",
     "validation_due",
 ]
 
 
-#: What groups of other sizes have done of an epoch, in order: (parts that the data was dealt to, batches of each).
-Past = Sequence[tuple[int, int]]
+#: What groups of other sizes have done of an epoch, in order: (parts that the data was dealt to, batches of each, their
+#: size); a size that is not known is 0 or missing.
+Past = Sequence[tuple[int, ...]]
 
 
-def batches_before(before: Past) -> int:
-    """Batches that these groups have done, on all parts together."""
-    return sum(parts * batches for parts, batches in before)
+def batches_before(before: Past, batch_size: int | None = None) -> int:
+    """Batches that these groups have done, on all parts together; of so many samples, where both sizes are known."""
+    if not batch_size:
+        return sum(parts * batches for parts, batches, *_ in before)
+    return samples_before(before, batch_size) // batch_size
+
+
+def samples_before(before: Past, batch_size: int) -> int:
+    """Samples that these groups have done; `batch_size` of the present one, for where theirs is not known."""
+    return sum(parts * batches * size_of(past, batch_size) for parts, batches, *past in before)
+
+
+def size_of(past: Sequence[int], batch_size: int) -> int:
+    """A group's batch size, of what comes third in a `Past`."""
+    return past[0] if past and past[0] else batch_size
+
+
+def counted_in(state: Mapping[str, Any], parts: int) -> tuple[int, int]:
+    """(parts of the data, batch size or 0) that the cursor of a run's state counts in."""
+    return state.get("parts") or state.get("world_size", parts), state.get("batch_size") or 0
 
 
 @dataclass
@@ -48,7 +70,8 @@ class Progress:
     Attributes:
         epoch: Index of the epoch in progress.
         batch: Batches done in the epoch in progress.
-        before: What groups of other sizes have done of the epoch in progress: (parts of the data, batches of each).
+        before: What groups of other sizes have done of the epoch in progress: (parts of the data, batches of each, and
+            their size; 0 where that is not known).
         shift: The same in batches on each part of this group's, rounded down.
         total_batches: Batches done over all epochs.
         step: Optimizer steps done.
@@ -60,7 +83,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0
-    before: tuple[tuple[int, int], ...] = ()
+    before: tuple[tuple[int, ...], ...] = ()
     shift: int = 0
     total_batches: int = 0
     step: int = 0
@@ -206,12 +229,21 @@ def next_step_stop(settings: Settings, progress: Progress, every: tuple[int, ...
     return min(stops, default=None)
 
 
-def rescale(progress: Progress, parts_before: int, parts_now: int) -> None:
-    """Move the cursor within an epoch to a group of another size, which takes up what others have left of it."""
-    if parts_before != parts_now and progress.batch and not progress.epoch_ended:
-        progress.before = (*progress.before, (parts_before, progress.batch))
+def rescale(progress: Progress, before: tuple[int, int], now: tuple[int, int], divisible: bool = True) -> None:
+    """Move the cursor within an epoch to a group of another size, which takes up what others have left of it.
+
+    Args:
+        progress: Has the cursor.
+        before: What it counts in: (parts of the data, batch size; 0 if that is not known).
+        now: What it is to count in. The same parts with another batch size are another size, if the epoch is
+            `divisible`; a stream goes on from its state.
+        divisible: Whether the rest of an epoch can be dealt out anew.
+    """
+    other_batches = divisible and 0 not in (before[1], now[1]) and before[1] != now[1]
+    if (before[0] != now[0] or other_batches) and progress.batch and not progress.epoch_ended:
+        progress.before = (*progress.before, (before[0], progress.batch, before[1]))
         progress.batch = 0
-    progress.shift = batches_before(progress.before) // parts_now
+    progress.shift = batches_before(progress.before, now[1]) // now[0]
 
 
 def chunk_batches(previous: int, seconds: float, target: float = 1.0) -> int:

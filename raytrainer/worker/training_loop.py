@@ -80,7 +80,8 @@ class TrainingLoop:
     def describe(self, begins: bool = True) -> TrainStart:
         """What is to come, at the run's beginning or at an epoch's."""
         run = self.run
-        size = getattr(self.feed.source, "batch_size", None)  # of a loader of one's own it may be anything
+        size = getattr(self.feed, "batch_size", None)
+        size = getattr(self.feed.source, "batch_size", None) if size is None else size  # of an own loader: anything
         validates = run.data.has_validation and run.task.settings.limit_val_batches != 0
         return TrainStart(
             batches=self.feed.length,

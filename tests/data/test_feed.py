@@ -227,6 +227,26 @@ def test_another_number_of_workers_goes_on(own):
     assert sorted(seen) == list(range(60))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("form", ["batch_size", "batch_sampler"])
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_another_batch_size_goes_on(size, form, world):
+    """Two workers have done 3 batches of 3 each; others take up the rest in batches of their own."""
+    seen = []
+    for workers, samples, before, batches in ((2, 3, (), 3), (world, size, ((2, 3, 3),), 100)):
+        for rank in range(workers):
+            data = TensorDataset(torch.arange(60))
+            if form == "batch_size":
+                source = DataLoader(data, samples, shuffle=True)
+            else:
+                source = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), samples, drop_last=False))
+            feed = Feed(source, "train", Share(rank, workers), SEED, build_settings())
+            assert feed.batch_size == samples
+            feed.begin(0, before)
+            seen += flat(read(feed)[:batches])
+    assert sorted(seen) == list(range(60))
+
+
 def test_use_distributed_sampler_false():
     parts = [flat(read(feed)) for feed in feeds(loader(), world=2, use_distributed_sampler=False)]
     assert parts == [list(range(20))] * 2

@@ -234,24 +234,48 @@ def test_chunks_of_about_a_second(previous, seconds, expected):
 
 def test_another_number_of_workers_takes_an_epoch_up() -> None:
     progress = schedule.Progress(epoch=1, batch=6)
-    schedule.rescale(progress, 2, 2)
+    schedule.rescale(progress, (2, 4), (2, 4))
     assert (progress.batch, progress.before) == (6, ())
-    schedule.rescale(progress, 2, 3)
-    assert (progress.batch, progress.before) == (0, ((2, 6),))
+    schedule.rescale(progress, (2, 4), (3, 4))
+    assert (progress.batch, progress.before) == (0, ((2, 6, 4),))
     progress.batch = 2
-    schedule.rescale(progress, 3, 1)
-    assert (progress.batch, progress.before) == (0, ((2, 6), (3, 2)))
+    schedule.rescale(progress, (3, 4), (1, 4))
+    assert (progress.batch, progress.before) == (0, ((2, 6, 4), (3, 2, 4)))
     assert progress.shift == 18
-    schedule.rescale(progress, 1, 4)  # before a batch was done
-    assert (progress.before, progress.shift) == (((2, 6), (3, 2)), 4)
+    schedule.rescale(progress, (1, 4), (4, 2))  # before a batch was done
+    assert (progress.before, progress.shift) == (((2, 6, 4), (3, 2, 4)), 9)
     progress.next_epoch()
     assert (progress.before, progress.shift) == ((), 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "divisible", "expected"),
+    [
+        ((2, 4), (2, 8), True, (0, ((2, 6, 4),), 3)),
+        ((2, 4), (2, 8), False, (6, (), 0)),  # a stream goes on from its state
+        ((2, 0), (2, 8), True, (6, (), 0)),
+        ((2, 8), (2, 0), True, (6, (), 0)),
+        ((2, 0), (4, 8), True, (0, ((2, 6, 0),), 3)),
+        ((2, 8), (4, 4), False, (0, ((2, 6, 8),), 6)),
+    ],
+)
+def test_another_batch_size_takes_an_epoch_up(before, now, divisible, expected) -> None:
+    progress = schedule.Progress(batch=6)
+    schedule.rescale(progress, before, now, divisible)
+    assert (progress.batch, progress.before, progress.shift) == expected
+
+
+def test_what_is_counted_in() -> None:
+    assert schedule.counted_in({"parts": 2, "world_size": 4, "batch_size": 8}, 1) == (2, 8)
+    assert schedule.counted_in({"world_size": 4, "batch_size": None}, 1) == (4, 0)
+    assert schedule.counted_in({}, 3) == (3, 0)
+    assert schedule.samples_before([(2, 6, 4), (3, 2, 0), (1, 1)], 8) == 48 + 48 + 8
 
 
 def test_an_epoch_that_has_ended_is_not_dealt_out_anew() -> None:
     """Its validation is still to come, and counts its batches."""
     progress = schedule.Progress(batch=6, total_batches=6, epoch_ended=True)
-    schedule.rescale(progress, 2, 3)
+    schedule.rescale(progress, (2, 4), (3, 4))
     assert (progress.batch, progress.before) == (6, ())
     assert schedule.validation_due(build_settings(), progress, None, at_epoch_end=True)
 

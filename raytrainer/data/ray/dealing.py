@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from raytrainer.plan.steps_and_epochs import Past
+from raytrainer.plan.steps_and_epochs import Past, size_of
 
 __all__ = [
     "Dealer",
@@ -89,13 +89,13 @@ def spans_left(rows: int, before: Past, batch_size: int, drop_last: bool) -> lis
     Args:
         rows: Rows of the epoch.
         before: What these groups have done.
-        batch_size: Rows of a batch.
+        batch_size: Rows of a batch, where that is not said there.
         drop_last: As in `training_spans`.
     """
     left = [(0, rows)] if rows else []
-    for count, batches in before:
-        there = sum(stop - start for start, stop in left)
-        parts = (training_spans(there, rank, count, batch_size, drop_last)[:batches] for rank in range(count))
+    for count, batches, *past in before:
+        there, size = sum(stop - start for start, stop in left), size_of(past, batch_size)
+        parts = (training_spans(there, rank, count, size, drop_last)[:batches] for rank in range(count))
         at, kept = 0, list[Span]()
         for start, stop in sorted(span for part in parts for span in part):
             if at < start:

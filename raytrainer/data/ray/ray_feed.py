@@ -34,7 +34,7 @@ from raytrainer.data.sharding import Share
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.plan.settings import Settings
-from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit
+from raytrainer.plan.steps_and_epochs import Past, batches_before, resolve_limit, size_of
 
 if TYPE_CHECKING:
     from raytrainer.data.first_batches import Fingerprint
@@ -95,7 +95,7 @@ class RayFeed:
     def begin(self, epoch: int, before: Past = ()) -> None:
         """Leave out what groups of other sizes have done of the epoch."""
         self._before = tuple(before)
-        offset = batches_before(before)
+        offset = batches_before(before, self.source.batch_size)
         total, name = self.blocks.total, f"limit_{self.stage}_batches"
         if total is None:
             limit = resolve_limit(name, self._limit, None)
@@ -133,10 +133,11 @@ class RayFeed:
 
     def _rows_left(self, rows: int) -> int:
         """Rows of the epoch that groups of other sizes have left."""
-        size, drop_last = self.source.batch_size, self.source.drop_last
+        own, drop_last = self.source.batch_size, self.source.drop_last
         if self.blocks.kept:
-            return sum(stop - start for start, stop in spans_left(rows, self._before, size, drop_last))
-        for parts, batches in self._before:
+            return sum(stop - start for start, stop in spans_left(rows, self._before, own, drop_last))
+        for parts, batches, *past in self._before:
+            size = size_of(past, own)
             shortest, longer = divmod(rows, parts)
             longest = shortest + (longer > 0)
             done = [rows_done(n, batches, shortest, longest, size, drop_last) for n in (shortest, longest)]

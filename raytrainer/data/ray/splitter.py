@@ -12,6 +12,7 @@ from typing import Any
 from raytrainer.data.ray.dealing import Dealer, Piece, mixed
 from raytrainer.errors import DataError
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.plan.steps_and_epochs import size_of
 from raytrainer.private import ray_private
 
 __all__ = ["Reading", "Splitter", "SplitterLost"]
@@ -35,13 +36,13 @@ class Reading:
         epoch: The epoch.
         seed: The run's seed.
         shuffle: As in `RayDataset`.
-        before: What groups of other sizes have done of the epoch: (parts, batches of each), in order.
+        before: What groups of other sizes have done of the epoch: (parts, batches of each, their size).
     """
 
     epoch: int
     seed: int
     shuffle: bool | int
-    before: tuple[tuple[int, int], ...] = ()
+    before: tuple[tuple[int, ...], ...] = ()
 
 
 class SplitterLost(DataError):
@@ -178,7 +179,8 @@ class Splitter:
         pieces: Iterator[Piece[Any]] = (Piece(ref, 0, rows) for ref, rows in blocks)
         if wanted.before:
             from raytrainer.data.ray.remainder import Windows, left_over  # which imports torch
-        for count, batches in wanted.before:
-            orders = [Windows(wanted.shuffle, self.batch_size, wanted.seed, wanted.epoch, i) for i in range(count)]
-            pieces = left_over(pieces, batches, self.batch_size, self.drop_last, orders)
+        for count, batches, *past in wanted.before:
+            size = size_of(past, self.batch_size)
+            orders = [Windows(wanted.shuffle, size, wanted.seed, wanted.epoch, i) for i in range(count)]
+            pieces = left_over(pieces, batches, size, self.drop_last, orders)
         return pieces

@@ -151,10 +151,8 @@ class Coordinator:
         if reports[0].shape is not None:
             log.info("%s", reports[0].shape)
         self.validates = reports[0].has_validation and self.settings.limit_val_batches != 0
+        self._counted_in = schedule.counted_in({} if beginning is None else beginning.state, self.state.parts)
         if beginning is not None:
-            if self.task.stage == "fit":
-                before = beginning.state.get("parts") or beginning.state.get("world_size", self.state.parts)
-                schedule.rescale(self.state.progress, before, self.state.parts)
             beginning.taken_up(for_good=not self.snapshots.enabled)
 
     def _emit_once(self, hook: str, *args: Any) -> None:
@@ -170,6 +168,8 @@ class Coordinator:
         state.should_stop |= any(start.stop for start in starts)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
+        now = state.parts, state.batch_size or 0
+        schedule.rescale(state.progress, self._counted_in, now, starts[0].divisible)
         accumulate = self.settings.accumulated(state.progress.epoch)
         size = effective_batch(state.batch_size, state.parts, accumulate, self.settings.strategy)
         if size is not None and self.group.size > 1:

@@ -124,5 +124,6 @@ class RunCapture:
             "callbacks": self._services.callback_states(),
             "world_size": group.size,
             "parts": state.parts,
+            "batch_size": state.batch_size,
             "seed": self._task.seed,
         }

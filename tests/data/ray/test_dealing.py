@@ -66,6 +66,11 @@ def test_groups_of_other_sizes_go_on(drop_last: bool) -> None:
             assert rows_of(spans_left(rows, past, size, drop_last)) == dropped
 
 
+def test_groups_with_other_batch_sizes_go_on() -> None:
+    done = [row for rank in range(2) for row in rows_of(training_spans(30, rank, 2, 3, False)[:2])]
+    assert sorted(done + rows_of(spans_left(30, [(2, 2, 3)], 5, False))) == list(range(30))
+
+
 def test_rows_in_the_middle_are_left_whole() -> None:
     """Two workers of which each has cut its last full batch in two: rows 0-1 and 3-4 are done, 2 and 5 are not."""
     assert [training_spans(6, rank, 2, 3, False) for rank in range(2)] == [[(0, 3)], [(3, 6)]]
