@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
+from raytrainer.data.combined_iterator import CombinedIterator, Track
 from raytrainer.data.combined_loader import CombinedLoader, combined_length
 from raytrainer.data.feed import Feed
 from raytrainer.data.first_batches import Fingerprint
-from raytrainer.data.look_ahead import LookAhead
 from raytrainer.data.own_sharding import remedy
 from raytrainer.data.sharding import Share
 from raytrainer.errors import DataError
@@ -83,8 +84,22 @@ class CombinedFeed:
         for number, feed in enumerate(self.feeds):
             # where a run goes on within a later pass, the feed's state is of that one
             at = 0 if found is None or found["epoch"] != epoch else int(found["passes"][number])
-            feed.begin(self.of_pass(number, at), before if alike else ())
+            feed.begin(self.of_pass(number, at), self._before_of(feed) if alike else ())
         self._measure()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of all loaders in a batch; None where that is not known, or not the same in all batches."""
+        sizes = [feed.batch_size for feed in self.feeds]
+        known = [size for size in sizes if size]
+        return sum(known) if len(known) == len(sizes) and self.mode in ("min_size", "max_size") else None
+
+    def _before_of(self, feed: AnyFeed) -> Past:
+        """What groups of other sizes have done, in batches of one loader: of the same share of all samples as now."""
+        size, whole = feed.batch_size, self.batch_size
+        if not size or not whole:
+            return self._before
+        return [(parts, batches, past[0] * size // whole if past else 0) for parts, batches, *past in self._before]
 
     @property
     def divisible(self) -> bool:
@@ -108,7 +123,7 @@ class CombinedFeed:
     def _limited(self, lengths: list[int | None]) -> int | None:
         own = combined_length(self.mode, lengths)
         limit = resolve_limit(f"limit_{self.stage}_batches", self.settings.limit(self.stage), own)
-        offset, count = batches_before(self._before), self.share.count
+        offset, count = batches_before(self._before, self.batch_size), self.share.count
         if limit is not None and offset and self.settings.limit(self.stage) != 1.0:
             limit = max(0, -(-(limit * count - offset) // count))
         return own if limit is None else limit if own is None else min(own, limit)
@@ -135,7 +150,7 @@ class CombinedFeed:
         else:
             places = self._places(skip)
         replayed = skip if places is None else 0  # where only reading tells in which pass a loader is
-        tracks = [_Track(self, number, feed) for number, feed in enumerate(self.feeds)]
+        tracks = self._tracks()
         for number, track in enumerate(tracks):
             at, read, over = (0, 0, False) if places is None else places[number]
             track.place(int(at), int(read), bool(over))
@@ -145,6 +160,9 @@ class CombinedFeed:
             if next(iterator, None) is None and iterator.is_last:
                 break
         return iterator
+
+    def _tracks(self) -> list[Track]:
+        return [Track(feed, partial(self.of_pass, number)) for number, feed in enumerate(self.feeds)]
 
     def _places(self, skip: int) -> list[tuple[int, int, bool]] | None:
         """(pass, batches read in it, whether it is over) of each loader after `skip` batches; None: reading tells."""
@@ -175,7 +193,7 @@ class CombinedFeed:
         reading = self._reading
         if reading is None and self._resumed is not None:
             return self._resumed
-        tracks = [_Track(self, *pair) for pair in enumerate(self.feeds)] if reading is None else reading.tracks
+        tracks = self._tracks() if reading is None else reading.tracks
         return {
             "epoch": self._epoch,
             "batch": 0 if reading is None else reading.handed,
@@ -192,108 +210,6 @@ class CombinedFeed:
         self._resumed = state
         for feed, part in zip(self.feeds, state["parts"], strict=True):
             feed.take_state(part)
-
-
-class _Track:
-    """Where one loader is: in which pass, and how many batches of it have been read."""
-
-    def __init__(self, owner: CombinedFeed, number: int, feed: AnyFeed) -> None:
-        self.owner, self.number, self.feed = owner, number, feed
-        self.at = self.read = 0
-        self.ended = False  # known from before
-        self.iterator: Iterator[Any] | None = None
-
-    def place(self, at: int, read: int, over: bool = False) -> None:
-        self.at, self.read, self.ended, self.iterator = at, read, over, None
-
-    @property
-    def begun(self) -> bool:
-        return self.ended or self.iterator is not None
-
-    def started(self) -> Iterator[Any]:
-        if self.iterator is None:
-            self.iterator = self.feed.start(self.owner.of_pass(self.number, self.at), self.read)
-        return self.iterator
-
-    @property
-    def over(self) -> bool:
-        """Whether the pass has no batch left."""
-        length = self.feed.length
-        if self.ended or (length is not None and self.read >= length):
-            return True
-        iterator = self.started()
-        return isinstance(iterator, LookAhead) and iterator.is_last
-
-    def next(self, keeping: bool) -> Any:
-        iterator = self.started()
-        if isinstance(iterator, LookAhead):
-            iterator.keeping = keeping
-        batch = next(iterator)
-        self.read += 1
-        return batch
-
-    def again(self) -> None:
-        """Begin the next pass."""
-        self.place(self.at + 1, 0)
-
-
-class CombinedIterator(LookAhead):
-    """Batches of a combination. Reads none ahead of its own: each loader knows whether it is at its end."""
-
-    def __init__(
-        self, loader: CombinedLoader, tracks: list[_Track], agree: Callable[[bool], bool] | None, handed: int
-    ) -> None:
-        self.loader, self.tracks, self.agree, self.handed = loader, tracks, agree, handed
-        self.keep, self.keeping, self.leaves = None, False, False
-        self._more = self._look()
-        for track in tracks if self._more and loader.mode != "sequential" else ():
-            if not track.over:  # now, while what replaying draws leaves no trace
-                track.started()
-
-    def _look(self) -> bool:
-        """Whether there is another batch, for all workers."""
-        over = [track.over for track in self.tracks] if self.loader.mode != "sequential" else []
-        mode = self.loader.mode
-        if mode == "min_size":
-            more = not any(over)
-        elif mode == "max_size":
-            more = not all(over)
-        elif mode == "max_size_cycle":
-            more = any(track.at == 0 and not done for track, done in zip(self.tracks, over, strict=True))
-        else:
-            more = not all(track.over for track in self.tracks)
-        self.ended = not more
-        agreed = more if self.agree is None else self.agree(more)
-        self.leaves = more and not agreed
-        return agreed
-
-    @property
-    def is_last(self) -> bool:
-        return not self._more
-
-    def __next__(self) -> Any:
-        if not self._more:
-            raise StopIteration
-        self.handed += 1
-        batch = self._read_one() if self.loader.mode == "sequential" else self.loader.form(self._read_all())
-        self._more = self._look()
-        return batch
-
-    def _read_one(self) -> Any:
-        return next(track for track in self.tracks if not track.over).next(self.keeping)
-
-    def _read_all(self) -> list[Any]:
-        batches = []
-        for track in self.tracks:
-            if track.over and self.loader.mode == "max_size_cycle":
-                track.again()
-                if track.over:
-                    raise DataError(
-                        f"a loader of a CombinedLoader ({type(track.feed.source).__name__}) gave nothing when read "
-                        f"again: with 'max_size_cycle' a short loader begins anew, so its __iter__ must start anew."
-                    )
-            batches.append(None if track.over else track.next(self.keeping))
-        return batches
 
 
 AnyFeed: TypeAlias = Feed | CombinedFeed

@@ -136,6 +136,26 @@ def test_each_loader_is_sharded(world: int, shuffle: bool) -> None:
     assert set(first) == set(range(12)) and set(second) == set(range(50, 56))
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["min_size", "max_size"])
+def test_another_batch_size_goes_on(mode: str, world: int) -> None:
+    """Two workers have done three batches of 4 and 2; others go on with as many samples on all of them together."""
+
+    def parts(workers: int) -> list[CombinedFeed]:
+        sizes = 8 // workers, 4 // workers
+        given = [loader(0, 48, sizes[0], shuffle=True), loader(100, 24, sizes[1], shuffle=True)]
+        return [feed(rt.CombinedLoader(given, mode), share=Share(rank, workers)) for rank in range(workers)]
+
+    seen: Counter[int] = Counter()
+    for workers, before, batches in ((2, (), 3), (world, ((2, 3, 6),), 100)):
+        for part in parts(workers):
+            assert part.batch_size == 12 // workers
+            part.begin(1, before)
+            part.draw()
+            seen.update(x for joint in read(part, epoch=1)[:batches] for each in joint for x in each or ())
+    assert seen == Counter([*range(48), *range(100, 124)])
+
+
 def test_a_loader_that_begins_anew_is_in_another_order() -> None:
     batches = read(feed([loader(0, 24, 3), loader(50, 4, 2, shuffle=True)]))
     passes = [[x for pair in batches[i : i + 2] for x in pair[1]] for i in range(0, 8, 2)]

@@ -235,7 +235,7 @@ def test_another_batch_size_goes_on(size, form, world):
     seen = []
     for workers, samples, before, batches in ((2, 3, (), 3), (world, size, ((2, 3, 3),), 100)):
         for rank in range(workers):
-            data = TensorDataset(torch.arange(60))
+            data: Any = range(60)
             if form == "batch_size":
                 source = DataLoader(data, samples, shuffle=True)
             else:
