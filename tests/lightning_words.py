@@ -115,7 +115,8 @@ WORDS: dict[str, dict[str, str]] = {
         "unless `map_location` says otherwise; an argument that `__init__` does not take is left out with a warning",
         **dict.fromkeys(
             ("training_step", "validation_step", "test_step", "predict_step"),
-            "the same; `dataloader_idx` may be asked for with one loader too, `dataloader_iter` may not",
+            "the same; `dataloader_idx` may be asked for with one loader too, `dataloader_iter` may not; with manual "
+            "optimization anything may be returned",
         ),
         "train_dataloader": "the same; `CombinedLoader` may be of mode `\"sequential\"`",
         "save_hyperparameters": "the same; a child made in its parent's `__init__` has its own arguments only",
