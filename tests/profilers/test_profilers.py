@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -72,6 +73,25 @@ def test_each_run_has_its_own_figures(local_trainer, tmp_path):
     assert trainer.profiler.files == [f"{tmp_path}/profile_test/rank0.txt"]
     found = rows(Path(trainer.profiler.files[0]).read_text())
     assert found["test_step"][0] == "2" and "training_step" not in found
+
+
+def test_nothing_is_written_over(local_trainer, tmp_path, monkeypatch):
+    """Neither what an earlier run or somebody else has, nor what another driver writes at the same moment."""
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "rank0.txt").write_text("mine")
+    (tmp_path / "profile-v1").write_text("a file")
+    make = os.mkdir
+
+    def made(path, *args):
+        make(path, *args)
+        if str(path).endswith("profile-v2"):  # the other driver is faster
+            raise FileExistsError(path)
+
+    monkeypatch.setattr(os, "mkdir", made)
+    files = [fitted(local_trainer, "simple")[0].profiler.files for _ in range(2)]
+    assert files == [[f"{tmp_path}/profile-v3/rank0.txt"], [f"{tmp_path}/profile-v4/rank0.txt"]]
+    assert (tmp_path / "profile" / "rank0.txt").read_text() == "mine"
+    assert (tmp_path / "profile-v1").read_text() == "a file" and not list((tmp_path / "profile-v2").iterdir())
 
 
 def test_advanced(local_trainer, said):

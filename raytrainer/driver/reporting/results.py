@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.cells import html_table, in_notebook, show_html
 from raytrainer.loggers.logger import Logger, first_log_dir
 from raytrainer.metric_messages import Reduced
+from raytrainer.plan.retention import free_name
 from raytrainer.plan.uris import join_path
 from raytrainer.profilers import Profiler
 from raytrainer.view.run_state import RunState
@@ -92,22 +94,37 @@ def print_results(stage: str, results: Sequence[Mapping[str, float]]) -> None:
 
 
 def write_profiles(profiler: Profiler, profiles: Sequence[bytes | None], folder: Path) -> None:
-    """Write every worker's profile to `rank<n>.<suffix>` in `folder`; log rank 0's if it is for people to read."""
+    """Write every worker's profile to `rank<n>.<suffix>`; log rank 0's if it is for people to read.
+
+    Args:
+        profiler: Whose they are. Its `files` become the paths.
+        profiles: By rank.
+        folder: Where to; where that is taken, by an earlier run, another driver or anybody, `<folder>-v1` and so on.
+    """
     profiler.files, name = [], type(profiler).__name__
-    for rank, content in enumerate(profiles):
-        path = folder / f"rank{rank}.{profiler.suffix}"
-        if content is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:  # a full disk must not fail a run that has trained
-            log.warning("%s: %s cannot be written: %s", name, path, error)
-            return
-        profiler.files.append(str(path))
-    if not profiler.files:
+    found = {rank: content for rank, content in enumerate(profiles) if content is not None}
+    if not found:
         log.warning("%s has recorded nothing: the run was over too soon.", name)
         return
-    if profiler.summary and profiles[0] is not None:
-        log.info("%s, rank 0:\n%s", name, profiles[0].decode())
+    path = folder
+    try:
+        path = folder = Path(free_name(str(folder), "", _is_taken))
+        for rank, content in found.items():
+            path = folder / f"rank{rank}.{profiler.suffix}"
+            path.write_bytes(content)
+            profiler.files.append(str(path))
+    except OSError as error:  # a full disk must not fail a run that has trained
+        log.warning("%s: %s cannot be written: %s", name, path, error)
+        return
+    if profiler.summary and 0 in found:
+        log.info("%s, rank 0:\n%s", name, found[0].decode())
     log.info("%s wrote %s", name, profiler.files[0] if len(profiler.files) == 1 else folder)
+
+
+def _is_taken(folder: str) -> bool:
+    """Make it, if nobody has."""
+    try:
+        os.makedirs(folder)
+    except FileExistsError:
+        return True
+    return False
