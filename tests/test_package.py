@@ -31,6 +31,7 @@ FLOORS = [
         "cells",
         "short_repr",
         "class_only",
+        "replaced_file",
     ],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding", "place_in_run", "attribute_tensors"],

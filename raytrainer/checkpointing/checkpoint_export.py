@@ -23,6 +23,7 @@ from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.checkpointing.safetensors_files import NAMES
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.given_arguments import answers
+from raytrainer.replaced_file import replaced
 
 __all__ = ["export_weights"]
 
@@ -77,9 +78,8 @@ def export_weights(
     index = where / _INDEX
     if several:
         total = sum(math.prod(t.shape) * _type(t, dtype).itemsize for t in tensors.values())
-        new = where / f".{_INDEX}.new"
-        new.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True))
-        os.replace(new, index)
+        with replaced(index) as text:
+            json.dump({"metadata": {"total_size": total}, "weight_map": places}, text, indent=2, sort_keys=True)
     else:
         index.unlink(missing_ok=True)  # of an earlier export, which it would lead to
 

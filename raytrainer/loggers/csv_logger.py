@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.logger import DirectoryLogger, as_mapping
+from raytrainer.replaced_file import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,8 @@ class CSVLogger(DirectoryLogger):
         path = Path(self.log_dir) / "hparams.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._hparams = {**_earlier(path), **self._hparams}
-        path.write_text(json.dumps(self._hparams, indent=2, default=_json_value, skipkeys=True) + "\n")
+        with replaced(path) as file:
+            file.write(json.dumps(self._hparams, indent=2, default=_json_value, skipkeys=True) + "\n")
 
     def save(self) -> None:
         """Write what is still in memory."""
@@ -198,13 +199,10 @@ def _end_last_line(path: Path) -> None:
 
 def _add_columns(path: Path, columns: list[str], missing: int) -> None:
     """Give the file a new header, and its lines empty values for the columns at the right."""
-    new = path.with_suffix(".csv.new")
-    with path.open(newline="") as old, new.open("w", newline="") as file:
+    with replaced(path, newline="") as file, path.open(newline="") as old:
         writer = csv.writer(file)
         reader = csv.reader(old)
         width = len(next(reader))
         writer.writerow(columns)
         for row in reader:
             writer.writerow(row + [""] * (width - len(row) + missing))
-    shutil.copymode(path, new)
-    os.replace(new, path)
