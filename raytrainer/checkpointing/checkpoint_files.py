@@ -1,6 +1,7 @@
 """The files of a checkpoint, whatever is in them: written, checked, deleted. `new_checkpoint.py` publishes them.
 
-    meta-<id>.json     while a save is under way: says that files with <id> in their names belong to it
+    meta-<id>.json     while a save is under way, and locked by it: says that files with <id> in their names belong to
+                       it; or a former meta.json, whose checkpoint is being removed
     <name>-<id>.*      the files of the save <id>, never written over
     meta.json          of the newest whole save: names its files, with size and checksum, and has a checksum of its own
 
@@ -14,19 +15,23 @@ names. All else in the folder is somebody else's, and stays.
 from __future__ import annotations
 
 import errno
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from raytrainer.checkpointing.checked_reader import CheckedReader, check_file
 from raytrainer.checkpointing.checkpoint_meta import (
     META,
     id_under_way,
     named_files,
     read_meta,
+    under_way_name,
     written_by_us,
 )
-from raytrainer.checkpointing.checksums import LARGE, ChecksummedWriter, FileRecord, check_file, checked_beside
+from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
+from raytrainer.checkpointing.hash_beside import LARGE
 from raytrainer.checkpointing.storage import Storage
 from raytrainer.errors import CheckpointError, StorageError
 
@@ -72,8 +77,8 @@ class CheckpointFolder:
     def open(self, name: str, record: FileRecord) -> Iterator[BinaryIO]:
         """One of its files, from its beginning, found to be what was written.
 
-        A large local file is compared beside what the block does with it, and the end of the block waits for that: what
-        was made of the file is to be used afterwards only. Other files are compared before.
+        A large local file is compared while the block reads it, and the end of the block gives the verdict: what was
+        made of the file is to be used afterwards only. Other files are compared before.
 
         Args:
             name: The file.
@@ -94,8 +99,8 @@ class CheckpointFolder:
                     )
                 if self.storage.is_local:
                     if size >= LARGE:
-                        with checked_beside(lambda: self.storage.open(self.inside(name)), record, shown):
-                            yield file
+                        with CheckedReader(file, record, shown) as checked:
+                            yield cast(BinaryIO, checked)  # all that a reader asks of one
                         return
                     check_file(file, record, shown)
                     file.seek(0)
@@ -128,8 +133,7 @@ class CheckpointFolder:
         """
         writer: ChecksummedWriter | None = None
         try:
-            with self.storage.create(self.inside(name)) as sink:
-                writer = ChecksummedWriter(sink, given_up)
+            with self.storage.create(self.inside(name)) as sink, ChecksummedWriter(sink, given_up) as writer:
                 save(writer)
                 return writer.record()
         except OSError as error:
@@ -158,14 +162,15 @@ class CheckpointFolder:
         if self.storage.is_link(self.path):
             self.storage.delete(self.path)
             return
-        with self.storage.locked(self.path) as alone:
-            self.storage.delete(self.inside(META))
-            with suppress(FileNotFoundError):  # somebody else removes it too, and was faster
-                self.storage.sync_folder(self.path)  # from here on it is no checkpoint any more
-            self.delete(named_files(data))
-            if alone:
-                self.delete_leftovers()
-            self.storage.remove_folder(self.path)
+        taken_as = uuid.uuid4().hex[:12]
+        marker = under_way_name(taken_as)
+        with suppress(FileNotFoundError):  # somebody else removes it too, and was faster
+            # in one move, so that what is deleted is what was there; if this is killed, the next one goes on with it
+            self.storage.replace(self.inside(META), self.inside(marker))
+            self.storage.sync_folder(self.path)  # from here on it is no checkpoint any more
+            self._delete_leftovers_of(taken_as, marker)
+        self.delete_leftovers()
+        self.storage.remove_folder(self.path)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete some of its files."""
@@ -173,16 +178,37 @@ class CheckpointFolder:
             self.storage.delete(self.inside(name))
 
     def delete_leftovers(self) -> None:
-        """Delete what saves have left that were not finished. No other process may be saving here."""
-        names = self.storage.files(self.path)
-        present = named_files(self._present() or b"")  # a save may have been cut off just before its last step
-        for name in names:
-            found = id_under_way(name)
-            note = self.storage.read(self.inside(name)) if found else b""
-            if found and written_by_us(note):
-                parts = [part for part in names if f"-{found}" in part and part != name]
-                self.delete(part for part in (*parts, *named_files(note)) if part not in present)
-                self.storage.delete(self.inside(name))
+        """Delete what saves have left that nobody is busy with any more: those that were not finished, and those that
+        were while others were under way."""
+        for name, save_id in self._markers():
+            with self.storage.locked(self.inside(name)) as over:
+                if over:
+                    self._delete_leftovers_of(save_id, name)
+
+    def is_busy(self, own: str | None = None) -> bool:
+        """Whether a save is under way here; `own` is the id of one that does not count."""
+        for name, save_id in self._markers():
+            if save_id != own:
+                with self.storage.locked(self.inside(name)) as over:
+                    if over is False and name in self.storage.files(self.path):  # or it has ended just now
+                        return True
+        return False
+
+    def _markers(self) -> list[tuple[str, str]]:
+        """Files that say that a save is under way, and its id."""
+        found = ((name, id_under_way(name)) for name in self.storage.files(self.path))
+        return [(name, save_id) for name, save_id in found if save_id]
+
+    def _delete_leftovers_of(self, save_id: str, marker: str) -> None:
+        try:
+            note = self.storage.read(self.inside(marker))
+        except FileNotFoundError:  # somebody else has done it
+            return
+        if written_by_us(note):
+            present = named_files(self._present() or b"")  # it may be what is there now
+            parts = [part for part in self.storage.files(self.path) if f"-{save_id}" in part and part != marker]
+            self.delete(part for part in (*parts, *named_files(note)) if part not in present)
+            self.storage.delete(self.inside(marker))
 
     def refuse_foreign(self) -> bytes | None:
         """The `meta.json` that is there, if there is one.

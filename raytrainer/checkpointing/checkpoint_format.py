@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checksums import ChecksummedWriter
 from raytrainer.checkpointing.lightning_files import read_lightning_file
 from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
@@ -42,6 +43,9 @@ __all__ = ["IN_MEMORY", "read_checkpoint", "write_checkpoint"]
 
 #: What only snapshots have, of what each worker has for itself: for workers that go on within the same run.
 IN_MEMORY = "attributes"
+
+#: How often a checkpoint may be replaced while it is read, each time so soon that its files are gone.
+_REPLACED = 5
 
 
 def write_checkpoint(
@@ -154,7 +158,20 @@ def read_checkpoint(
             return read_lightning_file(io.BytesIO(stream.read()), path, map_location, weights_only)
     folder = folder_at(path)
     meta = folder.meta()
-    name = meta.get("state")
+    for _ in range(_REPLACED):
+        try:
+            return _read(folder, meta, map_location, owners, lazily)
+        except CheckpointError:
+            before, meta = meta, folder.meta()
+            if meta == before:
+                raise
+    return _read(folder, meta, map_location, owners, lazily)
+
+
+def _read(
+    folder: CheckpointFolder, meta: Mapping[str, Any], map_location: Any, owners: Sequence[type], lazily: bool
+) -> dict[str, Any]:
+    path, name = folder.shown, meta.get("state")
     if not isinstance(name, str) or name not in meta["files"]:
         raise CheckpointError(f"{path}: this is not a checkpoint of raytrainer.")
     with folder.open(name, meta["files"][name]) as file:

@@ -20,6 +20,7 @@ __all__ = [
     "named_files",
     "read_meta",
     "under_way_bytes",
+    "under_way_name",
     "written_by_us",
 ]
 
@@ -49,6 +50,11 @@ def under_way_bytes(save_id: str, replaced: Sequence[str]) -> bytes:
         replaced: The files that are to go when it is.
     """
     return seal({"format": FORMAT, "version": FORMAT_VERSION, "under_way": save_id, "files": dict.fromkeys(replaced)})
+
+
+def under_way_name(save_id: str) -> str:
+    """Of the file that says that a save, or a removal, is under way."""
+    return f"meta-{save_id}.json"
 
 
 def id_under_way(name: str) -> str | None:

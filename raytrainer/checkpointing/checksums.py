@@ -1,4 +1,4 @@
-"""Checksums: of a file while it is written and before it is used, and of a JSON document within itself.
+"""Checksums: of a file while it is written, and of a JSON document within itself; `checked_reader.py` compares them.
 
 They tell of damage: flipped bits, lost ends, files of other checkpoints. They are no signature; who can change a file
 can change its checksum too.
@@ -8,38 +8,29 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import xxhash
 
-from raytrainer.errors import CheckpointError, GivenUpError
+from raytrainer.checkpointing.hash_beside import NAME, PIECE, HashBeside
+from raytrainer.errors import GivenUpError
+from raytrainer.signals import hear
 
 __all__ = [
     "CHECKSUM",
-    "LARGE",
     "ChecksummedWriter",
     "FileRecord",
     "Sink",
-    "check_file",
-    "checked_beside",
     "seal",
     "unseal",
 ]
 
-#: Bytes of a file from which on another thread is worth its start.
-LARGE = 8 * 2**20
-
-#: Hashed and written in pieces that stay in a core's cache, so that memory is read once for both.
-_PIECE = 4 * 2**20
-
-_NAME = "xxh3_128:"
 #: What a checksum looks like.
-CHECKSUM = _NAME + "[0-9a-f]{32}"
-_BLANK = _NAME + "0" * 32
+CHECKSUM = NAME + "[0-9a-f]{32}"
+_BLANK = NAME + "0" * 32
 
 
 class Sink(Protocol):
@@ -76,7 +67,7 @@ class FileRecord:
 
 
 class ChecksummedWriter:
-    """A writable file that passes everything on to `sink`, and forms its checksum beside.
+    """A writable file that passes everything on to `sink`, and forms its checksum beside, for the length of a block.
 
     A failure is kept, what comes later is dropped, and `record` raises it: torch's own writer, which is given this
     object, would tell of another failure instead of the first one.
@@ -87,25 +78,44 @@ class ChecksummedWriter:
     """
 
     def __init__(self, sink: Sink, given_up: Callable[[], bool] | None = None) -> None:
-        self._sink, self._hash, self._given_up = sink, xxhash.xxh3_128(), given_up
+        self._sink, self._given_up, self._sums = sink, given_up, HashBeside()
         self.bytes = 0
         self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sums.close()
 
     def write(self, data: Any) -> int:
         """Pass on bytes; returns how many."""
         view = memoryview(data).cast("B")
         if self._error is None:
             try:
-                for start in range(0, len(view), _PIECE):
-                    if self._given_up is not None and self._given_up():
-                        raise GivenUpError(f"a checkpoint has been given up after {self.bytes:,} bytes.")
-                    piece = view[start : start + _PIECE]
-                    self._hash.update(piece)
-                    self._sink.write(piece)
-                    self.bytes += len(piece)
+                self._pass_on(view)
             except BaseException as error:
                 self._error = error
         return len(view)
+
+    def _pass_on(self, view: memoryview) -> None:
+        with self._sums.beside(len(view)) as hashed:
+            hashed(view)
+            for start in range(0, len(view), PIECE):
+                hear()
+                if self._given_up is not None and self._given_up():
+                    raise GivenUpError(f"a checkpoint has been given up after {self.bytes:,} bytes.")
+                piece = view[start : start + PIECE]
+                self._sink.write(piece)
+                self.bytes += len(piece)
+
+    def write_part(self, data: Any) -> FileRecord:
+        """Pass on bytes; returns what is to be known of these alone."""
+        with self._sums.part() as text:
+            size = self.write(data)
+            return FileRecord(size, text())
 
     def flush(self) -> None:
         """Writers ask for this; the file is flushed when it is closed."""
@@ -114,84 +124,13 @@ class ChecksummedWriter:
         """Of what has been written; raises what went wrong."""
         if self._error is not None:
             raise self._error
-        return FileRecord(self.bytes, _NAME + self._hash.hexdigest())
-
-
-def check_file(file: BinaryIO, record: FileRecord, name: str, into: memoryview | None = None) -> None:
-    """Read a file, and compare it with what is known of it.
-
-    Args:
-        file: Where to read from.
-        record: Its size, which the caller has compared, and checksum when it was written.
-        name: Path or URI, for messages.
-        into: Where to keep the content, of the record's size; None: it is dropped.
-
-    Raises:
-        CheckpointError: They differ.
-    """
-    digest, scratch, done = xxhash.xxh3_128(), memoryview(bytearray(_PIECE)), 0
-    while done < record.bytes:
-        size = min(_PIECE, record.bytes - done)
-        piece = scratch[:size] if into is None else into[done : done + size]
-        count = file.readinto(piece)  # type: ignore[attr-defined]
-        if not count:
-            break
-        digest.update(piece[:count])
-        done += count
-    if done < record.bytes:
-        raise CheckpointError(
-            f"{name}: the file ends after {done} of {record.bytes} bytes: it is truncated; use another checkpoint."
-        )
-    if record.checksum is not None and _NAME + digest.hexdigest() != record.checksum:
-        raise CheckpointError(
-            f"{name}: the file is damaged: its content is not what was written (checksum {digest.hexdigest()} instead "
-            f"of {record.checksum.removeprefix(_NAME)}); use another checkpoint."
-        )
-
-
-@contextmanager
-def checked_beside(open_again: Callable[[], BinaryIO], record: FileRecord, name: str) -> Iterator[None]:
-    """Compare a file with what is known of it, in a thread, while the block reads it too.
-
-    The end of the block waits for the verdict. If the block fails as well, the damage is the reason that is told.
-
-    Args:
-        open_again: Opens it.
-        record: See `check_file`.
-        name: See `check_file`.
-
-    Raises:
-        CheckpointError: They differ.
-        OSError: The file cannot be read.
-    """
-    found: list[Exception] = []
-
-    def check() -> None:
-        try:
-            with open_again() as file:
-                check_file(file, record, name)
-        except Exception as error:
-            found.append(error)
-
-    # a daemon: after Ctrl-C nobody waits for it
-    thread = threading.Thread(target=check, name="checkpoint-check", daemon=True)
-    thread.start()
-    try:
-        yield
-    except Exception:
-        thread.join()
-        if found:
-            raise found[0] from None
-        raise
-    thread.join()
-    if found:
-        raise found[0]
+        return FileRecord(self.bytes, self._sums.text())
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
     """A JSON document with its own checksum as the last entry, for `unseal`."""
     blank = json.dumps({**document, "checksum": _BLANK}, indent=2).encode()
-    return _put(blank, _NAME + xxhash.xxh3_128(blank).hexdigest())
+    return _put(blank, NAME + xxhash.xxh3_128(blank).hexdigest())
 
 
 def unseal(data: bytes) -> dict[str, Any] | None:
@@ -204,7 +143,7 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     if not isinstance(checksum, str) or len(checksum) != len(_BLANK) or data.count(checksum.encode()) != 1:
         return None
     blank = data.replace(checksum.encode(), _BLANK.encode())
-    return document if _NAME + xxhash.xxh3_128(blank).hexdigest() == checksum else None
+    return document if NAME + xxhash.xxh3_128(blank).hexdigest() == checksum else None
 
 
 def _put(blank: bytes, checksum: str) -> bytes:

@@ -9,11 +9,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
-from raytrainer.checkpointing.checkpoint_meta import META, meta_bytes, named_files, under_way_bytes
+from raytrainer.checkpointing.checkpoint_meta import META, meta_bytes, named_files, under_way_bytes, under_way_name
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
 from raytrainer.errors import GivenUpError, StorageError
 
 __all__ = ["NewCheckpoint"]
+
+#: How often somebody may remove a new save's folder, or its marker, while it begins.
+_ATTEMPTS = 10
 
 
 class NewCheckpoint:
@@ -29,42 +32,67 @@ class NewCheckpoint:
 
     def __init__(self, folder: CheckpointFolder, given_up: Callable[[], bool] | None = None) -> None:
         self.folder, self._storage, self._given_up = folder, folder.storage, given_up
-        self.id = uuid.uuid4().hex[:12]
+        self._name()
         self.files: dict[str, FileRecord] = {}
-        self._marker, self._new_meta = f"meta-{self.id}.json", f"new-{self.id}.json"
         self._expected: set[str] = set()
         self._published = False
         self._stack = ExitStack()
 
+    def _name(self) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self._marker, self._new_meta = under_way_name(self.id), f"new-{self.id}.json"
+
     def __enter__(self) -> Self:
-        folder = self.folder
         try:
-            before = folder.refuse_foreign()
-            self._storage.make_folder(folder.path)
-            if self._stack.enter_context(self._storage.locked(folder.path)):
-                folder.delete_leftovers()
-            replaced = named_files(before or b"")
-            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id, replaced)))
-            self._storage.sync_folder(folder.path)
+            replaced = named_files(self.folder.refuse_foreign() or b"")
+            for _ in range(_ATTEMPTS):
+                if self._begun(replaced):
+                    return self
+                self._stack.close()
+                self._name()
+            raise StorageError(f"{self.folder.shown}: somebody else deletes what is written there.")
         except BaseException as error:
             self._abandon()
             if isinstance(error, OSError):
-                raise folder.failure(error) from error
+                raise self.folder.failure(error) from error
             raise
-        return self
+
+    def _begun(self, replaced: list[str]) -> bool:
+        """Write the marker, and keep it locked; False: somebody has removed the folder meanwhile, or the marker, which
+        looked as if nobody was busy with it."""
+        folder, storage = self.folder, self._storage
+        storage.make_folder(folder.path)
+        self._stack.enter_context(storage.locked(folder.path))
+        folder.delete_leftovers()
+        try:
+            folder.write(self._marker, lambda file: file.write(under_way_bytes(self.id, replaced)))
+            storage.sync_folder(folder.path)
+        except FileNotFoundError:
+            return False
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return self._stack.enter_context(storage.locked(folder.inside(self._marker))) is not False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._published:
-            self._stack.close()
-        else:
+        if not self._published:
             self._abandon()
+            return
+        self._stack.close()
+        if self._storage.is_local:
+            with suppress(OSError):
+                if not self.folder.is_busy():
+                    self.folder.delete_leftovers()  # of others that have waited for this one
+                self._storage.remove_folder(self.folder.path)  # somebody may have removed all that was in it
 
     def _abandon(self) -> None:
         """Delete what there is of it; where that fails too, the first failure is the one to tell."""
         with self._stack, suppress(OSError):
             self.folder.delete([*self.files, *self._expected, self._new_meta, self._marker])
+            self.folder.delete_leftovers()
             self._storage.remove_folder(self.folder.path)
 
     def write(self, name: str, save: Callable[[ChecksummedWriter], object]) -> None:
@@ -123,6 +151,7 @@ class NewCheckpoint:
             storage.sync_folder(folder.path)
             folder.delete(name for name in named_files(before or b"") if name not in self.files)
             storage.sync_folder(folder.path)
-            storage.delete(folder.inside(self._marker))
+            if not folder.is_busy(self.id):  # or else the other, which may not know of this one's files, needs it
+                storage.delete(folder.inside(self._marker))
         except OSError as error:
             raise folder.failure(error) from error

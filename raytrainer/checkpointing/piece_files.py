@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrainer.checkpointing.checked_reader import check_file
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
-from raytrainer.checkpointing.checksums import FileRecord, check_file
+from raytrainer.checkpointing.checksums import FileRecord
 from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
 from raytrainer.checkpointing.part_file import PartPlan, write_part
 from raytrainer.checkpointing.pieces import KEY, Mark, map_tree, split

@@ -77,9 +77,9 @@ class Storage(ABC):
         """How much more can be written there; None: nobody knows."""
 
     def locked(self, path: str) -> AbstractContextManager[bool | None]:
-        """Whether, for the length of the block, nobody else has this folder locked. Never waits.
+        """Whether, for the length of the block, nobody else has this file or folder locked. Never waits.
 
-        None where locks are not to be had, so that nobody knows.
+        False also where it is gone. None where locks are not to be had, so that nobody knows.
         """
         return contextlib.nullcontext(None)
 
@@ -115,7 +115,11 @@ class LocalStorage(Storage):
     is_local = True
 
     def make_folder(self, path: str) -> None:
-        os.makedirs(path, exist_ok=True)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(path):  # or somebody has removed it just now, as who writes there will find out
+                raise
         # which of these are new is not known here: names may have been reserved before
         with contextlib.suppress(OSError):  # a folder above may be one that we may not read
             while (parent := os.path.dirname(path)) != path:
@@ -187,13 +191,13 @@ class LocalStorage(Storage):
             try:
                 import fcntl
 
-                folder = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                opened = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # closing is not enough: a process that was forked meanwhile has it too
-                stack.callback(fcntl.flock, folder, fcntl.LOCK_UN)
-                got = True
-            except BlockingIOError:
+                stack.callback(fcntl.flock, opened, fcntl.LOCK_UN)
+                got = os.path.samestat(os.fstat(opened), os.stat(path))  # or it is another one by now
+            except (BlockingIOError, FileNotFoundError):
                 got = False
             except (ImportError, OSError):  # Windows; some network filesystems
                 got = None

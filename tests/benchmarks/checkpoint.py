@@ -20,7 +20,7 @@ import tempfile
 import time
 import unittest.mock
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raytrainer
-from raytrainer.checkpointing import checkpoint_files, checksums
+from raytrainer.checkpointing import checkpoint_files, hash_beside
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 
 
@@ -160,22 +160,46 @@ def lightning_save(model: Model, folder: str) -> float:
 def write(path: str, state: dict[str, Any], hashes: bool) -> float:
     """Seconds until a checkpoint is on the disk, without its checksums if so told."""
     begun = time.perf_counter()
-    with contextlib.nullcontext() if hashes else unittest.mock.patch.object(checksums.xxhash, "xxh3_128", NoHash):
+    with contextlib.nullcontext() if hashes else no_hashes():
         write_checkpoint(path, state)
     return time.perf_counter() - begun
 
 
-def read(path: str, hashes: bool) -> float:
-    """Seconds to read one from the disk, without looking at its checksums if so told."""
-    for file in os.scandir(path):
-        opened = os.open(file.path, os.O_RDONLY)
+def write_plainly(path: str, state: dict[str, Any]) -> float:
+    """Seconds until `torch.save` has it on the disk."""
+    begun = time.perf_counter()
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - begun
+
+
+def read(path: str, how: Callable[[str], object]) -> float:
+    """Seconds to read one from the disk."""
+    for file in os.scandir(path) if os.path.isdir(path) else [path]:
+        opened = os.open(file, os.O_RDONLY)
         os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(opened)
-    unchecked = {"check_file": nothing, "checked_beside": lambda *args: contextlib.nullcontext()}
     begun = time.perf_counter()
-    with contextlib.nullcontext() if hashes else unittest.mock.patch.multiple(checkpoint_files, **unchecked):
-        read_checkpoint(path)
+    how(path)
     return time.perf_counter() - begun
+
+
+def read_unchecked(path: str) -> None:
+    """Without looking at its checksums."""
+    with unittest.mock.patch.object(checkpoint_files, "CheckedReader", lambda file, *about: file):
+        read_checkpoint(path)
+
+
+@contextlib.contextmanager
+def no_hashes() -> Iterator[None]:
+    """Nothing is hashed, in no thread."""
+    with (
+        unittest.mock.patch.object(hash_beside, "LARGE", 2**60),
+        unittest.mock.patch.object(hash_beside.xxhash, "xxh3_128", NoHash),
+    ):
+        yield
 
 
 class NoHash:
@@ -189,17 +213,37 @@ class NoHash:
         return "0" * 32
 
 
-def nothing(*args: Any) -> None:
-    pass
-
-
 def checksum_costs(megabytes: int, folder: str, rounds: int) -> None:
     state, path = {"state_dict": dict(Model(megabytes).state_dict())}, f"{folder}/summed.ckpt"
-    written = interleaved({str(h): lambda h=h: write(f"{path}{h}", state, h) for h in (False, True)}, rounds)
-    found = interleaved({str(h): lambda h=h: read(f"{path}True", h) for h in (False, True)}, rounds)
-    for name, sides in (("writing", written), ("reading", found)):
-        ratio = statistics.median(sides["True"]) / statistics.median(sides["False"])
-        print(f"{name} with checksums: {ratio:.3f} of the time without")
+    written = interleaved(
+        {
+            "without": lambda: write(f"{path}-", state, False),
+            "with": lambda: write(path, state, True),
+            "torch.save and fsync": lambda: write_plainly(f"{folder}/plain.pt", state),
+        },
+        rounds,
+    )
+    found = interleaved(
+        {
+            "without": lambda: read(path, read_unchecked),
+            "with": lambda: read(path, read_checkpoint),
+            "torch.load": lambda: read(f"{folder}/plain.pt", lambda path: torch.load(path, weights_only=True)),
+        },
+        rounds,
+    )
+    one_pass = interleaved({"hash": lambda: hash_in_memory(state)}, rounds)["hash"]
+    for name, sides in (("Writing", written), ("Reading", found)):
+        print(f"\n{name} {megabytes} MB, checksums\n\n{table(sides, 'without', 'ms', 1e3)}")
+        ratio = statistics.median(sides["with"]) / statistics.median(sides["without"])
+        print(f"\nMedians: {ratio:.3f} of the time without.")
+    print(f"\nHashing alone, in memory: {statistics.median(one_pass) * 1e3:.0f} ms.\n", flush=True)
+
+
+def hash_in_memory(state: dict[str, Any]) -> float:
+    begun = time.perf_counter()
+    for tensor in state["state_dict"].values():
+        hash_beside.xxhash.xxh3_128(tensor.view(-1).view(torch.uint8).numpy().data)
+    return time.perf_counter() - begun
 
 
 def slowdown(megabytes: int, folder: str, device: torch.device, strategy: str) -> float:

@@ -14,7 +14,7 @@ from forge import as_first_version
 from tiny import Tiny, data
 
 from raytrainer import CheckpointError, DataModule
-from raytrainer.checkpointing import checkpoint_files
+from raytrainer.checkpointing import checked_reader, checkpoint_files, hash_beside
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.checkpointing.checkpoint_meta import read_meta
@@ -45,15 +45,19 @@ def test_any_flipped_bit_is_noticed(checkpoint: Path) -> None:
     assert read_checkpoint(checkpoint)["epoch"] == 1
 
 
-def test_of_large_files_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_of_large_files_too(beside: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which are compared while they are read: whatever torch makes of the damage, it is told of as such."""
     monkeypatch.setattr(checkpoint_files, "LARGE", 0)
+    monkeypatch.setattr(checked_reader, "PIECE", 100)
+    if beside:
+        monkeypatch.setattr(hash_beside, "LARGE", 0)
     assert read_checkpoint(checkpoint)["epoch"] == 1
     draws = random.Random(1)
     (file,) = checkpoint.glob("state-*")
     whole = file.read_bytes()
     # half of them where torch's index of the file is
-    places = [draws.randrange(8 * len(whole)) for _ in range(150)] + [-draws.randrange(1, 8000) for _ in range(150)]
+    places = [draws.randrange(8 * len(whole)) for _ in range(100)] + [-draws.randrange(1, 8000) for _ in range(100)]
     for place in places:
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
@@ -68,7 +72,10 @@ def test_of_large_files_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
     ):
         1 / 0  # noqa: B018
-    assert "checkpoint-check" not in {thread.name for thread in threading.enumerate()}
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint-checksum":
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, -1])

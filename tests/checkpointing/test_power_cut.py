@@ -101,7 +101,7 @@ def replay(operations: list[Operation], lost: set[int], begin: Path, root: Path,
         elif what == "create":
             place.write_bytes(contents.get(index, b""))
         elif what == "rename":
-            there(value).write_bytes(contents.get(made[path], b""))
+            there(value).write_bytes(contents.get(made[path], b"") if path in made else place.read_bytes())
             place.unlink(missing_ok=True)
         elif what == "delete":
             place.unlink(missing_ok=True)

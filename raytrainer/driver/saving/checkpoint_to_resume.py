@@ -68,7 +68,14 @@ def read_to_resume(
                 log.warning('ckpt_path="last": there is no checkpoint; the weights are those that the module has.')
             return None
     assert path is not None
-    checkpoint = read_checkpoint(path, weights_only=weights_only, lazily=lazily)
+    try:
+        checkpoint = read_checkpoint(path, weights_only=weights_only, lazily=lazily)
+    except CheckpointError:
+        newer = _newest(savers, loggers, default_root_dir) if ckpt_path == "last" else path
+        if newer == path or newer is None:
+            raise
+        # another run has saved a newer one meanwhile, and has removed the one that was found
+        checkpoint, path = read_checkpoint(newer, weights_only=weights_only, lazily=lazily), newer
     # what is not as it was read cannot be read anew
     changed = "made_by" in checkpoint or any(
         isinstance(callback, Callback) and overridden(callback, "on_load_checkpoint") for callback in callbacks

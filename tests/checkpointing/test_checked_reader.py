@@ -1,0 +1,122 @@
+"""Checksums are formed beside reading and writing, whatever is read in which order, and whoever gets to hash it."""
+
+from __future__ import annotations
+
+import io
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import xxhash
+
+from raytrainer.checkpointing import checked_reader, checksums, hash_beside
+from raytrainer.checkpointing.checked_reader import CheckedReader, check_file
+from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
+from raytrainer.errors import CheckpointError, GivenUpError
+
+CONTENT = random.Random(0).randbytes(5000)
+
+
+def _sum(data: bytes) -> str:
+    return "xxh3_128:" + xxhash.xxh3_128(data).hexdigest()
+
+
+RECORD = FileRecord(len(CONTENT), _sum(CONTENT))
+
+
+@pytest.fixture(autouse=True, params=["a thread", "no thread", "a thread that gets no core", "at once"])
+def who_hashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for module in (hash_beside, checked_reader, checksums):
+        monkeypatch.setattr(module, "PIECE", 70)
+    monkeypatch.setattr(checked_reader, "_GAP", 300)
+    monkeypatch.setattr(hash_beside, "LARGE", 10**9 if request.param == "at once" else 200)
+    late = threading.Event()
+    if request.param == "no thread":
+
+        def start(thread: Any) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+    if request.param == "a thread that gets no core":
+        work = hash_beside.HashBeside._work
+        monkeypatch.setattr(hash_beside.HashBeside, "_work", lambda self: late.wait(60) and work(self))
+    yield request.param
+    late.set()
+
+
+def test_what_is_written() -> None:
+    sink = io.BytesIO()
+    with ChecksummedWriter(sink) as writer:
+        writer.write(CONTENT[:30])
+        writer.write(CONTENT[30:2000])
+        part = writer.write_part(CONTENT[2000:4500])
+        writer.write(CONTENT[4500:])
+        assert writer.record() == RECORD and sink.getvalue() == CONTENT
+    assert part == FileRecord(2500, _sum(CONTENT[2000:4500]))
+
+
+def test_a_writer_that_is_given_up_leaves_no_byte_to_be_hashed() -> None:
+    asked = iter([False, False, True])
+    with ChecksummedWriter(io.BytesIO(), lambda: next(asked)) as writer:
+        data = bytearray(CONTENT)
+        writer.write(data)
+        assert not writer._sums._left and not writer._sums._turn.locked()
+        with pytest.raises(GivenUpError, match="after 140 bytes"):
+            writer.record()
+
+
+def test_whatever_is_read_in_which_order() -> None:
+    draws = random.Random(1)
+    places = [
+        [(0, 5000)],
+        [],
+        [(4900, 100), (0, 20), (20, 2000), (2050, 2000), (4100, 900)],  # the index first, and gaps, as torch does
+        [(3000, 1000), (0, 3000), (2000, 3000)],  # backwards, and twice
+        [(draws.randrange(5000), draws.randrange(1000)) for _ in range(30)],
+    ]
+    for reads in places:
+        for damaged in (None, 0, 10, 2030, 3500, 4999):
+            content = bytearray(CONTENT)
+            if damaged is not None:
+                content[damaged] ^= 1
+            verdict = None
+            try:
+                with CheckedReader(io.BytesIO(content), RECORD, "x") as file:
+                    for begin, size in reads:
+                        file.seek(begin)
+                        got = file.read(size)
+                        assert got == content[begin : begin + size] and file.tell() == begin + len(got)
+            except CheckpointError as error:
+                verdict = str(error)
+            assert (verdict is None) == (damaged is None), (reads, damaged)
+            assert verdict is None or "x: the file is damaged: its content is not what was written" in verdict
+
+
+def test_an_interrupted_reader_leaves_no_byte_to_be_hashed() -> None:
+    class Interrupted(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() > 700:
+                raise KeyboardInterrupt
+            return super().readinto(buffer)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        CheckedReader(Interrupted(CONTENT), RECORD, "x") as file,
+    ):
+        try:
+            file.readinto(bytearray(5000))
+        finally:
+            assert not file._sums._left and not file._sums._turn.locked()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_whole_file(keep: bool) -> None:
+    into = memoryview(bytearray(5000)) if keep else None
+    check_file(io.BytesIO(CONTENT), RECORD, "x", into)
+    assert into is None or bytes(into) == CONTENT
+    with pytest.raises(CheckpointError, match="x: the file ends after 4999 of 5000 bytes: it is truncated"):
+        check_file(io.BytesIO(CONTENT[:-1]), RECORD, "x", into)
+    with pytest.raises(CheckpointError, match="x: the file is damaged"):
+        check_file(io.BytesIO(CONTENT[:-1] + b"~"), RECORD, "x", into)
