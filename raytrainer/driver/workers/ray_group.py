@@ -115,7 +115,7 @@ class RayGroup:
 
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         """See `WorkerGroup`."""
-        return ask_where(self.places, patience, self._silence.seconds)
+        return ask_where(self.places, patience, self._silence)
 
     @property
     def by_node(self) -> Mapping[str, int]:

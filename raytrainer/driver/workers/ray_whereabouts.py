@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrainer.plan.where_it_is import Whereabouts, whereabouts
+from raytrainer.plan.where_it_is import Silence, Whereabouts, whereabouts
 from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.stack_dump import ask
 
@@ -18,7 +18,7 @@ __all__ = ["ask_where"]
 WRITING = 5.0
 
 
-def ask_where(places: Sequence[Place], patience: float, silent_for: float | None) -> list[Whereabouts]:
+def ask_where(places: Sequence[Place], patience: float, silence: Silence) -> list[Whereabouts]:
     """Where each worker is, by rank; those that have not answered after `patience` seconds are told so."""
     remote = ray.remote(num_cpus=0, max_retries=0)(_asked)
     asked: list[Any] = []
@@ -28,8 +28,9 @@ def ask_where(places: Sequence[Place], patience: float, silent_for: float | None
     ready, late = ray.wait(asked, num_returns=len(asked), timeout=patience) if asked else ([], [])
     for ref in late:
         ray.cancel(ref, force=True)
+    seconds = silence.seconds  # now: a worker that hangs may have begun to after it was asked
     return [
-        whereabouts(rank, f"{place.host}, pid {place.pid}", _text(ref) if ref in ready else "", silent_for)
+        whereabouts(rank, f"{place.host}, pid {place.pid}", _text(ref) if ref in ready else "", seconds)
         for rank, (place, ref) in enumerate(zip(places, asked, strict=True))
     ]
 
