@@ -32,6 +32,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return places(make, folder)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wherever_it_strikes(fault: str, everywhere: list[str], local_trainer: Any, tmp_path: Path) -> None:
     assert len(everywhere) > 100

@@ -409,7 +409,7 @@ class Fits(rt.Module):
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", STREAMS)
 def test_weights_of_a_resumed_run(kind, local_trainer, tmp_path):
     """From checkpoints in the middle, and at the end, of the second epoch."""

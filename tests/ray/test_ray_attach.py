@@ -168,7 +168,12 @@ def check(process: subprocess.Popen[str], where: str) -> None:
     assert "printed by 1" in kept.read_text() and "last words of 1" in kept.read_text()
 
 
-def test_two_jobs_share_a_cluster_and_leave_it_running(head, project, monkeypatch):
+def test_a_cluster_on_this_machine_is_found(head, project):
+    check(start(project, head, "-"), head["member"])
+
+
+@pytest.mark.sample(0)
+def test_two_jobs_share_a_cluster_and_leave_it_running(head, project):
     """One finds the cluster on this machine, the other is told by the environment."""
     found = start(project, head, "-")
     told = start(project, head, "-", RAY_ADDRESS=head["member"])

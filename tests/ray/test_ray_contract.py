@@ -365,6 +365,7 @@ def test_what_the_user_prints_reaches_the_driver(ray_trainer, capfd):
     assert "(rank 0" in captured and "(rank 1" in captured
 
 
+@pytest.mark.sample(0)
 @pytest.mark.late(3)
 def test_three_workers(ray_trainer, one_process):
     check_evaluation(3, ray_trainer, one_process)

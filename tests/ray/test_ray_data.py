@@ -178,7 +178,7 @@ WAYS: list[Way] = [
 ]  # fmt: skip
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.late(way[3])] if way[3] != 2 else []) for way in WAYS], ids=str
 )
@@ -191,7 +191,7 @@ def test_each_row_reaches_one_worker(read: Callable[..., Any], way: Way) -> None
     assert (epochs[0] == epochs[1]) == (way[2] is False)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("way", [(False, True, True, 2), (True, False, 100, 2)], ids=["kept", "streamed"])
 def test_same_seed_same_order(read: Callable[..., Any], way: Way) -> None:
     first = read(way)
@@ -345,6 +345,7 @@ class Data(DataModule):
         return self._dataset("predict")
 
 
+@pytest.mark.sample(0)
 @pytest.mark.usefixtures("rays")
 def test_hooks_of_a_datamodule(ray_trainer: Make, parquet: str) -> None:
     data, trainer, net = Data(parquet), ray_trainer(max_epochs=1), Net()
@@ -383,7 +384,7 @@ class KillAt(Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("way", [(False, True, 100, 2), (True, False, 100, 2)], ids=["kept", "streamed"])
 def test_going_on_in_mid_epoch(
     ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -31,6 +31,7 @@ def test_faults_in_hooks(fault, ray_trainer, tmp_path):
         assert Bench(Plan(place, fault, folder), ray_trainer).check() != "not called"
 
 
+@pytest.mark.sample(0)
 @pytest.mark.late(2)
 def test_control_c_while_resources_are_waited_for(ray_session, ray_trainer, caplog):
     """Nothing is asked of Ray any more afterwards."""

@@ -59,6 +59,7 @@ def test_chosen_gpus(four_gpus: None) -> None:
     assert wait_until(lambda: free() == 4)
 
 
+@pytest.mark.sample(0)
 def test_impossible_number(four_gpus: None) -> None:
     with pytest.raises(ResourceError, match=r"5 worker\(s\).*GPU 4 of 4 free.*4 GPU"):
         reserve.place(Request(1, 5, True), 60)

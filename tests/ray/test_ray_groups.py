@@ -103,6 +103,7 @@ def test_idle_workers_hold_nothing_of_their_runs(ray_trainer):
     assert module.left == []
 
 
+@pytest.mark.sample(0)
 @pytest.mark.late(3)
 def test_other_resources_get_another_group(ray_trainer, where):
     """The session's Ray has four CPUs: room for one worker beside the two, but not for three."""

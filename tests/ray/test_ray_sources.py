@@ -146,7 +146,7 @@ def samples(folder: Path) -> dict[int, list[int]]:
     return {epoch: sorted(items) for epoch, items in epochs.items()}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_killed_worker_changes_nothing(kind, ray_trainer, tmp_path):
     if "StatefulDataLoader" in kind:

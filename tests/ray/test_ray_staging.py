@@ -41,7 +41,7 @@ class Unpicklable(Exact):
         checkpoint["lock"] = threading.Lock()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("staged", [True, False])
 def test_a_state_that_cannot_be_pickled_is_named(staged, tmp_path, monkeypatch):
     monkeypatch.setattr(RayGroup, "stages", staged)

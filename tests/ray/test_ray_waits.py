@@ -30,6 +30,7 @@ class Stuck(Net):
             time.sleep(0.05)  # what a download that hangs is made of
 
 
+@pytest.mark.sample(0)
 def test_a_set_up_has_a_limit_and_ends_with_control_c(ray_trainer, monkeypatch, tmp_path):
     trainer = ray_trainer(num_processes=1, max_epochs=1, max_failures=0)
     trainer.fit(Net(), loader(8, 4))  # from here on the worker is warm: all but the set-up takes a moment

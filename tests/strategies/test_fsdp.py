@@ -300,7 +300,7 @@ def halve(parameter):
     parameter.grad.mul_(0.5)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "make",
     [
@@ -360,7 +360,7 @@ class SkipsAlone(Net):
         return sum(part * (not skip) for part, skip in zip(parts, skips, strict=True)) / 2
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1, -1])
 @pytest.mark.parametrize("how", ["before", "after", "a leaf"])
@@ -466,7 +466,7 @@ def test_uneven_validation(loaders, interval, forked):
 # ---------------------------------------------------------------- precisions
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", [Net, Stateful])
 @pytest.mark.parametrize("precision, dtype", [("bf16-mixed", torch.float32), ("16-mixed", torch.float32),
                                               ("bf16-true", torch.bfloat16), (32, torch.float32)])  # fmt: skip

@@ -61,7 +61,7 @@ def fit_both(forked, make, layout, val=None, **options):
     return one, two
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     "options",
