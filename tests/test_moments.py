@@ -339,6 +339,56 @@ def test_a_stop_acts_after_the_batch_in_which_it_is_asked_for(hook, local_traine
     assert trainer.should_stop
 
 
+@pytest.mark.parametrize("where", ["on_save_checkpoint", "lr_scheduler_step"])
+def test_a_stop_that_is_asked_for_between_batches_acts_after_the_next(where, local_trainer, tmp_path):
+    """While a checkpoint is made, say: no report tells of it before the next batch does."""
+
+    class Between(Tiny):
+        def on_save_checkpoint(self, checkpoint):
+            self.ask("on_save_checkpoint")
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.ask("lr_scheduler_step")
+
+        def ask(self, hook):
+            if hook == where:
+                self.trainer.should_stop = True
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            plateau = {"scheduler": scheduler, "monitor": "val_loss", "interval": "step", "frequency": 2}
+            return {"optimizer": optimizer, "lr_scheduler": plateau}
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    trainer = local_trainer(max_epochs=9, min_epochs=0, val_check_interval=2, callbacks=saving)
+    trainer.fit(Between(), data(), data(2))
+    assert (trainer.global_step, trainer.current_epoch) == (3, 0) and trainer.should_stop
+
+
+def test_a_stop_that_is_taken_back_as_an_epoch_ends_is_not_told_of_again(local_trainer):
+    """Workers have heard of it in the middle of the epoch."""
+
+    class Looking(Tiny):
+        seen: ClassVar[list] = []
+
+        def on_train_epoch_end(self):
+            self.seen.append(self.trainer.should_stop)
+
+    def change(trainer, module):
+        if trainer.current_epoch == 0 and not trainer.sanity_checking:
+            trainer.should_stop = not trainer.should_stop
+
+    asking = LambdaCallback(on_validation_end=change)
+    trainer = local_trainer(max_epochs=3, min_epochs=2, val_check_interval=0.5, callbacks=asking)
+    trainer.fit(Looking(), data(), data(2))
+    assert trainer.current_epoch == 3 and not trainer.should_stop
+    assert Looking.seen == [False] * 3
+
+
 def test_a_stop_that_waits_for_the_minimum_says_so(local_trainer, caplog):
     class Early(WorkerCallback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -42,6 +42,7 @@ FLOORS = [
         "view/trainer_view",
         "view/absent_names",
         "view/scheduler_config",
+        "view/stop_request",
         "view/learning_rates",
         "view/run_state",
         "module_in_run",

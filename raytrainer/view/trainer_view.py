@@ -21,12 +21,13 @@ from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.view.absent_names import absent
 from raytrainer.view.scheduler_config import SchedulerConfig
+from raytrainer.view.stop_request import StopRequest
 
 __all__ = ["TrainerView"]
 
 
 @dataclass
-class TrainerView:
+class TrainerView(StopRequest):
     """The run, as module and worker callbacks may see it. Set `should_stop` to ask for the end of training.
 
     The Trainer's arguments that concern a run are attributes too: `limit_train_batches`, `val_check_interval`, ...
@@ -65,7 +66,6 @@ class TrainerView:
     global_step: int = 0
     current_epoch: int = 0
     is_last_batch: bool = False
-    should_stop: bool = False
     interrupted: bool = False
     optimizers: list[Optimizer] = field(default_factory=list)
     lr_scheduler_configs: list[SchedulerConfig] = field(default_factory=list)
@@ -90,6 +90,8 @@ class TrainerView:
         def __getattr__(self, name: str) -> Any:
             if name in RunArguments.__dataclass_fields__:
                 return getattr(self.settings, name)
+            if hasattr(type(self), name):  # a property, whose own AttributeError is the one to tell
+                return object.__getattribute__(self, name)
             raise AttributeError(name if name.startswith("_") else absent(name, dir(self)))
 
     # ranks
@@ -133,7 +135,7 @@ class TrainerView:
         """Take up what the driver tells, if it does."""
         if news is not None:
             self.metrics.take(news.metrics)
-            self.should_stop = news.stop
+            self.hear_stop(news.stop)
 
     # settings
     @property

@@ -40,12 +40,8 @@ class CommonStop:
     """
 
     def __init__(self, view: TrainerView, announced: bool) -> None:
-        self._view, self._known, self._announced = view, view.should_stop, announced
+        self._view, self._announced = view, announced
         self._stopping = False
-
-    @property
-    def _asked(self) -> bool:
-        return self._view.should_stop and not self._known
 
     def before(self) -> bool:
         """To be called before each batch is read: whether it may be the last, as far as is known."""
@@ -53,7 +49,7 @@ class CommonStop:
 
     def after(self) -> bool:
         """To be called after each batch: whether it was the last."""
-        return self._after(self._asked)
+        return self._after(self._view.asks_to_stop)
 
     def _after(self, found: bool) -> bool:
         known, self._stopping = self._stopping, self._stopping or found
@@ -81,7 +77,7 @@ class _ByVotes(CommonStop):
         self._left = self._every
         if self._stopping:
             return True
-        before, self._under_way = self._under_way, self._strategy.begin_any(self._asked)
+        before, self._under_way = self._under_way, self._strategy.begin_any(self._view.asks_to_stop)
         return self._after(before is not None and before())
 
     def close(self) -> None:
@@ -106,7 +102,7 @@ class _OnBoard(CommonStop):
         return self._last == self._batch
 
     def after(self) -> bool:
-        if self._view.should_stop and not (self._known or self._told):
+        if self._view.asks_to_stop and not self._told:
             self._told = True
             self._board.ask()
         return self._last == self._batch

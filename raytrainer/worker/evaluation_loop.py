@@ -95,7 +95,7 @@ class EvaluationLoop:
         self.lengths = [feed.draw() for feed in self.feeds]
         if self.sanity is not None and self.sanity >= 0:
             self.lengths = [self.sanity if n is None else min(n, self.sanity) for n in self.lengths]
-        return EvaluationStart(self.lengths, view.should_stop)
+        return EvaluationStart(self.lengths, view.tell_stop())
 
     def evaluate(self, batches: int) -> EvaluationReport:
         """Evaluate at most `batches` batches, going on from loader to loader.
@@ -149,7 +149,7 @@ class EvaluationLoop:
         report.reads = tuple(self._reads())
         if finished and self.sanity is None:
             self.metrics.add_epoch(report)
-        report.stop = self.view.should_stop
+        report.stop = self.view.tell_stop()
         seconds = time.perf_counter() - start
         return EvaluationReport(
             self.stage, self.done, seconds, finished, report, predictions, list(self.by_loader), behind
@@ -222,7 +222,7 @@ class EvaluationLoop:
             self.run.hooks.call(f"on_{self.name}_epoch_end")
         report = self.metrics.report()
         self.metrics.add_epoch(report)
-        report.stop = self.view.should_stop
+        report.stop = self.view.tell_stop()
         return EvaluationReport(self.stage, self.done, 0.0, True, report, by_loader=self.by_loader)
 
     def end(self, reduced: Reduced | None = None, cut_off: bool = False) -> MetricReport:
@@ -247,7 +247,7 @@ class EvaluationLoop:
         if self.sanity is not None:
             self.metrics.clear(shown=True)
         self.metrics.switch("train")
-        report.stop = self.view.should_stop
+        report.stop = self.view.tell_stop()
         self._leave(cut_off)
         return report
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.data.look_ahead import LookAhead
 from raytrainer.errors import ConfigurationError
 from raytrainer.messages import TrainReport, TrainStart
-from raytrainer.metric_messages import MetricReport, Reduced
+from raytrainer.metric_messages import MetricReport, News, Reduced
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
 from raytrainer.strategies.same_shapes import number_of, switched, what_trains
@@ -88,7 +88,7 @@ class TrainingLoop:
             batch_size=size if isinstance(size, int) else None,
             val_batches=[feed.length for feed in run.data.feeds("val")] if validates and begins else [],
             plateaus=run.plateaus(),
-            stop=self.view.should_stop,
+            stop=self.view.tell_stop(),
             divisible=self.feed.divisible,
             trained=number_of(self._trains),
             switched=switched(self._trained, self._trains),
@@ -240,7 +240,7 @@ class TrainingLoop:
             step=view.global_step,
             seconds=clock() - start,
             exhausted=exhausted,
-            stop=view.should_stop,
+            stop=view.tell_stop(),
             data_seconds=waited,
             metrics=report,
             skipped_steps=view.skipped_steps,
@@ -283,13 +283,13 @@ class TrainingLoop:
         view = self.view
         self.metrics.take_epoch(reduced)
         view.interrupted, view.current_epoch = interrupted, epochs
-        view.should_stop |= stop
+        view.hear(News(stop=stop))
         self.run.hooks.call("on_train_end")
 
     def _report_epoch(self) -> MetricReport:
         report = self.metrics.report()
         self.metrics.add_epoch(report)
-        report.idle, report.stop, report.trained = self._idle, self.view.should_stop, self._has_trained()
+        report.idle, report.stop, report.trained = self._idle, self.view.tell_stop(), self._has_trained()
         return report
 
     def _has_trained(self) -> bool:

@@ -111,7 +111,7 @@ class Worker:
         self._training = TrainingLoop(self.run)
         start = self._training.describe()
         self.run.hooks.call("on_train_start")
-        start.stop = self.run.view.should_stop
+        start.stop |= self.run.view.tell_stop()
         return start
 
     @property
@@ -188,7 +188,7 @@ class Worker:
     @verb(Wait.USER_CODE)
     def end_epoch(self, metrics: Reduced | None = None, epoch_ended: bool = True, stop: bool = False) -> MetricReport:
         """The last hooks; `metrics` are the epoch's so far, over all workers; `stop`: whether anybody has asked to."""
-        self.run.view.should_stop |= stop
+        self.run.view.hear(News(stop=stop))
         return self.training.end_epoch(metrics, epoch_ended)
 
     @verb(Wait.USER_CODE)
