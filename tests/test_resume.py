@@ -144,6 +144,20 @@ def test_another_batch_size_goes_on_with_the_samples_that_are_left(size, local_t
     assert second.batches == 16 // size
 
 
+def test_a_batch_size_that_grows_from_epoch_to_epoch_is_that_of_the_epoch(local_trainer, tmp_path):
+    class Grows(Reads):
+        def train_dataloader(self):
+            rows = torch.arange(32.0).reshape(-1, 1).expand(-1, 2)
+            return DataLoader(rows, 4 * 2**self.current_epoch, shuffle=True)
+
+    options = {"seed": 1, "reload_dataloaders_every_n_epochs": 1}
+    saver = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True, every_n_train_steps=10)
+    local_trainer(max_steps=10, callbacks=saver, enable_checkpointing=True, **options).fit(first := Grows())
+    local_trainer(max_epochs=2, **options).fit(second := Grows(), ckpt_path=tmp_path / "last.ckpt")
+    assert sorted(first.read + second.read) == sorted(2 * [*range(32)])
+    assert (first.batches, second.batches) == (10, 2)
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_nothing_is_left_for_another_number_of_workers(local_trainer, tmp_path, drop_last):
     """The epoch ends, is validated, and the next one begins; a row too few for a batch is no error."""

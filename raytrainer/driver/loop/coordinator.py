@@ -168,8 +168,7 @@ class Coordinator:
         state.should_stop |= any(start.stop for start in starts)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
-        now = state.parts, state.batch_size or 0
-        schedule.rescale(state.progress, self._counted_in, now, starts[0].divisible)
+        schedule.rescale(state.progress, self._counted_in, (state.parts, state.batch_size or 0), starts[0].divisible)
         accumulate = self.settings.accumulated(state.progress.epoch)
         size = effective_batch(state.batch_size, state.parts, accumulate, self.settings.strategy)
         if size is not None and self.group.size > 1:
@@ -192,6 +191,7 @@ class Coordinator:
         cursor, news = (progress.epoch, progress.batch, progress.before), self.state.news()
         starts = alike(self.group.call(Worker.start_epoch, *cursor, resumed, news), progress.epoch)
         self.state.should_stop |= any(start.stop for start in starts)
+        self.state.batch_size = starts[0].batch_size  # its loader may be another one
         self._plateaus.wishes, self._resizing.divisible = starts[0].plateaus, all(s.divisible for s in starts)
         self.state.num_training_batches = length = self._chunks.common_length([start.batches for start in starts])
         val_every = schedule.resolve_val_every(self.settings, length, progress.shift) if self.validates else None
