@@ -148,6 +148,8 @@ class TrainerRuns(TrainerProperties, TrainerArguments):
             """Asked for a name that there is not."""
             if name.startswith("_"):  # Python's own questions, as in copying, say
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            if hasattr(type(self), name):  # a property, whose own AttributeError is the one to tell
+                return object.__getattribute__(self, name)
             raise AttributeError(absent_of_a_trainer(name, dir(self)))
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -65,6 +65,22 @@ def test_a_trainers_attributes(name, said):
     assert said in str(error.value)
 
 
+def test_what_fails_within_a_trainers_property_is_told_as_it_is():
+    class Own(rt.Logger):
+        def log_metrics(self, metrics, step):
+            """Nowhere."""
+
+        def log_hyperparams(self, params):
+            """Nowhere."""
+
+        @property
+        def log_dir(self):
+            return self.folder
+
+    with pytest.raises(AttributeError, match="'Own' object has no attribute 'folder'"):
+        rt.Trainer(logger=Own()).log_dir  # noqa: B018
+
+
 def test_what_a_trainer_has_not_is_not_set_by_mistake():
     trainer = rt.Trainer(logger=False)
     for name, meant in {"max_epoch": "max_epochs", "should_sotp": "should_stop"}.items():

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import Tiny, data
 
 import raytrainer
 from raytrainer.plan.run_arguments import RunArguments
@@ -95,3 +96,15 @@ def test_names_of_lightnings_trainer_that_modules_ask_for(loader, local_trainer,
 class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
     def __iter__(self):
         return iter([torch.ones(1, 1)] * 9)
+
+
+def test_what_fails_as_loaders_are_made_is_told_as_it_is(local_trainer):
+    class Asks(Tiny):
+        def training_step(self, batch, batch_idx):
+            return self.trainer.test_dataloaders
+
+        def test_dataloader(self):
+            return self.rows
+
+    with pytest.raises(AttributeError, match="'Asks' object has no attribute 'rows'"):
+        local_trainer(max_epochs=1).fit(Asks(), data())
