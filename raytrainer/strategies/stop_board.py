@@ -64,14 +64,15 @@ class StopBoard:
             with contextlib.suppress(OSError):
                 file, whole = os.open(there, os.O_RDWR), True
         every = torch.tensor([int(whole)])
-        dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control)
-        if rank == 0 and name:
-            os.unlink(name)
         try:
+            dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control)
             return cls(store, rank, size, mmap.mmap(file, length)) if every.item() else None
-        finally:
+        finally:  # also where another worker is lost meanwhile
             if file >= 0:
                 os.close(file)
+            if name:
+                with contextlib.suppress(OSError):  # Windows keeps what is mapped
+                    os.unlink(name)
 
     def begin(self, chunk: int) -> None:
         """Another chunk begins here, of a higher number, the same on all workers, which have ended the one before."""

@@ -91,6 +91,27 @@ def test_who_never_names_it_is_an_error(boards, monkeypatch):
         boards[1].enter(0)
 
 
+def test_nothing_is_left_where_another_worker_is_lost_meanwhile(monkeypatch, tmp_path):
+    def lost(*args, **kwargs):
+        raise RuntimeError("connection closed by peer")
+
+    made = []
+
+    def mkstemp(prefix, dir):
+        made.append(original(prefix=prefix, dir=tmp_path))
+        return made[-1]
+
+    original = tempfile.mkstemp
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(dist, "all_reduce", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        StopBoard.of_host(dist.HashStore(), 0, 2, None)
+    ((file, _),) = made
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(file)
+
+
 @pytest.mark.parametrize("failure", [None, "mkstemp", "write"])
 def test_without_room_for_it_there_is_none(failure, monkeypatch, tmp_path):
     """A full /dev/shm, say: workers vote instead. What was made of it is gone."""
