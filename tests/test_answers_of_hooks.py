@@ -163,6 +163,17 @@ def test_what_means_nothing_is_told_of_once(local_trainer, caplog):
     assert caplog.text.count("on_train_batch_start returned 'skip', which means nothing: return -1") == 1
 
 
+def test_so_it_is_where_the_answer_is_another_one_in_each_batch(local_trainer, caplog):
+    class Counts(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            return batch_idx
+
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=2).fit(Counts(), data())
+    assert caplog.text.count("on_train_batch_start returned 0, which means nothing") == 1
+    assert caplog.text.count("means nothing") == 1
+
+
 @pytest.mark.parametrize(
     ("owner", "hook", "taken", "given"),
     [

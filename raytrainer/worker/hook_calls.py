@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Hooks", "overridden", "skips_the_epoch"]
 
 log = logging.getLogger("raytrainer")
+
+#: Types of answers that mean nothing.
+_TOLD: set[type] = set()
 
 
 def overridden(owner: object, name: str) -> bool:
@@ -37,14 +39,13 @@ def skips_the_epoch(answer: Any) -> bool:
     """Whether `on_train_batch_start` returned -1; what means nothing is told of, once."""
     if answer is None or (isinstance(answer, int) and answer == -1):
         return answer is not None
-    _tell_of(f"{answer!r}" if isinstance(answer, (bool, int, str)) else type(answer).__name__)
+    kind = type(answer)
+    if kind not in _TOLD:  # once, whatever it returns in other batches
+        _TOLD.add(kind)
+        shown = repr(answer) if isinstance(answer, (bool, int, str)) else kind.__name__
+        log.warning("on_train_batch_start returned %s, which means nothing: return -1 to skip the rest of the epoch, "
+                    "or nothing.", shown)  # fmt: skip
     return False
-
-
-@functools.cache
-def _tell_of(answer: str) -> None:
-    log.warning("on_train_batch_start returned %s, which means nothing: return -1 to skip the rest of the epoch, or "
-                "nothing.", answer)  # fmt: skip
 
 
 class Hooks:
