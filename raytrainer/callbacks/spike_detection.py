@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.errors import ConfigurationError, TrainingSpikeError
 from raytrainer.plan import argument_checks as checks
+from raytrainer.replaced_file import replaced
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
@@ -121,8 +121,6 @@ class SpikeDetection(WorkerCallback):
         if path.suffix != ".json":
             path /= "skip_batches.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # whole at each moment, also where several workers write it
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        with replaced(path) as file:  # several workers may write it
             json.dump(self.bad_batches, file)
-        os.replace(file.name, path)
         return path
