@@ -36,6 +36,9 @@ __all__ = ["EpochState", "of_all_workers"]
 
 log = logging.getLogger("raytrainer")
 
+#: What `EpochState.keep` notes, where it has not; "ahead" is where generators were before the batch read ahead.
+_KEPT: dict[str, Any] = {"batch": 0, "rng": None, "stream": None, "ahead": []}
+
 
 class EpochState:
     """The state of one loader on one worker.
@@ -146,21 +149,20 @@ class EpochState:
         if isinstance(shared, SharedStream) and found.get("others"):
             further = before[-1][1] - found["batch"] if before else 0
             state = shared.load(from_store(found["stream"], shared.owner), further)
-            self._kept = {"batch": 0, "rng": None, "stream": to_store(state, shared.owner)}
+            self._kept = _KEPT | {"stream": to_store(state, shared.owner)}
         if found.get("others"):
             return 0
         if not (0 if shared is not None else 1) <= found["batch"] <= skip:
             return 0
         if found.get("anew"):
             return skip
-        self._kept = {name: found[name] for name in ("batch", "rng", "stream")}
+        self._kept = {name: found.get(name, nothing) for name, nothing in _KEPT.items()}
         if found["batch"] == skip:
             self._rng = found["rng"]
         if self.stream is None or found["stream"] is None:
             return 0
         self.stream.load(from_store(found["stream"], self.stream.owner))
-        position: int = found["batch"]
-        return position
+        return int(found["batch"])
 
     def _compare(self, order: int | None) -> None:
         """Say so where a sampler has drawn another order than in the run that this one goes on from."""
@@ -188,8 +190,9 @@ class EpochState:
 
     def about_to_read(self) -> None:
         """The batch after the cursor is read next, with the generators as they were when it was read before."""
-        if self._rng is not None:
+        if self._rng is not None and self._kept is not None:
             restore_rng(self._rng)
+            put_back(self._drawing, self._kept["ahead"])
             self._rng = None
 
     # ---------------------------------------------------------------- state
@@ -204,7 +207,7 @@ class EpochState:
             except CheckpointError as error:
                 log.warning("A resumed run will read this epoch again up to where it was: %s", error)
                 self.stream = None if self.stream.kind != "processes" else self.stream
-        self._kept = {"batch": batch, "rng": capture_rng(), "stream": stream}
+        self._kept = {"batch": batch, "rng": capture_rng(), "stream": stream, "ahead": states_of(self._drawing)}
 
     def state(self) -> dict[str, Any] | None:
         now = self._memories()
@@ -213,7 +216,6 @@ class EpochState:
         drawn = states_of(self._drawing)
         if self._kept is None and not any([*self._began, *now, *drawn, apart]) and order is None:
             return None
-        kept = self._kept or {"batch": 0, "rng": None, "stream": None}
         stream = self.stream
         form = None if stream is None else [stream.kind, stream.processes]
         return {
@@ -224,7 +226,7 @@ class EpochState:
             "apart": apart,
             "drawn": drawn,
             "form": form,
-            **kept,
+            **(self._kept or _KEPT),
         }
 
     def take(self, state: dict[str, Any] | None, stage: str) -> None:
@@ -280,7 +282,7 @@ def of_all_workers(states: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
         state is not None and not any(differ(state[name], first[name]) for name in ("epoch", "began", "now"))
         for state in states
     )
-    memories: dict[str, Any] = {"drawn": [], **({} if alike else {"began": [], "now": []})}
+    memories: dict[str, Any] = {"drawn": [], "ahead": [], **({} if alike else {"began": [], "now": []})}
     if (first["form"] or [None])[0] == SharedStream.kind:
         return {**first, **memories, "others": True, "order": None}
     return {**first, **memories, "others": True, "order": None, "stream": None, "rng": None} if alike else None

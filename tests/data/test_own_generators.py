@@ -135,6 +135,25 @@ class Sums(Tiny):
         pass
 
 
+class Unsized:
+    """A batch sampler whose end shows when it is there: a batch is read ahead."""
+
+    def __iter__(self):
+        yield from ([index, index + 1] for index in range(0, SAMPLES, 2))
+
+
+def test_so_it_does_where_a_batch_is_read_ahead(local_trainer, tmp_path):
+    def fit(steps: int, **options: Any) -> list[Any]:
+        loader = DataLoader(Samples(Noise("random")), batch_sampler=Unsized())  # type: ignore[arg-type]
+        saving = rt.ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=steps)
+        module = Sums()
+        local_trainer(max_steps=steps, seed=1, callbacks=saving).fit(module, loader, **options)
+        return module.seen
+
+    whole, first = fit(9), fit(3)
+    assert whole == [*first, *fit(9, ckpt_path=tmp_path / "step=3.ckpt")]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_the_sanity_check_leaves_no_trace(several, local_trainer):
     """Also where training and validation read one and the same dataset."""
