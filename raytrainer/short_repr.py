@@ -11,18 +11,22 @@ __all__ = ["ShortRepr"]
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = 80
+_SECRETS = ("token", "secret", "passw", "credential")
 
 
 class ShortRepr:
     """Shown as `EarlyStopping(monitor='val_loss')`: with arguments that are kept as attributes, and are no defaults.
 
-    Only plain values are shown, since others (a dataset, say) may have a long text, or none that says anything.
+    Only plain values are shown, since others (a dataset, say) may have a long text, or none that says anything. What may
+    be a secret by its name is left out.
     """
 
     def __repr__(self) -> str:
         shown = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = _kept(self, name, parameter.default)
+            if name.lower().endswith("key") or any(word in name.lower() for word in _SECRETS):
+                continue
             if _is_plain(value) and (type(value), value) != (type(parameter.default), parameter.default):
                 shown.append(f"{name}={_SHOWN.repr(os.fspath(value) if isinstance(value, os.PathLike) else value)}")
         return f"{type(self).__name__}({', '.join(shown)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from tiny import Tiny, data
@@ -155,6 +156,14 @@ def test_an_epoch_that_trains_nothing_is_warned_of(local_trainer, caplog):
         (manual,) = told(Manual())
         assert "no optimizer of self.optimizers() was stepped" in manual
         assert told(Half()) == told(Tiny()) == told(returning("on_train_batch_start", -1)) == []
+
+
+@pytest.mark.parametrize("answer", [-1, np.int64(-1), torch.tensor(-1)], ids=lambda answer: type(answer).__name__)
+def test_any_kind_of_minus_one_skips_the_epoch(answer, local_trainer, caplog):
+    trainer = local_trainer(max_epochs=1)
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        trainer.fit(returning("on_train_batch_start", answer), data())
+    assert trainer.global_step == 0 and "means nothing" not in caplog.text
 
 
 def test_what_means_nothing_is_told_of_once(local_trainer, caplog):

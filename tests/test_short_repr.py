@@ -47,3 +47,11 @@ def test_shown(made, shown):
 def test_a_logger_makes_no_folder_to_be_shown(tmp_path):
     assert repr(rt.CSVLogger(tmp_path, name="a")).endswith("', name='a')")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_secrets_are_not_shown():
+    class Service(rt.CSVLogger):
+        def __init__(self, api_key, project):
+            self.api_key, self.project = api_key, project
+
+    assert repr(Service("k-123", "digits")) == "Service(project='digits')"

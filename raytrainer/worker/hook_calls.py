@@ -37,8 +37,13 @@ def overridden(owner: object, name: str) -> bool:
 
 def skips_the_epoch(answer: Any) -> bool:
     """Whether `on_train_batch_start` returned -1; what means nothing is told of, once."""
-    if answer is None or (isinstance(answer, int) and answer == -1):
-        return answer is not None
+    if answer is None:
+        return False
+    try:
+        if answer == -1:  # NumPy's and torch's numbers, too
+            return True
+    except (RuntimeError, ValueError):  # of several numbers nobody knows whether they are -1
+        pass
     kind = type(answer)
     if kind not in _TOLD:  # once, whatever it returns in other batches
         _TOLD.add(kind)
