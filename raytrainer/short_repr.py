@@ -17,8 +17,8 @@ _SECRETS = ("token", "secret", "passw", "credential")
 class ShortRepr:
     """Shown as `EarlyStopping(monitor='val_loss')`: with arguments that are kept as attributes, and are no defaults.
 
-    Only plain values are shown, since others (a dataset, say) may have a long text, or none that says anything. What may
-    be a secret by its name is left out.
+    Only plain values are shown, since others (a dataset, say) may have a long text, or none that says anything. What is
+    a secret by its name is left out.
     """
 
     def __repr__(self) -> str:
