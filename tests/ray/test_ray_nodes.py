@@ -116,6 +116,7 @@ class Drains(raytrainer.Callback):
             self.cluster.pair.append(self.cluster.add_node(num_cpus=2))
 
 
+@pytest.mark.sample(0)
 def test_a_node_that_is_drained_is_left_before_it_goes(cluster, tmp_path):
     """And no step is lost, nor trained again, with shards on both."""
     options = {
@@ -150,7 +151,7 @@ def test_a_spare_node_takes_over(cluster, tmp_path):
     assert recovery.workers == 4  # how many are new depends on how soon Ray moves the reservations
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("held", [True, False])
 def test_shards_of_a_lost_node(held, cluster):
     """Its neighbour has them, if it was asked to keep them."""

@@ -214,7 +214,9 @@ def test_a_process_that_is_stopped_does_not_answer(forked, forked_groups):
     def look():
         while Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.02)
-        found.extend(forked_groups.take(2).whereabouts(1.0))
+        until = time.monotonic() + 60
+        while keep_waiting(found) != [1] and time.monotonic() < until:  # the other may not wait yet
+            found[:] = forked_groups.take(2).whereabouts(1.0)
         os.kill(stopped, signal.SIGCONT)
 
     looking = threading.Thread(target=look)
