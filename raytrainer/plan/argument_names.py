@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
-from raytrainer.plan.nearest_names import did_you_mean
+from raytrainer.plan.nearest_names import did_you_mean, nearly
 
 __all__ = ["ELSEWHERE", "may_be_handed_on", "unknown_argument"]
 
@@ -200,7 +199,7 @@ _OF_OTHERS: dict[str, dict[str, str]] = {
 
 def may_be_handed_on(owner: str, name: str, known: Iterable[str]) -> bool:
     """Whether a name is for the library that `owner` hands on what it does not know to: it is like none of its own."""
-    return name not in _OF_OTHERS.get(owner, {}) and not difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return name not in _OF_OTHERS.get(owner, {}) and not nearly(name, known, cutoff=0.8)
 
 
 def unknown_argument(owner: str, name: str, known: Iterable[str]) -> str:

@@ -45,9 +45,15 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return sorted(shorter, key=lambda other: -len(_words(other)))[:1] or alike(cutoff)
 
 
-def nearly(name: str, known: Iterable[str]) -> str:
-    """The name that is a letter or so away, or "": what others may have meant as a name of their own is none."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.88)), "")
+def nearly(name: str, known: Iterable[str], cutoff: float = 0.88) -> str:
+    """The name that is a letter or so away, or "": what others may have meant as a name of their own is none.
+
+    Args:
+        name: What was given.
+        known: What there is.
+        cutoff: How alike the letters must be, from 0 to 1.
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

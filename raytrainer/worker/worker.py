@@ -146,7 +146,8 @@ class Worker:
         self.run.view.hear(news)
         report = self.training.train(batches, stop_at_step, more, chunk, vote_every)
         self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
-        report.metrics = report.metrics.shared() if self.ranks.rank else report.metrics  # the driver reads a thousand
+        if self.ranks.rank:  # the driver reads a thousand of these
+            report.metrics = report.metrics.shared()
         return report
 
     @verb(Wait.TRAINING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable
@@ -95,5 +94,5 @@ def _warn_of_misspelt(owner: Any, base: type) -> None:
         hook for hook in dir(base) if _HOOK.search(hook) and getattr(type(owner), hook) is getattr(base, hook, None)
     ]
     for name in own_functions(owner, base):
-        for hook in difflib.get_close_matches(name, missing, n=1, cutoff=0.92):
+        if hook := nearly(name, missing, cutoff=0.92):
             log.warning("%s.%s is not called by the Trainer: did you mean %s?", type(owner).__name__, name, hook)
