@@ -50,6 +50,7 @@ _WAITS = (
     ("torch/utils/data/dataloader.py", "_get_data", _BATCH),
     ("torch/autograd/graph.py", "_engine_run_backward", _BACKWARD),
     ("torch/cuda/__init__.py", "synchronize", "the GPU"),
+    ("torch/cuda/streams.py", "synchronize", "the GPU"),  # a stream or an event
 )
 #: What such waits are made of, and others: what is made of which comes first.
 _PLAIN_WAITS = (

@@ -109,13 +109,14 @@ def test_frames():
 def test_who_keeps_the_others_waiting():
     """Those that are seen to wait for others do not, unless all do, or have answered by now."""
     vote = ((f"{OWN}/strategies/group_strategy.py", 65, "answer"),)
+    stream = ((f"{TORCH}/cuda/streams.py", 254, "synchronize"), (f"{OWN}/strategies/replicated.py", 131, "stop"))
     driver = (f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop")
-    waiting = [whereabouts(i, "n", dump(x + WORKER)) for i, x in enumerate((COLLECTIVE, BACKWARD, vote))]
-    waiting.append(whereabouts(3, "n", dump((driver,))))
+    waiting = [whereabouts(i, "n", dump(x + WORKER)) for i, x in enumerate((COLLECTIVE, BACKWARD, vote, stream))]
+    waiting.append(whereabouts(4, "n", dump((driver,))))
     assert keep_waiting(waiting) == []
     hung = [
-        whereabouts(4, "n", dump(STEP + WORKER)),
-        whereabouts(5, "n", dump(LOADER + WORKER)),
-        whereabouts(6, "n", ""),
+        whereabouts(5, "n", dump(STEP + WORKER)),
+        whereabouts(6, "n", dump(LOADER + WORKER)),
+        whereabouts(7, "n", ""),
     ]
-    assert keep_waiting([*waiting, *hung]) == [4, 5, 6]
+    assert keep_waiting([*waiting, *hung]) == [5, 6, 7]
