@@ -125,6 +125,7 @@ class FSDPStrategy(ShardedState):
         if sync_batchnorm and self.device.type == "cuda" and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self._start.share(module, self.device, self.control)
+        del self._start  # it has the whole of every parameter
         self._root = module
         self.comes_home = not is_on_meta(module)
         source = None if self.resumes else start_weights_of(module)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +525,23 @@ def test_a_line_says_what_was_sharded(forked, caplog):
     finally:
         logging.getLogger("raytrainer").removeHandler(caplog.handler)
     assert "fsdp: 406 parameters in 2 shards, 0.0 MiB of them on each worker; 3 blocks (Block)" in caplog.messages
+
+
+class KeepsWhole(Net):
+    """Looks whether what it was sent is still there while it trains in shards."""
+
+    def configure_model(self):
+        self.sent = [weakref.ref(parameter) for parameter in self.parameters()]
+
+    def on_train_batch_start(self, batch, batch_idx):
+        gc.collect()
+        kept = [tuple(parameter.shape) for ref in self.sent if (parameter := ref()) is not None]
+        assert not kept, f"the whole is still there beside the shards: {kept}"
+        self.sent = []
+
+
+def test_nobody_keeps_the_whole(forked):
+    forked(strategy="fsdp", max_epochs=1).fit(KeepsWhole(), loader(8, 2, torch.float32))
 
 
 def test_compiled_by_block(forked):
