@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from raytrainer.checkpointing.parallel_reads import read_all
 from raytrainer.checkpointing.pieces import InPieces, join_pieces
 from raytrainer.data.transfer import to_cpu
 from raytrainer.errors import CheckpointError
@@ -67,7 +69,7 @@ class ShardedState(GroupStrategy):
                 f"the checkpoint's weights do not fit {type(module).__name__}: {'; '.join(wrong)}. Construct the "
                 f"module as it was when saved."
             )
-        held = {name: self._held(value, own.get(name)) for name, value in state.items()}
+        held = read_all({name: partial(self._held, value, own.get(name)) for name, value in state.items()})
         super().load_module(module, held, strict)
 
     def _held(self, value: Any, like: Any) -> Any:
@@ -84,12 +86,20 @@ class ShardedState(GroupStrategy):
                 return held_as(value, parameter)
             return value.whole() if isinstance(value, InPieces) else value
 
-        values = {
-            index: {name: held(value, parameters[index]) for name, value in entries.items()}
+        values = dict(state["state"])
+        fits = {
+            index: entries
+            for index, entries in values.items()
             if isinstance(index, int) and index < len(parameters) and isinstance(entries, dict)
-            else entries
-            for index, entries in state["state"].items()
         }
+        reads = {
+            (index, name): partial(held, value, parameters[index])
+            for index, entries in fits.items()
+            for name, value in entries.items()
+        }
+        values |= {index: {} for index in fits}
+        for (index, name), value in read_all(reads).items():
+            values[index][name] = value
         super().load_optimizer(module, optimizer, {**state, "state": values}, as_saved)
 
     def averaged_tensors(self, module: nn.Module, buffers: bool) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class Job:
         compiled: Whether blocks are compiled.
         warm: Steps that are not timed.
         steps: Steps that are.
-        saving: Save a whole state after half of the timed steps, and load it.
+        saving: Save a whole state twice, after each third of the steps, and load it.
         folder: Where to.
         result: The file to write.
         cpu: Over gloo, to try the scripts out.
@@ -66,9 +66,9 @@ class Job:
         return self.warm + self.steps
 
     @property
-    def save_at(self) -> int:
-        """The step that the state is saved after."""
-        return self.warm + self.steps // 2
+    def save_every(self) -> int:
+        """The steps after which the state is saved: twice in all."""
+        return self.total // 3 + 1
 
 
 def llama() -> Any:
@@ -186,8 +186,10 @@ class Watch:
             }  # fmt: skip
             if self.job.saving:
                 # whatever stands still, in whichever step: the saved state's cost to training
-                usual = statistics.median(times)
-                seen["blocked"] = sum(t - usual for t in times if t > 1.5 * usual) / 1e3
+                usual, second = statistics.median(times), 2 * self.job.save_every - self.job.warm - 1
+                over = [(t - usual) / 1e3 if t > 1.5 * usual else 0.0 for t in times]
+                seen["blocked"], seen["blocked_first"] = sum(over[second:]), sum(over[:second])
+                seen["slow"] = {step: round(seconds, 3) for step, seconds in enumerate(over) if seconds}
             Path(self.job.result).write_text(json.dumps(seen))
 
 
@@ -366,11 +368,11 @@ def by_us(job: Job) -> None:
             callbacks=callbacks, default_root_dir=job.folder, snapshot_every=None,
         )  # fmt: skip
 
-    saver = rt.ModelCheckpoint(f"{job.folder}/ours", every_n_train_steps=job.save_at, save_top_k=-1, filename="{step}")
+    saver = rt.ModelCheckpoint(f"{job.folder}/ours", every_n_train_steps=job.save_every, save_top_k=-1, filename="{step}")
     trainer(job.total, [saver] if job.saving else []).fit(rt.on_meta(Run), loader(job))
     if job.saving:
         paths = sorted(Path(f"{job.folder}/ours").glob("*.ckpt"))
-        trainer(job.save_at + 1, []).fit(rt.on_meta(Run), loader(job), ckpt_path=paths[0])
+        trainer(job.save_every + 1, []).fit(rt.on_meta(Run), loader(job), ckpt_path=paths[0])
 
 
 if __name__ == "__main__":
