@@ -31,11 +31,13 @@ from raytrainer.checkpointing.checkpoint_meta import (
     written_by_us,
 )
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
-from raytrainer.checkpointing.hash_beside import LARGE
 from raytrainer.checkpointing.storage import Storage
 from raytrainer.errors import CheckpointError, StorageError
 
 __all__ = ["CheckpointFolder"]
+
+#: Bytes from which on a file is compared while it is read, not before.
+_LARGE = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class CheckpointFolder:
                         f"{'truncated' if size < record.bytes else 'another one'}; use another checkpoint."
                     )
                 if self.storage.is_local:
-                    if size >= LARGE:
+                    if size >= _LARGE:
                         with CheckedReader(file, record, shown) as checked:
                             yield cast(BinaryIO, checked)  # all that a reader asks of one
                         return
@@ -133,7 +135,8 @@ class CheckpointFolder:
         """
         writer: ChecksummedWriter | None = None
         try:
-            with self.storage.create(self.inside(name)) as sink, ChecksummedWriter(sink, given_up) as writer:
+            with self.storage.create(self.inside(name)) as sink:
+                writer = ChecksummedWriter(sink, given_up)
                 save(writer)
                 return writer.record()
         except OSError as error:

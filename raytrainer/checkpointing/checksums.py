@@ -10,12 +10,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import xxhash
 
-from raytrainer.checkpointing.hash_beside import NAME, PIECE, HashBeside
+from raytrainer.checkpointing.running_checksum import NAME, RunningChecksum
 from raytrainer.errors import GivenUpError
 from raytrainer.signals import hear
 
@@ -30,6 +29,11 @@ __all__ = [
 
 #: What a checksum looks like.
 CHECKSUM = NAME + "[0-9a-f]{32}"
+
+#: Bytes that are hashed and written at a time. After each the thread that writes may have to wait for the
+#: interpreter's lock, which training holds, so that they are not few.
+_PIECE = 4 * 2**20
+
 _BLANK = NAME + "0" * 32
 
 
@@ -67,7 +71,7 @@ class FileRecord:
 
 
 class ChecksummedWriter:
-    """A writable file that passes everything on to `sink`, and forms its checksum beside, for the length of a block.
+    """A writable file that passes everything on to `sink`, and forms its checksum.
 
     A failure is kept, what comes later is dropped, and `record` raises it: torch's own writer, which is given this
     object, would tell of another failure instead of the first one.
@@ -78,17 +82,9 @@ class ChecksummedWriter:
     """
 
     def __init__(self, sink: Sink, given_up: Callable[[], bool] | None = None) -> None:
-        self._sink, self._given_up, self._sums = sink, given_up, HashBeside()
+        self._sink, self._given_up, self._sums = sink, given_up, RunningChecksum()
         self.bytes = 0
         self._error: BaseException | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sums.close()
 
     def write(self, data: Any) -> int:
         """Pass on bytes; returns how many."""
@@ -101,15 +97,14 @@ class ChecksummedWriter:
         return len(view)
 
     def _pass_on(self, view: memoryview) -> None:
-        with self._sums.beside(len(view)) as hashed:
-            hashed(view)
-            for start in range(0, len(view), PIECE):
-                hear()
-                if self._given_up is not None and self._given_up():
-                    raise GivenUpError(f"a checkpoint has been given up after {self.bytes:,} bytes.")
-                piece = view[start : start + PIECE]
-                self._sink.write(piece)
-                self.bytes += len(piece)
+        for start in range(0, len(view), _PIECE):
+            hear()
+            if self._given_up is not None and self._given_up():
+                raise GivenUpError(f"a checkpoint has been given up after {self.bytes:,} bytes.")
+            piece = view[start : start + _PIECE]
+            self._sums.update(piece)
+            self._sink.write(piece)
+            self.bytes += len(piece)
 
     def write_part(self, data: Any) -> FileRecord:
         """Pass on bytes; returns what is to be known of these alone."""

@@ -1,17 +1,15 @@
-"""Checksums are formed beside reading and writing, whatever is read in which order, and whoever gets to hash it."""
+"""Checksums are formed while files are read and written, whatever is read in which order."""
 
 from __future__ import annotations
 
 import io
 import random
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import xxhash
 
-from raytrainer.checkpointing import checked_reader, checksums, hash_beside
+from raytrainer.checkpointing import checked_reader
 from raytrainer.checkpointing.checked_reader import CheckedReader, check_file
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
 from raytrainer.errors import CheckpointError, GivenUpError
@@ -26,45 +24,30 @@ def _sum(data: bytes) -> str:
 RECORD = FileRecord(len(CONTENT), _sum(CONTENT))
 
 
-@pytest.fixture(autouse=True, params=["a thread", "no thread", "a thread that gets no core", "at once"])
-def who_hashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for module in (hash_beside, checked_reader, checksums):
-        monkeypatch.setattr(module, "PIECE", 70)
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, size in (("checked_reader", "_PIECE"), ("checked_reader", "_FAR_PIECE"), ("checksums", "_PIECE")):
+        monkeypatch.setattr(f"raytrainer.checkpointing.{module}.{size}", 70)
     monkeypatch.setattr(checked_reader, "_GAP", 300)
-    monkeypatch.setattr(hash_beside, "LARGE", 10**9 if request.param == "at once" else 200)
-    late = threading.Event()
-    if request.param == "no thread":
-
-        def start(thread: Any) -> None:
-            raise RuntimeError("can't create new thread at interpreter shutdown")
-
-        monkeypatch.setattr(threading.Thread, "start", start)
-    if request.param == "a thread that gets no core":
-        work = hash_beside.HashBeside._work
-        monkeypatch.setattr(hash_beside.HashBeside, "_work", lambda self: late.wait(60) and work(self))
-    yield request.param
-    late.set()
 
 
 def test_what_is_written() -> None:
     sink = io.BytesIO()
-    with ChecksummedWriter(sink) as writer:
-        writer.write(CONTENT[:30])
-        writer.write(CONTENT[30:2000])
-        part = writer.write_part(CONTENT[2000:4500])
-        writer.write(CONTENT[4500:])
-        assert writer.record() == RECORD and sink.getvalue() == CONTENT
+    writer = ChecksummedWriter(sink)
+    writer.write(CONTENT[:30])
+    writer.write(CONTENT[30:2000])
+    part = writer.write_part(CONTENT[2000:4500])
+    writer.write(CONTENT[4500:])
+    assert writer.record() == RECORD and sink.getvalue() == CONTENT
     assert part == FileRecord(2500, _sum(CONTENT[2000:4500]))
 
 
-def test_a_writer_that_is_given_up_leaves_no_byte_to_be_hashed() -> None:
+def test_a_writer_that_is_given_up() -> None:
     asked = iter([False, False, True])
-    with ChecksummedWriter(io.BytesIO(), lambda: next(asked)) as writer:
-        data = bytearray(CONTENT)
-        writer.write(data)
-        assert not writer._sums._left and not writer._sums._turn.locked()
-        with pytest.raises(GivenUpError, match="after 140 bytes"):
-            writer.record()
+    writer = ChecksummedWriter(io.BytesIO(), lambda: next(asked))
+    writer.write(CONTENT)
+    with pytest.raises(GivenUpError, match="after 140 bytes"):
+        writer.record()
 
 
 def test_whatever_is_read_in_which_order() -> None:
@@ -94,21 +77,17 @@ def test_whatever_is_read_in_which_order() -> None:
             assert verdict is None or "x: the file is damaged: its content is not what was written" in verdict
 
 
-def test_an_interrupted_reader_leaves_no_byte_to_be_hashed() -> None:
+def test_an_interrupted_reader_reads_nothing_more() -> None:
     class Interrupted(io.BytesIO):
         def readinto(self, buffer: Any) -> int:
             if self.tell() > 700:
                 raise KeyboardInterrupt
             return super().readinto(buffer)
 
-    with (
-        pytest.raises(KeyboardInterrupt),
-        CheckedReader(Interrupted(CONTENT), RECORD, "x") as file,
-    ):
-        try:
-            file.readinto(bytearray(5000))
-        finally:
-            assert not file._sums._left and not file._sums._turn.locked()
+    source = Interrupted(CONTENT)
+    with pytest.raises(KeyboardInterrupt), CheckedReader(source, RECORD, "x") as file:
+        file.readinto(bytearray(5000))
+    assert source.tell() == 770
 
 
 @pytest.mark.parametrize("keep", [True, False])
