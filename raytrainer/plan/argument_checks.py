@@ -47,6 +47,7 @@ _PRECISIONS = {
     "bf16-true": "bf16-true",
     "64": "64-true",
     "64-true": "64-true",
+    "float8": "float8",
 }
 
 #: What others call them.
@@ -55,6 +56,7 @@ _PRECISIONS_ELSEWHERE = {
     "bf16-mixed": ("bfloat16", "torch.bfloat16", "bf16-amp"),
     "32-true": ("fp32", "float32", "float", "full", "torch.float32", "tf32"),
     "64-true": ("fp64", "float64", "double", "torch.float64"),
+    "float8": ("fp8", "8", "float8-mixed", "transformer-engine", "torch.float8_e4m3fn"),
 }
 
 
@@ -230,7 +232,8 @@ def precision(name: str, value: Any) -> str:
         return _PRECISIONS[key]
     meant = next((f' Did you mean "{form}"?' for form, names in _PRECISIONS_ELSEWHERE.items() if key in names), "")
     raise ConfigurationError(
-        f'{name}={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true" or "bf16-true".{meant}'
+        f'{name}={value!r}: give 32, 64, 16 (or "16-mixed"), "bf16" (or "bf16-mixed"), "16-true", "bf16-true" or '
+        f'"float8".{meant}'
     )
 
 

@@ -132,7 +132,7 @@ class RunArguments:
 
     precision: int | str = argument(default=32, check=checks.precision)
     """32, 64, 16 or "16-mixed", "bf16" or "bf16-mixed" (mixed: autocast, and loss scaling for 16), "16-true",
-    "bf16-true"."""
+    "bf16-true"; "float8": "bf16" with linear layers that multiply in float8 (extra `float8`, torchao)."""
 
     deterministic: bool | str = argument(default=False, check=checks.choice, allowed=(False, True, "warn"))
     """True: only deterministic algorithms, an error where there is none; "warn": a warning there. May be slower."""

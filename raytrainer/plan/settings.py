@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.extras import not_installed
 from raytrainer.plan import argument_checks as checks
 from raytrainer.plan.declaring import checked
 from raytrainer.plan.run_arguments import RunArguments
@@ -124,6 +126,8 @@ def settle(arguments: RunArguments, cluster_attached: bool = False, **instead: A
             "max_epochs": _max_epochs(given, normal),
             "min_epochs": 1 if normal["min_epochs"] is None else normal["min_epochs"],
             "val_check_interval": _val_check_interval(given, normal),
+            # torchao's tensors cannot be cast under it
+            "inference_mode": normal["inference_mode"] and normal["precision"] != "float8",
             "log_every_n_steps": normal["log_every_n_steps"] or 0,
             **_limits(given, normal),
             **_placement(given, cluster_attached),
@@ -146,6 +150,14 @@ def _refuse_contradictions(settings: Settings, given: dict[str, Any]) -> None:
             f"sync_batchnorm=True with {settings.world_size} CPU workers: torch.nn.SyncBatchNorm works on GPUs only; "
             f"use gpus=..., or sync_batchnorm=False (each worker then normalises by its own samples)."
         )
+    if settings.precision == "float8":
+        if find_spec("torchao") is None:
+            raise not_installed('precision="float8"', "torchao", "float8", 'use precision="bf16-mixed"')
+        if settings.sharding is not None and settings.sharding.layout(settings.num_nodes, settings.world_size)[2] > 1:
+            raise ConfigurationError(
+                'precision="float8" with layers that are split over workers (ModelParallel): use strategy="fsdp", or '
+                'precision="bf16-mixed".'
+            )
     if settings.ddp.gradient_compression == "bf16" and on_cpus:
         raise ConfigurationError(
             'gradient_compression="bf16" on CPUs: torch has it for NCCL only; use gpus=..., "fp16", or None.'

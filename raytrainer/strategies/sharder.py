@@ -23,7 +23,7 @@ from raytrainer.strategies.shards import local_part
 __all__ = ["Sharder"]
 
 #: What parameters are gathered as, by precision. Gradients are always reduced in float32 then.
-_GATHERED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_GATHERED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "float8": torch.bfloat16}
 #: What blocks of transformers are given to remember keys and values in, and what stands for nothing.
 _CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 _HALF = ("bf16-true", "16-true", *_GATHERED)

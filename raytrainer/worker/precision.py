@@ -18,11 +18,12 @@ from raytrainer.worker.given_optimizer import GivenOptimizer, inner_optimizer
 __all__ = ["Precision", "ScaledOptimizer"]
 
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-_MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "float8": torch.bfloat16}
 
 
 class Precision:
-    """One of "32-true", "64-true", "16-true", "bf16-true" (everything in that type) or a "-mixed" one (autocast).
+    """One of "32-true", "64-true", "16-true", "bf16-true" (everything in that type), a "-mixed" one (autocast), or
+    "float8": as "bf16-mixed", with linear layers that multiply in float8.
 
     Mixed fp16 scales the loss (`torch.amp.GradScaler`), so that small gradients survive. A step whose gradients are not
     finite leaves the weights alone and is counted in `skipped_steps`.
@@ -42,6 +43,8 @@ class Precision:
         self.scaler: torch.amp.GradScaler | None = None
         if name == "16-mixed":
             self.scaler = torch.amp.GradScaler(device.type)
+        self.said: str | None = None  # what was done to the module, if that is worth a line
+        self.restore_module: Callable[[], None] = lambda: None  # undoes what is not to stay with it
         self._unscaled: set[int] = set()  # optimizers whose gradients are unscaled; the scale is to be adjusted
         self._ran = False  # whether the latest step reached the optimizer
         self._found: Tensor | None = None  # of a fused optimizer: on the device, non-zero if it skipped the step
@@ -49,7 +52,11 @@ class Precision:
         self._skipped = 0
 
     def convert_module(self, module: nn.Module) -> None:
-        """Cast parameters and floating-point buffers, where the whole module has one type."""
+        """Cast parameters and floating-point buffers, where the whole module has one type; give layers float8."""
+        if self.name == "float8":
+            from raytrainer.worker.float8 import to_float8  # which few runs need
+
+            self.said, self.restore_module = to_float8(module, self.device)
         dtype = self.dtype
         if dtype is not None:
             # Module.to would throw the imaginary part of complex ones away

@@ -90,7 +90,7 @@ class WorkerRun:
         self.attributes: AttributeSnapshots | None = None  # if `replaceable`
         self.put_back: Callable[[], None] = lambda: None  # what hooks have changed that begin a run, where it goes on
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
-        self._shaped: str | None = None  # what the strategy says of the form that it has given the module
+        self._shaped: str | None = None  # what strategy and precision say of the form that they have given the module
         self._undo_flags = apply_flags(settings)
         self._undo_compile: Callable[[], None] = lambda: None
         self._leave_place = take_place(strategy.ranks, strategy.share.index, strategy.share.count)
@@ -113,7 +113,8 @@ class WorkerRun:
         self.hooks.call("setup", task.stage)
         module.configure_model()
         self._attach(view)
-        self._shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
+        shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
+        self._shaped = "\n".join(line for line in (shaped, self.precision.said) if line) or None
         if task.reseed and own != 0:
             seed_generators(derive_seed(task.seed, "rank", own))
         if task.stage == "fit" and not module.training:
@@ -289,7 +290,8 @@ class WorkerRun:
         if self.profiler is not None:
             with ending.step("stopping the profiler"):
                 self.profiler.stop()
-        for undo in (self.data.close, self.view.metrics.close, self._undo_flags, self._leave_place, self._undo_compile):
+        undos = (self.data.close, self.view.metrics.close, self._undo_flags, self._leave_place, self._undo_compile)
+        for undo in (*undos, self.precision.restore_module):
             with ending.step("undoing the run"):
                 undo()
         self._attach(None)

@@ -102,6 +102,7 @@ def test_peaks():
     assert peak_flops("NVIDIA A100-SXM4-40GB", "32-true") == 19.5e12
     assert peak_flops("Tesla T4", "32-true", "high") == 8.1e12
     assert peak_flops("NVIDIA L4", "bf16-mixed") == 121e12 and peak_flops("NVIDIA L40S", "bf16-mixed") == 362e12
+    assert peak_flops("NVIDIA L4", "float8") == 242e12 and peak_flops("NVIDIA A100-SXM4-40GB", "float8") is None
     assert peak_flops("NVIDIA A100", "64-true") is None and peak_flops("GeForce", "32-true") is None
 
 

@@ -19,7 +19,7 @@ import checks_sharding  # noqa: F401
 import checks_strategies  # noqa: F401
 import pynvml
 import torch
-from harness import checks, uuids
+from harness import Skipped, checks, uuids
 
 
 def main() -> int:
@@ -40,6 +40,8 @@ def main() -> int:
         if gpus <= have:
             try:
                 result, seen = "ok", function()
+            except Skipped as error:
+                seen = str(error)
             except Exception as error:
                 result, seen = "FAILED", f"{type(error).__name__}: {error}".replace("\n", " ")[:600]
                 failed += 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from harness import Net, check, data, distance, fit, uuids
+from harness import Net, Rows, Skipped, check, data, distance, fit, uuids
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,6 +65,51 @@ def loss_curves() -> str:
         assert saved["layers.0.weight"].dtype == getattr(torch, kind) and saved["calls"].dtype == torch.int64
         seen.append(mode)
     return f"{', '.join(seen)}: equal to a loop by hand, bit for bit; buffers and exports have the type"
+
+
+class Float8Curve(Curve):
+    """The copy is converted by torchao, as its documentation has it."""
+
+    def on_train_end(self) -> None:
+        from torchao.float8 import convert_to_float8_training
+
+        model = Net().to(self.device)
+        model.load_state_dict(self.__dict__.pop("start"))
+        convert_to_float8_training(model, module_filter_fn=lambda _, name: name == "layers.0")
+        optimizer = model.configure_optimizers()
+        for _ in range(2):
+            for batch in data(batch_size=16):
+                x, y = (t.to(self.device) for t in batch)
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    loss = F.mse_loss(model.layers(x) * model.scale, y)
+                self.hand.append(loss.detach().clone())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+@check(1, workers="one")
+def float8() -> str:
+    if find_spec("torchao") is None:
+        raise Skipped("needs torchao")
+    module = Float8Curve("float8")
+    fit(module, data(batch_size=16), precision="float8")
+    off = max(abs(float(a - b)) for a, b in zip(module.losses, module.hand, strict=True))
+    assert off == 0.0, off
+    assert type(module.layers[0]) is torch.nn.Linear and module.kinds["layers.0.weight"] == "torch.float32"
+    far = []
+    for options in ({}, {"strategy": "fsdp"}, {"compile": True}, {"strategy": "fsdp", "compile": True}):
+        curves = []
+        for precision in ("float8", "bf16"):
+            rows = Rows()
+            # batches of 12 and 4 rows, neither of which is a multiple of 16
+            trainer = fit(Net(), data(64, 12), precision=precision, logger=rows, log_every_n_steps=1, **options)
+            curves.append([row["loss"] for row in rows.rows if "loss" in row])
+            assert trainer.global_step == len(curves[-1]) == 12
+        far.append(max(abs(a - b) / curves[1][0] for a, b in zip(*curves, strict=True)))
+        assert curves[0] != curves[1] and far[-1] < 0.05, (options, curves)
+    shown = ", ".join(f"{value:.1e}" for value in far)
+    return f"equal to torchao by hand, bit for bit; beside bf16 {shown} of the first loss (ddp, fsdp, each compiled)"
 
 
 @check(1, workers="one")

@@ -21,6 +21,7 @@ import raytrainer
 __all__ = [
     "Net",
     "Rows",
+    "Skipped",
     "another_process",
     "check",
     "checks",
@@ -48,6 +49,10 @@ WORKERS = ("one", "both", "all", "own")
 
 #: (name, GPUs needed, function that returns what it saw, and raises if that is wrong), by workers wanted.
 _CHECKS: dict[str, list[tuple[str, int, Callable[[], str]]]] = {workers: [] for workers in WORKERS}
+
+
+class Skipped(Exception):
+    """What a check raises where something that it needs is not there; says what."""
 
 
 def checks() -> list[tuple[str, int, Callable[[], str]]]:

@@ -2,6 +2,7 @@
 
     python tests/gpu/sharded.py steps --size 8B --batch 1 --length 8192 --gpus 2 --compile
     python tests/gpu/sharded.py steps --size 1.5B --batch 4 --length 4096 --gpus 2 --compile
+    python tests/gpu/sharded.py steps --size 1.5B --batch 4 --length 4096 --gpus 1 --compile --precision float8
     python tests/gpu/sharded.py saving --size 1.5B --batch 4 --length 4096 --gpus 2
     python tests/gpu/sharded.py saving --cpu --gpus 2          # over gloo, a tiny one: whether it works at all
 
@@ -51,6 +52,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", choices=["bf16-mixed", "float8"], default="bf16-mixed")
+    parser.add_argument("--all-gather", action="store_true", help="by hand, gather weights in float8 too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm", type=int, default=8)
@@ -66,7 +69,8 @@ def main() -> int:
                 job = Job(
                     side=side, size=args.size, batch=args.batch, length=args.length, workers=args.gpus,
                     compiled=args.compile, warm=args.warm, steps=args.steps, saving=saving,
-                    folder=folder, result=f"{folder}/result.json", cpu=args.cpu,
+                    precision=args.precision, all_gather=args.all_gather, folder=folder,
+                    result=f"{folder}/result.json", cpu=args.cpu,
                 )  # fmt: skip
                 found[side].append(run(job))
                 # what has been measured is not lost when time is up
@@ -83,7 +87,7 @@ def _steps(best: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[st
     hand = best.get("hand")
     tokens = args.batch * args.length
     compiled = ", compiled by block" if args.compile else ""
-    print(f"{args.size}, {args.gpus} x {args.batch} x {args.length} tokens{compiled}\n")
+    print(f"{args.size}, {args.precision}, {args.gpus} x {args.batch} x {args.length} tokens{compiled}\n")
     print(
         "| | median ms | of by hand | mean ms | tokens/s a worker | peak GiB | of by hand | first step s | last loss |"
     )

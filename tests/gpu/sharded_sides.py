@@ -38,6 +38,8 @@ class Job:
         compiled: Whether blocks are compiled.
         warm: Steps that are not timed.
         steps: Steps that are.
+        precision: "bf16-mixed", or "float8" (torchao).
+        all_gather: By hand, gather weights in float8 too.
         saving: Save a whole state twice, after each third of the steps, and load it.
         folder: Where to.
         result: The file to write.
@@ -52,6 +54,8 @@ class Job:
     compiled: bool
     warm: int
     steps: int
+    precision: str
+    all_gather: bool
     saving: bool
     folder: str
     result: str
@@ -128,6 +132,11 @@ def shard(job: Job, model: Any, mesh: Any) -> None:
     """Blocks compiled, then sharded, then the root: as one writes it by hand."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if job.precision == "float8":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig(emulate=job.cpu, enable_fsdp_float8_all_gather=job.all_gather)
+        convert_to_float8_training(model, module_filter_fn=lambda _, name: name != "lm_head", config=config)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
         if job.compiled:
@@ -215,12 +224,16 @@ def by_hand(job: Job) -> None:
     optimizer = optimizer_of(job, model.parameters())
     sampler = torch.utils.data.distributed.DistributedSampler(Windows(job), job.workers, rank, shuffle=False)
     seen: dict[str, float] = {}
+    if job.all_gather:
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
     for step, windows in enumerate(loader(job, sampler), 1):
         loss = model(windows.to(device, non_blocking=True))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        if job.all_gather:
+            precompute_float8_dynamic_scale_for_fsdp(model)
         watch.step(loss)
         if job.saving and step == job.total:
             seen = saved_by_hand(job, model, optimizer)
@@ -363,7 +376,7 @@ def by_us(job: Job) -> None:
     def trainer(steps: int, callbacks: list[Any]) -> rt.Trainer:
         return rt.Trainer(
             strategy="fsdp", gpus=None if job.cpu else job.workers, num_processes=job.workers if job.cpu else None,
-            max_steps=steps, gradient_clip_val=CLIP, precision="bf16-mixed", compile=job.compiled, seed=7,
+            max_steps=steps, gradient_clip_val=CLIP, precision=job.precision, compile=job.compiled, seed=7,
             logger=False, enable_checkpointing=job.saving, enable_progress_bar=False, enable_model_summary=False,
             callbacks=callbacks, default_root_dir=job.folder, snapshot_every=None,
         )  # fmt: skip
