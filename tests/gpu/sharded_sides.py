@@ -381,7 +381,9 @@ def by_us(job: Job) -> None:
             callbacks=callbacks, default_root_dir=job.folder, snapshot_every=None,
         )  # fmt: skip
 
-    saver = rt.ModelCheckpoint(f"{job.folder}/ours", every_n_train_steps=job.save_every, save_top_k=-1, filename="{step}")
+    saver = rt.ModelCheckpoint(
+        f"{job.folder}/ours", every_n_train_steps=job.save_every, save_top_k=-1, filename="{step}"
+    )
     trainer(job.total, [saver] if job.saving else []).fit(rt.on_meta(Run), loader(job))
     if job.saving:
         paths = sorted(Path(f"{job.folder}/ours").glob("*.ckpt"))
