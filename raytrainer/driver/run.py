@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.driver.cluster.session import explain_lost
 from raytrainer.driver.loop.asked_where import AskedWhere
 from raytrainer.driver.loop.coordinator import Coordinator
@@ -91,6 +92,7 @@ class Run(RunCheckpoints):
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
+        coordinator.snapshots.saves = any(isinstance(c, ModelCheckpoint) for c in self._driver_callbacks)
         self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())

@@ -21,11 +21,15 @@ class Snapshots:
     Args:
         settings: How often.
         enabled: Whether there is anything to recover from: workers in the driver's process die with it.
+
+    Attributes:
+        saves: Whether callbacks save checkpoints, so that a copy is certain to come.
     """
 
     def __init__(self, settings: Settings, enabled: bool) -> None:
         self.enabled = enabled and settings.max_failures > 0
         self.every = settings.snapshot_every if self.enabled else None
+        self.saves = False
         self.step_marks = (self.every,) if isinstance(self.every, int) else ()
         self._kept: list[Captured] = []
         self._taken = time.perf_counter()
@@ -55,12 +59,14 @@ class Snapshots:
         return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
 
     def approaching(self, step: int) -> bool:
-        """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow."""
+        """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow.
+
+        Where callbacks save, the first step is enough.
+        """
         if self._announced or not self._first or step <= self._step:
             return False
-        self._announced = snapshot_due(
-            self.every, 2 * (time.perf_counter() - self._taken), 2 * (step - self._step), None
-        )
+        passed = time.perf_counter() - self._taken
+        self._announced = self.saves or snapshot_due(self.every, 2 * passed, 2 * (step - self._step), None)
         return self._announced
 
     def take(self, captured: Captured, step: int, cost: float) -> None:

@@ -108,6 +108,14 @@ def test_the_first_is_announced_halfway(clock: Clock, every: Any, seconds: float
     assert not expected or not kept.approaching(3 + steps)  # once
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_where_callbacks_save_the_first_step_announces(enabled: bool) -> None:
+    kept = snapshots.Snapshots(build_settings(snapshot_every=None), enabled=enabled)
+    kept.saves = True
+    kept.restart(3)
+    assert [kept.approaching(step) for step in (3, 4, 5)] == [False, True, False]
+
+
 def test_later_ones_are_not_announced(clock: Clock) -> None:
     kept = snapshots.Snapshots(build_settings(snapshot_every=2), enabled=True)
     kept.restart(0)
