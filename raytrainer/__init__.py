@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.cells import in_notebook as _in_notebook
+from raytrainer.quick_imports import importing as _importing
 
 if TYPE_CHECKING:
     from raytrainer.public import *  # noqa: F403
@@ -21,7 +22,8 @@ else:  # a type checker that sees it takes any name for one of the package's
     def __getattr__(name: str) -> Any:
         if name.startswith("__") and name not in ("__all__", "__version__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        public = importlib.import_module("raytrainer.public")
+        with _importing():
+            public = importlib.import_module("raytrainer.public")
         globals().update({exported: getattr(public, exported) for exported in public.__all__}, __all__=public.__all__)
         try:
             return globals()[name]  # a submodule too, now that they have been imported

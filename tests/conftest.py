@@ -28,12 +28,17 @@ OWN_RAYS = ("attach", "control_c", "gpu_places", "memory", "nodes", "notebook")
 _LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager", "compile_worker")
 
 
+gc.disable()  # what is imported, and the tests themselves, stay: no garbage is looked for among them
+
+
 def pytest_collection_finish() -> None:
     import torch
 
     # several runs share a machine, and threads that wait for each other make tiny models slow
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports much
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,6 +115,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.all |= not whole or bool(option.keyword)
     if whole and hasattr(option, "tx") and option.numprocesses is None and not (option.tx or option.usepdb):
         option.numprocesses = 2
+        # hundreds of processes import the same files, and would each compile them anew
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if getattr(option, "numprocesses", None):
         option.dist, option.loadscopereorder = "loadscope", False
 

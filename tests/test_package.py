@@ -32,6 +32,7 @@ FLOORS = [
         "short_repr",
         "class_only",
         "replaced_file",
+        "quick_imports",
     ],
     ["plan", "gpu", "loggers", "profilers", "config", "tensor_packing", "init_calls", "hparams", "stateful_callback"],
     ["private", "seeding", "place_in_run", "attribute_tensors"],

@@ -18,6 +18,7 @@ from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
 from raytrainer.place_in_run import take_place
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.quick_imports import importing
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.task import Task
@@ -134,14 +135,14 @@ class WorkerRun:
         """Make the optimizers; those of a resumed run once the checkpoint's weights are in the module."""
         module, view = self.module, self.view
         if self.task.stage == "fit":
+            with importing():  # torch imports its compiler for a process's first optimizer
+                optimizers = module.configure_optimizers()
             if overridden(module, "configure_optimizers"):
                 view.optimizers, view.lr_scheduler_configs = parse_optimizers(
-                    module.configure_optimizers(),
+                    optimizers,
                     manual=not module.automatic_optimization,
                     own_step=overridden(module, "lr_scheduler_step"),
                 )
-            else:
-                module.configure_optimizers()
             for optimizer in view.optimizers:
                 self.strategy.check_optimizer(optimizer)
             view.given_optimizers = [GivenOptimizer(optimizer, module) for optimizer in view.optimizers]

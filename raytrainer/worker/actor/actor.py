@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray import cloudpickle
+
+from raytrainer.quick_imports import importing
+
+with importing():  # in a worker, by far the most of its imports
+    import torch
 
 from raytrainer.data.by_value import start_all_by_value
 from raytrainer.errors import SerializationError
@@ -62,8 +66,7 @@ class RemoteWorker:
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
-        self.node = "?"
-        self.ranks = Ranks()
+        self.node, self.ranks = "?", Ranks()
         self.task: Any = None
         self.store: Any = None
         self.device = torch.device("cpu")

@@ -15,6 +15,7 @@ import torch
 from ray import cloudpickle
 
 from raytrainer.private.torch_private import reduce_parametrized
+from raytrainer.quick_imports import importing
 from raytrainer.worker.actor.surroundings import Surroundings
 
 __all__ = ["Pickled", "adopt", "dumps"]
@@ -31,7 +32,8 @@ class Pickled:
         """The thing itself, or rather a copy."""
         if self.surroundings is not None:
             adopt(self.surroundings)
-        return pickle.loads(self.data)
+        with importing():  # what the user's modules need, in a process that has just begun
+            return pickle.loads(self.data)
 
 
 _adopted: Surroundings | None = None  # by this process, latest

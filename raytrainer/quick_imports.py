@@ -1,0 +1,25 @@
+"""`importing`: a search for garbage finds none among what is being imported, and takes a quarter of the time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+__all__ = ["importing"]
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Look for no garbage in here, where much is imported that stays: torch, or what its first optimizer brings along.
+
+    Python would look through all of it again and again as it grows: 800 times, 0.7 s of 3 for torch, Ray and an
+    optimizer.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
