@@ -136,13 +136,11 @@ class WorkerRun:
         module, view = self.module, self.view
         if self.task.stage == "fit":
             with importing():  # torch imports its compiler for a process's first optimizer
-                optimizers = module.configure_optimizers()
+                given = module.configure_optimizers()
             if overridden(module, "configure_optimizers"):
-                view.optimizers, view.lr_scheduler_configs = parse_optimizers(
-                    optimizers,
-                    manual=not module.automatic_optimization,
-                    own_step=overridden(module, "lr_scheduler_step"),
-                )
+                manual, own_step = not module.automatic_optimization, overridden(module, "lr_scheduler_step")
+                parsed = parse_optimizers(given, manual=manual, own_step=own_step)
+                view.optimizers, view.lr_scheduler_configs = parsed
             for optimizer in view.optimizers:
                 self.strategy.check_optimizer(optimizer)
             view.given_optimizers = [GivenOptimizer(optimizer, module) for optimizer in view.optimizers]
