@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from raytrainer import CSVLogger
+from raytrainer.checkpointing.storage import LocalStorage
 from raytrainer.replaced_file import replaced
 
 
@@ -24,12 +25,30 @@ def test_it_is_on_the_disk_before_it_takes_the_place(tmp_path: Path, monkeypatch
     with replaced(tmp_path / "link") as file:
         file.write("new")
         assert path.read_text() == "old" and calls == []
-    assert path.read_text() == "new" and calls == ["sync", "replace"]
+    assert path.read_text() == "new" and calls == ["sync", "replace", "sync"]
     assert path.stat().st_mode & 0o777 == 0o640 and (tmp_path / "link").is_symlink()
     with pytest.raises(ZeroDivisionError), replaced(path) as file:
         file.write("newer")
         1 / 0  # noqa: B018
     assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["link", "x"]
+    long = tmp_path / ("x" * 255)
+    with replaced(long) as file:
+        file.write("new")
+    assert long.read_text() == "new"
+
+
+def test_the_first_failure_is_told_where_the_disk_takes_no_deletion_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "unlink", broken)
+    monkeypatch.setattr(Path, "unlink", broken)
+    with pytest.raises(ZeroDivisionError), replaced(tmp_path / "x"):
+        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), LocalStorage().create(str(tmp_path / "y")):
+        1 / 0  # noqa: B018
 
 
 def test_a_full_disk_takes_no_rows_and_no_hyperparameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
-from raytrainer.checkpointing.exported_file import put_in_place
+from raytrainer.checkpointing.exported_file import INDEX, put_in_place
 from raytrainer.checkpointing.pieces import InPieces, join_pieces
 from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.checkpointing.safetensors_files import NAMES
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.given_arguments import answers
-from raytrainer.replaced_file import replaced
 
 __all__ = ["export_weights"]
 
-_INDEX = "model.safetensors.index.json"
+_ONE = "model.safetensors"
+_INDEX = _ONE + INDEX
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -47,7 +47,8 @@ def export_weights(
     Args:
         ckpt_path: The checkpoint.
         folder: A local folder, which is made if need be: "model.safetensors", or "model-00001-of-00003.safetensors" and
-            so on with "model.safetensors.index.json". Files of these names there are replaced.
+            so on with "model.safetensors.index.json". Those of an earlier export are replaced once all the new ones are
+            whole, and no such file or index is left that a reader would look for first.
         names: What a tensor is called there, by its name in the module; None: it is left out. Without: all, the same.
         dtype: Convert floating-point tensors. None: as they are.
         max_file_size: Bytes of tensors in a file, or such as "5GB". A larger tensor has a file of its own.
@@ -71,17 +72,16 @@ def export_weights(
     where.mkdir(parents=True, exist_ok=True)
     several = len(files) > 1
     places: dict[str, str] = {}
+    writers: dict[Path, Callable[[str], object]] = {}
     for number, members in enumerate(files, 1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else "model.safetensors"
+        file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else _ONE
         places |= dict.fromkeys(members, file)
-        put_in_place(str(where / file), lambda new, members=members: _write(new, members, dtype))  # type: ignore[misc]
-    index = where / _INDEX
+        writers[where / file] = lambda new, members=members: _write(new, members, dtype)  # type: ignore[misc]
     if several:
         total = sum(math.prod(t.shape) * _type(t, dtype).itemsize for t in tensors.values())
-        with replaced(index) as text:
-            json.dump({"metadata": {"total_size": total}, "weight_map": places}, text, indent=2, sort_keys=True)
-    else:
-        index.unlink(missing_ok=True)  # of an earlier export, which it would lead to
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        writers[where / _INDEX] = lambda new: Path(new).write_text(json.dumps(index, indent=2, sort_keys=True))
+    put_in_place(writers, former=[where / (_ONE if several else _INDEX)])
 
 
 def _size(size: int | str) -> int:

@@ -1,56 +1,87 @@
-"""A file of weights for other programs, put in place in one move, and never over a file of another kind."""
+"""Files of weights for other programs, put in place in one move each, and never over a file of another kind."""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from raytrainer.checkpointing.storage import LocalStorage
 from raytrainer.errors import CheckpointError
+from raytrainer.replaced_file import NewFile, beside, sync_folder
 
-__all__ = ["put_in_place"]
+__all__ = ["INDEX", "put_in_place"]
+
+#: Ends the name of a file that says which tensors are in which of several.
+INDEX = ".index.json"
 
 
-def put_in_place(path: str, save: Callable[[str], object]) -> None:
-    """Have a file of weights written beside `path`, and then take its place.
+def put_in_place(files: Mapping[Path, Callable[[str], object]], former: Sequence[Path] = ()) -> None:
+    """Have files of weights written beside these paths; once all of them are whole, they take their places.
+
+    So where one cannot be written none of them changes. Who is killed while they take their places leaves files that
+    nothing leads to, rather than parts of two modules.
 
     Args:
-        path: A local path. What is there may be replaced if it is a file of weights too.
-        save: Writes a file of the name that it is given.
+        files: Local paths. What is there may be replaced if it is a file of weights, or an index of such, too. The last
+            one is what readers look for. A function writes a file of the name that it is given.
+        former: What readers could find instead, from an earlier export; it is removed.
 
     Raises:
-        CheckpointError: There is something else, or the file cannot be written; what was there is as it was.
+        CheckpointError: There is something else, or a file cannot be written; what was there is as it was.
     """
-    path = os.path.abspath(os.path.expanduser(path))
-    if os.path.lexists(path) and not _holds_weights(path):
-        raise CheckpointError(
-            f"{path}: what is there holds no weights, and is not replaced; give another name, or delete it."
-        )
-    storage, folder = LocalStorage(), os.path.dirname(path)
-    new = f"{folder}/.{os.path.basename(path)}.{uuid.uuid4().hex[:12]}"
+    for path in (*files, *former):
+        if os.path.lexists(path) and not _holds_weights(path):
+            raise CheckpointError(
+                f"{path}: what is there holds no weights, and is not replaced; give another name, or delete it."
+            )
+    with ExitStack() as news:
+        written: list[NewFile] = []
+        for path, save in files.items():
+            written.append(news.enter_context(beside(path)))
+            with _told_of(written[-1]):
+                save(str(written[-1].path))
+                written[-1].sync()
+        last = written[-1]
+        with _told_of(last):
+            if len(written) > 1:
+                _remove([*former, last.target])  # while some are new and some old, nothing leads to them
+            for new in written:
+                new.take_place()
+            _remove(former)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if os.path.lexists(path):
+            path.unlink()
+            sync_folder(path.parent)
+
+
+@contextmanager
+def _told_of(new: NewFile) -> Iterator[None]:
     try:
-        save(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        storage.replace(new, path)
-        storage.sync_folder(folder)
+        yield
     except Exception as error:
-        written = os.path.getsize(new) if os.path.exists(new) else 0
-        storage.delete(new)
-        free = storage.free_bytes(folder)
+        size = new.path.stat().st_size if new.path.exists() else 0
+        free = LocalStorage().free_bytes(str(new.target.parent))
         raise CheckpointError(
-            f"{path}: the weights cannot be written: {error} ({written:,} bytes had been, and are removed again"
+            f"{new.target}: the weights cannot be written: {error} ({size:,} bytes had been, and are removed again"
             + ("" if free is None else f"; {free:,} bytes are free now")
             + ")."
         ) from error
 
 
-def _holds_weights(path: str) -> bool:
-    """Whether a file was written by torch or by safetensors, as its first bytes, and a zip's names, tell."""
+def _holds_weights(path: Path) -> bool:
+    """Whether a file was written by torch or by safetensors, as its first bytes, and a zip's names, tell; or is an
+    index of such."""
     try:
+        if path.name.endswith(INDEX):
+            index = json.loads(path.read_bytes())
+            return isinstance(index, dict) and "weight_map" in index
         with open(path, "rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raytrainer.checkpointing.checksums import Sink
+from raytrainer.replaced_file import sync_folder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -135,7 +136,8 @@ class LocalStorage(Storage):
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
-            self.delete(path)
+            with contextlib.suppress(OSError):  # what went wrong before is what is told
+                self.delete(path)
             raise
 
     def open(self, path: str) -> BinaryIO:
@@ -151,14 +153,7 @@ class LocalStorage(Storage):
         os.replace(path, target)
 
     def sync_folder(self, path: str) -> None:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # folders need no such call there
-                raise
-        finally:
-            os.close(folder)
+        sync_folder(path)
 
     def files(self, path: str) -> list[str]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
             f"checkpoints of its fit: raytrainer.export_weights(checkpoint, folder) writes them."
         )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    if not str(path).endswith(".safetensors"):
-        put_in_place(str(path), lambda new: torch.save(state, new))
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    if target.suffix != ".safetensors":
+        put_in_place({target: lambda new: torch.save(state, new)})
         return
     try:
         from safetensors.torch import save_file
@@ -72,4 +74,4 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{path}: install the package safetensors to write this format.") from None
     # the format refuses tensors that share memory, such as tied weights: each gets its own
     own = {name: tensor.clone() for name, tensor in state.items()}
-    put_in_place(str(path), lambda new: save_file(own, new))
+    put_in_place({target: lambda new: save_file(own, new)})
