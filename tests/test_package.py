@@ -42,6 +42,7 @@ FLOORS = [
         "view/last_trainer",
         "view/trainer_view",
         "view/absent_names",
+        "view/answered_names",
         "view/scheduler_config",
         "view/stop_request",
         "view/learning_rates",

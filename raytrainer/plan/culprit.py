@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 __all__ = ["Failed", "choose_culprit", "is_consequence"]
 
-_CONSEQUENCE_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "SplitterLost"})
+_CONSEQUENCE_TYPES = frozenset(
+    {"DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "SplitterLost", "AskerLost"}
+)
 _CONSEQUENCE_WORDS = (
     "connection closed by peer",
     "connection reset",

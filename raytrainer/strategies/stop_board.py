@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from raytrainer.errors import RaytrainerError
 
-__all__ = ["StopBoard"]
+__all__ = ["AskerLost", "StopBoard"]
 
 #: Seconds after which every processor sees what another one has written: it takes far less than a microsecond.
 _VISIBLE = 0.001
@@ -30,8 +30,13 @@ _PATIENCE, _LOOK_EVERY = 60.0, 0.0002
 #: Numbers on the board are of a chunk, times this, and of a batch in it, so that each is written in one piece.
 _CHUNK = 2**32
 
-#: Where the chunk is whose workers are to stop, where its last batch is, and where the positions of ranks begin.
-_ASKED, _LAST, _POSITIONS = 0, 1, 2
+#: Where the chunk is whose workers are to stop, where its last batch is, whose process says so, and where the positions
+#: of ranks begin.
+_ASKED, _LAST, _ASKER, _POSITIONS = 0, 1, 2, 3
+
+
+class AskerLost(RaytrainerError):
+    """The worker that was to name the last batch does not any more."""
 
 
 class StopBoard:
@@ -63,10 +68,12 @@ class StopBoard:
         elif there := store.get("raytrainer/stop/file").decode():
             with contextlib.suppress(OSError):
                 file, whole = os.open(there, os.O_RDWR), True
-        every = torch.tensor([int(whole)])
+        numbers = _numbers_of_processes()
+        every = torch.tensor([int(whole), numbers, -numbers])
         try:
             dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control)
-            return cls(store, rank, size, mmap.mmap(file, length)) if every.item() else None
+            together = every[0] and every[1] == -every[2]
+            return cls(store, rank, size, mmap.mmap(file, length)) if together else None
         finally:  # also where another worker is lost meanwhile
             if file >= 0:
                 os.close(file)
@@ -82,7 +89,7 @@ class StopBoard:
         """This worker begins a batch of the chunk, unless it is beyond the last, which is returned if there is one.
 
         Raises:
-            RaytrainerError: Who is to name the last one does not.
+            AskerLost: Who is to name the last one does not.
         """
         board = self._board
         board[self._own] = self._chunk * _CHUNK + index
@@ -90,8 +97,10 @@ class StopBoard:
             return None
         until = time.monotonic() + _PATIENCE
         while board[_LAST] // _CHUNK != self._chunk:
-            if time.monotonic() > until:
-                raise RaytrainerError("another worker was asked to stop, and has not said after which batch")
+            if time.monotonic() > until or _has_ended(board[_ASKER]):
+                if board[_LAST] // _CHUNK == self._chunk:  # the last thing that it has done
+                    break
+                raise AskerLost("another worker was asked to stop, and has not said after which batch")
             time.sleep(_LOOK_EVERY)
         return int(board[_LAST] % _CHUNK)
 
@@ -100,9 +109,30 @@ class StopBoard:
         if self._store.add(f"raytrainer/stop/{self._chunk}", 1) > 1:
             return  # another one was first, and names the batch
         board = self._board
+        board[_ASKER] = os.getpid()
         board[_ASKED] = self._chunk
         # Who has not seen this, as it entered a batch at the same moment, has written by then which one that is.
         time.sleep(_VISIBLE)
         positions = [board[_POSITIONS + rank] for rank in range(self._size)]
         furthest = max(place % _CHUNK for place in positions if place // _CHUNK == self._chunk)
         board[_LAST] = self._chunk * _CHUNK + furthest + 1
+
+
+def _numbers_of_processes() -> int:
+    """The same for all workers that know processes by the same numbers; those in containers of their own do not."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _has_ended(process: int) -> bool:
+    """0: of one that is not known yet."""
+    try:
+        if process and os.name != "nt":  # where this is no question
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -38,5 +38,5 @@ def absent(name: str, known: Iterable[str]) -> str:
         return f"{said}; here that is {_INSTEAD[name]}."
     if name in _DRIVERS:
         return f"{said}: the driver's Trainer has it, which the hooks of a Callback (not a WorkerCallback) are given."
-    meant = did_you_mean(name, [known_one for known_one in known if not known_one.startswith("_")])
+    meant = did_you_mean(name, known)
     return said + (f"; {meant}" if meant else ".")

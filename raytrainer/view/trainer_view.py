@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from raytrainer.loggers.logger import Logger
 from raytrainer.metric_messages import News
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.plan.ranks import Ranks
-from raytrainer.plan.run_arguments import RunArguments
 from raytrainer.plan.settings import Settings
 from raytrainer.stateful_callback import StatefulCallback
 from raytrainer.strategies.strategy import Strategy
-from raytrainer.view.absent_names import absent
+from raytrainer.view.answered_names import AnsweredNames
 from raytrainer.view.scheduler_config import SchedulerConfig
 from raytrainer.view.stop_request import StopRequest
 
@@ -27,7 +26,7 @@ __all__ = ["TrainerView"]
 
 
 @dataclass
-class TrainerView(StopRequest):
+class TrainerView(AnsweredNames, StopRequest):
     """The run, as module and worker callbacks may see it. Set `should_stop` to ask for the end of training.
 
     The Trainer's arguments that concern a run are attributes too: `limit_train_batches`, `val_check_interval`, ...
@@ -84,15 +83,6 @@ class TrainerView(StopRequest):
     batch_indices: list[Any] | None = None
     samplers: list[Callable[[], dict[str, float]]] = field(default_factory=list)
     modes: dict[Any, bool] = field(default_factory=dict)
-
-    if not TYPE_CHECKING:  # for a type checker this would have every name
-
-        def __getattr__(self, name: str) -> Any:
-            if name in RunArguments.__dataclass_fields__:
-                return getattr(self.settings, name)
-            if hasattr(type(self), name):  # a property, whose own AttributeError is the one to tell
-                return object.__getattribute__(self, name)
-            raise AttributeError(name if name.startswith("_") else absent(name, dir(self)))
 
     # ranks
     @property

@@ -10,9 +10,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from raytrainer.errors import RaytrainerError
+from raytrainer.plan.culprit import Failed, is_consequence
 from raytrainer.strategies import stop_board
-from raytrainer.strategies.stop_board import StopBoard
+from raytrainer.strategies.stop_board import AskerLost, StopBoard
 
 
 @pytest.fixture
@@ -87,8 +87,28 @@ def test_a_worker_waits_for_who_names_the_batch(boards, monkeypatch):
 def test_who_never_names_it_is_an_error(boards, monkeypatch):
     monkeypatch.setattr(stop_board, "_PATIENCE", 0.0)
     boards[0]._board[stop_board._ASKED] = 7
-    with pytest.raises(RaytrainerError, match="asked to stop"):
+    with pytest.raises(AskerLost, match="asked to stop"):
         boards[1].enter(0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_nobody_waits_for_one_that_has_died(boards, monkeypatch, named):
+    """In the millisecond before it was to name the batch, or right after it has."""
+    boards[2].enter(0)
+    child = os.fork()
+    if not child:
+        if not named:
+            stop_board.time.sleep = lambda seconds: os._exit(0)
+        boards[0].ask()
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+    monkeypatch.setattr(stop_board, "_PATIENCE", float("inf"))
+    if named:
+        assert boards[1].enter(0) == 1
+        return
+    with pytest.raises(AskerLost, match="asked to stop") as caught:
+        boards[1].enter(0)
+    assert is_consequence(Failed(1, "raised", type(caught.value).__name__, str(caught.value)))
 
 
 def test_nothing_is_left_where_another_worker_is_lost_meanwhile(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ from raytrainer.view.trainer_view import TrainerView
     ],
 )
 def test_answers(name, said):
-    assert said in absent(name, ["global_step", "max_steps", "_hidden"])
+    assert said in absent(name, ["global_step", "max_steps"])
 
 
 def test_all_that_the_driver_has_is_known():
@@ -108,3 +108,46 @@ def test_what_fails_as_loaders_are_made_is_told_as_it_is(local_trainer):
 
     with pytest.raises(AttributeError, match="'Asks' object has no attribute 'rows'"):
         local_trainer(max_epochs=1).fit(Asks(), data())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("should_sotp", r"self\.trainer\.should_sotp = \.\.\.: there is no 'should_sotp'; did you mean 'should_stop'"),
+        ("shouldstop", "did you mean 'should_stop'"),
+        ("global_steps", "did you mean 'global_step'"),
+        ("limit_train_batch", "did you mean 'limit_train_batches'"),
+        ("limit_val_batches", r"stays as it is once the run has begun: write Trainer\(limit_val_batches=3, \.\.\.\)"),
+        ("max_epochs", r"stays as it is once the run has begun: write Trainer\(max_epochs=3"),
+        ("training", "no setter"),
+    ],
+)
+@pytest.mark.parametrize("where", ["training_step", "on_validation_epoch_end"])
+def test_set_in_vain(name, said, where, local_trainer):
+    class Net(Tiny):
+        pass
+
+    def hook(self, *args):
+        setattr(self.trainer, name, 3)
+
+    setattr(Net, where, hook)
+    trainer = local_trainer(max_epochs=1, limit_val_batches=1)
+    with pytest.raises(AttributeError, match=said):
+        trainer.fit(Net(), data(), data())
+
+
+def test_attributes_of_users_own(local_trainer):
+    class Net(Tiny):
+        def training_step(self, batch, batch_idx):
+            self.trainer.seen = batch_idx
+            self.trainer._seen = self.trainer.stopped_by_me = "x"
+            self.trainer.should_stop = True
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self):
+            assert (self.trainer.seen, self.trainer._seen, self.trainer.stopped_by_me) == (batches - 1, "x", "x")
+
+    batches = len(data())
+    trainer = local_trainer(max_epochs=9)
+    trainer.fit(Net(), data())
+    assert trainer.current_epoch == 1
