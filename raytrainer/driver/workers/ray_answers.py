@@ -9,9 +9,16 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from raytrainer.errors import SerializationError, WorkerError, WorkerLostError
+from raytrainer.errors import RaytrainerError, ResourceError, SerializationError, WorkerError, WorkerLostError
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.folding import ranks_text
 from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
@@ -140,13 +147,23 @@ class Answers:
             return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
 
     def _unsendable(self, rank: int, error: BaseException) -> Failure:
-        """A worker's methods raise nothing, so what Ray has met is an answer that cannot be pickled."""
-        told = SerializationError(
-            f"what rank {rank} was to send to the driver cannot be pickled: {type(error).__name__}: {error}. Return "
-            f"data from predict_step, and keep data in what comes home: tensors, numbers, strings, containers of them."
-        )
+        """A worker's methods raise nothing, so what Ray has met is an answer that cannot be sent."""
+        told: RaytrainerError
+        if isinstance(error, (ObjectStoreFullError, OutOfDiskError)):
+            told = ResourceError(
+                f"Ray has no room for what rank {rank} was to hand over: its object store there is full "
+                f"({str(error).splitlines()[0]}). Give it more memory, with `ray start --object-store-memory=BYTES` or "
+                f"ray.init(object_store_memory=BYTES) before the run, or disk to move objects to; in-memory snapshots "
+                f"and checkpoints under way are kept there (Trainer(snapshot_every=None) has none of the former)."
+            )
+        else:
+            told = SerializationError(
+                f"what rank {rank} was to send to the driver cannot be pickled: {type(error).__name__}: {error}. "
+                f"Return data from predict_step, and keep data in what comes home: tensors, numbers, strings, "
+                f"containers of them."
+            )
         node = self._group.places[rank].address if self._group.places else "?"
-        return Failure(rank, node, SerializationError.__name__, str(told), f"{told}\n", pickle.dumps(told))
+        return Failure(rank, node, type(told).__name__, str(told), f"{told}\n", pickle.dumps(told))
 
     def _whereabouts(self, rank: int) -> str:
         """Where a lost worker was, and where its last words are."""
