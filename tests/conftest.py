@@ -101,6 +101,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # a shell without job control has the programs that it starts in the background ignore Ctrl-C, which tests press
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # nobody cuts the power, and disks take their time, 20,000 times; what would be safe then, calls of it tell
+    os.fsync = os.fstat
     # Tune leaves its own handler of Ctrl-C behind
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 

@@ -96,7 +96,6 @@ class _Moments:
         for module, names in ((os, _LOOKS), (builtins, ("open",)), (fcntl, ("flock",))):
             for name in names:
                 monkeypatch.setattr(module, name, self._watched(getattr(module, name)))
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nothing of this is about power
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
