@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -11,7 +12,7 @@ from raytrainer.checkpointing.running_checksum import NAME, RunningChecksum
 from raytrainer.errors import CheckpointError
 from raytrainer.signals import hear
 
-__all__ = ["CheckedReader", "check_file"]
+__all__ = ["CheckedReader", "check_file", "checked_pieces"]
 
 #: Bytes between two reads that are read for the checksum alone, as soon as they are passed over. A reader that goes
 #: further is one that comes back.
@@ -39,6 +40,19 @@ def check_file(file: BinaryIO, record: FileRecord, name: str, into: memoryview |
     """
     sums, size = RunningChecksum(), record.bytes
     done = _skim(file, size, sums) if into is None else _fill(file, into[:size], sums, _FAR_PIECE)
+    _compare(done, sums, record, name)
+
+
+def checked_pieces(file: BinaryIO, record: FileRecord, name: str) -> Iterator[memoryview]:
+    """As `check_file`, piece by piece: each is in the same memory as the one before, and the end gives the verdict."""
+    sums, done = RunningChecksum(), 0
+    scratch = memoryview(bytearray(min(_FAR_PIECE, record.bytes)))
+    while done < record.bytes:
+        count = _fill(file, scratch[: record.bytes - done], sums, _PIECE)
+        if not count:
+            break
+        yield scratch[:count]
+        done += count
     _compare(done, sums, record, name)
 
 

@@ -14,12 +14,12 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from raytrainer.checkpointing.checked_reader import check_file
+from raytrainer.checkpointing.checked_reader import check_file, checked_pieces
 from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checksums import FileRecord
 from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
@@ -56,23 +56,39 @@ class StoredPiece:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The block.
+        """The block. Raises what `read_to` does."""
+        data = torch.empty(self.shape, dtype=self.dtype)
+        self.read_to(data)
+        return data
+
+    def read_to(self, target: Tensor) -> None:
+        """Read the block to where it belongs: into main memory at once, to a GPU by way of a few bytes there.
 
         Raises:
             CheckpointError: The file is missing, or not what was written.
         """
         folder = folder_at(self.checkpoint)
         shown = f"{self.checkpoint}/{self.file}"
-        data = bytearray(self.record.bytes)
+        room = target.reshape(-1).view(torch.uint8)
         try:
             with folder.storage.open(folder.inside(self.file)) as file:
                 file.seek(self.begin)
-                check_file(file, self.record, shown, memoryview(data))
+                if target.device.type == "cpu":
+                    check_file(file, self.record, shown, room.numpy().data)
+                else:
+                    _read_across(file, self.record, shown, room)
         except FileNotFoundError:
             raise CheckpointError(f"{shown}: the file is missing; use another checkpoint.") from None
         except OSError as error:
             raise CheckpointError(f"{shown}: the file cannot be read: {error}") from error
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape) if data else torch.empty(self.shape)
+
+
+def _read_across(file: BinaryIO, record: FileRecord, name: str, room: Tensor) -> None:
+    """Read to another device. The same few bytes of main memory serve for all, as fresh ones take time to come."""
+    done = 0
+    for piece in checked_pieces(file, record, name):
+        room[done : done + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+        done += len(piece)
 
 
 def write_pieces(new: NewCheckpoint, state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -44,6 +44,9 @@ class Stored(Protocol):
     def read(self) -> Tensor:
         """The piece."""
 
+    def read_to(self, target: Tensor) -> None:
+        """Put the piece into a tensor of its type and shape, which lies in one piece of memory, on any device."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -72,6 +75,12 @@ class Piece:
         data: Tensor = self.data if isinstance(self.data, Tensor) else self.data.read()
         return data
 
+    def read_to(self, target: Tensor) -> None:
+        if isinstance(self.data, Tensor):
+            target.copy_(self.data)
+        else:
+            self.data.read_to(target)
+
 
 class InPieces:
     """A tensor in pieces, of which any block can be had.
@@ -85,12 +94,23 @@ class InPieces:
         self.key, self.shape, self.dtype = mark.key, torch.Size(mark.shape), mark.dtype
         self._pieces = {piece.at: piece for piece in reversed(pieces) if 0 not in piece.shape or not mark.shape}
 
-    def block(self, at: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The block of this shape whose first element is at `at`.
+    def block(self, at: Sequence[int], shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """The block of this shape whose first element is at `at`: on `device` a copy, which is the caller's own.
 
         Raises:
             CheckpointError: Pieces are missing.
         """
+        whole = self._pieces.get(tuple(at))
+        if whole is not None and whole.shape == tuple(shape) and whole.data.dtype == self.dtype:
+            if device is None:
+                return whole.read()
+            found = torch.empty(tuple(shape), dtype=self.dtype, device=device)
+            whole.read_to(found)
+            return found
+        joined = self._joined(at, shape)
+        return joined if device is None else joined.to(device)
+
+    def _joined(self, at: Sequence[int], shape: Sequence[int]) -> Tensor:
         found = torch.empty(tuple(shape), dtype=self.dtype)
         left = found.numel()
         for piece in self._pieces.values() if left else ():
@@ -102,8 +122,6 @@ class InPieces:
             here = tuple(slice(b - a, e - a) for a, b, e in zip(at, begin, end, strict=True))
             there = tuple(slice(b - a, e - a) for a, b, e in zip(piece.at, begin, end, strict=True))
             part = piece.read()[there]
-            if part.numel() == found.numel() and part.dtype == found.dtype:
-                return part
             found[here] = part
             left -= part.numel()
         if left > 0:

@@ -56,11 +56,11 @@ def held_as(value: Any, like: Tensor, device: torch.device | None = None) -> Ten
     shape, at = place_of(like)
     if isinstance(value, DTensor):
         return value
+    where = device or local_part(like).device
     if isinstance(value, InPieces):
-        part = value.block(at, shape)
+        local = value.block(at, shape, where)
     else:
-        part = value[tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))]
-    local = part.to(device or local_part(like).device, copy=True).contiguous()
+        local = value[tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))].to(where, copy=True).contiguous()
     with torch.no_grad():
         return DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from raytrainer.checkpointing import checked_reader
-from raytrainer.checkpointing.checked_reader import CheckedReader, check_file
+from raytrainer.checkpointing.checked_reader import CheckedReader, check_file, checked_pieces
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
 from raytrainer.errors import CheckpointError, GivenUpError
 
@@ -99,3 +99,19 @@ def test_a_whole_file(keep: bool) -> None:
         check_file(io.BytesIO(CONTENT[:-1]), RECORD, "x", into)
     with pytest.raises(CheckpointError, match="x: the file is damaged"):
         check_file(io.BytesIO(CONTENT[:-1] + b"~"), RECORD, "x", into)
+
+
+def test_pieces_in_one_place() -> None:
+    """They come whole and in order, each in the memory of the one before; damage is told after the last one."""
+
+    def read(content: bytes) -> bytes:
+        pieces, seen = checked_pieces(io.BytesIO(content), RECORD, "x"), bytearray()
+        owners = {id((seen.extend(piece), piece.obj)[1]) for piece in pieces}
+        assert len(owners) == 1
+        return bytes(seen)
+
+    assert read(CONTENT) == CONTENT
+    with pytest.raises(CheckpointError, match="x: the file ends after 4999 of 5000 bytes: it is truncated"):
+        read(CONTENT[:-1])
+    with pytest.raises(CheckpointError, match="x: the file is damaged"):
+        read(CONTENT[:-1] + b"~")

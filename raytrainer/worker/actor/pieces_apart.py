@@ -60,3 +60,7 @@ class PieceInRay:
         except (RayError, TypeError) as error:  # a failure is there in its place
             raise CheckpointError(f"a shard of {self.key!r} is gone with the node that had it: {error}") from None
         return tensor_of_bytes(data, self.dtype, self.shape)
+
+    def read_to(self, target: Tensor) -> None:
+        """Copy the piece. Raises what `read` does."""
+        target.copy_(self.read())
