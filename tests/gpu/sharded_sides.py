@@ -377,7 +377,7 @@ def by_us(job: Job) -> None:
         return rt.Trainer(
             strategy="fsdp", gpus=None if job.cpu else job.workers, num_processes=job.workers if job.cpu else None,
             max_steps=steps, gradient_clip_val=CLIP, precision=job.precision, compile=job.compiled, seed=7,
-            logger=False, enable_checkpointing=job.saving, enable_progress_bar=False, enable_model_summary=False,
+            logger=False, enable_checkpointing=bool(callbacks), enable_progress_bar=False, enable_model_summary=False,
             callbacks=callbacks, default_root_dir=job.folder, snapshot_every=None,
         )  # fmt: skip
 
