@@ -150,6 +150,60 @@ def test_own_zero_grad_and_backward(local_trainer):
     assert ours.events.count("zero") == ours.events.count("backward") == 10
 
 
+@pytest.mark.parametrize("whose", ["the class's", "a subclass's", "the instance's"])
+def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked(whose, local_trainer):
+    class Asked(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            asked.append("class")
+            super().zero_grad(set_to_none)
+
+    class Late(Tiny):
+        def configure_optimizers(self):
+            kind = {"the class's": Asked, "a subclass's": type("Sub", (Asked,), {})}.get(whose, torch.optim.SGD)
+            return kind(self.parameters(), lr=0.1)
+
+        def on_train_start(self):
+            if whose == "the instance's":  # as libraries do that wrap one
+                optimizer = self.optimizers().optimizer
+                own = optimizer.zero_grad
+                optimizer.zero_grad = lambda *args: (asked.append("instance"), own(*args))[1]
+
+    asked: list[str] = []
+    ours, by_hand = twins(Tiny)
+    late = Late()
+    late.load_state_dict(ours.state_dict())
+    local_trainer(max_epochs=1).fit(late, data())
+    local_trainer(max_epochs=1).fit(by_hand, data())
+    assert len(asked) == 10 and torch.equal(weights(late), weights(by_hand))
+
+
+def test_parameters_that_come_later_lose_their_gradients_too(local_trainer):
+    """Groups are looked at in each step, as `zero_grad` of torch does."""
+
+    class Grows(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.late = torch.nn.Parameter(torch.ones(()))
+            self.seen = []
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p is not self.late], lr=0.1)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2:
+                self.optimizers().optimizer.add_param_group({"params": [self.late], "lr": 0.0})
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) + self.late
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.seen.append(self.late.grad.item())
+
+    model = Grows()
+    local_trainer(max_epochs=1, limit_train_batches=5).fit(model, data())
+    assert model.seen == [1.0, 2.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "dict"])
 def test_what_a_step_may_return(kind, local_trainer):
     class Returning(Tiny):

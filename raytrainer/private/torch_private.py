@@ -26,7 +26,7 @@ __all__ = [
     "BATCH_NORMS",
     "Given",
     "abort_groups",
-    "all_averaged",
+    "averaging_check",
     "compile_call",
     "drop_compiled",
     "fix_buckets",
@@ -100,19 +100,14 @@ def fix_buckets(ddp: DistributedDataParallel) -> None:
     rebuild()
 
 
-def all_averaged(ddp: DistributedDataParallel) -> bool:
-    """Whether the backward pass just done has brought DDP every gradient that it waits for.
+def averaging_check(ddp: DistributedDataParallel) -> Callable[[], None]:
+    """What raises a RuntimeError where the latest backward pass has not brought DDP every gradient that it waits for.
 
-    Without the reducer's `_check_reducer_finalized`: True, and DDP's own error with the next batch, if there is one.
+    Without the reducer's `_check_reducer_finalized`: what raises nothing, and DDP's own error with the next batch, if
+    there is one.
     """
-    check = getattr(ddp.reducer, "_check_reducer_finalized", None)
-    if check is None:
-        return True
-    try:
-        check()
-    except RuntimeError:
-        return False
-    return True
+    check: Callable[[], None] | None = getattr(ddp.reducer, "_check_reducer_finalized", None)
+    return check if check is not None else lambda: None
 
 
 # ---------------------------------------------------------------- compiled modules

@@ -30,6 +30,9 @@ class Absentees:
         store: That all workers share.
         control: Their gloo group. All make this together.
         world_size: How many they are.
+
+    Attributes:
+        counted: Whether this worker is one of them in the window in progress.
     """
 
     def __init__(self, store: Any, control: Any, world_size: int) -> None:
@@ -37,7 +40,7 @@ class Absentees:
         dist.broadcast_object_list(name, src=0, group=control)  # what the store has of earlier runs stays theirs
         self._store, self._name, self._size = store, f"raytrainer/absent/{name[0]}", world_size
         self._window = 0
-        self._counted = False
+        self.counted = False
         self._kept: list[int] = []  # windows whose counts are still in the store
 
     def count(self) -> None:
@@ -47,20 +50,15 @@ class Absentees:
             self._kept.remove(window)
         self._store.add(f"{self._name}/{self._window}", 1)
         self._kept.append(self._window)
-        self._counted = True
+        self.counted = True
 
     def are_all(self) -> bool:
         """Whether nobody had a gradient to give. To be called once averaging is done, on the device too."""
         return bool(self._store.add(f"{self._name}/{self._window}", 0) == self._size)
 
-    @property
-    def counted(self) -> bool:
-        """Whether this worker is one of them."""
-        return self._counted
-
     def next_window(self) -> None:
         self._window += 1
-        self._counted = False
+        self.counted = False
 
 
 class JoinedStep(nn.Module):
@@ -108,7 +106,7 @@ class JoinedStep(nn.Module):
         result: StepResult = own["step"](batch, batch_idx, 0)
         loss = result.loss
         # a loss that is a leaf has a gradient of its own, and none for any parameter
-        if loss is not None and loss.grad_fn is None and loss.requires_grad:
+        if loss is not None and loss.is_leaf and loss.requires_grad:
             loss = None
         own["result"], own["skipped"] = result, loss is None
         if not torch.is_grad_enabled():
@@ -134,20 +132,19 @@ class Reached:
 
     Args:
         parameter: One that every loss is to depend on.
+
+    Attributes:
+        seen: The parameter, as often as backward passes have come to it since this was emptied.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self._seen = seen = [False]  # a cell of its own, so that the parameter holds nothing of the run
-        self._handle = parameter.register_post_accumulate_grad_hook(lambda _: seen.__setitem__(0, True))
-
-    def forget(self) -> None:
-        self._seen[0] = False
-
-    def __bool__(self) -> bool:
-        return self._seen[0]
+        self.seen: list[Tensor] = []  # which the parameter holds, and so nothing else of the run
+        # no function of Python's, which would take a step's time for a hundredth of small ones
+        self._handle = parameter.register_post_accumulate_grad_hook(self.seen.append)
 
     def close(self) -> None:
         self._handle.remove()
+        self.seen.clear()
 
 
 class _Zero(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from raytrainer.errors import ConfigurationError, DisagreementError
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
-from raytrainer.private.torch_private import all_averaged, fix_buckets
+from raytrainer.private.torch_private import averaging_check, fix_buckets
 from raytrainer.strategies.averaging import average_gradients
 from raytrainer.strategies.group_strategy import GroupStrategy, take_from_first
 from raytrainer.strategies.joining import Absentees, JoinedStep, Reached, leaves_of
@@ -46,6 +46,7 @@ class ReplicatedStrategy(GroupStrategy):
         self._store = store
         self._absentees: Absentees | None = None
         self._reached: Reached | None = None
+        self._check: Callable[[], None] | None = None  # raises where DDP still waits for gradients
         self.settings = settings or DDP()
         self._ddp: DistributedDataParallel | None = None
         self._step: JoinedStep | None = None
@@ -80,6 +81,7 @@ class ReplicatedStrategy(GroupStrategy):
         if waits:
             self._reached = Reached(trainable[-1])
         self._ddp = DistributedDataParallel(self._step, **self.settings.options)
+        self._check = averaging_check(self._ddp)
         if fixed:
             fix_buckets(self._ddp)
         if self.settings.gradient_compression is not None:
@@ -90,7 +92,7 @@ class ReplicatedStrategy(GroupStrategy):
         self, ddp: DistributedDataParallel, step: JoinedStep, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> StepResult:
         if self._reached is not None:
-            self._reached.forget()
+            self._reached.seen.clear()
         joined: Tensor | None = ddp(batch, batch_idx)
         result = step.result
         step.forget()
@@ -120,10 +122,14 @@ class ReplicatedStrategy(GroupStrategy):
             self._ddp.require_backward_grad_sync = sync
 
     def settle(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> bool:
-        ddp, absentees = self._ddp, self._absentees
-        if ddp is None or absentees is None:
+        check, absentees, reached = self._check, self._absentees, self._reached
+        if check is None or absentees is None:
             return True
-        if not all_averaged(ddp) or not (loss is None or self._reached is None or self._reached):
+        try:
+            check()
+        except RuntimeError:
+            self._refuse_unused(module, loss, batch_idx)
+        if loss is not None and reached is not None and not reached.seen:
             self._refuse_unused(module, loss, batch_idx)
         given = True
         if absentees.counted:
@@ -143,7 +149,7 @@ class ReplicatedStrategy(GroupStrategy):
         synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
         return bool(module.automatic_optimization) and not synchronised
 
-    def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> None:
+    def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> NoReturn:
         reached = set() if loss is None else leaves_of(loss)
         unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
         names = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")

@@ -52,7 +52,7 @@ class StopBoard:
     def __init__(self, store: Any, rank: int, size: int, memory: mmap.mmap) -> None:
         self._store, self._own, self._size = store, _POSITIONS + rank, size
         self._board = memoryview(memory).cast("q")
-        self._chunk = 0
+        self._chunk = self._base = 0
 
     @classmethod
     def of_host(cls, store: Any, rank: int, size: int, control: Any) -> StopBoard | None:
@@ -83,7 +83,7 @@ class StopBoard:
 
     def begin(self, chunk: int) -> None:
         """Another chunk begins here, of a higher number, the same on all workers, which have ended the one before."""
-        self._chunk = chunk
+        self._chunk, self._base = chunk, chunk * _CHUNK
 
     def enter(self, index: int) -> int | None:
         """This worker begins a batch of the chunk, unless it is beyond the last, which is returned if there is one.
@@ -92,7 +92,7 @@ class StopBoard:
             AskerLost: Who is to name the last one does not.
         """
         board = self._board
-        board[self._own] = self._chunk * _CHUNK + index
+        board[self._own] = self._base + index
         if board[_ASKED] != self._chunk:
             return None
         until = time.monotonic() + _PATIENCE

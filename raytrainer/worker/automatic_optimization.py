@@ -17,13 +17,16 @@ from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["AutomaticOptimization", "visible", "with_loss"]
+__all__ = ["AutomaticOptimization", "forget_gradients", "visible", "with_loss"]
 
 Step = Callable[[Any, int, int], Any]
 
+#: As torch has it, whatever is put in its place later.
+_ZERO_GRAD = Optimizer.zero_grad
+
 
 def with_loss(run: WorkerRun, step: Step) -> Callable[[Any, int, int], StepResult]:
-    """`training_step`, returning its loss beside what it returned.
+    """`training_step`, returning its loss beside what it returned. It is not called for a batch that is None.
 
     It refuses losses that have no backward pass, unless the user's own `backward` may have some use for them.
     """
@@ -31,8 +34,8 @@ def with_loss(run: WorkerRun, step: Step) -> Callable[[Any, int, int], StepResul
     rank = f" of rank {run.strategy.ranks.rank}" if run.strategy.ranks.world_size > 1 else ""
 
     def stepped(batch: Any, batch_idx: int, dataloader_idx: int) -> StepResult:
-        outputs = step(batch, batch_idx, dataloader_idx)
-        loss = loss_of(outputs)
+        outputs = None if batch is None else step(batch, batch_idx, dataloader_idx)
+        loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs)
         if loss is not None and not own_backward:
             plain = loss.requires_grad and loss.numel() == 1 and not loss.is_complex()
             if not plain:
@@ -67,10 +70,13 @@ class AutomaticOptimization:
         self.on_after_backward = bind("on_after_backward")
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
+        self.annotates = run.profiler is not None
         self.backward = _own(run, "backward")
-        # asked once: most runs have no scaler, and a small step would notice the calls
+        # asked once: most runs have no scaler and no profiler, and a small step would notice the calls
         self.scales = run.precision.scaler is not None
-        self.step_optimizer = run.profiled("optimizer_step", self.precision.step if self.scales else _step)
+        own = self.scales or self.annotates
+        stepped = run.profiled("optimizer_step", self.precision.step if self.scales else _step) if own else None
+        self.step_optimizer: Callable[[Optimizer], None] | None = stepped
         if self.backward is None and run.profiler is not None:
             self.backward = run.profiled("backward", lambda loss: loss.backward())
         self.clip = _own(run, "configure_gradient_clipping")
@@ -116,7 +122,10 @@ class AutomaticOptimization:
                 )
         else:
             self._evaluate()
-            self.step_optimizer(self.optimizer)
+            if self.step_optimizer is None:
+                self.optimizer.step()
+            else:
+                self.step_optimizer(self.optimizer)
         if stepping:
             # also where infinite gradients were left out: only the device knows, and all else is counted in steps
             self.view.global_step += 1
@@ -174,8 +183,10 @@ class AutomaticOptimization:
                 self.on_before_zero_grad(optimizer)
             if self.zero_grad is not None:
                 self.zero_grad(self.view.current_epoch, self.index, optimizer)
-            else:
+            elif self.annotates:
                 optimizer.zero_grad()
+            else:
+                forget_gradients(optimizer)
         if loss is not None:
             if self.accumulate > 1:
                 loss = loss / self.accumulate
@@ -200,6 +211,19 @@ class AutomaticOptimization:
         elif self.on_after_backward is not None:
             self.on_after_backward()
         return loss
+
+
+def forget_gradients(optimizer: Optimizer) -> None:
+    """`optimizer.zero_grad()`, without the mark that torch's own sets for profilers: 4 % of a small step.
+
+    An optimizer that has its own is asked.
+    """
+    if type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in optimizer.__dict__:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _step(optimizer: Optimizer) -> None:

@@ -70,12 +70,11 @@ class TrainingLoop:
         run, module = self.run, self.run.module
         self._trained = self._trains = what_trains(module)  # when the strategy was prepared, and now
         step = run.slices.bind(run.step("training_step", 1), run.step_end("training_step"))
-        step = unless_missing(step)
         alone = run.strategy.may_skip_alone(module) or not self.feed.may_miss
         self._missing = MissingBatches("train", None if alone else run.strategy.all_agree)
         if module.automatic_optimization:
             return AutomaticOptimization(run, run.strategy.prepare(module, with_loss(run, step)))
-        return ManualOptimization(run, run.strategy.prepare(module, step))
+        return ManualOptimization(run, run.strategy.prepare(module, unless_missing(step)))
 
     def describe(self, begins: bool = True) -> TrainStart:
         """What is to come, at the run's beginning or at an epoch's."""
@@ -252,8 +251,8 @@ class TrainingLoop:
 
     def _end_step(self, stepping: bool, accumulate: int) -> None:
         if stepping:
-            row = self.run.stepped
-            if self.metrics.is_log_step(row):
+            row, every = self.run.stepped, self.metrics.every
+            if every and self.metrics.is_log_step(row):
                 self.metrics.note_row(row, self.epoch, self._since if accumulate > 1 else None)
                 self.metrics.note_samples(row, self.epoch, self.view.samplers)
             self.run.stepped += 1

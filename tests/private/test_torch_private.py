@@ -59,6 +59,15 @@ def test_buckets_are_fixed_late(told):
     assert "last bit of its first step" in told.text
 
 
+def test_gradients_that_never_came_are_told_by_the_next_batch():
+    def check():
+        raise RuntimeError("Expected to have finished reduction")
+
+    reducer = SimpleNamespace(_check_reducer_finalized=check)
+    assert torch_private.averaging_check(SimpleNamespace(reducer=reducer)) is check
+    torch_private.averaging_check(SimpleNamespace(reducer=SimpleNamespace()))()
+
+
 def test_a_part_that_cannot_be_compiled_says_so():
     part = nn.Linear(1, 1)
     assert not torch_private.is_compiled(part)

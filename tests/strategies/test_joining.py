@@ -46,11 +46,14 @@ def test_reached_by_a_backward_pass():
     part, other = nn.Linear(2, 1), nn.Linear(2, 1)
     reached = Reached(part.weight)
     other(torch.ones(2)).backward()
-    assert not reached
+    assert not reached.seen
     part(torch.ones(2)).backward()
-    assert reached
-    reached.forget()
-    assert not reached
+    assert reached.seen
+    reached.seen.clear()
+    other(torch.ones(2)).backward()
+    assert not reached.seen
+    part(torch.ones(2)).backward()
     reached.close()
+    assert not reached.seen
     part(torch.ones(2)).backward()
-    assert not reached
+    assert not reached.seen
