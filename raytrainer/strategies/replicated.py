@@ -93,7 +93,7 @@ class ReplicatedStrategy(GroupStrategy):
     ) -> StepResult:
         if self._reached is not None:
             self._reached.seen.clear()
-        joined: Tensor | None = ddp(batch, batch_idx)
+        joined: Tensor | None = ddp.forward(batch, batch_idx)  # nobody has hooks on what is made here
         result = step.result
         step.forget()
         if joined is None:
