@@ -89,7 +89,7 @@ class StateLostError(CheckpointError):
 
 
 class StorageError(CheckpointError):
-    """A checkpoint, or a file of predictions, could not be written, for reasons of its filesystem."""
+    """A checkpoint, or a file of predictions, could not be written or deleted, for reasons of its filesystem."""
 
 
 class GivenUpError(CheckpointError):

@@ -71,11 +71,17 @@ class CheckpointVerbs(TrainerRuns):
             state["datamodule"] = self._datamodule.state_dict()
         return state | {"callbacks": state["callbacks"] | own}
 
-    def remove_checkpoint(self, filepath: str) -> None:
-        """Delete a checkpoint, but never the one that this run went on from; of a link, the link alone."""
+    def remove_checkpoint(self, filepath: str, on_error: Callable[[CheckpointError], None] | None = None) -> None:
+        """Delete a checkpoint, in the background, but never the one that this run went on from; of a link, the link
+        alone.
+
+        Args:
+            filepath: Path or URI.
+            on_error: Called, in the background's thread, if it cannot be deleted; without, that ends the run.
+        """
         begun_with = self.ckpt_path
         if begun_with is None or not same_place(str(begun_with), filepath):
-            self._writer.remove(filepath)
+            self._writer.remove(filepath, on_error)
 
     def checkpoint_exists(self, filepath: str) -> bool:
         """Whether a whole checkpoint is there."""

@@ -74,6 +74,9 @@ def main() -> int:
             fit(folder, given.workers)
             if number == min(100, given.count // 2):
                 first, began = held(folder), time.perf_counter()
+            if number % 100 == 0:
+                memory = ", ".join(f"{what} {value:.1f}" for what, value in held(folder).items() if "MB" in what)
+                print(f"after {number}: {memory}", flush=True)
         seconds = (time.perf_counter() - began) / (given.count - min(100, given.count // 2))
         last = held(folder)
     print(f"{given.count} fits, {given.workers or 'no'} worker(s), {seconds:.3f} s each")

@@ -71,8 +71,8 @@ class ModelCheckpoint(Callback):
         save_on_exception: When the run fails, save what can be had of its state, under the name that is due (and as
             "last.ckpt", with `save_last`). It takes no part in what is best, and is not removed.
         enable_version_counter: Add "-v1" and so on to a name that is taken; False replaces the checkpoint there.
-        on_error: What to do about a checkpoint that cannot be written, because the disk is full, say: "raise" ends the
-            run; "warn" says so and trains on, with the checkpoints that there are.
+        on_error: What to do about a checkpoint that cannot be written, because the disk is full, say, or deleted:
+            "raise" ends the run; "warn" says so and trains on, with the checkpoints that there are.
         verbose: Log every save.
 
     Attributes:
@@ -351,7 +351,7 @@ class ModelCheckpoint(Callback):
         if self.verbose:
             _log.info("epoch %d, step %d: saved %s", trainer.current_epoch, trainer.global_step, path)
         if drop is not None and drop != path and self._may_remove(trainer, drop):
-            trainer.remove_checkpoint(drop)
+            self._remove(trainer, drop)
 
     def _save_as_last(self, trainer: RunningTrainer) -> None:
         path, previous = self._last_path(trainer), self.last_model_path
@@ -364,7 +364,7 @@ class ModelCheckpoint(Callback):
 
         self._save_or_restore(trainer, path, before, take_back)
         if previous not in ("", path) and self._may_remove(trainer, previous):
-            trainer.remove_checkpoint(previous)
+            self._remove(trainer, previous)
 
     def _last_path(self, trainer: RunningTrainer) -> str:
         folder = self._folder(trainer)
@@ -424,6 +424,13 @@ class ModelCheckpoint(Callback):
         """Find out whether the folder, if it is known by now, can be written to; see `Raises` above."""
         if self.dirpath is not None and (self.save_top_k != 0 or self.save_last):
             require_writable(self.dirpath, "ModelCheckpoint")
+
+    def _remove(self, trainer: RunningTrainer, path: str) -> None:
+        def failed(error: CheckpointError) -> None:
+            _log.warning("ModelCheckpoint: training goes on, with a checkpoint more: %s", error)
+
+        options: dict[str, Any] = {"on_error": failed} if self.on_error == "warn" else {}
+        trainer.remove_checkpoint(path, **options)
 
     def _may_remove(self, trainer: RunningTrainer, path: str) -> bool:
         resumed_from = trainer.ckpt_path

@@ -31,7 +31,7 @@ class RunningTrainer(TrainerProperties, RunArguments, Any):  # type: ignore[misc
         ) -> None:
             """See `Trainer.save_checkpoint`."""
 
-        def remove_checkpoint(self, filepath: str) -> None:
+        def remove_checkpoint(self, filepath: str, on_error: Callable[[CheckpointError], None] | None = None) -> None:
             """See `Trainer.remove_checkpoint`."""
 
         def checkpoint_exists(self, filepath: str) -> bool:

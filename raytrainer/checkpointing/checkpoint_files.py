@@ -158,7 +158,16 @@ class CheckpointFolder:
         """Delete the checkpoint, and the folder if nothing else is in it. Where there is none, nothing happens.
 
         Of a link to one the link is deleted: what it leads to has a name, and may have an owner, of its own.
+
+        Raises:
+            StorageError: It cannot be deleted; what is left of it is deleted with the next one there.
         """
+        try:
+            self._remove()
+        except OSError as error:
+            raise StorageError(f"{self.shown}: cannot be deleted: {error}") from error
+
+    def _remove(self) -> None:
         data = self._present()
         if data is None or not written_by_us(data):
             return

@@ -26,6 +26,9 @@ __all__ = ["ArrowStorage", "LocalStorage", "Storage"]
 #: Bytes.
 _ASK_EVERY = 8 * 2**20
 
+#: What a disk says that has not kept something.
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+
 
 class Storage(ABC):
     """Files and folders; paths are absolute, with "/" between their parts."""
@@ -122,10 +125,14 @@ class LocalStorage(Storage):
             if os.path.lexists(path):  # or somebody has removed it just now, as who writes there will find out
                 raise
         # which of these are new is not known here: names may have been reserved before
-        with contextlib.suppress(OSError):  # a folder above may be one that we may not read
-            while (parent := os.path.dirname(path)) != path:
+        while (parent := os.path.dirname(path)) != path:
+            try:
                 self.sync_folder(parent)
-                path = parent
+            except OSError as error:
+                if error.errno in _LOST:
+                    raise
+                return  # a folder above may be one that we may not read
+            path = parent
 
     @contextmanager
     def create(self, path: str) -> Iterator[Sink]:

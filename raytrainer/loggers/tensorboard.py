@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -52,13 +53,19 @@ class TensorBoardLogger(DirectoryLogger):
 
     @property
     def experiment(self) -> SummaryWriter:
-        """The tensorboardX SummaryWriter, for what else it can do. Opened anew after `finalize`."""
+        """The tensorboardX SummaryWriter, for what else it can do. Opened anew after `finalize`, and after a failure.
+
+        Raises:
+            OSError: What was given to it before could not be written.
+        """
+        self._raise_failure()
         if self._writer is None:
             # tensorboardX names files by the second: without a suffix a writer opened soon after another,
             # in this process or elsewhere, would overwrite its file.
             suffix = f".{os.getpid()}.{self._opened}"
             self._opened += 1
             self._writer = _tensorboardx().SummaryWriter(logdir=self.log_dir, filename_suffix=suffix)
+        _watch(self._writer)
         return self._writer
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -113,16 +120,77 @@ class TensorBoardLogger(DirectoryLogger):
         """Flush the event file."""
         if self._writer is not None:
             self._writer.flush()
+            self._raise_failure()
 
     def finalize(self, status: str) -> None:
         """Close the event file; the next call opens another in the same folder."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            watched = _watch(self._writer)
+            try:
+                self._writer.close()
+            finally:
+                self._writer = None
+            _raise_first(watched)
+
+    def _raise_failure(self) -> None:
+        """If something could not be written, give up that file, whose end may be cut off, and raise the reason."""
+        watched = [] if self._writer is None else _watch(self._writer)
+        if self._writer is not None and any(each.error for each in watched):
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(Exception):
+                writer.close()
+            _raise_first(watched)
 
     def __getstate__(self) -> dict[str, Any]:
         # A SummaryWriter holds a thread and a file; a copy opens its own.
         return {**self.__dict__, "_writer": None, "_opened": time.time_ns()}
+
+
+class _Watched:
+    """What writes one event file, in a thread of tensorboardX's, and keeps the first error.
+
+    The thread would end with it; then its queue, of ten events, fills up, and who logs waits for ever.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.error: Exception | None = None
+
+    def _do(self, method: str, *args: Any) -> None:
+        if self.error is None or method == "close":
+            try:
+                getattr(self._writer, method)(*args)
+            except Exception as error:
+                self.error = self.error or error
+
+    def write_event(self, event: Any) -> None:
+        self._do("write_event", event)
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+
+def _watch(writer: Any) -> list[_Watched]:
+    """Those of all files that a SummaryWriter has open, charts of several curves included."""
+    found = []
+    for each in (writer.all_writers or {}).values():
+        events = each.event_writer
+        thread, target = getattr(events, "_worker", None), getattr(events, "_ev_writer", None)
+        if thread is None or not hasattr(thread, "_record_writer"):  # another release
+            continue
+        if not isinstance(target, _Watched):
+            thread._record_writer = events._ev_writer = target = _Watched(target)
+        found.append(target)
+    return found
+
+
+def _raise_first(watched: list[_Watched]) -> None:
+    for each in watched:
+        if each.error is not None:
+            raise each.error
 
 
 def _tensorboardx() -> Any:

@@ -19,6 +19,7 @@ from raytrainer.checkpointing import places
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.checkpointing.places import find_checkpoints
 from raytrainer.checkpointing.storage import LocalStorage
+from raytrainer.errors import StorageError
 
 
 class Small(LocalStorage):
@@ -156,3 +157,53 @@ def test_only_the_disk_is_warned_of(local_trainer: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "c").iterdir()) == []
     with pytest.raises(ConfigurationError, match=r"on_error\)='ignore': give one of 'raise', 'warn'"):
         ModelCheckpoint(on_error="ignore")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+@pytest.mark.parametrize("call", ["replace", "files"])
+def test_an_old_checkpoint_that_cannot_be_deleted(
+    call: str, on_error: Any, local_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """It is named, and training goes on where that was asked for; what comes later is deleted as usual."""
+    first, real = f"{tmp_path}/c/epoch=0-step=10.ckpt", getattr(LocalStorage, call)
+    removing = "raytrainer.driver.saving.checkpoint_writer.remove_checkpoint"
+    remove, broken = places.remove_checkpoint, []
+
+    def failing(self: LocalStorage, path: str, *more: str) -> Any:
+        if broken and path.startswith(first):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(self, path, *more)
+
+    def removed(path: str) -> None:
+        broken.append(path)
+        try:
+            remove(path)
+        finally:
+            broken.clear()
+
+    monkeypatch.setattr(LocalStorage, call, failing)
+    monkeypatch.setattr(removing, removed)
+    trainer = local_trainer(max_epochs=4, callbacks=ModelCheckpoint(tmp_path / "c", on_error=on_error))
+    if on_error == "raise":
+        with pytest.raises(StorageError, match=r"epoch=0-step=10\.ckpt: cannot be deleted: .*Permission denied"):
+            trainer.fit(Tiny(), data())
+    else:
+        trainer.fit(Tiny(), data())
+        told = [record.message for record in caplog.records if "with a checkpoint more" in record.message]
+        assert len(told) == 1 and f"{first}: cannot be deleted: [Errno 13] Permission denied" in told[0]
+        assert trainer.state.status == "finished" and len(find_checkpoints(tmp_path / "c")) == (call == "replace") + 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
+def test_a_folder_that_is_not_kept_is_told(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LocalStorage.sync_folder
+
+    def sync(self: LocalStorage, path: str) -> None:
+        if path == str(tmp_path):
+            raise OSError(number, os.strerror(number))
+        real(self, path)
+
+    monkeypatch.setattr(LocalStorage, "sync_folder", sync)
+    with pytest.raises(StorageError, match=r"x\.ckpt: (cannot be written: .*Input/output error|the disk is full)"):
+        write_checkpoint(tmp_path / "x.ckpt", {"state_dict": {}})
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 import struct
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny import Tiny, data
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.tensorboard import TensorBoardLogger
@@ -144,3 +146,52 @@ def test_tensorboard_reads_it(tmp_path):
     assert (histogram.step, values.num, values.min, values.max, values.sum) == (6, 4.0, 1.0, 4.0, 9.0)
     (text,) = reader.Tensors("t/text_summary")
     assert text.step == 7 and text.tensor_proto.string_val == [b"*hello*"]
+
+
+class _Full:
+    """A file on a disk that takes so many more pieces, then none, until there is room again."""
+
+    def __init__(self, file: Any, left: list[float]) -> None:
+        self._file, self._left = file, left
+
+    def write(self, data: bytes) -> None:
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("room", range(0, 40, 3))
+def test_a_full_disk_ends_no_run_and_keeps_nobody_waiting(room, local_trainer, tmp_path, monkeypatch, caplog):
+    """Whenever it fills up: tensorboardX's thread ended with that, and the eleventh event waited for it for ever."""
+    from tensorboardX import record_writer
+
+    left = [float("inf")]
+    opened = record_writer.open_file
+    monkeypatch.setattr(record_writer, "open_file", lambda path: _Full(opened(path), left))
+
+    class Logs(Tiny):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 1:
+                left[0] = room
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    logger = TensorBoardLogger(tmp_path, version="mine")
+    trainer = local_trainer(max_steps=30, max_epochs=-1, logger=logger, log_every_n_steps=1)
+    trainer.fit(Logs(), data())
+    assert trainer.global_step == 30
+    assert "TensorBoardLogger failed, training goes on: OSError: [Errno 28] No space left on device" in caplog.text
+    left[0] = float("inf")
+    logger.log_metrics({"after": 1.0}, 31)
+    logger.finalize("success")
+    found = {path for path in Path(logger.log_dir).iterdir() if b"after" in path.read_bytes()}
+    assert len(found) == 1  # in a file of its own, whose records are whole
+    ((path, size),) = ((path, path.stat().st_size) for path in found)
+    for other in set(Path(logger.log_dir).iterdir()) - found:
+        other.unlink()
+    assert scalars(logger.log_dir) == [("after", 31, 1.0)] and size == path.stat().st_size

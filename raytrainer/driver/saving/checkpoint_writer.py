@@ -171,9 +171,14 @@ class CheckpointWriter:
         """
         self._wait(lambda: sum(job.exists and (moment is None or job.moment != moment) for job in self._jobs) <= left)
 
-    def remove(self, path: str) -> None:
-        """Delete a checkpoint, after everything asked for before."""
-        self._submit(_Job(path, False, lambda: remove_checkpoint(path)))
+    def remove(self, path: str, on_error: Callable[[StorageError], None] | None = None) -> None:
+        """Delete a checkpoint, after everything asked for before.
+
+        Args:
+            path: Where it is.
+            on_error: Called in the background if it cannot be deleted, which is then no failure.
+        """
+        self._submit(_Job(path, False, lambda: remove_checkpoint(path), on_error=on_error))
 
     def exists(self, path: str) -> bool:
         """Whether it is there, or will be."""
@@ -253,7 +258,7 @@ class CheckpointWriter:
                 if job.on_error is None:
                     self._error = self._error or error
                 else:
-                    self._left_alone = True
+                    self._left_alone = job.exists
                     job.on_error(error)
             except BaseException as error:
                 self._error = self._error or error
