@@ -31,6 +31,7 @@ __all__ = [
     "drop_compiled",
     "fix_buckets",
     "forget_iterator",
+    "forget_meshes",
     "is_compiled",
     "is_loader_iterator",
     "reduce_parametrized",
@@ -82,6 +83,26 @@ def abort_groups() -> bool:
             return False
         _abort_process_group()
     return True
+
+
+def forget_meshes(device: torch.device) -> None:
+    """Have operations on DTensors find out anew which mesh their results are on, in this thread and in backward passes.
+
+    torch remembers it, by meshes that are equal where they have the same ranks. So in a later group of the same process
+    results would be on a mesh of the earlier one, whose groups are gone, or are others' under the same names. Without
+    the two functions: nothing, and a worker that goes on in another group may fail.
+    """
+    try:
+        from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache as forget_here
+        from torch.distributed.tensor.debug import _clear_python_sharding_prop_cache as forget_all
+    except ImportError:
+        return
+    forget_all()
+    forget_here()
+    if device.type == "cuda":  # whose backward passes run in a thread of their own, as this one does
+        number = torch.zeros((), device=device, requires_grad=True)
+        number.register_hook(lambda gradient: forget_here())
+        number.backward()
 
 
 def fix_buckets(ddp: DistributedDataParallel) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytrainer.plan.ranks import Ranks
-from raytrainer.private.torch_private import set_group_timeout
+from raytrainer.private.torch_private import forget_meshes, set_group_timeout
 from raytrainer.strategies.stop_board import StopBoard
 
 __all__ = ["ProcessGroup", "interface_of", "lone_group", "make_store"]
@@ -145,6 +145,8 @@ class ProcessGroup:
         if key not in self._meshes:
             from torch.distributed.device_mesh import DeviceMesh
 
+            if not self._meshes:
+                forget_meshes(self._device)  # of a group that this process was in before
             ranks = torch.arange(dist.get_world_size()).view(shape)
             groups = [self._along(ranks, dimension) for dimension in range(len(shape))]
             # not init_device_mesh, which has NCCL split a communicator even for groups of one

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import raytrainer
 from raytrainer.private import torch_private
+from raytrainer.worker.process_group import lone_group
 
 
 @pytest.fixture
@@ -46,6 +47,25 @@ def test_groups_cannot_be_aborted(monkeypatch):
     assert not torch_private.abort_groups() and calls == ["abort"] * 2
     monkeypatch.delattr(c10d, "_abort_process_group")
     assert not torch_private.abort_groups()
+
+
+def test_results_are_on_the_mesh_of_the_group_that_there_is(monkeypatch):
+    """Also in a process that was in another one with the same ranks, as who stays when others are lost."""
+    from torch.distributed.tensor import DTensor, debug
+
+    for name in ("GLOO_SOCKET_IFNAME", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                 "NODE_RANK", "RANK", "WORLD_SIZE"):  # fmt: skip
+        monkeypatch.setenv(name, "")  # what a group leaves in a worker's process
+    for _ in range(2):
+        group = lone_group(torch.device("cpu"))
+        try:
+            mesh = group.mesh((1, 1), ("a", "b"))
+            one = DTensor.from_local(torch.ones(2), mesh)
+            assert (one + one).device_mesh is mesh
+        finally:
+            group.close()
+    monkeypatch.delattr(debug, "_clear_fast_path_sharding_prop_cache")
+    torch_private.forget_meshes(torch.device("cpu"))
 
 
 def test_buckets_are_fixed_late(told):

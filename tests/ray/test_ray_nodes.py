@@ -135,9 +135,11 @@ def test_a_node_that_is_drained_is_left_before_it_goes(cluster, tmp_path):
 
 
 @pytest.mark.sample(0)
-def test_a_spare_node_takes_over(cluster, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", raytrainer.FSDP(replicate="nodes")], ids=str)
+def test_a_spare_node_takes_over(strategy, cluster, tmp_path):
+    """Shards of the lost node come out of its neighbour's memory."""
     options = {
-        "strategy": "ddp", "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
+        "strategy": strategy, "num_nodes": 2, "num_processes": 2, "snapshot_every": 1, "accumulate_grad_batches": 1,
         "max_epochs": 4,
     }  # fmt: skip
     calm, struck = Slow(), Slow()
