@@ -26,6 +26,7 @@ from raytrainer.driver.workers.local_group import local_group
 from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import SetupReport
+from raytrainer.plan.culprit import Failed, is_consequence
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts, whereabouts
@@ -113,11 +114,20 @@ class ForkedGroup:
                 if isinstance(answer, tuple) and answer[:1] == ("error",):
                     error = answer[1]
                     error.add_note(f"rank {rank}: {answer[2]}")
+                    self._tell_of_the_lost(rank, error)
                     del left[pipe]
                     self._end_if_waiting([one for one in left if left[one] not in answers])
                     raise error
                 answers[rank] = answer
         return [answers[rank] for rank in range(self.size)]
+
+    def _tell_of_the_lost(self, rank: int, error: BaseException) -> None:
+        """Whose connection has broken hears of it before the end of the other's process is seen here."""
+        failure = Failed(rank, "raised", type(error).__name__, str(error))
+        if is_consequence(failure) and "connection" in failure.message.lower():
+            others = {process.sentinel: other for other, process in enumerate(self._processes) if other != rank}
+            for gone in multiprocessing.connection.wait(list(others), timeout=60.0):
+                raise WorkerLostError(others[gone], "its process has ended")  # type: ignore[index]
 
     def _end_if_waiting(self, pipes: list[Any]) -> None:
         """After an error, end workers that do not answer soon: they wait for the one that has failed."""
