@@ -31,7 +31,8 @@ class FSDP:
         replicate: Keep several copies of the shards, and average gradients over them (HSDP): "nodes": one a node, or
             a number of copies. None: one.
         reshard_after_forward: Whether blocks are dropped after the forward pass and gathered again for the backward
-            pass; a number: gathered among so many workers. None: they are dropped, except what is in no block.
+            pass; a number: gathered among so many workers (no step may return None then). None: they are dropped,
+            except what is in no block.
         cpu_offload: Keep shards, gradients and optimizer states in main memory. GPUs only.
         activation_checkpointing: Compute each block's activations anew in the backward pass instead of keeping them.
         prefetch: Blocks to gather ahead of the one that runs. None: torch's choice.

@@ -15,9 +15,9 @@ def clip_whole_gradients(parameters: Iterable[Tensor], value: float, algorithm: 
     parameters = list(parameters)
     if any(p.grad is not None and p.grad.is_sparse for p in parameters):
         _clip_values(_stored_values(parameters), value, algorithm)
-    elif algorithm == "value":
+    elif algorithm == "value" and any(p.grad is not None for p in parameters):  # without any, torch's fails
         nn.utils.clip_grad_value_(parameters, value)
-    else:
+    elif algorithm != "value":
         nn.utils.clip_grad_norm_(parameters, value)
 
 

@@ -168,7 +168,8 @@ class Gatherings:
         if order.happened[position:] != [event]:
             raise RaytrainerError(
                 f"a worker that skips a batch cannot do what the others do: {event}, not {order.happened[position:]}; "
-                f"with fsdp, training_step may return None only where each parameter that trains is used in each step."
+                f"with fsdp, training_step may return None only where each parameter that trains is used in each step, "
+                f"and reshard_after_forward is no number."
             )
 
     def note(self, what: str, index: int, numbers: int) -> None:

@@ -79,6 +79,9 @@ class AutomaticOptimization:
         self.step_optimizer: Callable[[Optimizer], None] | None = stepped
         if self.backward is None and run.profiler is not None:
             self.backward = run.profiled("backward", lambda loss: loss.backward())
+        if run.precision.dtype is not None:
+            # what a backward pass computes again (activation checkpointing) makes tensors of the types that it had made
+            self.backward = run.in_context(self.backward or (lambda loss: loss.backward()))
         self.clip = _own(run, "configure_gradient_clipping")
         if self.clip is None and settings.gradient_clip_val is not None:
             self.clip = module.configure_gradient_clipping

@@ -178,25 +178,25 @@ class WorkerRun:
 
     def step(self, name: str, loaders: int) -> Callable[[Any, int, int], Any]:
         """A step of the module, bound: by its signature, in the precision's context, known to `self.log`."""
-        return self._in_context(self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders)))
+        return self.in_context(self.hooks.guarded(name, bind_step(getattr(self.module, name), name, loaders)))
 
     def step_end(self, name: str) -> Callable[[Any], Any] | None:
         """`<name>_end` of the module, bound likewise; None if nobody wrote it."""
         end = f"{name}_end"
         if not overridden(self.module, end):
             return None
-        return self._in_context(self.hooks.guarded(end, getattr(self.module, end)))
+        return self.in_context(self.hooks.guarded(end, getattr(self.module, end)))
 
-    def _in_context(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def in_context(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, in the precision's context."""
         if self.precision.plain:
             return function
-        precision = self.precision
 
-        def in_context(*args: Any) -> Any:
-            with precision.context():
+        def within(*args: Any) -> Any:
+            with self.precision.context():
                 return function(*args)
 
-        return in_context
+        return within
 
     def mark(self) -> Callable[[], None]:
         """A point in the device's work: call what this returns to wait for it."""

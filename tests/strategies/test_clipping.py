@@ -49,6 +49,11 @@ def test_a_gradient_without_rows():
     assert net.rows.weight.grad._nnz() == 0
 
 
+@pytest.mark.parametrize("algorithm", ["value", "norm"])
+def test_nothing_is_clipped_without_gradients(algorithm):
+    clip_whole_gradients([nn.Parameter(torch.ones(2))], 0.5, algorithm)
+
+
 def test_a_run_that_clips(local_trainer):
     class Embeds(Module):
         def __init__(self, sparse):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import raytrainer
 from raytrainer.worker.precision import Precision
 
 CPU = torch.device("cpu")
@@ -86,3 +87,28 @@ def test_no_scaler_steps_plainly():
     precision.step(optimizer)
     assert parameter.item() == 0.0
     assert precision.state_dict() == {}
+
+
+class Recomputes(raytrainer.Module):
+    """Makes tensors of the default type in what is computed again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.made = torch.nn.Linear(2, 1), []
+
+    def part(self, x):
+        self.made.append((torch.ones(1) / torch.tensor(3)).dtype)
+        return self.layer(x) * torch.ones(1)
+
+    def training_step(self, batch, batch_idx):
+        return torch.utils.checkpoint.checkpoint(self.part, batch, use_reentrant=False).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*TRUE, ("32-true", torch.float32)])
+def test_what_is_computed_again_has_the_types_of_before(name, dtype, local_trainer):
+    module = Recomputes()
+    local_trainer(precision=name, max_epochs=1).fit(module, torch.utils.data.DataLoader(torch.randn(2, 2)))
+    assert module.made == [dtype] * 4 and torch.get_default_dtype() == torch.float32
