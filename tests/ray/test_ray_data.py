@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray_models import eventually
 from torch import Tensor
 
@@ -519,6 +520,7 @@ class Labels(Net):
         return {"y": self(batch), "twice": batch["id"] * 2}
 
 
+@pytest.mark.late(1.5)  # what predicts takes the place of the two
 def test_predict_is_lazy_and_in_step(ray_trainer: Make, rays: Any, parquet: str, tmp_path: Path) -> None:
     net, trainer = Labels(tmp_path / "flag"), ray_trainer()
     predicted = trainer.predict(net, RayDataset(rays.read_parquet(parquet), batch_size=64))
@@ -537,13 +539,24 @@ def test_predict_is_lazy_and_in_step(ray_trainer: Make, rays: Any, parquet: str,
 # ---------------------------------------------------------------- errors
 
 
-@pytest.mark.late(4)
-def test_workers_that_take_every_cpu(ray_trainer: Make, rays: Any, parquet: str) -> None:
-    """The session's Ray has four CPUs."""
+def test_workers_that_take_every_cpu(
+    ray_trainer: Make, rays: Any, parquet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session's Ray has four CPUs, of which two are somebody else's here, as if there were no more."""
+    blocks, trainer = rays.from_arrow(table(0, 64)).materialize(), ray_trainer(max_epochs=1)
     with pytest.raises(raytrainer.ResourceError, match=r"4 worker\(s\) take every CPU .* ray.init\(num_cpus=5\)"):
         ray_trainer(num_processes=4).fit(Net(), rays.read_parquet(parquet))
-    # blocks that exist need no task to read them
-    ray_trainer(num_processes=4, max_epochs=1).fit(Net(), rays.from_arrow(table(0, 64)).materialize())
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(raytrainer.ResourceError, match=r"2 worker\(s\) take every CPU .* ray.init\(num_cpus=3\)"):
+        trainer.fit(Net(), rays.read_parquet(parquet))
+    held = placement_group([{"CPU": 2}])
+    try:
+        assert held.wait(60)
+        trainer.fit(Net(), blocks)  # which exist, and need no task to read them
+        assert trainer.state.finished
+        eventually(lambda: free_resources("CPU") == 0, 30, "no CPU was left for tasks")
+    finally:
+        remove_placement_group(held)
 
 
 def test_an_error_in_the_pipeline_arrives(ray_trainer: Make, rays: Any, parquet: str) -> None:

@@ -18,7 +18,7 @@ from raytrainer import ConfigurationError, ResourceError
 from raytrainer.driver.cluster.session import Cluster, ensure_ray
 from raytrainer.driver.workers import idle_pool as pool
 
-pytestmark = pytest.mark.late(2)
+ends_workers = pytest.mark.late(2.2)
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_ddp_spawn_is_explained(ray_trainer, caplog):
     assert trainer.world_size == 2
 
 
+@pytest.mark.late(2.05)  # starts two, and leaves them to the next one
 def test_a_reused_group_and_a_fresh_one_give_the_same_bits(ray_trainer):
     class Untidy(Net):
         """Leaves much behind in its process."""
@@ -91,6 +92,7 @@ class Remembered(Net):
             torch.__dict__["_test_held"] += [(name, weakref.ref(thing)) for name, thing in things.items()]
 
 
+@ends_workers
 def test_idle_workers_hold_nothing_of_their_runs(ray_trainer):
     """Tensors would else stay until Python looks for cycles, which they do not make it do, however large they are."""
     pool.close_idle()
@@ -121,13 +123,6 @@ def test_other_resources_get_another_group(ray_trainer, where):
     eventually(lambda: not any(map(alive, [alone, *pair])), 15, "the others end")
 
 
-def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
-    trainer = one_process(strategy="auto", max_epochs=1)
-    fit(trainer, where)
-    assert where.taken() != [os.getpid()]
-    assert trainer.settings.strategy == "ddp"
-
-
 def test_another_address_than_the_one_in_use(ray_session):
     ensure_ray(Cluster(ray_session), 1)
     ensure_ray(Cluster(ray_session.replace(ray_session.rpartition(":")[0], "localhost")), 1)
@@ -137,6 +132,7 @@ def test_another_address_than_the_one_in_use(ray_session):
 
 
 @pytest.mark.sample(0)
+@ends_workers
 def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog):
     """The session's Ray has four CPUs; Ray reports what waits for them about once a second."""
     monkeypatch.setattr(pool, "LOOK_EVERY", 0.1)
@@ -162,6 +158,7 @@ def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog
 # the rest with one worker, which starts sooner; each leaves it to the next one where it can
 
 
+@ends_workers
 def test_too_many_workers(ray_trainer, caplog):
     """An error that says what was asked and what there is."""
     options = {"max_epochs": 1, "placement_timeout": 0.2}
@@ -174,6 +171,15 @@ def test_too_many_workers(ray_trainer, caplog):
     assert trainer.state.finished
 
 
+@ends_workers
+def test_auto_uses_the_ray_that_is_there(ray_session, one_process, where):
+    trainer = one_process(strategy="auto", max_epochs=1)
+    fit(trainer, where)
+    assert where.taken() != [os.getpid()]
+    assert trainer.settings.strategy == "ddp"
+
+
+@ends_workers
 def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
     trainer = ray_trainer(max_epochs=1, num_processes=1)
     fit(trainer, where)
@@ -184,6 +190,7 @@ def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
     assert where.taken() != [pid]
 
 
+@ends_workers
 def test_close_and_with_release(ray_trainer, where):
     trainer = ray_trainer(max_epochs=1, num_processes=1)
     fit(trainer, where)
@@ -197,6 +204,7 @@ def test_close_and_with_release(ray_trainer, where):
     eventually(lambda: not any(map(alive, pids)), 15, "workers end with the block")
 
 
+@ends_workers
 def test_idle_workers_are_released(ray_trainer, where):
     pool.close_idle()
     fit(ray_trainer(max_epochs=1, num_processes=1, idle_timeout=0.3), where)

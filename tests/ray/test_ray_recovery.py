@@ -92,6 +92,7 @@ def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
     assert recovery.kept == 1
 
 
+@pytest.mark.late(1.4)
 def test_user_errors_are_not_retried(tmp_path):
     with pytest.raises(Died) as caught:
         run(Exact((1, 4), "raise", f"{tmp_path}/flag"), tmp_path, **OVER_RAY)

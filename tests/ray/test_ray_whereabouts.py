@@ -54,6 +54,7 @@ def line_of(mark: str) -> int:
     return first + next(i for i, line in enumerate(source) if line.endswith(f"# {mark}\n"))
 
 
+@pytest.mark.late(2.1)  # with two that nobody wants afterwards
 def test_each_hang_is_found(ray_trainer, tmp_path, caplog):
     """Asked while it hangs, from another thread and by a signal; and told when `hang_timeout` is over."""
     trainer = ray_trainer(max_epochs=1, max_failures=0)
