@@ -86,10 +86,15 @@ class SpikeDetection(WorkerCallback):
         if batch_idx >= self.warmup and self._is_spike(value):
             mean = sum(self._losses) / max(len(self._losses), 1)
             self.bad_batches += [batch_idx - 1, batch_idx] if batch_idx else [batch_idx]
-            path = self._write(trainer)
+            path = self._path(trainer)
+            try:
+                self._write(path)
+                where = f"are in {path}"
+            except OSError as error:  # the spike is what is to be told
+                where = f"are {self.bad_batches}, which could not be written to {path}: {error}"
             raise TrainingSpikeError(
                 f"Training spike in batch {batch_idx} of epoch {trainer.current_epoch}: the loss is {value:g}, where "
-                f"the mean of the last {len(self._losses)} was {mean:g}. Batches to leave out are in {path}.",
+                f"the mean of the last {len(self._losses)} was {mean:g}. Batches to leave out {where}.",
                 batch_idx,
             )
         if math.isfinite(value):
@@ -116,11 +121,11 @@ class SpikeDetection(WorkerCallback):
         distance = abs(loss - mean)
         return distance >= (self.atol or 0.0) and distance >= (self.rtol or 0.0) * abs(mean)
 
-    def _write(self, trainer: TrainerView) -> Path:
+    def _path(self, trainer: TrainerView) -> Path:
         path = Path(self.exclude_batches_path or trainer.default_root_dir)
-        if path.suffix != ".json":
-            path /= "skip_batches.json"
+        return path if path.suffix == ".json" else path / "skip_batches.json"
+
+    def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as file:  # several workers may write it
             json.dump(self.bad_batches, file)
-        return path

@@ -103,3 +103,10 @@ def test_arguments(options, told):
 def test_the_error_can_be_sent():
     error = pickle.loads(pickle.dumps(TrainingSpikeError("It has jumped.", 3)))
     assert (str(error), error.batch_idx) == ("It has jumped.", 3)
+
+
+def test_the_spike_is_told_where_the_disk_is_full(local_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    watching = SpikeDetection(exclude_batches_path=tmp_path / "file" / "skip.json")
+    with pytest.raises(TrainingSpikeError, match=r"leave out are \[1, 2\], which could not be written to .*skip\.json"):
+        local_trainer(max_epochs=1, callbacks=watching).fit(Given([1.0, 1.0, 3.1]), data(6))
