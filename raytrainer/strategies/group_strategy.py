@@ -48,6 +48,7 @@ class GroupStrategy(Strategy):
     def __init__(self, ranks: Ranks, device: torch.device, control: Any = None) -> None:
         super().__init__(ranks, device)
         self.control = control
+        self.store: Any = None  # that all workers share
         self.board: StopBoard | None = None  # where workers of one host say that they are to stop; others vote
         self.votes = control  # or a group of their own, so that they never pair with what training does
         self.meeting = Meeting(control, ranks.world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from raytrainer.strategies.group_strategy import GroupStrategy
+from raytrainer.strategies.skipping import skip_together
 from raytrainer.strategies.stop_board import StopBoard
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.view.trainer_view import TrainerView
@@ -25,8 +26,8 @@ def common_stop(strategy: Strategy, view: TrainerView, announced: bool, chunk: i
     if not isinstance(strategy, GroupStrategy) or strategy.ranks.world_size == 1:
         return CommonStop(view, announced)
     if strategy.board is not None:
-        return _OnBoard(view, strategy.board, chunk)
-    return _ByVotes(view, announced, strategy, vote_every)
+        return _OnBoard(view, strategy, strategy.board, chunk)
+    return _ByVotes(view, announced, strategy, chunk, vote_every)
 
 
 class CommonStop:
@@ -55,19 +56,38 @@ class CommonStop:
         known, self._stopping = self._stopping, self._stopping or found
         return self._stopping and (known or not self._announced)
 
+    def skipped(self, batch: int) -> None:
+        """The rest of the epoch is skipped here from this batch on.
+
+        Raises:
+            DisagreementError: Other workers do not skip it.
+        """
+
     def close(self) -> None:
         """The chunk has ended."""
 
 
-class _ByVotes(CommonStop):
+class _OfSeveral(CommonStop):
+    """A worker among others."""
+
+    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int) -> None:
+        super().__init__(view, announced)
+        self._strategy, self._chunk = strategy, chunk
+
+    def skipped(self, batch: int) -> None:
+        ranks = self._strategy.ranks
+        skip_together(self._strategy.store, ranks.rank, ranks.world_size, self._chunk, batch)
+
+
+class _ByVotes(_OfSeveral):
     """Workers of several hosts vote, since each may be asked alone.
 
     A vote begins every so many batches and is read when the next one begins, so that nobody waits for it.
     """
 
-    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, every: int) -> None:
-        super().__init__(view, announced)
-        self._strategy, self._every, self._left = strategy, every, every
+    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int, every: int) -> None:
+        super().__init__(view, announced, strategy, chunk)
+        self._every, self._left = every, every
         self._under_way: Callable[[], bool] | None = None
 
     def after(self) -> bool:
@@ -86,11 +106,11 @@ class _ByVotes(CommonStop):
             self._under_way()
 
 
-class _OnBoard(CommonStop):
+class _OnBoard(_OfSeveral):
     """Workers of one host stop after the first batch that none of them has begun when one is asked to."""
 
-    def __init__(self, view: TrainerView, board: StopBoard, chunk: int) -> None:
-        super().__init__(view, announced=True)
+    def __init__(self, view: TrainerView, strategy: GroupStrategy, board: StopBoard, chunk: int) -> None:
+        super().__init__(view, True, strategy, chunk)
         self._board, self._batch = board, -1
         self._last: int | None = None
         self._told = False

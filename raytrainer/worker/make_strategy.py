@@ -30,7 +30,7 @@ def make_strategy(
     else:
         kind = DDP2Strategy if settings.strategy == "ddp2" else DPStrategy
         strategy = kind(*common, *group.of_node(ranks), store=group.store)
-    strategy.board, strategy.votes = group.board, group.votes
+    strategy.store, strategy.board, strategy.votes = group.store, group.board, group.votes
     return strategy
 
 
@@ -49,5 +49,5 @@ def _sharded(
         ranks, device, group.control, sharding, mesh, group.store,
         precision=settings.precision, compiles=settings.compile, seed=seed,
     )  # fmt: skip
-    strategy.board, strategy.votes = group.board, group.votes
+    strategy.store, strategy.board, strategy.votes = group.store, group.board, group.votes
     return strategy

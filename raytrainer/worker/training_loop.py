@@ -197,6 +197,7 @@ class TrainingLoop:
                 self._since = metrics.moment
             metrics.begin_batch(batch)
             if self._on_batch_start is not None and there and skips_the_epoch(self._on_batch_start(batch, index)):
+                stop.skipped(index)
                 exhausted = True
                 break
             view.is_last_batch = last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)

@@ -7,6 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raytrainer
+from raytrainer.errors import DisagreementError
+from raytrainer.strategies import skipping
 
 
 class Asked(raytrainer.Module):
@@ -80,3 +82,41 @@ class Manual(Asked):
         self.manual_backward(loss)
         self.optimizers().step()
         self.optimizers().zero_grad()
+
+
+class Skips(Asked):
+    """Some ranks skip the rest of an epoch from its fourth batch on."""
+
+    def __init__(self, skipping):
+        super().__init__(())
+        self.skipping = skipping
+
+    def setup(self, stage):
+        if len(self.skipping) == 1:  # which waits in vain
+            self.patience, skipping._PATIENCE = skipping._PATIENCE, 0.1
+
+    def teardown(self, stage):
+        skipping._PATIENCE = getattr(self, "patience", skipping._PATIENCE)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.global_rank in self.skipping and batch_idx == 3 else None
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_skip_the_rest_of_an_epoch(strategy, nodes, forked):
+    module = Skips((0, 1))
+    options = {"strategy": strategy, "num_nodes": nodes, "num_processes": 2 // nodes, "max_epochs": 2}
+    forked(**options).fit(module, DataLoader(TensorDataset(torch.randn(40, 4)), 2))
+    assert module.counts == [6, 6]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_one_that_skips_alone_is_told(accumulate, strategy, nodes, forked):
+    options = {"strategy": strategy, "num_nodes": nodes, "num_processes": 2 // nodes, "max_epochs": 1}
+    with pytest.raises(DisagreementError, match=r"returned -1 in batch 3 on rank\(s\) \[1\], and not on the others"):
+        forked(accumulate_grad_batches=accumulate, **options).fit(
+            Skips((1,)), DataLoader(TensorDataset(torch.randn(40, 4)), 2)
+        )
