@@ -124,6 +124,7 @@ class Fingerprints:
 
     parameters: dict[str, int]
     buffers: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)  # of its optimizers: "lr of SGD, group 0": 0.1
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ class DDP:
         bucket_cap_mb: MiB of gradients that are averaged together [torch's: 25].
         gradient_as_bucket_view: Gradients live in the buckets, which saves memory and a copy.
         broadcast_buffers: Every forward pass in training begins with rank 0's buffers.
-        check_replicas: At the end of epochs, compare the workers' weights, and raise `DisagreementError` where they
-            differ (a checksum; at most about 0.1 % of a run's time, so that short epochs share one).
+        check_replicas: At the end of epochs, compare the workers' weights, and what their optimizers go by (lr, ...),
+            and raise `DisagreementError` where they differ (a checksum; at most about 0.1 % of a run's time, so that
+            short epochs share one).
         gradient_compression: Send gradients as "bf16" (GPUs only) or "fp16": half the bytes, rounded. None: as they
             are.
         process_group_timeout: Seconds, or a timedelta, that a collective waits for the other workers.

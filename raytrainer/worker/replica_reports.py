@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from raytrainer.messages import Difference, Fingerprints
@@ -9,6 +11,9 @@ from raytrainer.strategies.fingerprints import fingerprints
 from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["difference", "fingerprints_of"]
+
+#: What is to be the same on all workers, as optimizers call it. What else is in their groups may be a worker's own.
+_COMPARED = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps", "maximize", "amsgrad")
 
 #: Numbers that are gathered together.
 _AT_ONCE = 1 << 22
@@ -21,8 +26,28 @@ def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
         weights = {}
     numbers = fingerprints([*weights.values(), *buffers.values()])
     return Fingerprints(
-        dict(zip(weights, numbers, strict=False)), dict(zip(buffers, numbers[len(weights) :], strict=True))
+        dict(zip(weights, numbers, strict=False)),
+        dict(zip(buffers, numbers[len(weights) :], strict=True)),
+        _settings(run) if parameters else {},
     )
+
+
+def _settings(run: WorkerRun) -> dict[str, Any]:
+    """What the optimizers go by: parameters that are in shards tell nothing of one that differs."""
+    optimizers = run.view.optimizers
+    found: dict[str, Any] = {}
+    for index, optimizer in enumerate(optimizers):
+        named = type(optimizer).__name__ + (f" (optimizer {index})" if len(optimizers) > 1 else "")
+        for number, group in enumerate(optimizer.param_groups):
+            there = (name for name in _COMPARED if name in group)
+            found.update({f"{name} of {named}, group {number}": _plain(group[name]) for name in there})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(each) for each in value)
+    return float(value) if isinstance(value, torch.Tensor) else value
 
 
 @torch.no_grad()

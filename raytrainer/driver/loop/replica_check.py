@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import DisagreementError
@@ -87,6 +89,7 @@ class ReplicaCheck:
         changed = {name for name, number in reports[0].buffers.items() if self._buffers.get(name) != number}
         self._buffers = reports[0].buffers
         _refuse_single_ones(reports, epoch)
+        _refuse_other_settings(reports, epoch)
         names = _differing(reports, changed)
         if names:
             self._tell(names, group.call(Worker.compare, names[:100]), epoch, len(names))
@@ -134,6 +137,26 @@ def _refuse_single_ones(reports: Sequence[Fingerprints], epoch: int) -> None:
                 f"after epoch {epoch} only rank(s) [{ranks_text(ranks)}] have a parameter {name}. What hooks and steps "
                 f"add or drop must be the same on all workers."
             )
+
+
+def _refuse_other_settings(reports: Sequence[Fingerprints], epoch: int) -> None:
+    """Refuse optimizers that go by other numbers on some workers."""
+    first = reports[0].settings
+    for name in dict.fromkeys(name for report in reports for name in report.settings):
+        ranks = [r for r, report in enumerate(reports) if not _same(report.settings.get(name), first.get(name))]
+        if ranks:
+            other = reports[ranks[0]].settings.get(name)
+            raise DisagreementError(
+                f"after epoch {epoch} rank(s) [{ranks_text(ranks)}] have another {name}: {other}, where rank 0 has "
+                f"{first.get(name)}. What hooks and steps change in an optimizer must be the same on all workers."
+            )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Machines may compute schedules that differ by rounding."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or (isinstance(one, float) and isinstance(other, float) and math.isclose(one, other))
 
 
 def _differing(reports: Sequence[Fingerprints], changed: set[str]) -> list[str]:
