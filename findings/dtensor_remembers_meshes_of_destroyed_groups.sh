@@ -4,7 +4,7 @@
 # Guess: `destroy_process_group` and `init_process_group` begin anew, as elastic training in one process does: a DTensor
 # that is made on a new mesh has nothing to do with the mesh of before.
 # Seen: which mesh and placements an operation's result has is remembered by the arguments' meshes, and meshes are equal
-# if they have the same ranks and names, whatever their groups. So the result is on the old mesh, and whatever reduces it
+# if they have the same ranks and names, whatever their groups. So the result is on the old mesh; whatever reduces it
 # looks for the old mesh's groups by name. Names begin anew with each process group: a worker that has another rank now
 # is in no group of that name, as here, or in one where others do not come, and waits for them until the timeout. Two
 # private functions of torch.distributed.tensor.debug forget it, the second one for the calling thread alone.
