@@ -82,6 +82,18 @@ if __name__ == "__main__":
 """
 )
 
+REFUSED = (
+    SCRIPT
+    + """
+if __name__ == "__main__":
+    for address in sys.argv[1:]:
+        try:
+            trainer(address=address).fit(Net(), data())
+        except raytrainer.ConfigurationError as error:
+            print("refused:", error, flush=True)
+"""
+)
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -142,13 +154,16 @@ def project(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "beside.py").write_text(BESIDE)
     (folder / "train.py").write_text(TRAIN)
+    (folder / "refused.py").write_text(REFUSED)
     return folder
 
 
-def start(project: Path, head: dict[str, str], address: str, **environment: str) -> subprocess.Popen[str]:
+def start(
+    project: Path, head: dict[str, str], *addresses: str, file: str = "train.py", **environment: str
+) -> subprocess.Popen[str]:
     # from another folder, so that a module beside the script is only found if it is shipped
     return subprocess.Popen(
-        [sys.executable, str(project / "train.py"), address],
+        [sys.executable, str(project / file), *addresses],
         env={**environment_of(head), **environment},
         cwd=project.parent,
         stdout=subprocess.PIPE,
@@ -195,13 +210,12 @@ def test_control_c_as_a_client(head, tmp_path):
 
 def test_a_cluster_that_is_locked(head, project, tmp_path):
     """Told at once, as a member and as a client, rather than after half a minute."""
-    stranger = {"HOME": str(tmp_path)}
-    for address in (head["member"], head["client"]):
-        process = start(project, head, address, **stranger)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode != 0
-        assert "asks for a token, and there is none" in out and "auth_token" in out
-        assert "gcs_client" not in out, "it was asked, not tried"
+    process = start(project, head, head["member"], head["client"], file="refused.py", HOME=str(tmp_path))
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+    refused = [text for text in out.split("refused: ")[1:] if "asks for a token, and there is none" in text]
+    assert len(refused) == 2 and all("auth_token" in text for text in refused), out
+    assert "gcs_client" not in out, "it was asked, not tried"
 
 
 def test_a_token_of_another_cluster(head, monkeypatch):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
+from raytrainer.quick_imports import importing
+
+with importing():  # as in a worker's process, see actor.py
+    import torch
 
 from raytrainer.data.ray.columns import finished, joined, views
 from raytrainer.data.ray.prediction_columns import prediction_columns
