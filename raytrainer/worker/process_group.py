@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: its functions have that of now for a default, and so would keep it, its threads and its open
+# sockets for as long as the process lives. DDP imports it by way of dynamo.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
