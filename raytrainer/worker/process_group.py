@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 # Before there is a group: its functions have that of now for a default, and so would keep it, its threads and its open
-# sockets for as long as the process lives. DDP imports it by way of dynamo.
+# sockets for as long as the process lives. DDP imports it by way of dynamo; other imports of ours do so before there is
+# a group, which is not to be left to them.
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
