@@ -32,6 +32,11 @@ def refuse_unfit(module: nn.Module) -> None:
             f"fsdp: {_shown(scalars)} have no dimension, along which they could be cut: give them one, as "
             f"nn.Parameter(torch.tensor([1.0])), or make them buffers if they do not train."
         )
+    empty = [name for name, p in module.named_parameters() if p.numel() == 0 and p.requires_grad]
+    if empty:  # whose gradients torch cannot reduce
+        raise ConfigurationError(
+            f"fsdp: {_shown(empty)} have no elements: leave them out (None), or freeze them (requires_grad_(False))."
+        )
     sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", None) is True]
     if sparse:
         raise ConfigurationError(

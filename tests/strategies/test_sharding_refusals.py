@@ -269,6 +269,7 @@ class InValidation(Net):
         (with_optimizer(torch.optim.Adafactor), "Adafactor with fsdp"),
         (with_optimizer(torch.optim.Rprop), "Rprop with fsdp"),
         (with_part(Scalar), r"'extra\.value' have no dimension"),
+        (with_part(lambda: nn.Linear(0, 3)), r"'extra\.weight' have no elements"),
         (with_part(lambda: nn.LazyLinear(3)), r"'extra\.weight', 'extra\.bias' have no shape yet"),
         (with_part(lambda: nn.Embedding(3, 3, sparse=True)), r"'extra' give sparse gradients"),
         (with_part(Complex), r"several types .*'inp\.weight' \(float32\), 'extra\.value' \(complex64\)"),
