@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,11 +125,12 @@ class ReplicatedStrategy(GroupStrategy):
         check, absentees, reached = self._check, self._absentees, self._reached
         if check is None or absentees is None:
             return True
+        complete = loss is None or reached is None or bool(reached.seen)
         try:
             check()
         except RuntimeError:
-            self._refuse_unused(module, loss, batch_idx)
-        if loss is not None and reached is not None and not reached.seen:
+            complete = False
+        if not complete:
             self._refuse_unused(module, loss, batch_idx)
         given = True
         if absentees.counted:
@@ -149,7 +150,7 @@ class ReplicatedStrategy(GroupStrategy):
         synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
         return bool(module.automatic_optimization) and not synchronised
 
-    def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> NoReturn:
+    def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> None:
         reached = set() if loss is None else leaves_of(loss)
         unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
         names = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
