@@ -9,6 +9,7 @@ all have begun theirs, so the count is whole by then; and ranks with a loss have
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -139,6 +140,8 @@ class Reached:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.seen: list[Tensor] = []  # which the parameter holds, and so nothing else of the run
+        # a parameter that is held by what it holds would never be freed
+        weakref.finalize(self, self.seen.clear)
         # no function of Python's, which would take a step's time for a hundredth of small ones
         self._handle = parameter.register_post_accumulate_grad_hook(self.seen.append)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -57,3 +59,13 @@ def test_reached_by_a_backward_pass():
     assert not reached.seen
     part(torch.ones(2)).backward()
     assert not reached.seen
+
+
+def test_a_parameter_is_freed_once_nobody_asks_whether_it_was_reached():
+    part = nn.Linear(2, 1)
+    reached, gone = Reached(part.weight), weakref.ref(part.weight)
+    part(torch.ones(2)).backward()
+    assert reached.seen
+    del part, reached
+    gc.collect()
+    assert gone() is None
