@@ -44,6 +44,8 @@ _BACKWARD = "the backward pass, and in it averages over the workers"
 _WAITS = (
     ("raytrainer/strategies/group_strategy.py", "", "the other workers"),
     ("raytrainer/strategies/meeting.py", "", "the other workers"),
+    ("raytrainer/strategies/skipping.py", "", "the other workers"),
+    ("raytrainer/strategies/stop_board.py", "enter", "the other workers"),
     ("torch/distributed/distributed_c10d.py", "", "the collective {function}"),
     ("torch/distributed/nn/functional.py", "", "the collective {function}"),
     ("torch/utils/data/dataloader.py", "_try_get_data", _BATCH),

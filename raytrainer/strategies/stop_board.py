@@ -31,7 +31,7 @@ _PATIENCE, _LOOK_EVERY = 60.0, 0.0002
 _CHUNK = 2**32
 
 #: Where the chunk is whose workers are to stop, where its last batch is, whose process says so, and where the positions
-#: of ranks begin.
+#: of ranks begin: first of the batches that they have begun to read, then of those whose steps they have gone on to.
 _ASKED, _LAST, _ASKER, _POSITIONS = 0, 1, 2, 3
 
 
@@ -57,7 +57,7 @@ class StopBoard:
     @classmethod
     def of_host(cls, store: Any, rank: int, size: int, control: Any) -> StopBoard | None:
         """A board of workers that can all map the same memory, else None. All make it together, over a gloo group."""
-        length, name, file, whole = 8 * (_POSITIONS + size), "", -1, False
+        length, name, file, whole = 8 * (_POSITIONS + 2 * size), "", -1, False
         if rank == 0:
             with contextlib.suppress(OSError):
                 folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -103,6 +103,15 @@ class StopBoard:
                 raise AskerLost("another worker was asked to stop, and has not said after which batch")
             time.sleep(_LOOK_EVERY)
         return int(board[_LAST] % _CHUNK)
+
+    def go_on(self) -> None:
+        """This worker begins the step of the batch that it has entered."""
+        self._board[self._own + self._size] = self._board[self._own]
+
+    def gone_on(self) -> list[int]:
+        """Ranks that have begun the step of the batch that this worker has entered, or a later one."""
+        here, steps = self._board[self._own], _POSITIONS + self._size
+        return [rank for rank in range(self._size) if self._board[steps + rank] >= here]
 
     def ask(self) -> None:
         """This worker is asked to stop, after the batch that it has entered."""

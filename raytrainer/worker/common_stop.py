@@ -56,6 +56,9 @@ class CommonStop:
         known, self._stopping = self._stopping, self._stopping or found
         return self._stopping and (known or not self._announced)
 
+    def go_on(self) -> None:
+        """`on_train_batch_start` has let the batch pass: its step begins."""
+
     def skipped(self, batch: int) -> None:
         """The rest of the epoch is skipped here from this batch on.
 
@@ -73,10 +76,11 @@ class _OfSeveral(CommonStop):
     def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int) -> None:
         super().__init__(view, announced)
         self._strategy, self._chunk = strategy, chunk
+        self._gone_on: Callable[[], list[int]] | None = None  # ranks that are in the step of this one's batch
 
     def skipped(self, batch: int) -> None:
         ranks = self._strategy.ranks
-        skip_together(self._strategy.store, ranks.rank, ranks.world_size, self._chunk, batch)
+        skip_together(self._strategy.store, ranks.rank, ranks.world_size, self._chunk, batch, self._gone_on)
 
 
 class _ByVotes(_OfSeveral):
@@ -112,6 +116,7 @@ class _OnBoard(_OfSeveral):
     def __init__(self, view: TrainerView, strategy: GroupStrategy, board: StopBoard, chunk: int) -> None:
         super().__init__(view, True, strategy, chunk)
         self._board, self._batch = board, -1
+        self._gone_on = board.gone_on
         self._last: int | None = None
         self._told = False
         board.begin(chunk)
@@ -120,6 +125,9 @@ class _OnBoard(_OfSeveral):
         self._batch += 1
         self._last = self._board.enter(self._batch)
         return self._last == self._batch
+
+    def go_on(self) -> None:
+        self._board.go_on()
 
     def after(self) -> bool:
         if self._view.asks_to_stop and not self._told:

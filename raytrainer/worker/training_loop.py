@@ -196,10 +196,12 @@ class TrainingLoop:
             if accumulate > 1 and index % accumulate == 0:
                 self._since = metrics.moment
             metrics.begin_batch(batch)
-            if self._on_batch_start is not None and there and skips_the_epoch(self._on_batch_start(batch, index)):
-                stop.skipped(index)
-                exhausted = True
-                break
+            if self._on_batch_start is not None:
+                if there and skips_the_epoch(self._on_batch_start(batch, index)):
+                    stop.skipped(index)
+                    exhausted = True
+                    break
+                stop.go_on()
             view.is_last_batch = last = index + 1 == length or (look_ahead is not None and look_ahead.is_last)
             stepping = last or accumulate == 1 or (index + 1) % accumulate == 0
             outputs = self._run_batch(batch, index, stepping)

@@ -111,12 +111,15 @@ def test_who_keeps_the_others_waiting():
     vote = ((f"{OWN}/strategies/group_strategy.py", 65, "answer"),)
     stream = ((f"{TORCH}/cuda/streams.py", 254, "synchronize"), (f"{OWN}/strategies/replicated.py", 131, "stop"))
     driver = (f"{STANDARD}/site-packages/ray/_private/worker.py", 9, "main_loop")
-    waiting = [whereabouts(i, "n", dump(x + WORKER)) for i, x in enumerate((COLLECTIVE, BACKWARD, vote, stream))]
-    waiting.append(whereabouts(4, "n", dump((driver,))))
+    skip = ((f"{OWN}/strategies/skipping.py", 61, "skip_together"),)
+    board = ((f"{OWN}/strategies/stop_board.py", 106, "enter"),)
+    waits = (COLLECTIVE, BACKWARD, vote, stream, skip, board)
+    waiting = [whereabouts(i, "n", dump(x + WORKER)) for i, x in enumerate(waits)]
+    waiting.append(whereabouts(6, "n", dump((driver,))))
     assert keep_waiting(waiting) == []
     hung = [
-        whereabouts(5, "n", dump(STEP + WORKER)),
-        whereabouts(6, "n", dump(LOADER + WORKER)),
-        whereabouts(7, "n", ""),
+        whereabouts(7, "n", dump(STEP + WORKER)),
+        whereabouts(8, "n", dump(LOADER + WORKER)),
+        whereabouts(9, "n", ""),
     ]
-    assert keep_waiting([*waiting, *hung]) == [5, 6, 7]
+    assert keep_waiting([*waiting, *hung]) == [7, 8, 9]

@@ -18,7 +18,7 @@ from raytrainer.strategies.stop_board import AskerLost, StopBoard
 @pytest.fixture
 def boards():
     """Of three workers."""
-    memory, store = mmap.mmap(-1, 64), dist.HashStore()
+    memory, store = mmap.mmap(-1, 128), dist.HashStore()
     boards = [StopBoard(store, rank, 3, memory) for rank in range(3)]
     for board in boards:
         board.begin(7)
@@ -165,3 +165,22 @@ def test_without_room_for_it_there_is_none(failure, monkeypatch, tmp_path):
     if board is not None:
         board.begin(1)
         assert board.enter(0) is None
+
+
+def test_who_has_gone_on_to_the_step_is_seen(boards):
+    """By one that is in the batch, also where others are further; not those that only read it, nor those of before."""
+    for index in range(3):
+        for board in boards:
+            board.enter(index)
+            if index < 2:
+                board.go_on()
+    assert [board.gone_on() for board in boards] == [[], [], []]
+    boards[1].go_on()
+    assert boards[0].gone_on() == [1]
+    boards[1].enter(3)
+    boards[2].go_on()
+    assert boards[0].gone_on() == [1, 2]
+    for board in boards:
+        board.begin(8)
+        board.enter(0)
+    assert boards[0].gone_on() == []
