@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -45,9 +46,15 @@ def _settings(run: WorkerRun) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """As numbers and tuples of them, which can be sent and compared, whatever the optimizer keeps."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return value.item() if value.numel() == 1 else _plain(value.tolist())
     if isinstance(value, (tuple, list)):
         return tuple(_plain(each) for each in value)
-    return float(value) if isinstance(value, torch.Tensor) else value
+    if hasattr(value, "tolist"):  # numpy's
+        return _plain(value.tolist())
+    return value if isinstance(value, (bool, int, float, complex, str, NoneType)) else type(value).__name__
 
 
 @torch.no_grad()

@@ -128,3 +128,28 @@ def test_a_buffer_that_has_come_up_since_is_each_workers_own(clock):
     check.begin(group)
     group.buffers = [{"n": 7}, {"n": 9}]
     check.after_epoch(group, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (0.1, 0.1 * (1 + 1e-7), True),  # a schedule in float32, on two machines
+        (0.0, 1e-19, True),  # the end of a cosine
+        (float("nan"), float("nan"), True),
+        ((0.9, None), (0.9, None), True),
+        (1, 1.0, True),
+        (0.1, 0.101, False),
+        (1e-8, 2e-8, False),  # eps
+        ((0.9, 0.99), (0.9, 0.999), False),
+        ((0.9, 0.99), (0.9,), False),
+        (True, False, False),
+        (0.1, None, False),
+    ],
+)
+def test_settings_of_optimizers(one, other, same):
+    reports = [Fingerprints({}, {}, {"lr of SGD, group 0": value}) for value in (one, one, other)]
+    if same:
+        replica_check._refuse_other_settings(reports, 2)
+        return
+    with pytest.raises(DisagreementError, match=r"after epoch 2 rank\(s\) \[2\] have another lr of SGD, group 0: "):
+        replica_check._refuse_other_settings(reports, 2)

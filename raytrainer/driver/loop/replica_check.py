@@ -21,6 +21,9 @@ log = logging.getLogger("raytrainer")
 #: Time between two checks, in times of what one takes: they cost at most a thousandth of the run.
 SELDOM = 1000.0
 
+#: Settings of optimizers that differ by less, relatively or at all, are the same.
+_ROUNDING, _NOTHING = 1e-5, 1e-14
+
 
 def alike(starts: Sequence[TrainStart], epoch: int) -> Sequence[TrainStart]:
     """`starts` as given, once it is sure that all workers are about to train the same parameters.
@@ -153,10 +156,13 @@ def _refuse_other_settings(reports: Sequence[Fingerprints], epoch: int) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Machines may compute schedules that differ by rounding."""
+    """Machines may compute schedules that differ by rounding, in float32 too, or come to 1e-19 rather than 0."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other) or (isinstance(one, float) and isinstance(other, float) and math.isclose(one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        near = math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_NOTHING)
+        return near or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
 
 
 def _differing(reports: Sequence[Fingerprints], changed: set[str]) -> list[str]:
