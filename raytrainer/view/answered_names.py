@@ -29,7 +29,7 @@ class AnsweredNames:
         def __setattr__(self, name: str, value: Any) -> None:
             # what is set in each step has its answer at once, be it ours or the user's
             if name not in self.__dataclass_fields__ and name not in self.__dict__ and not name.startswith("_"):
-                _refuse(name, value, _known(self))
+                _refuse_in_vain(self, name, value)
             object.__setattr__(self, name, value)
 
 
@@ -37,10 +37,15 @@ def _known(view: AnsweredNames) -> list[str]:
     return [name for name in (*dir(view), *RunArguments.__dataclass_fields__) if not name.startswith("_")]
 
 
-def _refuse(name: str, value: Any, known: list[str]) -> None:
-    if name in RunArguments.__dataclass_fields__:
+def _refuse_in_vain(view: AnsweredNames, name: str, value: Any) -> None:
+    """Refuse an argument, and what is nearly the name of one, or of what can be set."""
+    arguments, settable = RunArguments.__dataclass_fields__, (*view.__dataclass_fields__, "should_stop")
+    if name in arguments:
         raise AttributeError(
             f"self.trainer.{name} stays as it is once the run has begun: write Trainer({name}={value!r}, ...)."
         )
-    if name not in known and (meant := nearly(name, known)):
+    known = (*settable, *arguments)
+    # another one beside what there is ("logger2", "logger_"), or one of several ("optimizer"), is a name of their own
+    own = hasattr(type(view), name) or name.rstrip("_0123456789") in known or f"{name}s" in settable
+    if not own and (meant := nearly(name, known)):
         raise AttributeError(f"self.trainer.{name} = ...: there is no {name!r}; did you mean {meant!r}?")

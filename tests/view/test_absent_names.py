@@ -141,11 +141,14 @@ def test_attributes_of_users_own(local_trainer):
         def training_step(self, batch, batch_idx):
             self.trainer.seen = batch_idx
             self.trainer._seen = self.trainer.stopped_by_me = "x"
+            for name in ("logger2", "loggers_", "steps", "model_", "optimizer", "metric", "mode", "rank", "seens"):
+                setattr(self.trainer, name, batch_idx)
             self.trainer.should_stop = True
             return super().training_step(batch, batch_idx)
 
         def on_train_end(self):
             assert (self.trainer.seen, self.trainer._seen, self.trainer.stopped_by_me) == (batches - 1, "x", "x")
+            assert self.trainer.logger2 == self.trainer.mode == batches - 1
 
     batches = len(data())
     trainer = local_trainer(max_epochs=9)
