@@ -14,12 +14,13 @@ def importing() -> Iterator[None]:
     """Look for no garbage in here, where much is imported that stays: torch, or what its first optimizer brings along.
 
     Python would look through all of it again and again as it grows: 800 times, 0.7 s of 3 for torch, Ray and an
-    optimizer.
+    optimizer. What is imported may itself say how garbage is to be looked for (`gc.disable()` at the head of a script,
+    `gc.set_threshold`), and that is left as it then is.
     """
-    was_on = gc.isenabled()
-    gc.disable()
+    first, *others = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        if gc.get_threshold()[0] == 0:
+            gc.set_threshold(first, *others)

@@ -1,20 +1,50 @@
 import gc
+import weakref
 
 import pytest
 
 from raytrainer.quick_imports import importing
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_no_garbage_is_looked_for_meanwhile(before):
-    was_on = gc.isenabled()
-    (gc.enable if before else gc.disable)()
-    try:
-        with importing():
-            assert not gc.isenabled()
-        assert gc.isenabled() == before
-        with pytest.raises(ImportError), importing():
-            import no_such_module  # noqa: F401
-        assert gc.isenabled() == before
-    finally:
-        (gc.enable if was_on else gc.disable)()
+class Node:
+    def __init__(self):
+        self.itself = self
+
+
+def looked_for() -> bool:
+    """Whether garbage is, while many objects are made."""
+    gone = weakref.ref(Node())
+    kept = [[] for _ in range(100_000)]
+    return gone() is None and bool(kept)
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    on, threshold = gc.isenabled(), gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
+    (gc.enable if on else gc.disable)()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_garbage_is_looked_for_meanwhile(on):
+    (gc.enable if on else gc.disable)()
+    before = gc.get_threshold()
+    with importing():
+        assert not looked_for()
+    assert (gc.isenabled(), gc.get_threshold()) == (on, before)
+    assert looked_for() == on
+    with pytest.raises(ImportError), importing():
+        import no_such_module  # noqa: F401
+    assert (gc.isenabled(), gc.get_threshold()) == (on, before)
+
+
+def test_what_is_imported_may_decide_itself():
+    gc.enable()
+    with importing():
+        gc.disable()
+    assert not gc.isenabled()
+    gc.enable()
+    with importing():
+        gc.set_threshold(5000, 20, 20)
+    assert gc.get_threshold() == (5000, 20, 20)
