@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny import Tiny, data, weights
 
 from raytrainer import ConfigurationError
+from raytrainer.worker.automatic_optimization import is_torchs
 
 
 def hand_loop(module, loader, epochs=2, accumulate=1, clip=None, algorithm="norm", lr=0.1, optimizer=None):
@@ -175,6 +178,39 @@ def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked(whose, local_trainer)
     local_trainer(max_epochs=1).fit(late, data())
     local_trainer(max_epochs=1).fit(by_hand, data())
     assert len(asked) == 10 and torch.equal(weights(late), weights(by_hand))
+
+
+def test_a_zero_grad_that_others_have_put_in_torchs_place_is_asked(local_trainer, monkeypatch):
+    """Before this package was imported, or after."""
+    real, asked = torch.optim.Optimizer.zero_grad, []
+
+    @functools.wraps(real)  # so that it has the name and the module of torch's
+    def patched(self, *args, **kwargs):
+        asked.append(self)
+        return real(self, *args, **kwargs)
+
+    assert is_torchs(real) and not is_torchs(patched) and not is_torchs(functools.partial(real))
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", patched)
+    local_trainer(max_epochs=1).fit(Tiny(), data())
+    assert len(asked) == 10
+
+
+def test_a_profiler_of_the_users_own_sees_the_marks(local_trainer):
+    class Profiled(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2:
+                self.trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+                self.trace.start()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                self.trace.stop()
+                self.marks = [each.count for each in self.trace.key_averages() if "zero_grad" in each.key]
+                del self.trace
+
+    module = Profiled()
+    local_trainer(max_epochs=1).fit(module, data())
+    assert module.marks == [3]
 
 
 def test_parameters_that_come_later_lose_their_gradients_too(local_trainer):

@@ -34,6 +34,7 @@ __all__ = [
     "forget_meshes",
     "is_compiled",
     "is_loader_iterator",
+    "profiler_runs",
     "reduce_parametrized",
     "set_group_timeout",
     "take_iterator",
@@ -201,6 +202,17 @@ def _set_parametrized(module: Any, state: dict[str, Any]) -> None:
     parametrize._inject_new_class(module)
     for name in module.parametrizations:
         parametrize._inject_property(module, name)
+
+
+# ---------------------------------------------------------------- profiler
+
+
+def profiler_runs() -> bool:
+    """Whether a profiler of torch's records in this process.
+
+    Without `_is_profiler_enabled`: True, and each step makes the marks that it would look for.
+    """
+    return getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
 
 
 # ---------------------------------------------------------------- DataLoader

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.private.torch_private import profiler_runs
 from raytrainer.strategies.step_result import StepResult, loss_of, require_graph
 from raytrainer.worker.accumulation_window import Window
 from raytrainer.worker.closures import Closure, takes_closure
@@ -17,12 +18,9 @@ from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["AutomaticOptimization", "forget_gradients", "visible", "with_loss"]
+__all__ = ["AutomaticOptimization", "forget_gradients", "is_torchs", "visible", "with_loss"]
 
 Step = Callable[[Any, int, int], Any]
-
-#: As torch has it, whatever is put in its place later.
-_ZERO_GRAD = Optimizer.zero_grad
 
 
 def with_loss(run: WorkerRun, step: Step) -> Callable[[Any, int, int], StepResult]:
@@ -186,8 +184,6 @@ class AutomaticOptimization:
                 self.on_before_zero_grad(optimizer)
             if self.zero_grad is not None:
                 self.zero_grad(self.view.current_epoch, self.index, optimizer)
-            elif self.annotates:
-                optimizer.zero_grad()
             else:
                 forget_gradients(optimizer)
         if loss is not None:
@@ -216,12 +212,23 @@ class AutomaticOptimization:
         return loss
 
 
+def is_torchs(method: Any) -> bool:
+    """Whether a method is torch's own, and not what somebody has put in its place, be it under its name."""
+    made_in: str = getattr(method, "__globals__", {}).get("__name__", "")
+    return made_in.partition(".")[0] == "torch"
+
+
+#: As torch has it, whatever is put in its place later; None: something has been put there already.
+_ZERO_GRAD = Optimizer.zero_grad if is_torchs(Optimizer.zero_grad) else None
+
+
 def forget_gradients(optimizer: Optimizer) -> None:
     """`optimizer.zero_grad()`, without the mark that torch's own sets for profilers: 4 % of a small step.
 
-    An optimizer that has its own is asked.
+    An optimizer that has its own is asked, and so is each where a profiler runs.
     """
-    if type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in optimizer.__dict__:
+    own = type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in optimizer.__dict__
+    if own or profiler_runs():
         optimizer.zero_grad()
         return
     for group in optimizer.param_groups:

@@ -79,6 +79,15 @@ def test_buckets_are_fixed_late(told):
     assert "last bit of its first step" in told.text
 
 
+def test_whether_a_profiler_runs(monkeypatch):
+    assert not torch_private.profiler_runs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert torch_private.profiler_runs()
+    assert not torch_private.profiler_runs()
+    monkeypatch.delattr(torch.autograd.profiler, "_is_profiler_enabled")
+    assert torch_private.profiler_runs()
+
+
 def test_gradients_that_never_came_are_told_by_the_next_batch():
     def check():
         raise RuntimeError("Expected to have finished reduction")
