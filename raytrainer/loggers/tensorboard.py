@@ -65,7 +65,9 @@ class TensorBoardLogger(DirectoryLogger):
             suffix = f".{os.getpid()}.{self._opened}"
             self._opened += 1
             self._writer = _tensorboardx().SummaryWriter(logdir=self.log_dir, filename_suffix=suffix)
-        _watch(self._writer)
+        files = self._writer.all_writers  # None: somebody has closed it
+        if files is not None and not isinstance(files, _WatchedFiles):
+            self._writer.all_writers = _WatchedFiles(files)
         return self._writer
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -125,7 +127,7 @@ class TensorBoardLogger(DirectoryLogger):
     def finalize(self, status: str) -> None:
         """Close the event file; the next call opens another in the same folder."""
         if self._writer is not None:
-            watched = _watch(self._writer)
+            watched = self._watched()
             try:
                 self._writer.close()
             finally:
@@ -134,12 +136,16 @@ class TensorBoardLogger(DirectoryLogger):
 
     def _raise_failure(self) -> None:
         """If something could not be written, give up that file, whose end may be cut off, and raise the reason."""
-        watched = [] if self._writer is None else _watch(self._writer)
-        if self._writer is not None and any(each.error for each in watched):
-            writer, self._writer = self._writer, None
+        writer, watched = self._writer, self._watched()
+        if writer is not None and any(each.error for each in watched):
+            self._writer = None
             with contextlib.suppress(Exception):
                 writer.close()
             _raise_first(watched)
+
+    def _watched(self) -> list[_Watched]:
+        files = None if self._writer is None else self._writer.all_writers
+        return files.watched if isinstance(files, _WatchedFiles) else []
 
     def __getstate__(self) -> dict[str, Any]:
         # A SummaryWriter holds a thread and a file; a copy opens its own.
@@ -173,18 +179,25 @@ class _Watched:
         self._do("close")
 
 
-def _watch(writer: Any) -> list[_Watched]:
-    """Those of all files that a SummaryWriter has open, charts of several curves included."""
-    found = []
-    for each in (writer.all_writers or {}).values():
-        events = each.event_writer
+class _WatchedFiles(dict[str, Any]):
+    """In the place of the dict of a SummaryWriter's files: each is watched from the moment that it is put there.
+
+    That is before it is given its first event, also where it is one of a chart of several curves.
+    """
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.watched: list[_Watched] = []
+        for name, file in files.items():
+            self[name] = file
+
+    def __setitem__(self, name: str, file: Any) -> None:
+        events: Any = getattr(file, "event_writer", None)
         thread, target = getattr(events, "_worker", None), getattr(events, "_ev_writer", None)
-        if thread is None or not hasattr(thread, "_record_writer"):  # another release
-            continue
-        if not isinstance(target, _Watched):
-            thread._record_writer = events._ev_writer = target = _Watched(target)
-        found.append(target)
-    return found
+        if thread is not None and hasattr(thread, "_record_writer"):  # else it is another release
+            thread._record_writer = events._ev_writer = watched = _Watched(target)
+            self.watched.append(watched)
+        super().__setitem__(name, file)
 
 
 def _raise_first(watched: list[_Watched]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import pickle
@@ -195,3 +196,30 @@ def test_a_full_disk_ends_no_run_and_keeps_nobody_waiting(room, local_trainer, t
     for other in set(Path(logger.log_dir).iterdir()) - found:
         other.unlink()
     assert scalars(logger.log_dir) == [("after", 31, 1.0)] and size == path.stat().st_size
+
+
+@pytest.mark.parametrize("room", range(12))
+def test_a_chart_of_several_curves_is_begun_on_a_full_disk(room, tmp_path, monkeypatch):
+    """Each curve has a file and a thread of its own, whose first event may be the one that fails."""
+    from tensorboardX import record_writer
+
+    left = [float("inf")]
+    opened = record_writer.open_file
+    monkeypatch.setattr(record_writer, "open_file", lambda path: _Full(opened(path), left))
+    logger = TensorBoardLogger(tmp_path, version="mine")
+    logger.log_metrics({"before": 1.0}, 0)
+    left[0] = room
+    failed = []
+    for step in range(30):
+        try:
+            logger.log_metrics({"chart": {"one": 1.0, "two": 2.0}}, step)
+        except OSError as error:
+            failed.append(error.errno)
+    with contextlib.suppress(OSError):
+        logger.finalize("success")
+    assert set(failed) == {errno.ENOSPC}
+    left[0] = float("inf")
+    logger.log_metrics({"chart": {"one": 3.0}}, 31)
+    logger.finalize("success")
+    folder = Path(logger.log_dir) / "chart" / "one"
+    assert any(b"chart" in path.read_bytes() for path in folder.iterdir())
