@@ -71,7 +71,10 @@ def sync_folder(path: str | Path) -> None:
     """Have on the disk which files are in a folder, by which names."""
     if os.name == "nt":  # folders need no such call there, and take none
         return
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # one may write to a folder that one may not read
+        return
     try:
         os.fsync(folder)
     except OSError as error:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +75,17 @@ def test_a_full_disk_takes_no_rows_and_no_hyperparameters(tmp_path: Path, monkey
     logger.save()
     assert json.loads((folder / "hparams.json").read_text()) == {"a": 1, "b": 2, "c": 3}
     assert (folder / "metrics.csv").read_text().splitlines() == ["epoch,step,loss,accuracy", ",0,1.0,", ",1,,0.5"]
+
+
+def test_a_folder_that_may_be_written_to_but_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.open
+
+    def guarded(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", guarded)
+    with replaced(tmp_path / "x") as file:
+        file.write("new")
+    assert (tmp_path / "x").read_text() == "new"
