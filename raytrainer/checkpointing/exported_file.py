@@ -22,8 +22,8 @@ INDEX = ".index.json"
 def put_in_place(files: Mapping[Path, Callable[[str], object]], former: Sequence[Path] = ()) -> None:
     """Have files of weights written beside these paths; once all of them are whole, they take their places.
 
-    So where one cannot be written none of them changes. Who is killed while they take their places leaves files that
-    nothing leads to, rather than parts of two modules.
+    So where one cannot be written none of them changes. Who is killed while they take their places leaves files that no
+    index leads to, rather than parts of two modules.
 
     Args:
         files: Local paths. What is there may be replaced if it is a file of weights, or an index of such, too. The last
@@ -31,7 +31,8 @@ def put_in_place(files: Mapping[Path, Callable[[str], object]], former: Sequence
         former: What readers could find instead, from an earlier export; it is removed.
 
     Raises:
-        CheckpointError: There is something else, or a file cannot be written; what was there is as it was.
+        CheckpointError: There is something else, or a file cannot be written: what was there is as it was. Or one
+            cannot take its place: what is there then is the old weights, the new ones, or nothing that readers find.
     """
     for path in (*files, *former):
         if os.path.lexists(path) and not _holds_weights(path):

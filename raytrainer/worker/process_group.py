@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Before there is a group: its functions have that of now for a default, and so would keep it, its threads and its open
-# sockets for as long as the process lives. DDP imports it by way of dynamo; other imports of ours do so before there is
-# a group, which is not to be left to them.
+# Imported before there is a group: its functions have the group of that moment for a default, and would keep it, with
+# its threads and open sockets, for as long as the process lives. (DDP imports it, by way of dynamo, when there is one.)
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
