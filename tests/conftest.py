@@ -150,6 +150,8 @@ def _left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if addressed := [item.nodeid for item in items if " at 0x" in item.nodeid]:  # the two processes would not agree
+        raise pytest.UsageError(f"names that differ from process to process; give ids: {addressed}")
     if not config.option.all and (left_out := set(_left_out(items))):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -26,7 +26,7 @@ from raytrainer.worker.replica_reports import _plain
         ("auto", "auto"),
         (True, True),
     ],
-    ids=str,
+    ids=lambda value: "function" if callable(value) and not isinstance(value, torch.Tensor) else str(value),
 )
 def test_a_setting_is_told_as_plain_values(value, said):
     told = _plain(value)
