@@ -22,7 +22,7 @@ _GAP = 2**20
 #: a tenth of the time that reading them has taken, and the disk reads ahead meanwhile.
 _PIECE = 2**18
 
-#: Bytes that are asked of a service at a time.
+#: Bytes that are asked of a service, or read of a shard beside other threads, at a time.
 _FAR_PIECE = 4 * 2**20
 
 
@@ -33,7 +33,7 @@ def check_file(file: BinaryIO, record: FileRecord, name: str, into: memoryview |
         file: Where to read from.
         record: Its size, which the caller has compared, and checksum when it was written.
         name: Path or URI, for messages.
-        into: Where to keep the content of a file that is far away, of the record's size; None: it is dropped.
+        into: Where to keep the content, of the record's size; None: it is dropped.
 
     Raises:
         CheckpointError: They differ.

@@ -68,11 +68,10 @@ class AutomaticOptimization:
         self.on_after_backward = bind("on_after_backward")
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
-        self.annotates = run.profiler is not None
         self.backward = _own(run, "backward")
         # asked once: most runs have no scaler and no profiler, and a small step would notice the calls
         self.scales = run.precision.scaler is not None
-        own = self.scales or self.annotates
+        own = self.scales or run.profiler is not None
         stepped = run.profiled("optimizer_step", self.precision.step if self.scales else _step) if own else None
         self.step_optimizer: Callable[[Optimizer], None] | None = stepped
         if self.backward is None and run.profiler is not None:
