@@ -151,10 +151,14 @@ def line_of(name: str) -> int:
 
 
 class Looking:
-    """Asks where the run is, from another thread, until rank 1 is seen to hang as it should; then lets it go."""
+    """Asks where the run is, from another thread, until rank 1 is seen to hang as it should; then lets it go.
 
-    def __init__(self, trainer, folder: Path, names) -> None:
-        self.trainer, self.folder, self.found, self.names = trainer, folder, {}, names
+    Args:
+        waits: What rank 1 is to wait for, by name; "" for others. It may be seen on its line before it waits there.
+    """
+
+    def __init__(self, trainer, folder: Path, names, waits) -> None:
+        self.trainer, self.folder, self.found, self.names, self.waits = trainer, folder, {}, names, waits
         self.thread = threading.Thread(target=self._look)
 
     def __enter__(self):
@@ -166,11 +170,13 @@ class Looking:
 
     def _look(self):
         for name in self.names:
-            until = time.monotonic() + 30.0
+            until = time.monotonic() + 90.0
             while time.monotonic() < until:
                 self.found[name] = seen = self.trainer.where()
                 lines = [where.user.line if where.user is not None else None for where in seen]
-                if lines[1:] == [line_of(name)] and OTHERS.get(name, "the backward pass") in seen[0].waits_for:
+                if lines[1:] != [line_of(name)] or seen[1].waits_for != self.waits.get(name, ""):
+                    continue
+                if OTHERS.get(name, "the backward pass") in seen[0].waits_for:
                     break
             (self.folder / name).touch()
 
@@ -178,7 +184,7 @@ class Looking:
 def test_where_each_hangs(forked, tmp_path):
     names = ["setup", "validation", *IN_STEPS]
     trainer = forked(max_epochs=1, strategy="ddp_cpu", limit_val_batches=1, num_sanity_val_steps=1)
-    with Looking(trainer, tmp_path, names) as found:
+    with Looking(trainer, tmp_path, names, IN_STEPS) as found:
         trainer.fit(Hanging(tmp_path), [torch.ones(2, 4)] * len(IN_STEPS), [torch.ones(2, 4)] * 2)
     for name, (other, hangs) in found.items():
         assert (hangs.rank, hangs.user.line, hangs.waits_for) == (1, line_of(name), IN_STEPS.get(name, "")), hangs
@@ -191,7 +197,7 @@ def test_where_a_loader_hangs(forked, tmp_path, name, workers, waits):
     trainer = forked(max_epochs=1, strategy="ddp_cpu")
     module = Hanging(tmp_path)
     module.setup, module.training_step = lambda stage: None, lambda batch, batch_idx: module.net(batch).sum()
-    with Looking(trainer, tmp_path, [name]) as found:
+    with Looking(trainer, tmp_path, [name], {name: waits}) as found:
         trainer.fit(module, DataLoader(Stuck(tmp_path / name), num_workers=workers))
     other, hangs = found[name]
     assert (hangs.rank, hangs.user.line, hangs.waits_for) == (1, line_of(name), waits), hangs
