@@ -1,4 +1,4 @@
-"""Every private interface of torch's `fully_shard` (FSDP2) that this package uses, and what happens where it is gone.
+"""Every private interface of torch's `fully_shard` (FSDP2) and DTensor that this package uses, and what if it is gone.
 
 All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the function that needs it raises a
 `ConfigurationError` that says what cannot be done; training itself needs `drop_forward_hooks` alone.
@@ -17,17 +17,28 @@ from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+except ImportError:
+
+    class DispatchMode(contextlib.nullcontext[None]):  # type: ignore[no-redef]
+        """Sees nothing: writes into copies of shards are lost, as they are in torch."""
+
+
 __all__ = [
+    "DispatchMode",
     "accumulated_gradients",
     "drop_forward_hooks",
     "edited_while_gathered",
     "found_infinities",
     "is_gathered",
+    "memory_of",
     "own_parameters",
     "place_of",
     "put_accumulated_gradients",
     "reduce_zeros",
     "wind_up_backward",
+    "written_by",
 ]
 
 
@@ -193,3 +204,24 @@ def found_infinities(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list
         return [value.to_local() if hasattr(value, "to_local") else value for value in found.values()]
     except AttributeError as error:
         raise _gone("workers agree on infinite gradients", error) from None
+
+
+def written_by(operation: Any) -> list[tuple[int, str]]:
+    """Which arguments an operation of a `DispatchMode` changes: place and name. Without `_schema`: none is known."""
+    schema = getattr(operation, "_schema", None)
+    arguments = enumerate([] if schema is None else schema.arguments)
+    return [(place, each.name) for place, each in arguments if each.alias_info is not None and each.alias_info.is_write]
+
+
+def memory_of(tensor: DTensor) -> Any:
+    """A weak reference to the memory of this worker's part of a DTensor: `cdata` tells it, `expired()` if it is gone.
+
+    None where it cannot be known.
+    """
+    try:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        part = tensor._local_tensor
+        return StorageWeakRef(getattr(part, "elem", part).untyped_storage())  # on its way, of a collective: what comes
+    except (ImportError, AttributeError):
+        return None

@@ -173,7 +173,8 @@ class FSDPStrategy(ShardedState):
         self.gatherings.forget()
         self.refresh(module)
         refuse_hooks(module)
-        edits = self._edits = LostEdits(module)
+        edits = self._edits = LostEdits(module, self._sharder.compiles is not None)
+        step = edits.watched(step)
         self._shards = list(module.parameters())  # the shards, which module.parameters() are not while it is gathered
         if not module.automatic_optimization:
 

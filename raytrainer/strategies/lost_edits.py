@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.private.fsdp_private import edited_while_gathered, is_gathered
+from raytrainer.strategies.strategy import Step
+from raytrainer.strategies.written_copies import WrittenCopies
 
 __all__ = ["LostEdits", "refuse_lost_edits"]
 
@@ -18,10 +20,16 @@ _SELDOM = 256
 
 
 class LostEdits:
-    """Looks for them in a module, now and then: an average of equal weights changes nothing at first."""
+    """Looks for them in a module, now and then: an average of equal weights changes nothing at first.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        root: The module.
+        compiled: Whether blocks are compiled, which is not to be looked into.
+    """
+
+    def __init__(self, root: nn.Module, compiled: bool) -> None:
         self._root = root
+        self._copies = None if compiled else WrittenCopies(root)
         self._steps = 0
         self._behind = False
 
@@ -29,6 +37,13 @@ class LostEdits:
         """A training step begins."""
         self._steps += 1
         self._behind = False
+
+    def watched(self, step: Step) -> Step:
+        """`step`, looked into when it is time to: what is in blocks is in shards, of which parts are copies."""
+        if self._copies is None:
+            return step
+        watching = self._copies.watched("training_step", step)
+        return lambda *args: (watching if self._is_due else step)(*args)
 
     def stepped(self) -> None:
         """An optimizer has changed shards: what is gathered now is what they were before."""

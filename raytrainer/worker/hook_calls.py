@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.data.data_hooks import DataHooks
@@ -35,6 +35,12 @@ def overridden(owner: object, name: str) -> bool:
     return all(getattr(base, name, None) is not function for base in (Module, WorkerCallback, Callback, DataHooks))
 
 
+def _is_ours(hook: Any) -> bool:
+    """Whether a callback's hook is one of this package."""
+    made_in: str = getattr(hook, "__globals__", {}).get("__name__", "")
+    return made_in.partition(".")[0] == "raytrainer"
+
+
 def skips_the_epoch(answer: Any) -> bool:
     """Whether `on_train_batch_start` returned -1; what means nothing is told of, once."""
     if answer is None:
@@ -53,17 +59,31 @@ def skips_the_epoch(answer: Any) -> bool:
     return False
 
 
+#: A function, by a name, wrapped in what looks at it.
+Watched: TypeAlias = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
 class Hooks:
-    """Calls hooks of the worker callbacks, then the module's, and tells `self.log` which hook runs."""
+    """Calls hooks of the worker callbacks, then the module's, and tells `self.log` which hook runs.
+
+    Args:
+        view: The run.
+        module: The user's.
+        callbacks: The run's.
+        profiled: Wraps what is called, for the profiler.
+        watched: Wraps those hooks that the user has written, for what looks at what they do.
+    """
 
     def __init__(
         self,
         view: TrainerView,
         module: Module,
         callbacks: Sequence[WorkerCallback],
-        profiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, function: function,
+        profiled: Watched = lambda name, function: function,
+        watched: Watched = lambda name, function: function,
     ) -> None:
-        self.view, self.module, self.callbacks, self._profiled = view, module, list(callbacks), profiled
+        self.view, self.module, self.callbacks = view, module, list(callbacks)
+        self._profiled, self.watched = profiled, watched
         self._told: BaseException | None = None
 
     def bind(self, name: str, loaders: int | None = None) -> Callable[..., Any] | None:
@@ -83,6 +103,9 @@ class Hooks:
             own = None if own is None else bind_batch_hook(own, name, loaders)
         if own is None and not callbacks:
             return None
+        if own is not None:
+            own = self.watched(name, own)
+        callbacks = [each if _is_ours(each) else self.watched(name, each) for each in callbacks]
 
         def call(*args: Any) -> Any:
             outer, metrics.hook = metrics.hook, name

@@ -21,6 +21,7 @@ from raytrainer.plan.seeds import derive_seed
 from raytrainer.quick_imports import importing
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
+from raytrainer.strategies.written_copies import watching
 from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
 from raytrainer.worker.attribute_snapshots import AttributeSnapshots
@@ -77,7 +78,8 @@ class WorkerRun:
         self.data.epoch = lambda: self.view.current_epoch
         self.view.loader_source, self.view.length_source = self.data.loader, self.data.lengths
         self.view.epoch_length_source = self.data.length_in
-        self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled)
+        watched = watching(self.module, strategy.device_mesh)
+        self.hooks = Hooks(self.view, self.module, task.callbacks, self.profiled, watched)
         self.precision = Precision(settings.precision, strategy.device, strategy.agree_on_infinities)
         # Whether a chunk is reported while the device is still at its last batch, which comes with the next report.
         # Not with a gradient scaler: to count the steps that it has left out, one waits for the device anyway.
@@ -104,7 +106,6 @@ class WorkerRun:
         self._attach(view)
         if self.datamodule is not None:
             self.datamodule.trainer = view
-        own = self.strategy.stream
         if task.reseed:
             # all draw the same until the module has its form: parts of a dataset that is split, weights
             seed_generators(derive_seed(task.seed, "rank", 0))
@@ -112,11 +113,11 @@ class WorkerRun:
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
         self.hooks.call("setup", task.stage)
-        module.configure_model()
+        self.hooks.watched("configure_model", module.configure_model)()
         self._attach(view)
         shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
         self._shaped = "\n".join(line for line in (shaped, self.precision.said) if line) or None
-        if task.reseed and own != 0:
+        if task.reseed and (own := self.strategy.stream) != 0:
             seed_generators(derive_seed(task.seed, "rank", own))
         if task.stage == "fit" and not module.training:
             module.train()
@@ -136,7 +137,7 @@ class WorkerRun:
         module, view = self.module, self.view
         if self.task.stage == "fit":
             with importing():  # torch imports its compiler for a process's first optimizer
-                given = module.configure_optimizers()
+                given = self.hooks.watched("configure_optimizers", module.configure_optimizers)()
             if overridden(module, "configure_optimizers"):
                 manual, own_step = not module.automatic_optimization, overridden(module, "lr_scheduler_step")
                 parsed = parse_optimizers(given, manual=manual, own_step=own_step)

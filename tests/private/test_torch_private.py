@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raytrainer
-from raytrainer.private import torch_private
+from raytrainer.private import fsdp_private, torch_private
 from raytrainer.worker.process_group import lone_group
 
 
@@ -146,3 +146,16 @@ def test_loaders_that_do_not_tell_what_they_have_given(monkeypatch):
     assert given.count() == sys.maxsize
     monkeypatch.delattr(DataLoader, "_get_iterator")
     assert torch_private.Given(DataLoader([1])).count() is None
+
+
+def test_writes_into_copies_of_shards_are_not_seen(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
+    try:
+        importlib.reload(fsdp_private)
+        with fsdp_private.DispatchMode():
+            assert torch.ones(1).add_(1) == 2
+    finally:
+        monkeypatch.undo()
+        importlib.reload(fsdp_private)
+    assert fsdp_private.written_by(SimpleNamespace()) == []
+    assert fsdp_private.memory_of(SimpleNamespace()) is None

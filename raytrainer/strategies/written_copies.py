@@ -1,0 +1,117 @@
+"""Writes into a part of a tensor in shards that would be lost, since the part is a copy.
+
+Of a whole tensor `weight[0]` is a view, and `weight[0].zero_()` changes the tensor. Of one that is in shards torch
+gathers first what is cut along the shards, so that the same line changes a copy, which is dropped, and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raytrainer.errors import ConfigurationError
+from raytrainer.private.fsdp_private import DispatchMode, memory_of, written_by
+
+__all__ = ["WrittenCopies", "watching"]
+
+#: So many copies are remembered before those that are gone are forgotten.
+_MANY = 256
+
+
+class WrittenCopies:
+    """Has functions of the user's watched for such writes, which then raise.
+
+    Args:
+        module: Its parameters are named in the error.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._mode = _Mode(module)
+
+    def watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which is told of as `name`. Each operation in it takes some microseconds more."""
+
+        def watching(*args: Any) -> Any:
+            outer, self._mode.where = self._mode.where, name
+            try:
+                with self._mode:
+                    return function(*args)
+            finally:
+                self._mode.where = outer
+
+        return watching
+
+
+def watching(module: nn.Module, mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """`WrittenCopies.watched` where tensors may be in shards, on that mesh; without one, functions stay as they are."""
+    return WrittenCopies(module).watched if mesh is not None else lambda name, function: function
+
+
+class _Mode(DispatchMode):
+    """Sees each operation; knows the memory of copies that stand for parts of tensors in shards."""
+
+    supports_higher_order_operators = True  # which take no tensors in shards
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module, self.where = module, ""
+        # by the memory of each: a reference to it, and the memory of what it is a part of
+        self._copies: dict[int | None, tuple[Any, int | None]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(issubclass(each, DTensor) for each in types):
+            return func(*args, **kwargs)
+        if self._copies:
+            for tensor in _written(func, args, kwargs):
+                copy = self._copies.get(_key(tensor))
+                if copy is not None and not copy[0].expired():
+                    self._refuse(func, copy[1])
+        result = func(*args, **kwargs)
+        if getattr(func, "is_view", False) and isinstance(args[0], DTensor):
+            for part in result if isinstance(result, (list, tuple)) else (result,):
+                if isinstance(part, DTensor):
+                    self._note(part, args[0])
+        return result
+
+    def _note(self, part: DTensor, whole: DTensor) -> None:
+        memory, of = memory_of(part), _key(whole)
+        if memory is None or memory.cdata == of:
+            return
+        if len(self._copies) >= _MANY:
+            self._copies = {key: copy for key, copy in self._copies.items() if not copy[0].expired()}
+        self._copies[memory.cdata] = memory, of
+
+    def _refuse(self, func: Any, whole: int | None) -> None:
+        shards = ((name, each) for name, each in self._module.named_parameters() if isinstance(each, DTensor))
+        name = next((repr(name) for name, parameter in shards if _key(parameter) == whole), "a tensor in shards")
+        raise ConfigurationError(
+            f"{self.where} writes ({func.name().split('::')[-1].split('.')[0]}) to a part of {name}. Each worker has "
+            f"a shard of it, so that this part is a copy, and what is written would be lost. Under torch.no_grad(), on "
+            f"all workers, change the whole:\n    whole = weight.full_tensor()\n    ...  # write to it\n"
+            f"    weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))\n"
+            f"with distribute_tensor of torch.distributed.tensor."
+        )
+
+
+@cache
+def _places(func: Any) -> list[tuple[int, str]]:
+    return written_by(func)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[DTensor]:
+    """The tensors in shards that an operation is to change."""
+    for place, name in _places(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, DTensor):
+                yield each
+
+
+def _key(tensor: DTensor) -> int | None:
+    memory = memory_of(tensor)
+    return None if memory is None else memory.cdata
