@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytrainer.strategies.meeting import BACKWARD, Meeting
+from raytrainer.strategies.sparse_averages import averaged
 
 __all__ = ["average_gradients"]
 
@@ -33,7 +34,7 @@ def average_gradients(module: nn.Module, meeting: Meeting) -> None:
     dense: dict[torch.dtype, list[Tensor]] = {}
     for parameter, kind in zip(parameters, kinds, strict=True):
         if kind == _SPARSE:
-            _average_sparse(parameter, meeting)
+            parameter.grad = averaged(parameter.grad, parameter, meeting.group)
         elif kind == _DENSE:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -57,34 +58,3 @@ def _of_any(kinds: bytes, meeting: Meeting) -> bytes:
     found = torch.frombuffer(bytearray(kinds), dtype=torch.uint8)
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=meeting.group)
     return bytes(found.tolist())
-
-
-def _average_sparse(parameter: nn.Parameter, meeting: Meeting) -> None:
-    """Gather every worker's rows, padded to the longest, and add them up."""
-    gradient = parameter.grad
-    own = torch.zeros(2, dtype=torch.int64)  # entries, and dimensions that they are indexed by
-    if gradient is not None:
-        gradient = parameter.grad = gradient.coalesce()
-        own[0], own[1] = gradient.indices().shape[1], gradient.sparse_dim()
-    sizes = torch.zeros(meeting.world_size, 2, dtype=torch.int64)
-    dist.all_gather(list(sizes.unbind()), own, group=meeting.group)
-    counts, dims = sizes[:, 0].tolist(), int(sizes[:, 1].max())
-    most = max(counts)
-    if gradient is None:
-        indices = torch.empty((0, dims), dtype=torch.int64, device=parameter.device)
-        values = parameter.new_empty((0, *parameter.shape[dims:]))
-    else:
-        indices, values = gradient.indices().T, gradient.values()
-    if most:
-        indices, values = _gathered(indices, counts), _gathered(values, counts)
-    average = torch.sparse_coo_tensor(indices.T, values / meeting.world_size, parameter.shape, check_invariants=False)
-    parameter.grad = average.coalesce()
-
-
-def _gathered(part: Tensor, counts: list[int]) -> Tensor:
-    """Every worker's entries, one after another."""
-    missing = part.new_zeros((max(counts) - part.shape[0], *part.shape[1:]))
-    padded = torch.cat([part, missing])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from raytrainer.strategies.step_result import StepResult
 
-__all__ = ["Absentees", "JoinedStep", "Reached", "leaves_of"]
+__all__ = ["Absentees", "JoinedStep", "Reached", "leaves_of", "sparse_parameters"]
 
 
 class Absentees:
@@ -84,7 +84,7 @@ class JoinedStep(nn.Module):
         self, module: nn.Module, step: Callable[[Any, int, int], StepResult], backwards: bool, all_needed: bool
     ) -> None:
         super().__init__()
-        sparse = _sparse_parameters(module)
+        sparse = sparse_parameters(module)
         self._trained = [p for p in module.parameters() if p.requires_grad]
         # DDP numbers parameters as it finds them, and looks at the module that it finds one in for sparse gradients
         if backwards:
@@ -172,7 +172,7 @@ def _sparse_zero(parameter: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
 
 
-def _sparse_parameters(module: nn.Module) -> set[int]:
+def sparse_parameters(module: nn.Module) -> set[int]:
     """Ids of the parameters whose gradients are sparse: those that DDP takes for such."""
     return {
         id(part.weight)

@@ -18,9 +18,10 @@ from raytrainer.plan.strategy_settings import DDP
 from raytrainer.private.torch_private import averaging_check, fix_buckets
 from raytrainer.strategies.averaging import average_gradients
 from raytrainer.strategies.group_strategy import GroupStrategy, take_from_first
-from raytrainer.strategies.joining import Absentees, JoinedStep, Reached, leaves_of
+from raytrainer.strategies.joining import Absentees, JoinedStep, Reached, leaves_of, sparse_parameters
 from raytrainer.strategies.meeting import END
 from raytrainer.strategies.same_shapes import refuse_other_shapes
+from raytrainer.strategies.sparse_averages import Hook, sparse_too
 from raytrainer.strategies.step_result import StepResult
 
 __all__ = ["ReplicatedStrategy"]
@@ -84,8 +85,13 @@ class ReplicatedStrategy(GroupStrategy):
         self._check = averaging_check(self._ddp)
         if fixed:
             fix_buckets(self._ddp)
+        hook: Hook | None = None  # DDP's own way, without a hook, is quicker
         if self.settings.gradient_compression is not None:
-            self._ddp.register_comm_hook(None, _COMPRESSION[self.settings.gradient_compression])
+            hook = _COMPRESSION[self.settings.gradient_compression]
+        if self.device.type == "cpu" and self.ranks.world_size > 1 and sparse_parameters(module):
+            hook = sparse_too(hook or default_hooks.allreduce_hook, self.control)
+        if hook is not None:
+            self._ddp.register_comm_hook(None, hook)
         return partial(self._joined_step, self._ddp, self._step)
 
     def _joined_step(
