@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,24 @@ from forked_group import ForkedGroups
 import raytrainer
 from raytrainer import Trainer
 
+HERE = Path(__file__).parent
 
-@pytest.fixture(scope="module")
-def forked_groups() -> Iterator[ForkedGroups]:
+
+@pytest.fixture(scope="session")
+def forked_groups() -> ForkedGroups:
     import torch.distributed.fsdp  # noqa: F401  # once, here, rather than in each worker
 
-    groups = ForkedGroups()
-    yield groups
-    groups.close()
+    return GROUPS
+
+
+GROUPS = ForkedGroups()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Workers are kept from file to file: what they have done once they do in a fraction of the time."""
+    if nextitem is None or HERE not in nextitem.path.parents:
+        GROUPS.close()
 
 
 @pytest.fixture
