@@ -182,7 +182,7 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     threads, children, environment = _own_threads(), _children(), _environment()
     directory, dtype = os.getcwd(), torch.get_default_dtype()
     yield
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while (left := (_own_threads() - threads, _children().keys() - children)) != (set(), set()):
         if time.monotonic() > deadline:
             pytest.fail(f"threads and processes left behind: {left}, {_children()}")

@@ -33,7 +33,7 @@ def server() -> Iterator[str]:
         deadline = time.monotonic() + 60
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/data.json", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/data.json", timeout=60).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < deadline, "moto_server does not start"
@@ -41,7 +41,7 @@ def server() -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture(params=["environment", "query"])

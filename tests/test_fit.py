@@ -11,10 +11,11 @@ from typing import ClassVar
 import numpy
 import pytest
 import torch
-from tiny import Tiny, data, weights
+from tiny import Clock, Tiny, data, weights
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from raytrainer import Callback, ConfigurationError, DataError, EarlyStopping, WorkerCallback
+from raytrainer.driver.loop import chunks
 
 # ---------------------------------------------------------------- the schedule
 
@@ -121,15 +122,17 @@ def test_early_stopping_after_validation(local_trainer):
         assert stopping.stopped_epoch >= 2
 
 
-def test_max_time_ends_a_run(local_trainer):
+def test_max_time_ends_a_run(local_trainer, monkeypatch):
+    monkeypatch.setattr(chunks, "time", clock := Clock(100.0))
+
     class Slow(Tiny):
         def training_step(self, batch, batch_idx):
-            time.sleep(0.01)
+            clock.now += 10
             return super().training_step(batch, batch_idx)
 
-    trainer, module = local_trainer(max_time={"milliseconds": 100}, max_epochs=-1), Slow()
+    trainer, module = local_trainer(max_time={"seconds": 150}, max_epochs=-1), Slow()
     trainer.fit(module, data())
-    assert 5 < trainer.global_step < 300
+    assert 15 <= trainer.global_step <= 20, "at the end of a chunk, which an epoch's end is"
     assert trainer.state.finished
 
 

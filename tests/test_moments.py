@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from datetime import timedelta
 from typing import ClassVar
 
 import pytest
 import torch
-from tiny import Tiny, data
+from tiny import Clock, Tiny, data
 
 from raytrainer import (
     Callback,
@@ -21,6 +20,7 @@ from raytrainer import (
 )
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint as Saver
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
+from raytrainer.driver.loop import chunks
 
 
 class Logging(Tiny):
@@ -404,16 +404,18 @@ def test_a_stop_that_waits_for_the_minimum_says_so(local_trainer, caplog):
     ]
 
 
-def test_max_time_counts_one_fit(local_trainer, tmp_path, caplog):
+def test_max_time_counts_one_fit(local_trainer, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(chunks, "time", clock := Clock(100.0))
+
     class Slow(Tiny):
         def training_step(self, batch, batch_idx):
-            time.sleep(0.01)
+            clock.now += 10
             return super().training_step(batch, batch_idx)
 
     steps = []
     for _ in range(2):
         saver = ModelCheckpoint(tmp_path, save_last=True)
-        trainer = local_trainer(max_time={"milliseconds": 200}, callbacks=saver)
+        trainer = local_trainer(max_time={"seconds": 150}, callbacks=saver)
         with caplog.at_level(logging.INFO, "raytrainer"):
             trainer.fit(Slow(), data(), ckpt_path="last")
         steps.append(trainer.global_step)

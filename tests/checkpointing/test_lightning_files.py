@@ -101,7 +101,8 @@ def test_a_run_goes_on_as_it_would_have_there(name, steps, local_trainer, caplog
     assert (trainer.global_step, trainer.current_epoch) == (24, 4)
     assert net.rates == [0.2 / 2 ** (step // 6) for step in range(steps, 24)]
     for key, tensor in weights("end").items():
-        torch.testing.assert_close(net.state_dict()[key], tensor, rtol=0, atol=0)
+        # but for the last bits, which are another CPU's
+        torch.testing.assert_close(net.state_dict()[key], tensor, rtol=1e-5, atol=1e-7)
     assert data.loaded == {"seen": 3} and own.epochs == 4
     assert trainer.ckpt_path == str(FILES / f"{name}.ckpt")
     assert "is a checkpoint of Lightning 2.6.6: going on with its weights, 1 optimizer(s), 1 scheduler(s), epoch " in (

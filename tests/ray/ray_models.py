@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from raytrainer import Module
 
+PATIENCE = 120  # seconds for what a busy machine takes a while to do
+
 
 def table(samples: int, features: int = 4, seed: int = 7) -> TensorDataset:
     """Samples (x, y) with y a smooth function of x."""
@@ -115,12 +117,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + seconds
+def eventually(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
+    """Wait until `condition` holds; `what` says, if need be at the end, what was waited for."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what() if callable(what) else what}"
         time.sleep(0.02)
+
+
+class FastForward:
+    """The one by which the driver waits for its workers, which can be put on: they have then not answered for long."""
+
+    def __init__(self) -> None:
+        self.added = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.added
 
 
 class Graded(Net):

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ray_models import alive, eventually
-
-PATIENCE = 60  # seconds for what a busy machine takes a while to do
+from ray_models import PATIENCE, alive, eventually
 
 MODULE = """
 import os, sys, time
@@ -96,11 +94,11 @@ class Script:
     def lines(self, word: str) -> list[str]:
         return [line for line in self.output.read_text().splitlines() if word in line]
 
-    def wait_for(self, word: str, times: int = 1, seconds: float = PATIENCE) -> None:
+    def wait_for(self, word: str, times: int = 1) -> None:
         def there() -> bool:
             return len(self.lines(word)) >= times or self.process.poll() is not None
 
-        eventually(there, seconds, f"{word!r} in:\n{self.output.read_text()}")
+        eventually(there, lambda: f"{word!r} in:\n{self.output.read_text()}")
         assert len(self.lines(word)) >= times, self.output.read_text()
 
     def control_c(self) -> None:
@@ -131,16 +129,16 @@ def check_interruptions(running: Script) -> None:
     """Press Ctrl-C in `INTERRUPTED`. Once: stop at the next boundary, keep the weights, go on. Twice: abort at once."""
     running.wait_for("pausing")
     running.control_c()
-    running.wait_for("stopped", seconds=20)
+    running.wait_for("stopped")
     running.wait_for("fitted")
     # twice, in the midst of a batch of ten minutes
     running.wait_for("pausing", times=2)
     running.control_c()
-    running.wait_for("Once more", times=2, seconds=10)
+    running.wait_for("Once more", times=2)
     assert not running.lines("aborted")
     running.control_c()
-    running.wait_for("aborted", seconds=20)
+    running.wait_for("aborted")
     running.wait_for("goes on")
     running.finish()
     assert len(running.pids()) >= 2
-    eventually(lambda: not any(map(alive, running.pids())), 20, "no orphan worker is left")
+    eventually(lambda: not any(map(alive, running.pids())), "no orphan worker is left")

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_models import alive, eventually
+from ray_models import PATIENCE, alive, eventually
 from scripts import INTERRUPTED, check_interruptions, script
 
 from raytrainer.driver.cluster.attaching import attach
 from raytrainer.errors import ConfigurationError
-
-PATIENCE = 120  # seconds for what a busy machine takes a while to do
 
 BESIDE = "SCALE = 2.0\n"
 
@@ -36,6 +34,9 @@ class Net(raytrainer.Module):
         super().__init__()
         self.layer = torch.nn.Linear(4, 1)
         self.folder = None
+
+    def on_fit_start(self):
+        self.print("pids", *[int(pid) for pid in self.all_gather(os.getpid())], flush=True)
 
     def training_step(self, batch, batch_idx):
         self.folder = os.getcwd()
@@ -130,7 +131,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             command, env={**environment, "RAY_AUTH_MODE": "token"}, stdout=out, stderr=subprocess.STDOUT
         )
     try:
-        eventually(lambda: "will now block" in log.read_text() or process.poll() is not None, PATIENCE, "a head node")
+        eventually(lambda: "will now block" in log.read_text() or process.poll() is not None, "a head node")
         assert process.poll() is None, log.read_text()
         host = Path(os.environ.get("TMPDIR", "/tmp"), "ray/ray_current_cluster").read_text().rpartition(":")[0]
         yield {
@@ -181,6 +182,9 @@ def check(process: subprocess.Popen[str], where: str) -> None:
     assert "printed by 1" not in out, "rank 1 is to be silent"
     kept = Path(next(line for line in out.splitlines() if line.startswith("output: ")).removeprefix("output: "))
     assert "printed by 1" in kept.read_text() and "last words of 1" in kept.read_text()
+    pids = {int(pid) for line in out.splitlines() if "pids " in line for pid in line.rpartition("pids ")[2].split()}
+    assert len(pids) == 2
+    eventually(lambda: not any(map(alive, pids)), "the workers end with the script, which closes nothing")
 
 
 def test_a_cluster_on_this_machine_is_found(head, project):

@@ -360,7 +360,7 @@ def test_what_the_user_prints_reaches_the_driver(ray_trainer, capfd):
         captured += "".join(capfd.readouterr())
         return all(text in captured for text in ("alpha says hello", "beta says hello", "said once"))
 
-    eventually(arrived, 10, "the workers' lines")
+    eventually(arrived, "the workers' lines")
     assert captured.count("said once") == 1
     assert "(rank 0" in captured and "(rank 1" in captured
 

@@ -47,7 +47,7 @@ def ray_trainer(ray_trainer: Make) -> Make:
     """Trainers that begin when tasks of earlier runs have ended: where these hold every CPU, idle workers give way."""
 
     def make(**options: Any) -> Trainer:
-        eventually(lambda: free_resources("CPU") >= 1, 30, "a CPU is free")
+        eventually(lambda: free_resources("CPU") >= 1, "a CPU is free")
         return ray_trainer(**options)
 
     return make
@@ -554,7 +554,7 @@ def test_workers_that_take_every_cpu(
         assert held.wait(60)
         trainer.fit(Net(), blocks)  # which exist, and need no task to read them
         assert trainer.state.finished
-        eventually(lambda: free_resources("CPU") == 0, 30, "no CPU was left for tasks")
+        eventually(lambda: free_resources("CPU") == 0, "no CPU was left for tasks")
     finally:
         remove_placement_group(held)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import ray
 from ray.util.placement_group import remove_placement_group
+from ray_models import eventually
 
 from raytrainer import ConfigurationError, ResourceError
 from raytrainer.driver.cluster import reservation as reserve
@@ -27,13 +27,6 @@ def free() -> float:
     return float(ray.available_resources().get("GPU", 0))
 
 
-def wait_until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
 def indices(slots: list[Slot]) -> list[int]:
     return reserve.RayReserver().held([slot.group for slot in slots])
 
@@ -42,7 +35,7 @@ def indices(slots: list[Slot]) -> list[int]:
 def test_chosen_gpus(four_gpus: None) -> None:
     chosen = reserve.place(Request(1, 2, True, indices=(1, 3)), 20)
     assert indices(chosen) == [1, 3]
-    assert wait_until(lambda: free() == 2), "the others are free again"
+    eventually(lambda: free() == 2, "the others are free again")
     # another job gets what is left, and only that
     others = reserve.place(Request(1, 2, True, indices=(0, 2)), 20)
     assert indices(others) == [0, 2]
@@ -53,10 +46,10 @@ def test_chosen_gpus(four_gpus: None) -> None:
     assert indices(third) == [3]
     for slot in (chosen[0], *others, *third):
         remove_placement_group(slot.group)
-    assert wait_until(lambda: free() == 4)
+    eventually(lambda: free() == 4, "all are free")
     with pytest.raises(ConfigurationError, match=r"gpus=\[7\]: this node has GPUs 0-3 \(PCI order\)"):
         reserve.place(Request(1, 1, True, indices=(7,)), 60)
-    assert wait_until(lambda: free() == 4)
+    eventually(lambda: free() == 4, "all are free")
 
 
 @pytest.mark.sample(0)

@@ -120,7 +120,7 @@ def test_other_resources_get_another_group(ray_trainer, where):
     fit(ray_trainer(max_epochs=1, num_processes=3), where)
     assert len(where.taken()) == 3
     # the others were released, lest they hold what is asked for
-    eventually(lambda: not any(map(alive, [alone, *pair])), 15, "the others end")
+    eventually(lambda: not any(map(alive, [alone, *pair])), "the others end")
 
 
 def test_another_address_than_the_one_in_use(ray_session):
@@ -146,7 +146,7 @@ def test_idle_workers_give_way_to_others(ray_trainer, where, monkeypatch, caplog
         with caplog.at_level(logging.INFO, "raytrainer"):
             ray.get(ask(), timeout=30)
         assert "others wait for their CPU" in caplog.text
-        eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
+        eventually(lambda: not any(map(alive, pids)), "idle workers end")
 
     let_wait(lambda: ray.remote(num_cpus=3)(lambda: 1).remote())
     try:
@@ -185,7 +185,7 @@ def test_workers_that_died_while_idle_are_replaced(ray_trainer, where):
     fit(trainer, where)
     (pid,) = where.taken()
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not alive(pid), 5, "it is dead")
+    eventually(lambda: not alive(pid), "it is dead")
     fit(trainer, where)
     assert where.taken() != [pid]
 
@@ -196,12 +196,12 @@ def test_close_and_with_release(ray_trainer, where):
     fit(trainer, where)
     closed = where.taken()
     trainer.close()
-    eventually(lambda: not any(map(alive, closed)), 15, "closed workers end")
+    eventually(lambda: not any(map(alive, closed)), "closed workers end")
     with trainer:
         fit(trainer, where)  # a closed trainer may run again
         pids = where.taken()
         assert pids != closed and all(map(alive, pids))
-    eventually(lambda: not any(map(alive, pids)), 15, "workers end with the block")
+    eventually(lambda: not any(map(alive, pids)), "workers end with the block")
 
 
 @ends_workers
@@ -209,5 +209,5 @@ def test_idle_workers_are_released(ray_trainer, where):
     pool.close_idle()
     fit(ray_trainer(max_epochs=1, num_processes=1, idle_timeout=0.3), where)
     pids = where.taken()
-    eventually(lambda: not any(map(alive, pids)), 15, "idle workers end")
-    eventually(lambda: ray.available_resources().get("CPU") == 4.0, 15, "their CPUs are free")
+    eventually(lambda: not any(map(alive, pids)), "idle workers end")
+    eventually(lambda: ray.available_resources().get("CPU") == 4.0, "their CPUs are free")

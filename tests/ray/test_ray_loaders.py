@@ -56,7 +56,7 @@ def test_loader_processes(ray_trainer):
     module = Collects()
     ray_trainer(max_epochs=1).fit(module, DataLoader(Pids(), batch_size=3, num_workers=2))
     assert len(module.pids) == 4
-    eventually(lambda: not any(alive(pid) for pid in module.pids), 15, "loader processes end")
+    eventually(lambda: not any(alive(pid) for pid in module.pids), "loader processes end")
 
     modules = Net(), Net()
     for module, processes in zip(modules, (0, 2), strict=True):
@@ -173,7 +173,7 @@ def test_loader_processes_after_a_failure(ray_trainer):
 
     with pytest.raises(ValueError, match="after training"):
         ray_trainer(max_epochs=1).fit(Fails(), loader(16, 4))
-    trainer = ray_trainer(max_epochs=1, max_failures=0, hang_timeout=30)
+    trainer = ray_trainer(max_epochs=1, max_failures=0)
     trainer.fit(Succeeds(), DataLoader(Collecting(), 4, num_workers=1))
     assert trainer.global_step == 2
 

@@ -13,10 +13,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from ray_models import alive, eventually
+from ray_models import PATIENCE, alive, eventually
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
-PATIENCE = 60  # seconds for what a busy machine takes a while to do
 
 Outputs = list[dict[str, Any]]
 
@@ -201,4 +200,4 @@ def test_the_notebook_is_committed_without_outputs() -> None:
 def test_a_notebook_in_a_real_kernel(tmp_path: Path) -> None:
     pids = asyncio.run(session(tmp_path))
     assert len(set(pids)) == 4
-    eventually(lambda: not any(map(alive, pids)), 20, "the workers end with the kernel")
+    eventually(lambda: not any(map(alive, pids)), "the workers end with the kernel")

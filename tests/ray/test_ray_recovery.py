@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import ray
 from drifting import Drifting
 from exact import Died, Exact, Mortal, run, same
-from ray_models import eventually
+from ray_models import FastForward, eventually
 
 import raytrainer
+from raytrainer.driver.workers import ray_answers
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.plan.steps_and_epochs import Progress
 
@@ -65,7 +67,7 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
     assert [(recovery.kept, recovery.spares) for recovery in trainer.recoveries] == [(1, 0), (1, 1), (1, 1)]
     reserved = {name for name in ray.cluster_resources() if name.startswith("CPU_group_")}
     assert reserved
-    eventually(lambda: not reserved & set(ray.available_resources()), 30, "the spare's CPU counts as taken")
+    eventually(lambda: not reserved & set(ray.available_resources()), "the spare's CPU counts as taken")
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(0, "train"), (9, "train"), (21, "validate")])
@@ -81,10 +83,33 @@ def test_workers_that_die_in_process_change_nothing(tmp_path, monkeypatch, batch
     assert recovery.step - recovery.resumed_step <= 3
 
 
-def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path):
+class LosesPatience(raytrainer.Callback):
+    """Lets `hang_timeout` pass once one worker hangs, which a file says, and the other one waits for it."""
+
+    def __init__(self, flag: Path, clock: FastForward) -> None:
+        self.flag, self.clock = flag, clock
+
+    def hangs(self) -> bool:
+        return self.flag.exists() and "the backward pass" in self.trainer.where()[0].waits_for
+
+    def look(self) -> None:
+        eventually(self.hangs, "a worker hangs")
+        self.clock.added += self.trainer.hang_timeout
+
+    def on_fit_start(self, trainer, module):
+        self.trainer, self.looking = trainer, threading.Thread(target=self.look)
+        self.looking.start()
+
+    def on_fit_end(self, trainer, module):
+        self.looking.join()
+
+
+def test_a_worker_that_hangs_counts_as_lost(undisturbed, tmp_path, monkeypatch):
     calm, _, rows = calm_run(undisturbed, tmp_path, num_workers=1)
     module = Exact((1, 6), "hang", f"{tmp_path}/flag")
-    trainer, struck_rows = run(module, tmp_path, num_workers=1, hang_timeout=4.0, **OVER_RAY)
+    monkeypatch.setattr(ray_answers, "time", clock := FastForward())
+    impatient = LosesPatience(tmp_path / "flag", clock)
+    trainer, struck_rows = run(module, tmp_path, num_workers=1, callbacks=[impatient], **OVER_RAY)
     assert same(module, calm)
     assert struck_rows == rows
     (recovery,) = trainer.recoveries

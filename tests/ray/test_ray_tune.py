@@ -49,7 +49,7 @@ def test_asha_stops_a_trial_of_two_workers(
     ray_session: str, one_process: Callable[..., raytrainer.Trainer], tmp_path: Path
 ) -> None:
     pool.close_idle()
-    eventually(lambda: ray.available_resources().get("CPU") == 4.0, 20, "no test before holds a CPU")
+    eventually(lambda: ray.available_resources().get("CPU") == 4.0, "no test before holds a CPU")
     notes = tmp_path / "notes"
     notes.mkdir()
     tuner = tune.Tuner(
@@ -77,8 +77,8 @@ def test_asha_stops_a_trial_of_two_workers(
 
     processes = [int(path.name.split("-")[-1]) for path in notes.iterdir()]
     assert len(processes) == 4
-    eventually(lambda: not any(map(alive, processes)), 20, "workers end with their trial")
-    eventually(lambda: ray.available_resources().get("CPU") == 4.0, 20, "their CPUs are free")
+    eventually(lambda: not any(map(alive, processes)), "workers end with their trial")
+    eventually(lambda: ray.available_resources().get("CPU") == 4.0, "their CPUs are free")
 
     comes_back(best.checkpoint, stopped.checkpoint, one_process)
 

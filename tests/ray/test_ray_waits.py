@@ -40,7 +40,7 @@ def test_a_set_up_has_a_limit_and_ends_with_control_c(ray_trainer, monkeypatch, 
             trainer.fit(Stuck(tmp_path / "first"), loader(8, 4))
 
     def press() -> None:
-        eventually((tmp_path / "second").exists, 60, "the set-up has begun")
+        eventually((tmp_path / "second").exists, "the set-up has begun")
         os.kill(os.getpid(), signal.SIGINT)
 
     presses = threading.Thread(target=press)

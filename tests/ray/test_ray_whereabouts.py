@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray_models import eventually
+from ray_models import FastForward, eventually
 
 import raytrainer
+from raytrainer.driver.workers import ray_answers
 from raytrainer.errors import WorkerLostError
 
-#: What rank 1 does in each of its batches.
-HANGS = ("loops", "holds_pythons_lock", "sleeps_for_ever")
+#: What rank 1 does in each of its batches, and what it then waits for.
+HANGS = {"loops": "", "holds_pythons_lock": "", "sleeps_for_ever": "another thread"}
 
 
 class Hanging(raytrainer.Module):
@@ -29,7 +30,7 @@ class Hanging(raytrainer.Module):
         self.net = torch.nn.Linear(4, 1)
 
     def training_step(self, batch, batch_idx):
-        self.file = self.folder / HANGS[batch_idx]
+        self.file = self.folder / list(HANGS)[batch_idx]
         if self.global_rank == 1:
             getattr(self, self.file.name)()
         return self.net(batch).sum()
@@ -55,42 +56,45 @@ def line_of(mark: str) -> int:
 
 
 @pytest.mark.late(2.1)  # with two that nobody wants afterwards
-def test_each_hang_is_found(ray_trainer, tmp_path, caplog):
+def test_each_hang_is_found(ray_trainer, tmp_path, caplog, monkeypatch):
     """Asked while it hangs, from another thread and by a signal; and told when `hang_timeout` is over."""
     trainer = ray_trainer(max_epochs=1, max_failures=0)
     found: dict[str, list[object]] = {}
+    monkeypatch.setattr(ray_answers, "time", clock := FastForward())
 
     def look():
-        for how in HANGS[:-1]:
+        for how in HANGS:
             seen: list[object] = []
 
             def hangs(how=how, seen=seen):
                 seen[:] = trainer.where()
                 lines = [where.user.line if where.user is not None else None for where in seen]
+                if lines[1:] != [line_of(how)] or seen[1].waits_for != HANGS[how]:
+                    return False
                 # they are asked one after the other: the first may not have had the verb yet, and wait for the driver
-                return len(lines) == 2 and lines[1] == line_of(how) and "the backward pass" in seen[0].waits_for
+                return "the backward pass" in seen[0].waits_for
 
             try:
-                eventually(hangs, 90, how)
+                eventually(hangs, how)
                 if how == "loops":
                     os.kill(os.getpid(), signal.SIGUSR1)
-                    eventually(lambda: f":{line_of('loops')} in loops" in caplog.text, 60, "the signal's answer")
+                    eventually(lambda: f":{line_of('loops')} in loops" in caplog.text, "the signal's answer")
             finally:
                 found[how] = seen
-                (tmp_path / how).touch()
+                if how == "sleeps_for_ever":
+                    clock.added += trainer.hang_timeout
+                else:
+                    (tmp_path / how).touch()
 
     asking = threading.Thread(target=look)
     asking.start()
-    trainer.fit(Hanging(tmp_path), [torch.ones(2, 4)] * (len(HANGS) - 1))
+    with pytest.raises(WorkerLostError, match="no answer from rank") as caught:
+        trainer.fit(Hanging(tmp_path), [torch.ones(2, 4)] * len(HANGS))
     asking.join()
     for how, (other, stuck) in found.items():
-        assert (stuck.rank, stuck.user.line, stuck.waits_for) == (1, line_of(how), ""), f"{how}: {stuck}"
+        assert (stuck.rank, stuck.user.line, stuck.waits_for) == (1, line_of(how), HANGS[how]), f"{how}: {stuck}"
         assert stuck.seconds >= 0
         assert "the backward pass" in other.waits_for, f"{how}: {other}"
     assert trainer.where() == []
-    with pytest.raises(WorkerLostError, match="no answer from rank") as caught:  # what came before does not wait again
-        ray_trainer(max_epochs=1, max_failures=0, hang_timeout=5.0).fit(
-            Hanging(tmp_path), [torch.ones(2, 4)] * len(HANGS)
-        )
     assert f"test_ray_whereabouts.py:{line_of('sleeps_for_ever')} in sleeps_for_ever" in str(caught.value)
     assert "rank 0 on" in str(caught.value)

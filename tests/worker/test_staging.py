@@ -61,7 +61,7 @@ class Device:
         return tensor.dtype, tensor.shape, tensor.dtype is torch.float32
 
     def pinned(self, kinds: Any, device: Any) -> list[torch.Tensor]:
-        assert self.may_allocate.wait(30)
+        assert self.may_allocate.wait(60)
         self.allocations.append((threading.current_thread().name, len(kinds)))
         return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
 
