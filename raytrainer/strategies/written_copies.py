@@ -87,13 +87,15 @@ class _Mode(DispatchMode):
         self._copies[memory.cdata] = memory, of
 
     def _refuse(self, func: Any, whole: int | None) -> None:
-        shards = ((name, each) for name, each in self._module.named_parameters() if isinstance(each, DTensor))
-        name = next((repr(name) for name, parameter in shards if _key(parameter) == whole), "a tensor in shards")
+        named = [*self._module.named_parameters()]
+        named += [(f"{name}.grad", each.grad) for name, each in named if each.grad is not None]
+        shards = ((name, each) for name, each in named if isinstance(each, DTensor))
+        name = next((repr(name) for name, tensor in shards if _key(tensor) == whole), "a tensor in shards")
         raise ConfigurationError(
             f"{self.where} writes ({func.name().split('::')[-1].split('.')[0]}) to a part of {name}. Each worker has "
             f"a shard of it, so that this part is a copy, and what is written would be lost. Under torch.no_grad(), on "
-            f"all workers, change the whole:\n    whole = weight.full_tensor()\n    ...  # write to it\n"
-            f"    weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))\n"
+            f"all workers, change the whole:\n    whole = tensor.full_tensor()\n    ...  # write to it\n"
+            f"    tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))\n"
             f"with distribute_tensor of torch.distributed.tensor."
         )
 
