@@ -28,6 +28,7 @@ except ImportError:
 __all__ = [
     "DispatchMode",
     "accumulated_gradients",
+    "addresses_of",
     "drop_forward_hooks",
     "edited_while_gathered",
     "found_infinities",
@@ -220,8 +221,19 @@ def memory_of(tensor: DTensor) -> Any:
     """
     try:
         from torch.multiprocessing.reductions import StorageWeakRef
-
-        part = tensor._local_tensor
-        return StorageWeakRef(getattr(part, "elem", part).untyped_storage())  # on its way, of a collective: what comes
-    except (ImportError, AttributeError):
+    except ImportError:
         return None
+    part = _held(tensor)
+    return None if part is None else StorageWeakRef(part.untyped_storage())
+
+
+def addresses_of(tensor: DTensor) -> range:
+    """Where this worker's part of a DTensor is in its memory, which several may share; empty where it is not known."""
+    part = _held(tensor)
+    return range(0) if part is None else range(part.data_ptr(), part.data_ptr() + part.nbytes)
+
+
+def _held(tensor: DTensor) -> Tensor | None:
+    """This worker's part. What a collective is still to bring is in `elem` of what stands for it."""
+    part: Any = getattr(tensor, "_local_tensor", None)
+    return getattr(part, "elem", part)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.private.fsdp_private import DispatchMode, memory_of, written_by
+from raytrainer.private.fsdp_private import DispatchMode, addresses_of, memory_of, written_by
 
 __all__ = ["WrittenCopies", "watching"]
 
@@ -59,8 +59,7 @@ class _Mode(DispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module, self.where = module, ""
-        # by the memory of each: a reference to it, and the memory of what it is a part of
-        self._copies: dict[int | None, tuple[Any, int | None]] = {}
+        self._copies: dict[int | None, tuple[Any, int]] = {}  # by the memory of each: that, and where what it copies is
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,18 +78,18 @@ class _Mode(DispatchMode):
         return result
 
     def _note(self, part: DTensor, whole: DTensor) -> None:
-        memory, of = memory_of(part), _key(whole)
-        if memory is None or memory.cdata == of:
+        memory = memory_of(part)
+        if memory is None or memory.cdata == _key(whole):
             return
         if len(self._copies) >= _MANY:
             self._copies = {key: copy for key, copy in self._copies.items() if not copy[0].expired()}
-        self._copies[memory.cdata] = memory, of
+        self._copies[memory.cdata] = memory, addresses_of(whole).start
 
-    def _refuse(self, func: Any, whole: int | None) -> None:
-        named = [*self._module.named_parameters()]
+    def _refuse(self, func: Any, whole: int) -> None:
+        named: list[tuple[str, Tensor]] = [*self._module.named_parameters()]
         named += [(f"{name}.grad", each.grad) for name, each in named if each.grad is not None]
         shards = ((name, each) for name, each in named if isinstance(each, DTensor))
-        name = next((repr(name) for name, tensor in shards if _key(tensor) == whole), "a tensor in shards")
+        name = next((repr(name) for name, tensor in shards if whole in addresses_of(tensor)), "a tensor in shards")
         raise ConfigurationError(
             f"{self.where} writes ({func.name().split('::')[-1].split('.')[0]}) to a part of {name}. Each worker has "
             f"a shard of it, so that this part is a copy, and what is written would be lost. Under torch.no_grad(), on "
