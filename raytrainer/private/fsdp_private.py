@@ -235,5 +235,6 @@ def addresses_of(tensor: DTensor) -> range:
 
 def _held(tensor: DTensor) -> Tensor | None:
     """This worker's part. What a collective is still to bring is in `elem` of what stands for it."""
-    part: Any = getattr(tensor, "_local_tensor", None)
-    return getattr(part, "elem", part)
+    part = getattr(tensor, "_local_tensor", None)
+    held: Tensor | None = getattr(part, "elem", part)
+    return held
