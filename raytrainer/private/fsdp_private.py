@@ -32,6 +32,7 @@ __all__ = [
     "drop_forward_hooks",
     "edited_while_gathered",
     "found_infinities",
+    "hooks_after_accumulation",
     "is_gathered",
     "memory_of",
     "own_parameters",
@@ -238,3 +239,8 @@ def _held(tensor: DTensor) -> Tensor | None:
     part = getattr(tensor, "_local_tensor", None)
     held: Tensor | None = getattr(part, "elem", part)
     return held
+
+
+def hooks_after_accumulation(parameter: Tensor) -> dict[int, Callable[[Tensor], None]]:
+    """What `register_post_accumulate_grad_hook` was given for a parameter, to be changed in place. Without: {}."""
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}

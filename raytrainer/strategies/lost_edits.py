@@ -28,8 +28,9 @@ class LostEdits:
     """
 
     def __init__(self, root: nn.Module, compiled: bool) -> None:
-        self._root = root
-        self._copies = None if compiled else WrittenCopies(root)
+        self._root, self._compiled = root, compiled
+        self._copies = WrittenCopies(root)
+        self._copies.watch_gradients_hooks()
         self._steps = 0
         self._behind = False
 
@@ -40,7 +41,7 @@ class LostEdits:
 
     def watched(self, step: Step) -> Step:
         """`step`, looked into when it is time to: what is in blocks is in shards, of which parts are copies."""
-        if self._copies is None:
+        if self._compiled:
             return step
         watching = self._copies.watched("training_step", step)
         return lambda *args: (watching if self._is_due else step)(*args)

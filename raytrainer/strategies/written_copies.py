@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.private.fsdp_private import DispatchMode, addresses_of, memory_of, written_by
+from raytrainer.private.fsdp_private import DispatchMode, addresses_of, hooks_after_accumulation, memory_of, written_by
 
 __all__ = ["WrittenCopies", "watching"]
 
@@ -30,7 +30,7 @@ class WrittenCopies:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._mode = _Mode(module)
+        self._module, self._mode = module, _Mode(module)
 
     def watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, which is told of as `name`. Each operation in it takes some microseconds more."""
@@ -44,6 +44,24 @@ class WrittenCopies:
                 self._mode.where = outer
 
         return watching
+
+    def watch_gradients_hooks(self) -> None:
+        """Have those watched that parameters have been given by `register_post_accumulate_grad_hook`."""
+        for name, parameter in self._module.named_parameters():
+            hooks = hooks_after_accumulation(parameter)
+            for key, hook in hooks.items():
+                if not isinstance(hook, _Hook):
+                    hooks[key] = _Hook(self.watched(f"A hook of {name!r}", hook))
+
+
+class _Hook:
+    """Is watched already."""
+
+    def __init__(self, hook: Callable[[Tensor], None]) -> None:
+        self._hook = hook
+
+    def __call__(self, parameter: Tensor) -> None:
+        self._hook(parameter)
 
 
 def watching(module: nn.Module, mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:

@@ -160,3 +160,4 @@ def test_writes_into_copies_of_shards_are_not_seen(monkeypatch):
     assert fsdp_private.written_by(SimpleNamespace()) == []
     assert fsdp_private.memory_of(SimpleNamespace()) is None
     assert not fsdp_private.addresses_of(SimpleNamespace())
+    assert fsdp_private.hooks_after_accumulation(SimpleNamespace()) == {}

@@ -45,6 +45,15 @@ def in_hook(name, write, part="inp"):
     return Writes
 
 
+class OnGradients(Net):
+    """As the guide says where `register_hook` is refused."""
+
+    def configure_optimizers(self):
+        self.head.weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.mul_(0.5))
+        self.inp.weight.register_post_accumulate_grad_hook(zero_rows_gradient)
+        return super().configure_optimizers()
+
+
 class InCallback(rt.WorkerCallback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         zero_first_row(module.blocks[0].up.weight)
@@ -75,9 +84,10 @@ class InStep(Net):
             in_hook("on_before_optimizer_step", zero_rows_gradient, "blocks.2.up"),
             r"_step writes \(zero_\) to a part of 'blocks\.2\.up\.weight\.grad'",
         ),
+        (OnGradients, r"A hook of 'inp\.weight' writes \(zero_\) to a part of 'inp\.weight\.grad'"),
         (InStep, r"training_step writes \(copy_\) to a part of 'blocks\.1\.up\.weight'"),
     ],
-    ids=["hook", "chunk", "optimizers", "gradients", "step"],
+    ids=["hook", "chunk", "optimizers", "gradients", "gradients_hook", "step"],
 )
 def test_refused(make, message, forked):
     with pytest.raises(rt.ConfigurationError, match=message):
