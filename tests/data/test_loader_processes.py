@@ -56,6 +56,6 @@ def test_they_end_with_their_parent() -> None:
     assert os.read(reading, 1) == b"." and os.read(reading, 1) == b"."  # both run
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    assert select.select([reading], [], [], 30.0)[0]
+    assert select.select([reading], [], [], 60.0)[0]
     assert os.read(reading, 1) == b""
     os.close(reading)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from raytrainer import Module
 
-PATIENCE = 120  # seconds for what a busy machine takes a while to do
+PATIENCE = 240  # seconds for what a busy machine takes a while to do
 
 
 def table(samples: int, features: int = 4, seed: int = 7) -> TensorDataset:

@@ -61,7 +61,7 @@ def data():
 def trainer(**options):
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
     return raytrainer.Trainer(
-        strategy="ddp", num_processes=2, max_epochs=20, seed=3, snapshot_every=40, **{**quiet, **options}
+        strategy="ddp", num_processes=2, max_epochs=6, seed=3, snapshot_every=16, **{**quiet, **options}
     )
 """
 

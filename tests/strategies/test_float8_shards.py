@@ -99,7 +99,8 @@ def test_equals_a_loop_by_hand(forked, caplog):
     [
         {},
         {"strategy": "ddp"},
-        {"compile": {"backend": "aot_eager"}},
+        # in process in tests/worker/test_float8.py; other modules over workers in test_fsdp.py
+        pytest.param({"compile": {"backend": "aot_eager"}}, marks=pytest.mark.sample(0)),
         {"strategy": rt.FSDP(activation_checkpointing=True)},
     ],
     ids=str,

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 import raytrainer as rt
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -50,6 +50,7 @@ def test_equals_one_process(options, forked):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -302,7 +303,7 @@ def halve(parameter):
     parameter.grad.mul_(0.5)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "make",
     [
@@ -362,7 +363,7 @@ class SkipsAlone(Net):
         return sum(part * (not skip) for part, skip in zip(parts, skips, strict=True)) / 2
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1, -1])
 @pytest.mark.parametrize("how", ["before", "after", "a leaf"])
@@ -450,7 +451,7 @@ class OtherModelPerLoader(Net):
         self.log("rows", float(len(x)), reduce_fx="sum")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "loaders",
     [

@@ -198,7 +198,7 @@ def test_a_module_that_does_it_all_itself(forked):
     torch.testing.assert_close(two.callback_metrics["loss_epoch"], one.callback_metrics["loss_epoch"])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", [(2, 2, None), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("loads", [True, False])
 def test_what_configure_model_builds_is_rank_0s(layout, loads, forked):

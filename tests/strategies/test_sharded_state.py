@@ -128,7 +128,7 @@ def test_files(saved):
     assert "state_dict/inp.weight" in parts[0]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 @pytest.mark.parametrize("pattern", ["rank1-*", "pieces-*", "state-*"])
 def test_damage_is_told_with_the_file(damage, pattern, saved, forked):
