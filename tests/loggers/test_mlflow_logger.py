@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from tiny import Tiny, data
 from raytrainer import MLFlowLogger
 from raytrainer.errors import ConfigurationError
 
-tracking = pytest.importorskip("mlflow.tracking")
+tracking: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """By the one process that needs its 1,400 modules; before a test begins, as it sets an environment variable."""
+    global tracking
+    tracking = pytest.importorskip("mlflow.tracking")
 
 
 @pytest.fixture
