@@ -10,7 +10,7 @@ import pytest
 from ray_models import Net, Where, alive, eventually, loader, moved, table
 from torch.utils.data import DataLoader, Dataset
 
-from raytrainer import Callback, DataModule, Module, WorkerError, WorkerLostError
+from raytrainer import DataModule, Module, WorkerError, WorkerLostError
 from raytrainer.driver.workers import ray_answers
 from raytrainer.errors import SerializationError
 from raytrainer.tracebacks import HINT
@@ -29,9 +29,7 @@ def failing_fit(make_trainer, module, expected, data=None, **options):
     return caught.value, caught.value.__cause__
 
 
-def test_one_rank_fails_or_dies_while_the_other_waits_for_it(ray_trainer, tmp_path):
-    """Both end, and the next run has others: here the one in which a worker dies is the next one of the first."""
-
+def test_one_rank_fails_while_the_other_waits_for_it(ray_trainer):
     class OneFails(Net):
         def training_step(self, batch, batch_idx):
             if self.global_rank == 1 and batch_idx == 1:
@@ -48,26 +46,6 @@ def test_one_rank_fails_or_dies_while_the_other_waits_for_it(ray_trainer, tmp_pa
     assert HINT not in where.traceback and getattr(caught.value, "__notes__", []).count(HINT) <= 1  # said once
     assert "rank 1" in str(where)
     assert trainer.state.status == "failed" and not trainer.interrupted
-
-    class Dies(Where):
-        def training_step(self, batch, batch_idx):
-            if self.global_rank == 1 and self.current_epoch == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().training_step(batch, batch_idx)
-
-    class Epochs(Callback):
-        done = 0
-
-        def on_train_epoch_end(self, trainer, module):
-            self.done += 1
-
-    module, epochs = Dies(tmp_path / "where"), Epochs()
-    options = {"max_epochs": 2, "max_failures": 0, "callbacks": epochs}  # no failure is recovered from
-    caught, _ = failing_fit(ray_trainer, module, WorkerLostError, **options)
-    assert epochs.done == 1
-    assert caught.rank == 1 and "rank 1" in str(caught)
-    pids = module.taken()
-    eventually(lambda: not any(map(alive, pids)), "the survivor, stuck in a collective, ends too")
     check_next_fit(ray_trainer)
 
 
@@ -193,11 +171,30 @@ def test_errors_in_evaluation(ray_trainer):
 
 
 def test_errors_of_the_drivers_callbacks(ray_trainer):
+    from raytrainer import Callback
+
     class Fails(Callback):
         def on_train_epoch_end(self, trainer, module):
             raise RuntimeError("on the driver")
 
     failing_fit(ray_trainer, Net(), RuntimeError, callbacks=Fails())
+    check_next_fit(ray_trainer)
+
+
+def test_a_worker_that_dies(ray_trainer, tmp_path):
+    """No failure is recovered from with max_failures=0."""
+
+    class Dies(Where):
+        def training_step(self, batch, batch_idx):
+            if self.global_rank == 1 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().training_step(batch, batch_idx)
+
+    module = Dies(tmp_path / "where")
+    caught, _ = failing_fit(ray_trainer, module, WorkerLostError, max_failures=0)
+    assert caught.rank == 1 and "rank 1" in str(caught)
+    pids = module.taken()
+    eventually(lambda: not any(map(alive, pids)), "the survivor, stuck in a collective, ends too")
     check_next_fit(ray_trainer)
 
 
