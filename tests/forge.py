@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raytrainer.checkpointing.checksums import ChecksummedWriter, seal
+from raytrainer.checkpointing.pieces import KEY, Mark
 
 
 def forge(path: Path, state: Any) -> Path:
@@ -39,3 +41,23 @@ def as_first_version(path: Path, **changes: Any) -> Path:
     del meta["checksum"]
     (path / "meta.json").write_text(json.dumps({**meta, "version": 1, "bytes": size, **changes}, indent=2))
     return path
+
+
+def in_two(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A state of two workers, each of which has half of the rows; of a single number both have it."""
+    marks = {name: Mark(f"state_dict/{name}", tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def piece(tensor: Tensor, begin: int, end: int) -> dict[str, Any]:
+        part = tensor[begin:end] if tensor.ndim else tensor
+        return {
+            "at": (begin,) + (0,) * (tensor.ndim - 1) if tensor.ndim else (),
+            "shape": tuple(part.shape),
+            "data": part,
+        }
+
+    halves = []
+    for rank in range(2):
+        bounds = {name: (len(t) // 2 * rank, len(t) // 2 if rank == 0 else len(t)) if t.ndim else (0, 0)
+                  for name, t in tensors.items()}  # fmt: skip
+        halves.append({f"state_dict/{name}": piece(t, *bounds[name]) for name, t in tensors.items()})
+    return {"state_dict": marks, "epoch": 0, "global_step": 1, KEY: halves}

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 import yaml
 from exact import Mortal
-from forge import forge, forge_meta
+from forge import forge, forge_meta, in_two
 from tiny import Tiny, data
 
 import raytrainer
@@ -194,28 +195,59 @@ class Fuzzer:
             "callbacks": {"Timer": {"seconds": 1.0}}, "own": [{"rng": torch.get_rng_state()}],
         }  # fmt: skip
         write_checkpoint(folder / "whole.ckpt", self.state)
-        self.expected = repr(read_checkpoint(folder / "whole.ckpt"))
+        write_checkpoint(folder / "shards.ckpt", {**self.state, **in_two(dict(module.state_dict()))})
+        self.expected = repr(read_checkpoint(folder / "shards.ckpt"))
         self.file = io.BytesIO()
         torch.save(
             {"epoch": 1, "global_step": 5, "pytorch-lightning_version": "2.5.0", "state_dict": module.state_dict(),
              "loops": LOOPS, "optimizer_states": [], "lr_schedulers": [], "hyper_parameters": {"width": 3}}, self.file
         )  # fmt: skip
 
-    def copy(self) -> Path:
+    def copy(self, name: str = "whole.ckpt") -> Path:
         path = self.folder / "x.ckpt"
         shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(self.folder / "whole.ckpt", path)
+        shutil.copytree(self.folder / name, path)
         return path
 
-    def damaged_checkpoint(self) -> None:
-        path = self.copy()
+    def damaged(self, path: Path) -> Path:
+        """The file that has been damaged."""
         file = self.draws.choice(sorted(path.iterdir()))
         whole = file.read_bytes()
         while (damaged := damage(whole, self.draws)) == whole:
             pass
         file.write_bytes(damaged)
+        return file
+
+    def damaged_checkpoint(self) -> None:
+        path = self.copy()
+        file = self.damaged(path)
         read_checkpoint(path)
         raise AssertionError(f"damage to {file.name} was not noticed")
+
+    def damaged_shards(self) -> None:
+        """A header of safetensors is for others; here the index says what is where."""
+        path = self.copy("shards.ckpt")
+        file = self.damaged(path)
+        if repr(read_checkpoint(path)) != self.expected or file.suffix != ".safetensors":
+            raise AssertionError(f"damage to {file.name} was not noticed")
+
+    def forged_shards(self) -> None:
+        """Another index, or other marks of what is in shards, beneath correct checksums."""
+        path = self.copy("shards.ckpt")
+        meta = json.loads((path / "meta.json").read_text())
+        forged = path / meta[self.draws.choice(("pieces", "state"))]
+        if forged.suffix == ".json":
+            index = json.loads(forged.read_text())
+            change = json.dumps(damage_value(index, self.draws)).encode()
+        else:
+            change = io.BytesIO()
+            state = torch.load(forged, weights_only=True)
+            torch.save({**state, "state_dict": damage_value(state["state_dict"], self.draws)}, change)
+            change = change.getvalue()
+        forged.write_bytes(change)
+        record = {"bytes": len(change), "checksum": "xxh3_128:" + xxhash.xxh3_128(change).hexdigest()}
+        forge_meta(path, files={**meta["files"], forged.name: record})
+        Net.load_from_checkpoint(path)
 
     def forged_state(self) -> None:
         path = self.copy()
@@ -262,7 +294,7 @@ class Fuzzer:
         global _watching
         kinds: list[Callable[[], None]] = [
             self.damaged_checkpoint, self.forged_state, self.forged_meta, self.lightning_file, self.configuration,
-            self.worker_report,
+            self.worker_report, self.damaged_shards, self.forged_shards,
         ]  # fmt: skip
         found: Counter[str] = Counter()
         for number in range(count):

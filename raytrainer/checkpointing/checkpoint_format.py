@@ -187,9 +187,9 @@ def _read(
         raise CheckpointError(f"{path}/{name}: it holds a {type(state).__name__}, not a state.")
     index = meta.get("pieces")
     if index is not None:
-        if index not in meta["files"]:
+        if not isinstance(index, str) or index not in meta["files"]:
             raise CheckpointError(f"{path}: this is not a checkpoint of raytrainer.")
-        state = read_pieces(folder, index, meta["files"][index], state)
+        state = read_pieces(folder, index, meta["files"], state)
         if not lazily:
             state = whole_state(state)
             if isinstance(map_location, (str, torch.device)):

@@ -162,22 +162,51 @@ def _bytes_of(pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {key: partial(content, piece["data"]) for key, piece in pieces.items()}
 
 
-def read_pieces(folder: CheckpointFolder, name: str, record: FileRecord, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `write_pieces`; nothing but the index is read until a piece is asked for.
+def read_pieces(
+    folder: CheckpointFolder, name: str, files: Mapping[str, FileRecord], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The reverse of `write_pieces`; nothing but the index, one of the `files`, is read until a piece is asked for.
 
     Raises:
-        CheckpointError: The index is missing, or not what was written.
+        CheckpointError: The index is missing, or not what was written; or it does not fit the state, or the files.
     """
-    with folder.open(name, record) as file:
-        index: dict[str, list[dict[str, Any]]] = json.loads(file.read())
+    with folder.open(name, files[name]) as file:
+        content = file.read()
     by_rank: dict[str, dict[str, Any]] = {}
-    for key, entries in index.items():
-        for entry in entries:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            sums = FileRecord(entry["bytes"], entry["checksum"])
-            stored = StoredPiece(folder.shown, entry["file"], entry["begin"], sums, dtype, shape)
-            by_rank.setdefault(entry["file"], {})[key] = {"at": tuple(entry["at"]), "shape": shape, "data": stored}
-    return {**_with_marks(state), KEY: list(by_rank.values())}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    try:
+        index: dict[str, list[dict[str, Any]]] = json.loads(content)
+        for key, entries in index.items():
+            for entry in entries:
+                stored, at = _stored(entry, folder, files)
+                by_rank.setdefault(stored.file, {})[key] = {"at": at, "shape": stored.shape, "data": stored}
+                shapes.setdefault(key, []).append(stored.shape)
+        return {**_with_marks(state, shapes), KEY: list(by_rank.values())}
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder.shown}/{name}: this is not what raytrainer has written there ({type(error).__name__}: {error}); "
+            f"use another checkpoint."
+        ) from None
+
+
+def _stored(
+    entry: Mapping[str, Any], folder: CheckpointFolder, files: Mapping[str, FileRecord]
+) -> tuple[StoredPiece, tuple[int, ...]]:
+    """What an entry of the index stands for, and where it begins in the whole; errors of any kind if for nothing."""
+    dtype, shape, at, begin = DTYPES[entry["dtype"]], _counts(entry["shape"]), _counts(entry["at"]), entry["begin"]
+    record = FileRecord.from_json({"bytes": entry["bytes"], "checksum": entry["checksum"]})
+    _counts([begin])
+    if record is None or len(at) != len(shape) or record.bytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a block of {len(shape)} dimensions")
+    if begin + record.bytes > files[entry["file"]].bytes:
+        raise ValueError(f"a block beyond the end of {entry['file']}")
+    return StoredPiece(folder.shown, entry["file"], begin, record, dtype, shape), at
+
+
+def _counts(numbers: Sequence[Any]) -> tuple[int, ...]:
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{str(numbers)[:80]} where numbers of rows are expected")
+    return tuple(numbers)
 
 
 def brought_along(state: Any, hosts: Sequence[str]) -> Any:
@@ -193,12 +222,19 @@ def brought_along(state: Any, hosts: Sequence[str]) -> Any:
     return {**state, KEY: [map_tree(pieces, here) for pieces in state[KEY]]}
 
 
-def _with_marks(tree: Any) -> Any:
+def _with_marks(tree: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> Any:
+    """A state with its marks, each of which stands for no more than what the blocks of these shapes can be."""
     if isinstance(tree, dict):
         if _MARK in tree:
-            return Mark(tree[_MARK], tuple(tree["shape"]), tree["dtype"])
-        return {key: _with_marks(value) for key, value in tree.items()}
+            mark = Mark(tree[_MARK], _counts(tree["shape"]), tree["dtype"])
+            blocks = shapes.get(mark.key, [])
+            if not isinstance(mark.dtype, torch.dtype) or any(len(block) != len(mark.shape) for block in blocks):
+                raise ValueError(f"blocks of other dimensions than {mark.key!r} has")
+            if math.prod(mark.shape) > sum(map(math.prod, blocks)):
+                raise ValueError(f"blocks of {mark.key!r} are missing")
+            return mark
+        return {key: _with_marks(value, shapes) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        items = [_with_marks(item) for item in tree]
+        items = [_with_marks(item, shapes) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     return tree

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from raytrainer.errors import RaytrainerError
-from raytrainer.messages import EvaluationReport, SetupReport, TrainReport
+from raytrainer.messages import EvaluationReport, PlateauWish, SetupReport, TrainReport
 from raytrainer.metric_messages import MetricReport
 from raytrainer.worker.verbs import verb_of
 
@@ -21,7 +21,7 @@ Check = Callable[[Any], bool]
 
 
 def understood(method: Callable[..., Any], answers: Sequence[Any]) -> None:
-    """Compare the answers to a verb with its declaration: types, that counts are not negative, and names.
+    """Compare the answers to a verb with its declaration: types, counts that are too small, and names.
 
     Raises:
         RaytrainerError: One is something else.
@@ -76,21 +76,24 @@ def _all_of(kind: type[list[Any] | tuple[Any, ...]], check: Check) -> Check:
 
 def _check_fields(kind: Any) -> Check:
     fields = [(name, _check(hint)) for name, hint in _hints(kind)]
-    counts = [name for name, hint in _hints(kind) if name in _COUNTS and kind in _COUNTING]
+    least = [(name, _COUNTS[name]) for name, _ in _hints(kind) if name in _COUNTS and kind in _COUNTING]
 
     def check(value: Any) -> bool:
         if type(value) is not kind or not all(of(getattr(value, name)) for name, of in fields):
             return False
         if kind is MetricReport and not value.epoch.keys() <= value.specs.keys():
             return False
-        return all(getattr(value, name) >= 0 for name in counts)
+        return all(getattr(value, name) >= number for name, number in least)
 
     return check
 
 
-#: What counts something, and in which attributes.
-_COUNTING = (EvaluationReport, SetupReport, TrainReport)
-_COUNTS = ("rank", "parts", "batches", "batch", "step", "steps", "skipped_steps", "seconds", "data_seconds")
+#: What counts something, and in which attributes, with the least that there may be of it.
+_COUNTING = (EvaluationReport, PlateauWish, SetupReport, TrainReport)
+_COUNTS = {
+    **dict.fromkeys(("rank", "batches", "batch", "step", "steps", "skipped_steps", "seconds", "data_seconds"), 0),
+    **dict.fromkeys(("parts", "frequency"), 1),
+}
 
 
 @cache
@@ -106,5 +109,5 @@ def _fault(value: Any, hint: Any, path: str) -> str:
         for name, inner in _hints(hint):
             if not _check(inner)(getattr(value, name)):
                 return _fault(getattr(value, name), inner, f"{path}.{name}")
-        return f"{path} has a negative count, or a value of a name that it does not declare"
+        return f"{path} has a count that is too small, or a value of a name that it does not declare"
     return f"{path} = {str(value)[:80]!r} is no {hint if get_origin(hint) else getattr(hint, '__name__', hint)}"

@@ -9,34 +9,14 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from torch import Tensor
+from forge import in_two
 
 from raytrainer.checkpointing import piece_files
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.checkpointing.checksums import FileRecord
-from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, join_pieces
+from raytrainer.checkpointing.pieces import InPieces, join_pieces
 
 CPU = torch.device("cpu")
-
-
-def in_two(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A state of two workers, each of which has half of the rows; of a single number both have it."""
-    marks = {name: Mark(f"state_dict/{name}", tuple(t.shape), t.dtype) for name, t in tensors.items()}
-
-    def piece(tensor: Tensor, begin: int, end: int) -> dict[str, Any]:
-        part = tensor[begin:end] if tensor.ndim else tensor
-        return {
-            "at": (begin,) + (0,) * (tensor.ndim - 1) if tensor.ndim else (),
-            "shape": tuple(part.shape),
-            "data": part,
-        }
-
-    halves = []
-    for rank in range(2):
-        bounds = {name: (len(t) // 2 * rank, len(t) // 2 if rank == 0 else len(t)) if t.ndim else (0, 0)
-                  for name, t in tensors.items()}  # fmt: skip
-        halves.append({f"state_dict/{name}": piece(t, *bounds[name]) for name, t in tensors.items()})
-    return {"state_dict": marks, "epoch": 0, "global_step": 1, KEY: halves}
 
 
 def joined(state: dict[str, Any]) -> dict[str, InPieces]:

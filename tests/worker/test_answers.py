@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from raytrainer.errors import RaytrainerError
-from raytrainer.messages import EvaluationReport, SetupReport, TrainReport, TrainStart
+from raytrainer.messages import EvaluationReport, PlateauWish, SetupReport, TrainReport, TrainStart
 from raytrainer.metric_messages import MetricReport, MetricSpec, Partial, StepRow
 from raytrainer.worker.answers import understood
 from raytrainer.worker.worker import Worker
@@ -45,7 +45,13 @@ def test_what_is_declared_is_understood(method: Any, answer: Any) -> None:
     [
         (Worker.train, None, "None.* is no TrainReport"),
         (Worker.train, replace(TRAINED, step="3"), r"TrainReport.step = '3' is no int"),
-        (Worker.train, replace(TRAINED, batches=-1), "a negative count"),
+        (Worker.train, replace(TRAINED, batches=-1), "a count that is too small"),
+        (Worker.setup, SetupReport(1, parts=0), "a count that is too small"),  # which batches are divided by
+        (
+            Worker.start_training,
+            TrainStart(1, plateaus=(PlateauWish(0, "ReduceLROnPlateau", "loss", "step", 0, True),)),
+            r"TrainStart.plateaus = .* is no tuple",
+        ),
         (
             Worker.train,
             replace(TRAINED, metrics=replace(METRICS, rows=[StepRow(0, 0, {"loss_step": "x"})])),
@@ -63,5 +69,8 @@ def test_anything_else_is_told(method: Any, answer: Any, said: str) -> None:
 
 
 def _right(method: Any) -> Any:
-    answers: dict[Any, Any] = {Worker.train: TRAINED, Worker.cursor: (0, 1, 2), Worker.compute_metrics: {}}
+    answers: dict[Any, Any] = {
+        Worker.train: TRAINED, Worker.cursor: (0, 1, 2), Worker.compute_metrics: {}, Worker.setup: SetupReport(0),
+        Worker.start_training: TrainStart(None),
+    }  # fmt: skip
     return answers.get(method)
