@@ -125,11 +125,12 @@ class Fingerprints:
     parameters: dict[str, int]
     buffers: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)  # of its optimizers: "lr of SGD, group 0": 0.1
+    pieces: dict[str, str] = field(default_factory=dict)  # which one it holds, of parameters that are in pieces
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a tensor differs from that of rank 0.
+    """How a tensor differs from that of rank 0, or of the first rank that is to hold the same piece.
 
     Attributes:
         largest: Of all its elements' differences; not a number where one has no number.

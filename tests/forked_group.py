@@ -23,8 +23,9 @@ import torch
 
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import local_group
+from raytrainer.driver.workers.standstill_watch import StandstillWatch
 from raytrainer.driver.workers.worker_group import Copies
-from raytrainer.errors import WorkerLostError
+from raytrainer.errors import DisagreementError, WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.culprit import Failed, is_consequence
 from raytrainer.plan.ranks import Ranks
@@ -68,7 +69,8 @@ class ForkedGroup:
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
-        self._stacks: list[str] = self._answers()
+        self._stacks: list[str] = []
+        self._stacks = self._answers()
 
     def describe(self) -> str:
         return f"{self.size} forked workers"
@@ -100,11 +102,18 @@ class ForkedGroup:
     def _answers(self) -> list[Any]:
         """What all say, by rank; the first error of any of them, whoever else still waits."""
         answers: dict[int, Any] = {}
+        watch, until = StandstillWatch(self._asked_now), time.monotonic() + 120.0
         while len(answers) < self.size:
             left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
-            ready = multiprocessing.connection.wait(list(left), timeout=120.0)
-            if not ready:
+            ready = multiprocessing.connection.wait(list(left), timeout=0.2)
+            if not ready and time.monotonic() > until:
                 raise TimeoutError(f"ranks {sorted(left.values())} have not answered")
+            if not ready and self._stacks:
+                try:
+                    watch.look(answers)
+                except DisagreementError:
+                    self.abort()
+                    raise
             for pipe in ready:
                 rank = left[pipe]  # type: ignore[index]
                 try:
@@ -143,6 +152,10 @@ class ForkedGroup:
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         asked = zip(self.pids, self._stacks, strict=True)
         return [whereabouts(rank, f"pid {pid}", ask(pid, stacks, patience)) for rank, (pid, stacks) in enumerate(asked)]
+
+    def _asked_now(self) -> Callable[[], list[Whereabouts]]:
+        found = self.whereabouts(5.0)
+        return lambda: found
 
     def call_off(self) -> None:
         self.abort()

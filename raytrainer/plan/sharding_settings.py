@@ -36,6 +36,9 @@ class FSDP:
         cpu_offload: Keep shards, gradients and optimizer states in main memory. GPUs only.
         activation_checkpointing: Compute each block's activations anew in the backward pass instead of keeping them.
         prefetch: Blocks to gather ahead of the one that runs. None: torch's choice.
+        check_replicas: At the end of epochs, compare what several workers hold (copies of shards, parameters that
+            `ModelParallel` does not split, buffers that rank 0 leaves alone), and what optimizers go by, steps
+            included; raise `DisagreementError` where they differ. As with `DDP`.
         process_group_timeout: Seconds, or a timedelta, that a collective waits for the other workers.
 
     Raises:
@@ -50,11 +53,12 @@ class FSDP:
     cpu_offload: bool = False
     activation_checkpointing: bool = False
     prefetch: int | None = None
+    check_replicas: bool = True
     process_group_timeout: float | timedelta = 1800.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _blocks(self.blocks))
-        for name in ("cpu_offload", "activation_checkpointing"):
+        for name in ("cpu_offload", "activation_checkpointing", "check_replicas"):
             checks.boolean(f"{self.shown}: {name}", getattr(self, name))
         _copies(self.shown, self.replicate)
         reshard = self.reshard_after_forward

@@ -13,13 +13,17 @@ from pathlib import Path
 from raytrainer.plan.folding import by_text, ranks_text
 
 __all__ = [
+    "BATCH",
+    "DRIVER",
     "LOADERS_PROCESS",
+    "PROCESSOR",
     "Frame",
     "Silence",
     "Whereabouts",
     "folded",
     "frames_of_threads",
     "keep_waiting",
+    "waits_for_workers",
     "whereabouts",
 ]
 
@@ -29,11 +33,14 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function
 #: Begins the line in front of what a process of the worker's loader has written.
 LOADERS_PROCESS = "Process of the loader:"
 
+#: Begin lines behind what a worker has written: which batch it is in, and how much time it has computed so far.
+BATCH, PROCESSOR = "In batch", "Seconds of processor time:"
+
 _OWN = str(Path(__file__).parents[1])
 _STANDARD = sysconfig.get_path("stdlib")
 
 _BATCH = "a batch from the loader's processes"
-_DRIVER = "the driver"
+DRIVER = "the driver"
 
 #: Seconds without an answer that are worth a word: workers answer about once a second.
 _LONG = 3.0
@@ -46,8 +53,10 @@ _WAITS = (
     ("raytrainer/strategies/meeting.py", "", "the other workers"),
     ("raytrainer/strategies/skipping.py", "", "the other workers"),
     ("raytrainer/strategies/stop_board.py", "enter", "the other workers"),
+    ("raytrainer/strategies/collective_order.py", "", "the other workers"),
     ("torch/distributed/distributed_c10d.py", "", "the collective {function}"),
     ("torch/distributed/nn/functional.py", "", "the collective {function}"),
+    ("torch/distributed/_functional_collectives.py", "", "the collective {function}"),
     ("torch/utils/data/dataloader.py", "_try_get_data", _BATCH),
     ("torch/utils/data/dataloader.py", "_get_data", _BATCH),
     ("torch/autograd/graph.py", "_engine_run_backward", _BACKWARD),
@@ -65,7 +74,8 @@ _PLAIN_WAITS = (
 
 
 #: How waits begin that may be for other workers. A GPU waits for them too, and the driver for those that do not answer.
-_FOR_OTHERS = ("the collective", "the backward pass", "the other workers", "the GPU", _DRIVER)
+_FOR_WORKERS = ("the collective", "the backward pass", "the other workers")
+_FOR_OTHERS = (*_FOR_WORKERS, "the GPU", DRIVER)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ class Whereabouts:
         waits_for: What it waits for, where that can be told; "" otherwise.
         threads: The whole dump.
         seconds: For how long the driver has waited for the workers' answer; None where it does not.
+        batch: The epoch's batch that it trains on; None where it trains on none, or where that is not known.
+        processor: Seconds for which its process has computed so far; None where that is not known.
     """
 
     rank: int
@@ -102,6 +114,8 @@ class Whereabouts:
     waits_for: str
     threads: str
     seconds: float | None = None
+    batch: int | None = None
+    processor: float | None = None
 
     @property
     def where(self) -> str:
@@ -109,7 +123,7 @@ class Whereabouts:
         if self.innermost is None:
             return "did not answer"
         at = f"at {self.user}" if self.user is not None else f"in no code of yours, at {self.innermost}"
-        silent = self.seconds is not None and self.seconds >= _LONG and self.waits_for != _DRIVER
+        silent = self.seconds is not None and self.seconds >= _LONG and self.waits_for != DRIVER
         said = f"; no answer for {self.seconds:.0f} s" if silent else ""
         return f"{at}{f', waiting for {self.waits_for}' if self.waits_for else ''}{said}"
 
@@ -153,6 +167,11 @@ def keep_waiting(found: Sequence[Whereabouts]) -> list[int]:
     return [each.rank for each in found if not each.waits_for.startswith(_FOR_OTHERS)]
 
 
+def waits_for_workers(each: Whereabouts) -> bool:
+    """Whether it waits for other workers, as far as its calls tell: its backward pass may compute, too."""
+    return each.innermost is not None and each.waits_for.startswith(_FOR_WORKERS)
+
+
 def frames_of_threads(dump: str) -> list[list[Frame]]:
     """The calls of each thread, innermost first."""
     threads: list[list[Frame]] = []
@@ -175,10 +194,11 @@ def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -
     """
     own, *loaders = dump.split(LOADERS_PROCESS)
     threads = frames_of_threads(own)
+    batch, processor = _number(own, BATCH), _number(own, PROCESSOR)
     training = next((frames for frames in threads if any(_trains(frame) for frame in frames)), None)
     if training is None:  # between verbs
         idle = threads[-1][0] if threads and threads[-1] else None
-        return Whereabouts(rank, node, None, idle, _DRIVER if idle else "", dump, seconds)
+        return Whereabouts(rank, node, None, idle, DRIVER if idle else "", dump, seconds)
     inside = training[: next(i for i, frame in enumerate(training) if _trains(frame))]
     user = _users(inside)
     # what called the user's line, a backward pass its hook, say, is not what that waits for
@@ -191,7 +211,13 @@ def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -
         hooks = [frames for frames in threads if frames is not training and frames[-1:] and not _of_python(frames[-1])]
         hook = next(filter(None, map(_users, hooks)), None)
         user, waits_for = (user, waits_for) if hook is None else (hook, "")
-    return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds)
+    at = None if batch is None else int(batch)
+    return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds, at, processor)
+
+
+def _number(dump: str, what: str) -> float | None:
+    found = re.search(rf"^{what} ([0-9.]+)$", dump, re.MULTILINE)
+    return None if found is None else float(found[1])
 
 
 def _users(frames: Sequence[Frame]) -> Frame | None:

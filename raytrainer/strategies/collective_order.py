@@ -19,10 +19,15 @@ import torch.distributed as dist
 from raytrainer.errors import DisagreementError
 from raytrainer.strategies.positions import Positions
 
-__all__ = ["END", "EVALUATION", "NOBODY", "CollectiveOrder", "Event"]
+__all__ = ["END", "EVALUATION", "NOBODY", "NO_MODULE", "CollectiveOrder", "Event"]
 
-#: (what, which module, numbers sent): "gather" or "reduce".
+#: (what, which module, numbers sent): "gather" or "reduce"; or what is called by the user's own code, of no module.
 Event = tuple[str, int, int]
+
+#: In the place of a module's index.
+NO_MODULE = -1
+
+_CALLED = {"all_gather": "self.all_gather", "clip": "clipping gradients"}
 
 #: What a step may end with: it is over, or no worker has done anything in it.
 END, NOBODY = "end", "nobody"
@@ -70,7 +75,7 @@ class CollectiveOrder:
         self._known: dict[Any, list[list[Event]]] = {}  # what steps of a kind do; the latest first
         self._kind: Any = None
         self._follows: list[Event] | None = None  # what this step does so far, as one before it
-        self._step = 0
+        self._step, self._over = 0, False
         self._left: list[list[str]] = []  # keys of the latest meetings
         self.happened: list[Event] = []
         self._positions: Positions | None = None
@@ -82,7 +87,7 @@ class CollectiveOrder:
         now = self._step  # before the events, which a new step drops before it has a number
         happened = self.happened
         if now == step:
-            return _word(happened[place]) if place < len(happened) else None
+            return _word(happened[place]) if place < len(happened) else "" if self._over else None
         return "" if now > step else None
 
     def forget(self) -> None:
@@ -91,6 +96,7 @@ class CollectiveOrder:
 
     def begin(self, kind: Any) -> None:
         """A step begins. All workers' steps of one kind are expected to do the same."""
+        self._over = False  # before the step has a number, by which others ask for it
         self._kind, self.happened = kind, []
         self._step += 1
         self._follows = next(iter(self._known.get(kind, [])), None)
@@ -124,6 +130,7 @@ class CollectiveOrder:
         if follows is None or len(follows) != len(self.happened):
             self._meet(len(self.happened), END)
         known = self._known.setdefault(self._kind, [])
+        self._over = True  # and the next one may begin late
         if not known or known[0] != self.happened:
             known[:] = [self.happened, *(steps for steps in known if steps != self.happened)][:_KNOWN]
 
@@ -194,8 +201,13 @@ class CollectiveOrder:
         return DisagreementError(
             f"workers do different things in one {'evaluation' if evaluates else 'training'} step: rank {self._rank} "
             f"comes to {self._shown(word)}{before}, {others}. With fsdp all workers gather each layer's parameters "
-            f"together, so that all must use the same layers in the same order{remedy}"
+            f"together, so that all must use the same layers, and call self.all_gather and clip_gradients, in the same "
+            f"order{remedy}"
         )
+
+    def left_out(self, event: Event) -> DisagreementError:
+        """The error of a step that this worker skips, and in which others call something."""
+        return self._disagreement(END, f"where others come to {self._shown(_word(event))}")
 
     def not_as(self, rank: int, index: int, theirs: int) -> DisagreementError:
         """The error of a step in which not all compute: rank `rank` gathers `theirs` (-1: it is done), not `index`."""
@@ -207,6 +219,8 @@ class CollectiveOrder:
         if word in (END, NOBODY):
             return "its end"
         what, index, _ = word.split()
+        if what in _CALLED:
+            return _CALLED[what]
         name = self._names[int(index)]
         part = repr(name) if name else "what is in no block"
         return f"{'gathering' if what == 'gather' else 'averaging the gradients of'} {part}"

@@ -257,6 +257,8 @@ class FSDPStrategy(ShardedState):
         self.gatherings.end_step()
 
     def clip_gradients(self, parameters: Iterable[Tensor], value: float, algorithm: str) -> None:
+        if algorithm != "value":
+            self.gatherings.together("clip")
         clip_shards(parameters, value, algorithm)
 
     def agree_on_infinities(self, found: Iterable[Tensor]) -> None:

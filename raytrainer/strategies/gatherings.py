@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from raytrainer.errors import RaytrainerError
 from raytrainer.private.fsdp_private import reduce_zeros, wind_up_backward
-from raytrainer.strategies.collective_order import END, EVALUATION, CollectiveOrder, Event
+from raytrainer.strategies.collective_order import END, EVALUATION, NO_MODULE, CollectiveOrder, Event
 
 __all__ = ["Gatherings"]
 
@@ -157,6 +157,8 @@ class Gatherings:
     def _take_part(self, event: Event) -> None:
         what, index, _ = event
         order = self._order
+        if index == NO_MODULE:
+            raise order.left_out(event)
         position = len(order.happened)
         module: Any = self.modules[index]
         if what == "gather":
@@ -178,6 +180,11 @@ class Gatherings:
             self._announce(index)
         if self._watching:
             self._order.note((what, index, numbers))
+
+    def together(self, what: str) -> None:
+        """This worker is about to do, in a step, something else that needs the others."""
+        if self._watching:
+            self._order.note((what, NO_MODULE, 0))
 
     # ---------------------------------------------------------------- evaluation
 

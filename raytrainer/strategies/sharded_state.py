@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from raytrainer.errors import CheckpointError
 from raytrainer.private.fsdp_private import accumulated_gradients, put_accumulated_gradients
 from raytrainer.strategies.gatherings import Gatherings
 from raytrainer.strategies.group_strategy import GroupStrategy
-from raytrainer.strategies.shards import held_as, in_pieces, local_part
+from raytrainer.strategies.shards import copied_along, held_as, in_pieces, local_part, piece_held
 
 __all__ = ["ShardedState"]
 
@@ -36,6 +37,28 @@ class ShardedState(GroupStrategy):
     def refresh(self, module: nn.Module) -> None:
         """Have the shards be what the module's names stand for."""
         self.gatherings.reshard()
+
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+        self.gatherings.together("all_gather")
+        return super().all_gather(tensor, sync_grads)
+
+    def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What other workers hold too: a module of which there are several copies, or that is split in part."""
+        self.refresh(module)
+        held = {n: local_part(p).detach() for n, p in module.named_parameters() if copied_along(p, self.device_mesh)}
+        return held, {name: buffer for name, buffer in module.named_buffers() if not isinstance(buffer, DTensor)}
+
+    def pieces(self, module: nn.Module) -> dict[str, str]:
+        return {name: piece_held(parameter) for name, parameter in module.named_parameters()}
+
+    def of_first(self, module: nn.Module, name: str, part: Tensor) -> Tensor:
+        parameter = dict(module.named_parameters()).get(name)
+        along = range(self.device_mesh.ndim) if parameter is None else copied_along(parameter, self.device_mesh)
+        first = part.detach().to(self.device, copy=True)
+        for dimension in along:
+            group = self.device_mesh.get_group(dimension)
+            dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
+        return first.to(part.device)
 
     def holds_common(self, replica: bool) -> bool:
         return True  # its pieces

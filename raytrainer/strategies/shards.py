@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, map_tree, split
 from raytrainer.private.fsdp_private import place_of
 
-__all__ = ["held_as", "in_pieces", "local_part"]
+__all__ = ["copied_along", "held_as", "in_pieces", "local_part", "piece_held"]
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -21,6 +21,25 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def piece_held(tensor: Tensor) -> str:
+    """Which piece of a tensor this worker holds; workers for which this is equal hold the same one. "": all of it."""
+    if not isinstance(tensor, DTensor):
+        return ""
+    shape, at = place_of(tensor)
+    return "" if shape == tuple(tensor.shape) else f"{shape} at {at}"
+
+
+def copied_along(tensor: Tensor, mesh: Any) -> list[int]:
+    """Dimensions of a run's mesh along which workers hold the same piece; none where its own is no part of that."""
+    split_along: set[str] = set()
+    if isinstance(tensor, DTensor):
+        names = tensor.device_mesh.mesh_dim_names
+        if names is None or not set(names) <= set(mesh.mesh_dim_names):
+            return []
+        split_along = {n for n, placed in zip(names, tensor.placements, strict=True) if not placed.is_replicate()}
+    return [d for d, name in enumerate(mesh.mesh_dim_names) if name not in split_along and mesh.size(d) > 1]
 
 
 def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:

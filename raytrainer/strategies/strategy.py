@@ -204,8 +204,16 @@ class Strategy(ABC):
         """After an evaluation's last hook, on every worker."""
 
     def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters, and buffers, of which every worker is to hold the same. None, where workers hold pieces."""
+        """Parameters, and buffers, of which workers that have the same of `pieces` are to hold the same."""
         return {}, {}
+
+    def pieces(self, module: nn.Module) -> dict[str, str]:
+        """Which piece this worker holds of those that are in pieces."""
+        return {}
+
+    def of_first(self, module: nn.Module, name: str, part: Tensor) -> Tensor:
+        """Part of a replica, as the first worker that is to hold the same has it. All call this together."""
+        return self.all_gather(part)[0]
 
     @abstractmethod
     def sync_buffers(self, module: nn.Module) -> None:

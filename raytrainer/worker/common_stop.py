@@ -9,11 +9,14 @@ from raytrainer.strategies.skipping import skip_together
 from raytrainer.strategies.stop_board import StopBoard
 from raytrainer.strategies.strategy import Strategy
 from raytrainer.view.trainer_view import TrainerView
+from raytrainer.worker.batch_sign import NONE, show_batch
 
 __all__ = ["CommonStop", "common_stop"]
 
 
-def common_stop(strategy: Strategy, view: TrainerView, announced: bool, chunk: int, vote_every: int) -> CommonStop:
+def common_stop(
+    strategy: Strategy, view: TrainerView, announced: bool, chunk: int, vote_every: int, batch: int
+) -> CommonStop:
     """That of one chunk.
 
     Args:
@@ -22,12 +25,13 @@ def common_stop(strategy: Strategy, view: TrainerView, announced: bool, chunk: i
         announced: Whether the last batch must be known before it is read.
         chunk: Its number, higher than that of any before it.
         vote_every: Batches from vote to vote where workers vote, the same on all of them.
+        batch: The first one's index in the epoch.
     """
     if not isinstance(strategy, GroupStrategy) or strategy.ranks.world_size == 1:
         return CommonStop(view, announced)
     if strategy.board is not None:
-        return _OnBoard(view, strategy, strategy.board, chunk)
-    return _ByVotes(view, announced, strategy, chunk, vote_every)
+        return _OnBoard(view, strategy, chunk, batch, strategy.board)
+    return _ByVotes(view, announced, strategy, chunk, batch, vote_every)
 
 
 class CommonStop:
@@ -73,10 +77,18 @@ class CommonStop:
 class _OfSeveral(CommonStop):
     """A worker among others."""
 
-    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int) -> None:
+    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int, batch: int) -> None:
         super().__init__(view, announced)
-        self._strategy, self._chunk = strategy, chunk
+        self._strategy, self._chunk, self._next = strategy, chunk, batch
         self._gone_on: Callable[[], list[int]] | None = None  # ranks that are in the step of this one's batch
+
+    def before(self) -> bool:
+        show_batch(self._next)
+        self._next += 1
+        return super().before()
+
+    def close(self) -> None:
+        show_batch(NONE)
 
     def skipped(self, batch: int) -> None:
         ranks = self._strategy.ranks
@@ -89,8 +101,10 @@ class _ByVotes(_OfSeveral):
     A vote begins every so many batches and is read when the next one begins, so that nobody waits for it.
     """
 
-    def __init__(self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int, every: int) -> None:
-        super().__init__(view, announced, strategy, chunk)
+    def __init__(
+        self, view: TrainerView, announced: bool, strategy: GroupStrategy, chunk: int, batch: int, every: int
+    ) -> None:
+        super().__init__(view, announced, strategy, chunk, batch)
         self._every, self._left = every, every
         self._under_way: Callable[[], bool] | None = None
 
@@ -106,6 +120,7 @@ class _ByVotes(_OfSeveral):
 
     def close(self) -> None:
         """No vote is left under way: what follows has collectives of its own."""
+        super().close()
         if self._under_way is not None:
             self._under_way()
 
@@ -113,8 +128,8 @@ class _ByVotes(_OfSeveral):
 class _OnBoard(_OfSeveral):
     """Workers of one host stop after the first batch that none of them has begun when one is asked to."""
 
-    def __init__(self, view: TrainerView, strategy: GroupStrategy, board: StopBoard, chunk: int) -> None:
-        super().__init__(view, True, strategy, chunk)
+    def __init__(self, view: TrainerView, strategy: GroupStrategy, chunk: int, batch: int, board: StopBoard) -> None:
+        super().__init__(view, True, strategy, chunk, batch)
         self._board, self._batch = board, -1
         self._gone_on = board.gone_on
         self._last: int | None = None
@@ -122,6 +137,7 @@ class _OnBoard(_OfSeveral):
         board.begin(chunk)
 
     def before(self) -> bool:
+        super().before()
         self._batch += 1
         self._last = self._board.enter(self._batch)
         return self._last == self._batch

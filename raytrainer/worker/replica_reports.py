@@ -30,6 +30,7 @@ def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
         dict(zip(weights, numbers, strict=False)),
         dict(zip(buffers, numbers[len(weights) :], strict=True)),
         _settings(run) if parameters else {},
+        {name: piece for name, piece in run.strategy.pieces(run.module).items() if name in weights},
     )
 
 
@@ -42,7 +43,22 @@ def _settings(run: WorkerRun) -> dict[str, Any]:
         for number, group in enumerate(optimizer.param_groups):
             there = (name for name in _COMPARED if name in group)
             found.update({f"{name} of {named}, group {number}": _plain(group[name]) for name in there})
+            if run.strategy.device_mesh is not None and (steps := _steps(optimizer, group)):
+                found[f"number of steps of {named}, group {number}"] = steps
     return found
+
+
+def _steps(optimizer: Any, group: dict[str, Any]) -> tuple[float, ...]:
+    """How often it has been stepped, as its states have it: more than one number where parameters joined later."""
+    counts = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, ())]
+    tensors = [count for count in counts if isinstance(count, torch.Tensor) and count.numel() == 1]
+    found = {float(count) for count in counts if isinstance(count, (int, float))}
+    by_device: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor.detach().reshape(()).to(torch.float64))
+    for alike in by_device.values():
+        found.update(torch.stack(alike).unique().tolist())
+    return tuple(sorted(found))
 
 
 def _plain(value: Any) -> Any:
@@ -65,7 +81,7 @@ def difference(run: WorkerRun, name: str) -> Difference:
     wide = torch.complex128 if own.is_complex() else torch.float64
     largest, scale = [0.0], [0.0]
     for part in own.reshape(-1).split(_AT_ONCE):
-        first = run.strategy.all_gather(part)[0].to(wide)
+        first = run.strategy.of_first(run.module, name, part).to(wide)
         largest.append(float((part.to(wide) - first).abs().max()))
         scale.append(float(first.abs().max()))
     exact = not (own.is_floating_point() or own.is_complex())

@@ -161,7 +161,7 @@ class TrainingLoop:
         iterator, length = self._batches(), self.feed.length
         look_ahead = iterator if isinstance(iterator, LookAhead) else None
         # a loader whose state is kept before it reads ahead is to be told of the last batch
-        stop = common_stop(run.strategy, view, bool(look_ahead and look_ahead.keep), chunk, vote_every)
+        stop = common_stop(run.strategy, view, bool(look_ahead and look_ahead.keep), chunk, vote_every, self.batch)
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate, agrees, stepping = view.accumulate_grad_batches, self._missing.agree is not None, True
         first, exhausted, behind, waited = self.batch, False, False, clock() - start

@@ -83,7 +83,7 @@ class Coordinator:
         self._resizing = Resizing(self.settings, state, services, self._capture)
         marks = (*step_marks, *self.snapshots.step_marks)
         self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
-        self._replicas = ReplicaCheck(self.settings.ddp.check_replicas)
+        self._replicas = ReplicaCheck((self.settings.sharding or self.settings.ddp).check_replicas)
         self._epoch_end = EpochEnd(task, state, services, self._journal, self._plateaus, self._replicas)
         state.catch_up = self.catch_up
         self._emitted: set[str] = set()

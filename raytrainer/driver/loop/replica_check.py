@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -95,14 +95,22 @@ class ReplicaCheck:
         _refuse_other_settings(reports, epoch)
         names = _differing(reports, changed)
         if names:
-            self._tell(names, group.call(Worker.compare, names[:100]), epoch, len(names))
+            pieces = {name for report in reports for name, piece in report.pieces.items() if piece}
+            self._tell(names, group.call(Worker.compare, names[:100]), epoch, len(names), pieces)
         ended = time.monotonic()
         self._due = ended + SELDOM * (ended - begun)
 
     def _active(self, group: WorkerGroup) -> bool:
         return self._wanted and group.size > 1
 
-    def _tell(self, names: Sequence[str], found: Sequence[Sequence[Difference]], epoch: int, count: int) -> None:
+    def _tell(
+        self,
+        names: Sequence[str],
+        found: Sequence[Sequence[Difference]],
+        epoch: int,
+        count: int,
+        pieces: Collection[str],
+    ) -> None:
         """Raise, or warn where it is rounding."""
         serious = [
             (name, rank, difference)
@@ -121,13 +129,14 @@ class ReplicaCheck:
         name, _, _ = serious[0]
         ranks = sorted({rank for other, rank, _ in serious if other == name})
         largest, scale = max((d.largest, d.scale) for other, _, d in serious if other == name)
+        whom = "the first rank with that piece of it" if name in pieces else "rank 0"
         more = f", and {count - 1} more tensor{'s' if count > 2 else ''}" if count > 1 else ""
         raise DisagreementError(
-            f"after epoch {epoch} rank(s) [{ranks_text(ranks)}] have another {name} than rank 0: it differs by up to "
-            f"{largest:.3g}, and rank 0's largest element is {scale:.3g}{more}. Gradients are averaged in the backward "
-            f"pass; what changes weights or .grad later must do the same on all workers. Look for an optimizer that "
-            f"writes .grad itself, in-place changes on one rank, or random numbers in them. With "
-            f"strategy=DDP(check_replicas=False) nobody looks."
+            f"after epoch {epoch} rank(s) [{ranks_text(ranks)}] have another {name} than {whom}: it differs by up "
+            f"to {largest:.3g}, and the largest element there is {scale:.3g}{more}. Gradients are averaged in the "
+            f"backward pass; what changes weights or .grad later must do the same on all workers. Look for an optimizer "
+            f"that writes .grad itself, in-place changes on one rank, or random numbers in them. With "
+            f"check_replicas=False in the strategy's settings (rt.DDP, rt.FSDP) nobody looks."
         )
 
 
@@ -168,9 +177,17 @@ def _same(one: Any, other: Any) -> bool:
 def _differing(reports: Sequence[Fingerprints], changed: set[str]) -> list[str]:
     """Names of what is not the same everywhere, in the module's order."""
     first = reports[0]
-    names = [n for n, number in first.parameters.items() if any(r.parameters[n] != number for r in reports)]
+    names = [name for name in first.parameters if not _alike(reports, name)]
     return names + [
         n
         for n, number in first.buffers.items()
         if n not in changed and any(r.buffers.get(n, number) != number for r in reports)
     ]
+
+
+def _alike(reports: Sequence[Fingerprints], name: str) -> bool:
+    """Whether all that have the same piece of a parameter hold the same."""
+    seen: dict[str, int] = {}
+    return all(
+        seen.setdefault(each.pieces.get(name, ""), each.parameters[name]) == each.parameters[name] for each in reports
+    )

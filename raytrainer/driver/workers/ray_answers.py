@@ -18,7 +18,15 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from raytrainer.errors import RaytrainerError, ResourceError, SerializationError, WorkerError, WorkerLostError
+from raytrainer.driver.workers.standstill_watch import StandstillWatch
+from raytrainer.errors import (
+    DisagreementError,
+    RaytrainerError,
+    ResourceError,
+    SerializationError,
+    WorkerError,
+    WorkerLostError,
+)
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
 from raytrainer.plan.folding import ranks_text
 from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
@@ -70,7 +78,14 @@ class Answers:
     def __init__(self, group: Asked) -> None:
         self._group = group
 
-    def all(self, refs: Sequence[Any], patience: float, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
+    def all(
+        self,
+        refs: Sequence[Any],
+        patience: float,
+        what: str,
+        ranks: Sequence[int] | None = None,
+        watch: StandstillWatch | None = None,
+    ) -> list[Any]:
         """All answers, in order; or the one failure to tell about, as soon as it can be told.
 
         Args:
@@ -78,6 +93,7 @@ class Answers:
             patience: Seconds to wait for the answers; without one after that, the workers count as lost.
             what: What they are to do, for the error that says so.
             ranks: The workers' ranks; None: they are the first ones, in order.
+            watch: Whether they wait for each other.
         """
         of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
         answers: dict[Any, Any] = {}
@@ -91,6 +107,8 @@ class Answers:
                 hear()
                 if left <= PIECE:
                     break
+                if watch is not None and not failed:
+                    self._look(watch, range(len(self._group.places)), [of[ref] for ref in pending])
                 continue
             if len(pending) >= MANY:  # those that have answered meanwhile, too
                 more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
@@ -114,6 +132,13 @@ class Answers:
         if failures:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
+
+    def _look(self, watch: StandstillWatch, ranks: Sequence[int], pending: Sequence[int]) -> None:
+        try:
+            watch.look(set(ranks).difference(pending))
+        except DisagreementError:
+            self._group.lose()  # they would wait on
+            raise
 
     def _answered(self, refs: Sequence[Any], of: Mapping[Any, int]) -> list[Any]:
         """What these have answered: fetched at once where nobody is lost, which is a tenth of the time for many."""

@@ -20,7 +20,8 @@ from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.ray_crew import Crew, compare_versions
 from raytrainer.driver.workers.ray_starting import START, join
-from raytrainer.driver.workers.ray_whereabouts import ask_where
+from raytrainer.driver.workers.ray_whereabouts import Asking
+from raytrainer.driver.workers.standstill_watch import StandstillWatch
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
 from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import RaytrainerError
@@ -104,8 +105,7 @@ class RayGroup:
         return self._crew.actors
 
     @property
-    def continuity(self) -> Continuity:
-        """See `WorkerGroup`."""
+    def continuity(self) -> Continuity:  # see `WorkerGroup`
         return self._crew.continuity
 
     def _join(self, patience: float = START) -> None:
@@ -113,9 +113,8 @@ class RayGroup:
         join(self._answers, self._actors, self.ranks, self.places, self.request.gpu, patience)
         self.stale = False
 
-    def whereabouts(self, patience: float) -> list[Whereabouts]:
-        """See `WorkerGroup`."""
-        return ask_where(self.places, patience, self._silence)
+    def whereabouts(self, patience: float) -> list[Whereabouts]:  # see `WorkerGroup`
+        return Asking(self.places, self._silence).found(patience)
 
     @property
     def by_node(self) -> Mapping[str, int]:
@@ -185,8 +184,9 @@ class RayGroup:
             packed = packed_verb(verb, args, kwargs or {})
             refs = [actor.obey_packed.remote(packed) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
+        watch = StandstillWatch(lambda: Asking(self.places, self._silence)) if self.size > 1 else None
         with self._silence:
-            return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks)
+            return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks, watch)
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         """See `RayCaptures.capture`."""
