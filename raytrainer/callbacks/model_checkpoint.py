@@ -29,7 +29,7 @@ from raytrainer.plan.retention import (
     template_fields,
     worst_path,
 )
-from raytrainer.plan.uris import is_inside, join_path
+from raytrainer.plan.uris import absolute, is_inside, join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
@@ -512,4 +512,4 @@ def _tensor(value: float | None) -> torch.Tensor | None:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    return path if "://" in path else absolute(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from raytrainer.callbacks.callback import Callback
 from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.uris import join_path
+from raytrainer.plan.uris import absolute, join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
@@ -39,7 +39,7 @@ class OnExceptionCheckpoint(Callback):
         if not filename:
             raise ConfigurationError("OnExceptionCheckpoint(filename=''): give a name.")
         path = os.fspath(dirpath)
-        self.dirpath = path if "://" in path else os.path.abspath(os.path.expanduser(path))
+        self.dirpath = path if "://" in path else absolute(path)
         self.filename = filename
 
     @property

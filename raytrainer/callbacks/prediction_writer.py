@@ -13,6 +13,7 @@ from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.data.ray.prediction_columns import prediction_columns
 from raytrainer.errors import ConfigurationError, StorageError
 from raytrainer.plan import argument_checks as checks
+from raytrainer.plan.uris import absolute
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +50,7 @@ class PredictionWriter(WorkerCallback):
 
     def __init__(self, path: str | os.PathLike[str], write_interval: str = "epoch", overwrite: bool = False) -> None:
         text = os.fspath(path)
-        self.path = text if "://" in text else os.path.abspath(os.path.expanduser(text))
+        self.path = text if "://" in text else absolute(text)
         self.write_interval = checks.choice("PredictionWriter(write_interval)", write_interval, ("epoch", "batch"))
         self.overwrite = overwrite
         self._tables: list[pa.Table] = []  # not written yet

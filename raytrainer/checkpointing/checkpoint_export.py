@@ -23,6 +23,7 @@ from raytrainer.checkpointing.places import CheckpointPath
 from raytrainer.checkpointing.safetensors_files import NAMES
 from raytrainer.errors import CheckpointError
 from raytrainer.plan.given_arguments import answers
+from raytrainer.plan.uris import absolute
 
 __all__ = ["export_weights"]
 
@@ -68,7 +69,7 @@ def export_weights(
             held = 0
         files[-1][name] = tensor
         held += size
-    where = Path(os.path.abspath(os.path.expanduser(os.fspath(folder))))
+    where = Path(absolute(os.fspath(folder)))
     where.mkdir(parents=True, exist_ok=True)
     several = len(files) > 1
     places: dict[str, str] = {}

@@ -16,7 +16,7 @@ from raytrainer.checkpointing.checkpoint_files import CheckpointFolder
 from raytrainer.checkpointing.checkpoint_meta import META, is_own_name, is_readable, written_by_us
 from raytrainer.checkpointing.storage import ArrowStorage, LocalStorage
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.uris import is_inside, is_web, split_query
+from raytrainer.plan.uris import absolute, is_inside, is_web, split_query
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -74,7 +74,7 @@ def locate(path: str | Path) -> tuple[FileSystem, str]:
                 f"gs://, abfss:// and hdfs://.{web}"
             ) from error
         return filesystem, inner.rstrip("/")
-    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    return fs.LocalFileSystem(), absolute(text)
 
 
 def is_file(filesystem: FileSystem, path: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from raytrainer.checkpointing.exported_file import put_in_place
 from raytrainer.errors import CheckpointError, ConfigurationError
+from raytrainer.plan.uris import absolute
 
 __all__ = ["export_weights", "load_into", "require_state"]
 
@@ -64,7 +64,7 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
             f"checkpoints of its fit: raytrainer.export_weights(checkpoint, folder) writes them."
         )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    target = Path(os.path.abspath(os.path.expanduser(path)))
+    target = Path(absolute(path))
     if target.suffix != ".safetensors":
         put_in_place({target: lambda new: torch.save(state, new)})
         return

@@ -13,6 +13,7 @@ from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.loggers.media import draw
+from raytrainer.plan.uris import absolute
 from raytrainer.short_repr import ShortRepr
 
 __all__ = ["DirectoryLogger", "Logger", "as_mapping", "displayable", "first_log_dir", "flatten"]
@@ -113,7 +114,7 @@ class DirectoryLogger(Logger):
                 f"{type(self).__name__}(save_dir={str(save_dir)!r}): log files grow while they are read, so they need "
                 "a local folder; checkpoints may go to a URI: ModelCheckpoint(dirpath=...)"
             )
-        self._save_dir = Path(save_dir).expanduser().absolute()
+        self._save_dir = Path(absolute(os.fspath(save_dir)))
         self._name = name
         self._version = version
 

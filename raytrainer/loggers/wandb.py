@@ -11,6 +11,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.extras import not_installed
 from raytrainer.loggers.logger import Logger, as_mapping
 from raytrainer.loggers.media import as_captions, as_images, as_values
+from raytrainer.plan.uris import absolute
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -53,7 +54,7 @@ class WandbLogger(Logger):
         _wandb()
         if mode not in (None, "online", "offline", "disabled"):
             raise ConfigurationError(f'WandbLogger(mode={mode!r}): give "online", "offline", "disabled" or None.')
-        self._save_dir = str(Path(save_dir).expanduser().absolute())
+        self._save_dir = absolute(os.fspath(save_dir))
         self._options = {"project": project, "name": name, "id": id, "mode": mode, **options}
         self._prefix = f"{prefix}-" if prefix else ""
         self._run: Run | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.nearest_names import perhaps
+from raytrainer.plan.uris import absolute
 
 __all__ = [
     "boolean",
@@ -198,7 +199,7 @@ def steps_or_duration(name: str, value: Any) -> int | float | str | None:
 def local_folder(name: str, value: Any) -> str:
     """A local folder as an absolute path; None: the working directory."""
     if value is None or value == "":
-        return os.getcwd()
+        return absolute("", f"{name}={value!r}")
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise ConfigurationError(f"{name}={value!r}: give a local folder, as a text or a path, or None.")
     if "://" in os.fspath(value):
@@ -206,7 +207,7 @@ def local_folder(name: str, value: Any) -> str:
             f"{name}={os.fspath(value)!r} is a URI: logs need a local folder. Checkpoints may go there: "
             f"callbacks=[raytrainer.ModelCheckpoint(dirpath={os.fspath(value)!r})]."
         )
-    return os.path.abspath(os.path.expanduser(value))
+    return absolute(os.fspath(value), f"{name}={os.fspath(value)!r}")
 
 
 def count_or_auto(name: str, value: Any) -> int | str:

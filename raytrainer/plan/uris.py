@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 
-__all__ = ["is_inside", "is_web", "join_path", "split_query"]
+from raytrainer.errors import ConfigurationError
+
+__all__ = ["absolute", "is_inside", "is_web", "join_path", "split_query"]
 
 
 def join_path(base: str, *parts: str) -> str:
@@ -35,3 +38,22 @@ def is_inside(path: str, folder: str) -> bool:
     """Whether a path or URI lies under a folder; both are taken literally."""
     (path, query), (folder, folder_query) = split_query(path), split_query(folder)
     return query == folder_query and path.startswith(folder if folder.endswith("/") else folder + "/")
+
+
+def absolute(path: str, shown: str | None = None) -> str:
+    """A local path from the root on: "" is the working directory, and "~" the user's home.
+
+    Args:
+        path: The path.
+        shown: How messages name it.
+
+    Raises:
+        ConfigurationError: It is relative to a working directory that has been deleted.
+    """
+    try:
+        return os.path.abspath(os.path.expanduser(path))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{shown or repr(path)}: this process's working directory has been deleted, or cannot be found, and the "
+            f"path is relative to it. Give an absolute path, or change to a folder that is there (os.chdir)."
+        ) from None

@@ -9,9 +9,7 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -19,10 +17,7 @@ from raytrainer.data.sharding import Share
 from raytrainer.metrics.metric_objects import is_metric
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.sharding_settings import FSDP
-from raytrainer.private.fsdp_private import (
-    is_gathered,
-    own_parameters,
-)
+from raytrainer.private.fsdp_private import is_gathered, own_parameters
 from raytrainer.strategies.gatherings import Gatherings
 from raytrainer.strategies.group_strategy import take_from_first
 from raytrainer.strategies.lost_edits import LostEdits, refuse_lost_edits

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raytrainer.plan.ranks import Ranks
@@ -52,6 +52,18 @@ class GroupStrategy(Strategy):
         self.board: StopBoard | None = None  # where workers of one host say that they are to stop; others vote
         self.votes = control  # or a group of their own, so that they never pair with what training does
         self.meeting = Meeting(control, ranks.world_size)
+
+    def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters, and buffers, of which workers that have the same of `pieces` are to hold the same."""
+        return {}, {}
+
+    def pieces(self, module: nn.Module) -> dict[str, str]:
+        """Which piece this worker holds of those that are in pieces."""
+        return {}
+
+    def of_first(self, module: nn.Module, name: str, part: Tensor) -> Tensor:
+        """Part of a replica, as the first worker that is to hold the same has it. All call this together."""
+        return self.all_gather(part)[0]
 
     def all_agree(self, flag: bool) -> bool:
         return bool(self.meeting.meet(NEXT, int(flag))[0])

@@ -14,7 +14,7 @@ a run comes to them:
     agree_on_infinities, clip_gradients
                             before an optimizer's step
     refresh                 after parameters were changed by others
-    begin_evaluation, evaluation_step, begin_round, end_round, end_evaluation, replicas
+    begin_evaluation, evaluation_step, begin_round, end_round, end_evaluation
     module_state, optimizer_state, accumulated, own_tensors, holds_common, own_part
     take_up, load_module, load_optimizer, put_accumulated
     averaged_tensors, local_part, as_held  what callbacks that average weights copy and change
@@ -202,18 +202,6 @@ class Strategy(ABC):
 
     def end_evaluation(self, module: nn.Module) -> None:  # noqa: B027
         """After an evaluation's last hook, on every worker."""
-
-    def replicas(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters, and buffers, of which workers that have the same of `pieces` are to hold the same."""
-        return {}, {}
-
-    def pieces(self, module: nn.Module) -> dict[str, str]:
-        """Which piece this worker holds of those that are in pieces."""
-        return {}
-
-    def of_first(self, module: nn.Module, name: str, part: Tensor) -> Tensor:
-        """Part of a replica, as the first worker that is to hold the same has it. All call this together."""
-        return self.all_gather(part)[0]
 
     @abstractmethod
     def sync_buffers(self, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from raytrainer.messages import Difference, Fingerprints
 from raytrainer.strategies.fingerprints import fingerprints
+from raytrainer.strategies.group_strategy import GroupStrategy
 from raytrainer.worker.worker_run import WorkerRun
 
 __all__ = ["difference", "fingerprints_of"]
@@ -22,7 +23,8 @@ _AT_ONCE = 1 << 22
 
 def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
     """See `Worker.fingerprints`."""
-    weights, buffers = run.strategy.replicas(run.module)
+    strategy = _of_several(run)
+    weights, buffers = strategy.replicas(run.module)
     if not parameters:
         weights = {}
     numbers = fingerprints([*weights.values(), *buffers.values()])
@@ -30,8 +32,13 @@ def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
         dict(zip(weights, numbers, strict=False)),
         dict(zip(buffers, numbers[len(weights) :], strict=True)),
         _settings(run) if parameters else {},
-        {name: piece for name, piece in run.strategy.pieces(run.module).items() if name in weights},
+        {name: piece for name, piece in strategy.pieces(run.module).items() if name in weights},
     )
+
+
+def _of_several(run: WorkerRun) -> GroupStrategy:
+    assert isinstance(run.strategy, GroupStrategy)  # nobody else is asked
+    return run.strategy
 
 
 def _settings(run: WorkerRun) -> dict[str, Any]:
@@ -76,12 +83,13 @@ def _plain(value: Any) -> Any:
 @torch.no_grad()
 def difference(run: WorkerRun, name: str) -> Difference:
     """See `Worker.compare`. All workers must call it together."""
-    weights, buffers = run.strategy.replicas(run.module)
+    strategy = _of_several(run)
+    weights, buffers = strategy.replicas(run.module)
     own = {**weights, **buffers}[name].detach()
     wide = torch.complex128 if own.is_complex() else torch.float64
     largest, scale = [0.0], [0.0]
     for part in own.reshape(-1).split(_AT_ONCE):
-        first = run.strategy.of_first(run.module, name, part).to(wide)
+        first = strategy.of_first(run.module, name, part).to(wide)
         largest.append(float((part.to(wide) - first).abs().max()))
         scale.append(float(first.abs().max()))
     exact = not (own.is_floating_point() or own.is_complex())

@@ -15,6 +15,7 @@ from raytrainer.driver.cluster.attaching import answers, attach, host_and_port
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.choice import require_cuda, require_gpu
 from raytrainer.gpu.nvml import open_nvml
+from raytrainer.plan.uris import absolute
 from raytrainer.private import ray_private
 from raytrainer.signals import shield, sigterm_kept
 
@@ -120,6 +121,7 @@ def _start(workers: int, gpus: object, runtime_env: Mapping[str, Any] | None) ->
     if gpus:
         require_gpu(gpus, open_nvml())
         require_cuda()
+    absolute("", "Ray cannot start")  # it asks for the working directory too
     import ray
 
     there = os.cpu_count() or 1

@@ -134,8 +134,8 @@ class ReplicaCheck:
         raise DisagreementError(
             f"after epoch {epoch} rank(s) [{ranks_text(ranks)}] have another {name} than {whom}: it differs by up "
             f"to {largest:.3g}, and the largest element there is {scale:.3g}{more}. Gradients are averaged in the "
-            f"backward pass; what changes weights or .grad later must do the same on all workers. Look for an optimizer "
-            f"that writes .grad itself, in-place changes on one rank, or random numbers in them. With "
+            f"backward pass; what changes weights or .grad later must do the same on all workers. Look for an "
+            f"optimizer that writes .grad itself, in-place changes on one rank, or random numbers in them. With "
             f"check_replicas=False in the strategy's settings (rt.DDP, rt.FSDP) nobody looks."
         )
 

@@ -51,7 +51,11 @@ class Surroundings:
         except OSError:  # it has been deleted
             folder = ""
         return cls(
-            path=[os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+            path=[
+                os.path.normpath(os.path.join(folder, entry))
+                for entry in sys.path
+                if isinstance(entry, str) and (folder or os.path.isabs(entry))
+            ],
             folder=folder,
             dtype=torch.get_default_dtype(),
             matmul_precision=torch.get_float32_matmul_precision(),
