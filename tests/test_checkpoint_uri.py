@@ -13,7 +13,10 @@ import pytest
 from exact import Died, Exact, run, same
 
 from raytrainer.callbacks import ModelCheckpoint
-from raytrainer.checkpointing.places import checkpoint_exists, find_checkpoints
+from raytrainer.checkpointing import reservations
+from raytrainer.checkpointing.checkpoint_format import write_checkpoint
+from raytrainer.checkpointing.places import checkpoint_exists, find_checkpoints, folder_at
+from raytrainer.checkpointing.reservations import release, reserve
 from raytrainer.plan.uris import is_inside, join_path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -96,3 +99,37 @@ def test_joining():
     assert join_path("s3://b/x?region=r", "a.ckpt") == "s3://b/x/a.ckpt?region=r"
     assert join_path("/what?/x", "a") == "/what?/x/a"
     assert is_inside("s3://b/x/a?q=1", "s3://b/x?q=1") and not is_inside("s3://b/x/a?q=1", "s3://b/x?q=2")
+
+
+def test_a_name_is_reserved_for_one_driver(bucket, monkeypatch):
+    """Two that save to one folder would replace each other's checkpoints without a word."""
+    path = join_path(bucket, "reserved.ckpt")
+    folder = folder_at(path)
+
+    def another_process(does):
+        with monkeypatch.context() as patched:
+            patched.setattr(reservations, "_held", {})
+            return does()
+
+    assert reserve(path) and not reserve(path)
+    assert not another_process(lambda: reserve(path))
+    release(path)
+    assert folder.storage.files(folder.path) == []
+
+    put = reservations._put
+
+    def put_by_both(*args):
+        put(*args)
+        monkeypatch.setattr(reservations, "_put", put)
+        put(args[0], f"reserved-{'0' * 12}.json", reservations.seal({"reserved": "by another", "at": now[0]}))
+
+    now = [reservations.time.time()]
+    monkeypatch.setattr(reservations, "_put", put_by_both)
+    assert not reserve(path) and folder.storage.files(folder.path) == [f"reserved-{'0' * 12}.json"]
+    assert not reserve(path)
+    now[0] += reservations._KEPT + 1.0
+    monkeypatch.setattr(reservations.time, "time", lambda: now[0])
+    assert reserve(path)  # nobody writes for so long
+    write_checkpoint(path, {"epoch": 0, "global_step": 1})
+    assert not reserve(path) and not another_process(lambda: reserve(path)) and checkpoint_exists(path)
+    assert not [name for name in folder.storage.files(folder.path) if name.startswith("reserved")]

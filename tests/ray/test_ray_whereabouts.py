@@ -98,3 +98,29 @@ def test_each_hang_is_found(ray_trainer, tmp_path, caplog, monkeypatch):
     assert trainer.where() == []
     assert f"test_ray_whereabouts.py:{line_of('sleeps_for_ever')} in sleeps_for_ever" in str(caught.value)
     assert "rank 0 on" in str(caught.value)
+
+
+class Alone(raytrainer.Module):
+    """Rank 1 gathers alone, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 2:
+            self.all_gather(torch.ones(3))
+        return self.net(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_workers_that_wait_for_each_other(ray_trainer, monkeypatch):
+    monkeypatch.setattr(standstill_watch, "_FIRST", 1.0)
+    monkeypatch.setattr(standstill_watch, "_EVERY", 1.0)
+    trainer = ray_trainer(max_epochs=1, max_failures=3)
+    said = r"rank 1: in batch 2, at .*training_step, waiting for the collective all_gather"
+    with pytest.raises(DisagreementError, match=said):
+        trainer.fit(Alone(), [torch.ones(2, 4)] * 4)
+    assert trainer.recoveries == []
