@@ -14,8 +14,8 @@ import torch
 from ray_models import FastForward, eventually
 
 import raytrainer
-from raytrainer.driver.workers import ray_answers
-from raytrainer.errors import WorkerLostError
+from raytrainer.driver.workers import ray_answers, standstill_watch
+from raytrainer.errors import DisagreementError, WorkerLostError
 
 #: What rank 1 does in each of its batches, and what it then waits for.
 HANGS = {"loops": "", "holds_pythons_lock": "", "sleeps_for_ever": "another thread"}
