@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrainer.callbacks.callback import Callback
-from raytrainer.errors import ConfigurationError
+from raytrainer.errors import ConfigurationError, StorageError
 from raytrainer.plan.given_arguments import answers
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ class TuneReportCallback(Callback):
             tune.report(values)
             return
         # Tune has taken its copy when `report` returns; a trial that was stopped does not return from it
-        with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
+        with _own_folder() as folder:
             trainer.save_checkpoint(folder, wait=True)
             tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
 
@@ -161,6 +163,25 @@ def tune_resources(num_processes: int = 1, gpus: int = 0, num_nodes: int = 1) ->
     if workers * num_nodes == 1:
         return PlacementGroupFactory([bundle])
     return PlacementGroupFactory([{}, *[bundle] * num_nodes], strategy="STRICT_SPREAD" if num_nodes > 1 else "PACK")
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A new folder, which goes afterwards. That it does not is no reason for a trial to fail: Tune has its copy."""
+    try:
+        folder = tempfile.mkdtemp(prefix="raytrainer-")
+    except OSError as error:
+        raise StorageError(
+            f"TuneReportCallback makes a checkpoint among temporary files before Tune takes its copy, and no "
+            f"folder can be made there: {error}. Set TMPDIR to one with room, or give checkpoint=False."
+        ) from error
+    try:
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            _log.warning("TuneReportCallback: %s, which was for Tune, cannot be deleted: %s", folder, error)
 
 
 def _validates(trainer: RunningTrainer) -> bool:

@@ -64,7 +64,7 @@ def export_weights(module: nn.Module, path: str | Path) -> None:
             f"checkpoints of its fit: raytrainer.export_weights(checkpoint, folder) writes them."
         )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    target = Path(absolute(path))
+    target = Path(absolute(os.fspath(path)))
     if target.suffix != ".safetensors":
         put_in_place({target: lambda new: torch.save(state, new)})
         return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 
 import pytest
@@ -7,6 +8,8 @@ from ray import tune  # here, since it sets environment variables, which no test
 from tiny import Tiny, data
 
 from raytrainer import ConfigurationError, TuneReportCallback, tune_resources
+from raytrainer.callbacks import ray_tune
+from raytrainer.errors import StorageError
 
 
 @pytest.fixture
@@ -84,6 +87,26 @@ def test_not_in_the_sanity_check(trainer, reported):
     callback.setup(trainer, None, "fit")
     trainer.sanity_checking = True
     trainer.validate(callback, val_loss=0.5)
+    assert reported == []
+
+
+def test_a_folder_that_cannot_be_deleted_ends_no_trial(local_trainer, reported, monkeypatch, tmp_path, caplog):
+    """Tune has taken its copy by then."""
+    monkeypatch.setattr(ray_tune.tempfile, "tempdir", str(tmp_path))
+
+    def refused(folder):
+        raise OSError(errno.EIO, "Input/output error", folder)
+
+    monkeypatch.setattr(ray_tune.shutil, "rmtree", refused)
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=TuneReportCallback()).fit(Tiny(), data(4))
+    assert len(reported) == 1 and "for Tune, cannot be deleted: [Errno 5] Input/output error" in caplog.text
+
+
+def test_no_room_for_a_report_s_checkpoint(local_trainer, reported, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_tune.tempfile, "tempdir", str(tmp_path / "full"))
+    with pytest.raises(StorageError, match=r"TuneReportCallback makes a checkpoint .*full.*Set TMPDIR"):
+        local_trainer(max_epochs=1, callbacks=TuneReportCallback()).fit(Tiny(), data(4))
     assert reported == []
 
 
