@@ -23,7 +23,9 @@ _AT_ONCE = 1 << 22
 
 def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
     """See `Worker.fingerprints`."""
-    strategy = _of_several(run)
+    strategy = run.strategy
+    if not isinstance(strategy, GroupStrategy):  # nobody else holds anything
+        return Fingerprints({}, {}, _settings(run) if parameters else {})
     weights, buffers = strategy.replicas(run.module)
     if not parameters:
         weights = {}
@@ -34,11 +36,6 @@ def fingerprints_of(run: WorkerRun, parameters: bool) -> Fingerprints:
         _settings(run) if parameters else {},
         {name: piece for name, piece in strategy.pieces(run.module).items() if name in weights},
     )
-
-
-def _of_several(run: WorkerRun) -> GroupStrategy:
-    assert isinstance(run.strategy, GroupStrategy)  # nobody else is asked
-    return run.strategy
 
 
 def _settings(run: WorkerRun) -> dict[str, Any]:
@@ -83,12 +80,13 @@ def _plain(value: Any) -> Any:
 @torch.no_grad()
 def difference(run: WorkerRun, name: str) -> Difference:
     """See `Worker.compare`. All workers must call it together."""
-    strategy = _of_several(run)
+    strategy = run.strategy
+    assert isinstance(strategy, GroupStrategy)  # others have no replicas to name
     weights, buffers = strategy.replicas(run.module)
     own = {**weights, **buffers}[name].detach()
     wide = torch.complex128 if own.is_complex() else torch.float64
     largest, scale = [0.0], [0.0]
-    for part in own.reshape(-1).split(_AT_ONCE):
+    for part in own.reshape(-1).split(_AT_ONCE) if own.numel() else ():  # a piece of nothing is so for all that have it
         first = strategy.of_first(run.module, name, part).to(wide)
         largest.append(float((part.to(wide) - first).abs().max()))
         scale.append(float(first.abs().max()))

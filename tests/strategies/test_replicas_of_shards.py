@@ -22,6 +22,7 @@ class Net(raytrainer.Module):
         super().__init__()
         self.changes = changes
         self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 2)
+        self.factor = nn.Parameter(torch.ones(1))  # whole on one worker of a copy
         self.register_buffer("scale", torch.ones(3))
 
     def configure_model(self):
@@ -31,7 +32,7 @@ class Net(raytrainer.Module):
             parallelize_module(self, mesh["tensor_parallel"], plan)
 
     def training_step(self, batch, batch_idx):
-        return self.down(self.up(self.norm(batch)).relu()).square().mean()
+        return self.factor * self.down(self.up(self.norm(batch)).relu()).square().mean()
 
     def on_before_optimizer_step(self, optimizer):
         if self.changes is not None and self.global_rank == self.trainer.world_size - 1:
@@ -50,6 +51,12 @@ def gradient_of(name):
         local(module.get_parameter(name).grad).mul_(-3.0)
 
     return change
+
+
+def all_gradients(module, optimizer):
+    """Also of a factor of which two of the four workers hold nothing."""
+    for parameter in module.parameters():
+        local(parameter.grad).mul_(-3.0)
 
 
 def weight(module, optimizer):
@@ -73,6 +80,7 @@ def decay(module, optimizer):
 #: Strategy, workers, what one changes, what is said of it. A shard that nobody else has is that worker's own.
 CASES = {
     "gradient of a copy": (COPIES, 4, gradient_of("up.weight"), r"\[3\] have another up.weight than the first rank"),
+    "some have no rows": (COPIES, 4, all_gradients, r"\[\d\] have another .* and \d more tensors"),
     "weight of a copy": (COPIES, 4, weight, r"\[3\] have another up.weight than the first rank with"),
     "gradient of what is whole": (SPLIT, 2, gradient_of("norm.weight"), r"\[1\] have another norm.weight than rank 0"),
     "buffer": (FSDP(), 2, buffer, r"rank\(s\) \[1\] have another scale than rank 0"),
