@@ -95,3 +95,28 @@ def test_of_a_model_in_shards_it_is_told_at_once(forked):
         trainer = forked(max_epochs=1, strategy="fsdp")
         with pytest.raises(DisagreementError, match=f"rank 1 comes to {said}"):
             trainer.fit(Alone(place, does), [torch.ones(2, 4)] * 4)
+
+
+class LeavesOut(raytrainer.Module):
+    """Rank 1 leaves a block out in one batch of an accumulation."""
+
+    def __init__(self, batch) -> None:
+        super().__init__()
+        self.batch = batch
+        self.a, self.b, self.c = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        x = self.a(batch)
+        return self.c(x if (self.global_rank, batch_idx) == (1, self.batch) else self.b(x)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_another_layer_while_gradients_are_accumulated(batch, forked):
+    strategy = raytrainer.FSDP(blocks=["a", "b", "c"])
+    trainer = forked(max_epochs=1, strategy=strategy, accumulate_grad_batches=3)
+    with pytest.raises(DisagreementError, match=r"rank 1 comes to gathering 'c' after gathering 'a', where .*'b'"):
+        trainer.fit(LeavesOut(batch), [torch.ones(2, 4)] * 6)
