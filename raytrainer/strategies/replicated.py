@@ -179,6 +179,12 @@ class ReplicatedStrategy(GroupStrategy):
         buffers = dict(module.named_buffers()) if self.settings.broadcast_buffers else {}
         return dict(module.named_parameters()), buffers
 
+    def own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        if self.settings.broadcast_buffers or self.ranks.rank == 0:  # rank 0's are in the state dict
+            return {}
+        saved = module.state_dict()
+        return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
     def sync_buffers(self, module: nn.Module) -> None:
         if not self.settings.broadcast_buffers:
             return

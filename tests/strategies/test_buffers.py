@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from raytrainer import Module
+from raytrainer import DDP, Module
 
 KINDS = {
     "plain": lambda: torch.zeros(2, 3),
@@ -58,6 +58,39 @@ def test_rank_0s_in_any_layout(strategy, kind, forked):
     trainer = forked(strategy=strategy, max_epochs=1, check_val_every_n_epoch=1, num_sanity_val_steps=0)
     trainer.fit(Marks(kind), loader, loader)
     assert [float(trainer.callback_metrics[name]) for name in ("right", "spared")] == [1.0, 1.0]
+
+
+class Own(Module):
+    """A buffer that nobody broadcasts, which each worker's batches change."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.before = before
+        self.layer = torch.nn.Linear(2, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def on_train_epoch_start(self) -> None:
+        if not self.before:
+            self.log("began", self.seen, reduce_fx="max")
+
+    def training_step(self, batch, batch_idx):
+        self.seen += 1 + 10 * self.trainer.global_rank
+        return self.layer(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_worker_has_its_own(forked, tmp_path):
+    """And not those of rank 0, as where they are broadcast."""
+    loader = DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=1)
+    options = {"strategy": DDP(broadcast_buffers=False), "limit_val_batches": 0}
+    first = forked(max_epochs=1, **options)
+    first.fit(Own(before=True), loader)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    second = forked(max_epochs=2, **options)
+    second.fit(Own(before=False), loader, ckpt_path=tmp_path / "first.ckpt")
+    assert float(second.callback_metrics["began"]) == 4 * 11
 
 
 class Makes(Module):
