@@ -83,7 +83,7 @@ def check_ec2(node_config: Any) -> None:
 
 @cache
 def check_bash(command: str) -> None:
-    found = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, timeout=20)
+    found = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0 and not found.stderr, found.stderr
 
 

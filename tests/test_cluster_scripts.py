@@ -235,7 +235,7 @@ def test_readme_commands_parse() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", TEXTS["README.md"], flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) > 8
     for block in blocks:
-        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{block}{done.stderr}"
 
 

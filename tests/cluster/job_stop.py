@@ -85,7 +85,7 @@ def stopped(client: Any, root: Path, megabytes: int, beyond: int) -> tuple[int, 
     if found is None or (found != step and "of which there is no checkpoint" not in said):
         bad.append(f"the checkpoint {named!r} is of step {found}")
     bad += [f"half written: {path}" for path in root.rglob("*-*") if path.name.startswith(("meta-", "new-"))]
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         if time.monotonic() > end:
             bad.append("CPUs are still in use")

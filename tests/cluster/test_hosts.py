@@ -35,7 +35,7 @@ def open_tunnel(lab: Lab, log: Path, command: str, sign: str) -> Iterator[None]:
         yield
     finally:
         lab.dev.sh("pkill -x ssh", check=False)
-        tunnel.wait(20)
+        tunnel.wait(60)
 
 
 def test_driver_on_a_member(cluster: Lab) -> None:

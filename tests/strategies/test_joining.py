@@ -16,7 +16,7 @@ from raytrainer.strategies.joining import Absentees, Reached
 
 @pytest.fixture
 def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     yield dist.group.WORLD
     dist.destroy_process_group()
 
