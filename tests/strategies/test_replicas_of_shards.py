@@ -89,7 +89,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CASES)
 def test_what_differs_is_told(name, forked):
     strategy, workers, changes, said = CASES[name]

@@ -76,12 +76,12 @@ CASES = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CASES)
 def test_where_each_one_waits_is_told(name, forked, monkeypatch):
     strategy, nodes, place, does, said = CASES[name]
-    monkeypatch.setattr(standstill_watch, "_FIRST", 0.5)
-    monkeypatch.setattr(standstill_watch, "_EVERY", 1.0)
+    monkeypatch.setattr(standstill_watch, "_FIRST", 0.2)
+    monkeypatch.setattr(standstill_watch, "_EVERY", 0.6)
     trainer = forked(max_epochs=1, strategy=strategy, num_nodes=nodes, num_processes=2 // nodes)
     batches = [torch.ones(2, 4)] * 4
     with pytest.raises(DisagreementError, match=f"(?s)workers wait for each other.*{said}"):
