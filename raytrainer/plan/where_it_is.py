@@ -36,7 +36,8 @@ LOADERS_PROCESS = "Process of the loader:"
 #: Begin lines behind what a worker has written: which batch it is in, and how much time it has computed so far.
 BATCH, PROCESSOR = "In batch", "Seconds of processor time:"
 
-_OWN = str(Path(__file__).parents[1])
+_OWN = Path(__file__).parents[1].as_posix()
+_VERBS = "/worker/worker.py"  # what obeys the driver is called by
 _STANDARD = sysconfig.get_path("stdlib")
 
 _BATCH = "a batch from the loader's processes"
@@ -195,21 +196,24 @@ def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -
     own, *loaders = dump.split(LOADERS_PROCESS)
     threads = frames_of_threads(own)
     batch, processor = _number(own, BATCH), _number(own, PROCESSOR)
-    training = next((frames for frames in threads if any(_trains(frame) for frame in frames)), None)
+    package = _package(threads)
+    training = next((frames for frames in threads if any(_trains(frame, package) for frame in frames)), None)
     if training is None:  # between verbs
         idle = threads[-1][0] if threads and threads[-1] else None
         return Whereabouts(rank, node, None, idle, DRIVER if idle else "", dump, seconds)
-    inside = training[: next(i for i, frame in enumerate(training) if _trains(frame))]
-    user = _users(inside)
+    inside = training[: next(i for i, frame in enumerate(training) if _trains(frame, package))]
+    user = _users(inside, package)
     # what called the user's line, a backward pass its hook, say, is not what that waits for
     waits_for = _wait(inside[: inside.index(user)] if user is not None else inside or training[:1])
     if user is None and waits_for == _BATCH:
-        user = next(filter(None, (_users(frames) for each in loaders for frames in frames_of_threads(each))), None)
+        user = next(
+            filter(None, (_users(frames, package) for each in loaders for frames in frames_of_threads(each))), None
+        )
         waits_for += ", in one of which this line is" if user is not None else ""
     if waits_for == _BACKWARD:
         # hooks of a backward pass on a GPU run in threads of autograd's, which Python has not started
         hooks = [frames for frames in threads if frames is not training and frames[-1:] and not _of_python(frames[-1])]
-        hook = next(filter(None, map(_users, hooks)), None)
+        hook = next(filter(None, (_users(frames, package) for frames in hooks)), None)
         user, waits_for = (user, waits_for) if hook is None else (hook, "")
     at = None if batch is None else int(batch)
     return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds, at, processor)
@@ -220,23 +224,29 @@ def _number(dump: str, what: str) -> float | None:
     return None if found is None else float(found[1])
 
 
-def _users(frames: Sequence[Frame]) -> Frame | None:
-    return next((frame for frame in frames if _is_users(frame)), None)
+def _package(threads: Sequence[Sequence[Frame]]) -> str:
+    """Where this package is installed there: another machine may have it elsewhere."""
+    files = (frame.file.replace("\\", "/") for frames in threads for frame in frames)
+    return next((file.removesuffix(_VERBS) for file in files if file.endswith("raytrainer" + _VERBS)), _OWN)
+
+
+def _users(frames: Sequence[Frame], package: str) -> Frame | None:
+    return next((frame for frame in frames if _is_users(frame, package)), None)
 
 
 def _of_python(outermost: Frame) -> bool:
     return outermost.function in ("_bootstrap", "<module>", "_run_code")
 
 
-def _trains(frame: Frame) -> bool:
-    return frame.file.startswith(_OWN) and "/worker/" in frame.file.replace("\\", "/")
+def _trains(frame: Frame, package: str) -> bool:
+    return frame.file.replace("\\", "/").startswith(f"{package}/worker/")
 
 
-def _is_users(frame: Frame) -> bool:
+def _is_users(frame: Frame, package: str) -> bool:
     path = frame.file.replace("\\", "/")
     if frame.file.startswith("<"):  # a cell's name, but not that of frozen imports
         return not frame.file.startswith("<frozen")
-    return "/site-packages/" not in path and not frame.file.startswith((_OWN, _STANDARD))
+    return "/site-packages/" not in path and not path.startswith((package, _STANDARD))
 
 
 def _wait(frames: Sequence[Frame]) -> str:

@@ -123,3 +123,16 @@ def test_who_keeps_the_others_waiting():
         whereabouts(9, "n", ""),
     ]
     assert keep_waiting([*waiting, *hung]) == [7, 8, 9]
+
+
+def test_where_the_package_is_installed_elsewhere():
+    """On another machine, or in another environment."""
+    dump = (
+        "Thread 0x01 (most recent call first):\n"
+        '  File "/venv/lib/site-packages/torch/distributed/distributed_c10d.py", line 7 in all_gather\n'
+        '  File "/app/train.py", line 3 in training_step\n'
+        '  File "/app/raytrainer/worker/training_loop.py", line 9 in train\n'
+        '  File "/app/raytrainer/worker/worker.py", line 5 in obey\n'
+    )
+    found = whereabouts(0, "node", dump)
+    assert str(found.user) == "/app/train.py:3 in training_step" and found.waits_for == "the collective all_gather"
