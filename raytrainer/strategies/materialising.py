@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,17 @@ from raytrainer.strategies.shards import held_as
 
 __all__ = ["Materialiser"]
 
+#: What transformers marks tensors with that its initialisation is to skip.
+_DONE = "_is_hf_initialized"
+
 
 class Materialiser:
     """Gives parts of a module memory and initial values.
 
     Values depend on the seed and the part's name alone, so that they are the same on any number of workers. They come
-    from `reset_parameters()` of each module in the part that has parameters or buffers, as torch's own have it, or from
-    `_init_weights(module)` of a model of transformers that it belongs to.
+    from `reset_parameters()` of each module in the part that has parameters or buffers, as torch's own have it. In a
+    model of transformers `_init_weights(module)` follows for each module, as it does there: its numbers are others than
+    torch's, and modules that derive from torch's may have buffers of their own.
 
     Args:
         module: The root.
@@ -42,9 +47,11 @@ class Materialiser:
             ConfigurationError: Initialisation has left something unset; names it.
         """
         others = {id(inner) for other in but.values() if other is not part for inner in other.modules()}
-        members = [m for m in part.modules() if id(m) not in others and any(t.is_meta for _, t in _own_tensors(m))]
+        inside = [m for m in part.modules() if id(m) not in others]
+        members = [m for m in inside if any(t.is_meta for _, t in _own_tensors(m))]
         if not members:
             return
+        theirs = [m for m in reversed(inside) if id(m) in self._initialisers and _has_meta(m)]  # inner ones come first
         made: dict[int, Tensor] = {}
         splits: list[tuple[Any, str, DTensor]] = []  # what configure_model has split, or sharded
         for member in members:
@@ -59,7 +66,10 @@ class Materialiser:
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(derive_seed(self._seed, "initial weights", self._names[id(part)]))
             for member in members:
-                self._initialiser(member)(member)
+                _reset(member)
+            with _left_alone(part, made):
+                for module in theirs:
+                    self._initialisers[id(module)](module)
         self._refuse_unset(members, versions)
         for kind, name, split in splits:
             kind[name] = _split(kind[name], split)
@@ -76,21 +86,16 @@ class Materialiser:
             made[id(tensor)] = nn.Parameter(real, requires_grad=tensor.requires_grad) if parameter else real
         return made[id(tensor)]
 
-    def _initialiser(self, member: nn.Module) -> Callable[[nn.Module], Any]:
-        for name in ("reset_parameters", "_reset_parameters"):
-            reset = getattr(member, name, None)
-            if callable(reset):
-                return lambda module, reset=reset: reset()  # type: ignore[misc]
-        return self._initialisers.get(id(member), lambda module: None)
-
     def _refuse_unset(self, members: list[nn.Module], versions: dict[int, int]) -> None:
         unset = []
         for member in members:
             for name, tensor in _own_tensors(member):
                 path = self._names[id(member)]
                 full = f"{path}.{name}" if path else name
-                untouched = versions.get(id(tensor)) == tensor._version
-                missing = untouched or (tensor.is_floating_point() and bool(tensor.isnan().any()))
+                if tensor.is_floating_point() or tensor.is_complex():
+                    missing = bool(tensor.isnan().any())  # also where it was set through `.data`, which leaves no trace
+                else:
+                    missing = versions.get(id(tensor)) == tensor._version
                 if missing and full not in self._given:
                     unset.append((full, type(member).__name__))
         if unset:
@@ -112,6 +117,32 @@ def _split(whole: Tensor, like: DTensor) -> Tensor:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _reset(member: nn.Module) -> None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        reset = getattr(member, name, None)
+        if callable(reset):
+            reset()
+            return
+
+
+@contextmanager
+def _left_alone(part: nn.Module, made: Mapping[int, Tensor]) -> Iterator[None]:
+    """Have transformers leave alone what has been made already: blocks within, and what has never been on meta."""
+    new = {id(tensor) for tensor in made.values()}
+    marked = [t for t in (*part.parameters(), *part.buffers()) if id(t) not in new and not hasattr(t, _DONE)]
+    for tensor in marked:
+        setattr(tensor, _DONE, True)
+    try:
+        yield
+    finally:
+        for tensor in marked:
+            delattr(tensor, _DONE)
 
 
 def _initialisers(module: nn.Module) -> dict[int, Callable[[nn.Module], Any]]:

@@ -24,8 +24,9 @@ __all__ = ["Sharder"]
 
 #: What parameters are gathered as, by precision. Gradients are always reduced in float32 then.
 _GATHERED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "float8": torch.bfloat16}
-#: What blocks of transformers are given to remember keys and values in, and what stands for nothing.
+#: What blocks of older versions of transformers are given to remember keys and values in, and what stands for nothing.
 _CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
+_CACHE_MODULE = "transformers.cache_utils"
 _HALF = ("bf16-true", "16-true", *_GATHERED)
 
 
@@ -86,8 +87,8 @@ class Sharder:
             inner = forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if torch.is_grad_enabled():  # what is computed twice would be in a cache of transformers' twice
-                    kwargs |= {name: none for name, none in _CACHES.items() if name in kwargs}
+                if torch.is_grad_enabled():
+                    args, kwargs = _without_caches(args, kwargs)
                 return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
         if self.compiles is not None:
@@ -139,6 +140,18 @@ class Sharder:
             f"fsdp: {count:,} parameters in {shards} shard{'s' if shards > 1 else ''}{times}, "
             f"{mine / 2**20:,.1f} MiB of them on each worker; {found}"
         )
+
+
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block that is computed twice: what it computes would be in a cache of transformers' twice."""
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs |= {name: none for name, none in _CACHES.items() if name in kwargs}
+    return args, {name: None if _is_cache(value) else value for name, value in kwargs.items()}
+
+
+def _is_cache(value: object) -> bool:
+    """Whether it is a cache of transformers', whose argument has another name in each version."""
+    return any(kind.__name__ == "Cache" and kind.__module__ == _CACHE_MODULE for kind in type(value).__mro__)
 
 
 def _lay_out(module: nn.Module) -> None:

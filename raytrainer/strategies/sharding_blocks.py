@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -62,11 +62,16 @@ def _is(part: nn.Module, name: str, what: str | type) -> bool:
 
 
 def _named_by_transformers(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that models of transformers say must not be split."""
+    """The blocks that models of transformers say must not be split, but for embeddings that the last layer shares."""
     classes: set[str] = set()
     for part in module.modules():
         classes |= set(getattr(part, "_no_split_modules", None) or ())
-    return {name: part for name, part in module.named_modules() if name and type(part).__name__ in classes}
+    found = {name: part for name, part in module.named_modules() if name and type(part).__name__ in classes}
+    shared: set[str] = set()
+    for tied in _tied(module, found):
+        within = {block for block, _ in tied}
+        shared |= within if "" in within else set()
+    return {name: part for name, part in found.items() if name not in shared}
 
 
 def _repeated(module: nn.Module) -> dict[str, nn.Module]:
@@ -89,6 +94,17 @@ def refuse_tied(module: nn.Module, blocks: dict[str, nn.Module]) -> None:
     Raises:
         ConfigurationError: Names them.
     """
+    for tied in _tied(module, blocks):
+        shown = " and ".join(repr(name) for _, name in tied)
+        raise ConfigurationError(
+            f"FSDP: {shown} are one parameter, but in different blocks, which are gathered apart. Name blocks so "
+            f"that none of them, or one that has both, is a block: FSDP(blocks=[...]); what is in no block is "
+            f"gathered together. Now there are: {', '.join(blocks)}."
+        )
+
+
+def _tied(module: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[list[tuple[str, str]]]:
+    """Parameters that two blocks share, or a block and the rest: for each its blocks ("": none) and names."""
     parts = dict(module.named_modules(remove_duplicate=False))
     names = {id(block): name for name, block in blocks.items()}  # one block may have several places, as it is
 
@@ -102,11 +118,4 @@ def refuse_tied(module: nn.Module, blocks: dict[str, nn.Module]) -> None:
         for attribute, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{attribute}" if path else attribute
             places.setdefault(id(parameter), []).append((block_of(path), full))
-    for tied in places.values():
-        if len({block for block, _ in tied}) > 1:
-            shown = " and ".join(repr(name) for _, name in tied)
-            raise ConfigurationError(
-                f"FSDP: {shown} are one parameter, but in different blocks, which are gathered apart. Name blocks so "
-                f"that none of them, or one that has both, is a block: FSDP(blocks=[...]); what is in no block is "
-                f"gathered together. Now there are: {', '.join(blocks)}."
-            )
+    yield from (tied for tied in places.values() if len({block for block, _ in tied}) > 1)

@@ -66,6 +66,37 @@ def test_settings(strategy, forked):
     compare(forked, Net, strategy, val=loader(5, 2), max_epochs=1)
 
 
+class Cache:
+    """Grows by what a block computes, as transformers' does."""
+
+    __module__ = "transformers.cache_utils"
+
+    def __init__(self):
+        self.seen = []
+
+
+class Remembers(Block):
+    def forward(self, x, memory=None):
+        if memory is not None:
+            memory.seen.append(x)
+            x = torch.stack(memory.seen).sum(0)
+        return super().forward(x)
+
+
+class Remembering(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Remembers() for _ in range(2))
+
+    def forward(self, x):
+        x = self.inp(x)
+        return self.head(self.blocks[1](self.blocks[0](x, Cache()), memory=Cache()))
+
+
+def test_what_is_computed_twice_is_in_no_cache(forked):
+    compare(forked, Remembering, rt.FSDP(activation_checkpointing=True), max_epochs=1)
+
+
 def test_four_workers_in_two_copies(forked):
     torch.manual_seed(0)
     alone, shared = Net(), Net()

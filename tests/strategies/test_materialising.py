@@ -8,6 +8,7 @@ from sharded_models import WIDTH, Net, loader, same_bits, weights
 from torch import nn
 
 import raytrainer as rt
+from raytrainer.strategies.materialising import Materialiser
 
 
 class Resets(Net):
@@ -127,3 +128,64 @@ def test_what_stays_unset_is_named(integers, forked):
 def test_other_strategies_refuse_it(forked):
     with pytest.raises(rt.ConfigurationError, match=r'on the meta device .* strategy="fsdp"'):
         forked(strategy="local", max_epochs=1).fit(on_meta(), loader(32, 4, torch.float32))
+
+
+class Scaled(nn.Embedding):
+    """As of transformers: it has a buffer, which torch's `reset_parameters` knows nothing of."""
+
+    def __init__(self):
+        super().__init__(6, 4)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+
+class Attention(nn.Module):
+    """Has no parameter itself; the model's initialisation has a rule for it all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class LikeTransformers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layers = Scaled(), nn.ModuleList(Attention() for _ in range(2))
+        self.bare = nn.Parameter(torch.zeros(3))
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            self._fill(module.weight, 3.0)
+        if isinstance(module, Scaled):
+            self._fill(module.weight, 4.0)
+            self._fill(module.scale, 2.0)
+        if isinstance(module, Attention):
+            self._fill(module.out.weight, 5.0)
+        if isinstance(module, LikeTransformers):
+            module.bare.data.fill_(6.0)  # as older versions do
+            for name, parameter in module.named_parameters():
+                if "first" in name:
+                    self._fill(parameter, 7.0)
+
+    def _fill(self, tensor, value):
+        if not getattr(tensor, "_is_hf_initialized", False):
+            tensor.fill_(value)
+
+
+def test_a_model_of_transformers_begins_as_it_does_there():
+    module = nn.Module()
+    module.model = rt.on_meta(LikeTransformers)
+    module.model.layers[1].out = nn.Linear(4, 4)  # which is real, and stays what it is
+    kept = module.model.layers[1].out.weight.clone()
+    maker = Materialiser(module, torch.device("cpu"), 1)
+    blocks = {f"model.layers.{index}": layer for index, layer in enumerate(module.model.layers)}
+    for block in blocks.values():
+        maker.make(block, {})
+    maker.make(module, blocks)
+    found = {name: value for name, value in weights(module).items() if not name.endswith("bias")}
+    assert torch.equal(found.pop("model.layers.1.out.weight"), kept)
+    assert {name: value.unique().tolist() for name, value in found.items()} == {
+        "model.embedding.weight": [4.0], "model.embedding.scale": [2.0], "model.bare": [6.0],
+        "model.layers.0.first.weight": [3.0], "model.layers.0.out.weight": [5.0],
+        "model.layers.1.first.weight": [3.0],
+    }  # fmt: skip
+    assert not any(hasattr(tensor, "_is_hf_initialized") for tensor in module.parameters())

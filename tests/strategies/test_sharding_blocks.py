@@ -51,6 +51,19 @@ def test_what_transformers_says():
     assert list(find_blocks(LikeTransformers(), None)) == ["first", "second"]
 
 
+def test_embeddings_that_the_last_layer_shares_are_no_block():
+    module = LikeTransformers()
+    module.heads[0].weight = module.first.up.weight
+    assert list(find_blocks(module, None)) == ["second"]
+    refuse_tied(module, find_blocks(module, None))
+    with pytest.raises(ConfigurationError, match=r"'first\.up\.weight' and 'heads\.0\.weight' are one parameter"):
+        refuse_tied(module, find_blocks(module, ["Block"]))
+    module = LikeTransformers()
+    module.second.up.weight = module.first.up.weight  # each block would have to be gathered for the other
+    with pytest.raises(ConfigurationError, match="in different blocks"):
+        refuse_tied(module, find_blocks(module, None))
+
+
 @pytest.mark.parametrize(
     "wanted, found",
     [
