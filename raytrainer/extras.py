@@ -29,7 +29,7 @@ def _declared() -> list[str]:
         return []
 
 
-def not_installed(what: str, package: str, extra: str, instead: str = "") -> ConfigurationError:
+def not_installed(what: str, package: str, extra: str, instead: str = "", where: str = "") -> ConfigurationError:
     """The error for `what`, which needs a package of an extra.
 
     Args:
@@ -37,9 +37,10 @@ def not_installed(what: str, package: str, extra: str, instead: str = "") -> Con
         package: What it imports, as pip calls it.
         extra: The extra that has it.
         instead: What could be done without.
+        where: Of which process this is said, if it is not plain.
     """
     wanted = " ".join(f"'{requirement}'" for requirement in requirements(extra) or [package])
     return ConfigurationError(
-        f"{what} needs {package}, which is not installed: pip install {wanted} (raytrainer's extra {extra!r})"
+        f"{what} needs {package}, which is not installed{where}: pip install {wanted} (raytrainer's extra {extra!r})"
         f"{f', or {instead}' if instead else ''}."
     )

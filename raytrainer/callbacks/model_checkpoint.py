@@ -158,6 +158,12 @@ class ModelCheckpoint(Callback):
         )
 
     @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is to be expected: with `save_top_k=0` only the last, or a failure's, if asked for."""
+        at_times = bool(self.every_n_epochs or self.every_n_train_steps or self.train_time_interval)
+        return bool((self.save_top_k != 0 and at_times) or self.save_last or self.save_on_exception)
+
+    @property
     def saved_step(self) -> int:
         """The step of the newest checkpoint of this run, or of the one that it went on from; 0: there is none."""
         return max(self._saved_step, self._last_saved_step)
@@ -422,7 +428,7 @@ class ModelCheckpoint(Callback):
 
     def require_writable(self) -> None:
         """Find out whether the folder, if it is known by now, can be written to; see `Raises` above."""
-        if self.dirpath is not None and (self.save_top_k != 0 or self.save_last):
+        if self.dirpath is not None and self.saves:
             require_writable(self.dirpath, "ModelCheckpoint")
 
     def _remove(self, trainer: RunningTrainer, path: str) -> None:

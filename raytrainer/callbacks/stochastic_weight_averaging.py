@@ -75,11 +75,12 @@ class StochasticWeightAveraging(WorkerCallback):
         self.annealing_strategy = checks.choice("annealing_strategy", annealing_strategy, ("cos", "linear"))
         self.avg_fn, self.device = avg_fn, device
         self._averaged: AveragedWeights | None = None
+        self._ended: AveragedWeights | None = None  # once the module has the averages, for a checkpoint of the end
         self._first = 0
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
         """Begin anew."""
-        self._averaged = None
+        self._averaged = self._ended = None
         start, epochs = self.swa_epoch_start, trainer.max_epochs
         if isinstance(start, float):
             if epochs < 0 and stage == "fit":
@@ -112,6 +113,7 @@ class StochasticWeightAveraging(WorkerCallback):
     def on_train_end(self, trainer: TrainerView, module: Module) -> None:
         """Put the averages into the module, and bring batch normalisation up to date with them."""
         averaged, self._averaged = self._averaged, None
+        self._ended = averaged or self._ended
         if averaged is None or not averaged.count:
             log.warning("StochasticWeightAveraging: training ended before epoch %d; nothing is averaged.", self._first)
             return
@@ -125,6 +127,7 @@ class StochasticWeightAveraging(WorkerCallback):
     def on_fit_end(self, trainer: TrainerView, module: Module) -> None:
         """Put the averages into the module where training had ended by the checkpoint that the run goes on from."""
         averaged, self._averaged = self._averaged, None
+        self._ended = averaged or self._ended
         if averaged is None or not averaged.count:
             return
         averaged.swap(True)
@@ -136,11 +139,19 @@ class StochasticWeightAveraging(WorkerCallback):
         state = checkpoint["worker_callbacks"].get(self.state_key)
         if state:
             averaged = self._begin(trainer, module)
-            if state["count"]:
+            if "current" in state:  # of the end, whose weights are the averages
+                averaged.restore(checkpoint["state_dict"], state["current"], state["count"])
+            elif state["count"]:
                 averaged.restore(state["averages"], averaged.current, state["count"])
 
+    def teardown(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Let the weights go that were being trained."""
+        self._ended = None
+
     def state_dict(self) -> dict[str, Any]:
-        """The averages."""
+        """The averages; at the end, which has these as its weights, the weights that were being trained."""
+        if self._ended is not None:
+            return {"current": self._ended.current, "count": self._ended.count}
         if self._averaged is None:
             return {}
         return {"averages": self._averaged.averages, "count": self._averaged.count}

@@ -51,6 +51,7 @@ class WeightAveraging(WorkerCallback):
         self.use_buffers, self.device = use_buffers, device
         self._avg_fn, self._multi_avg_fn = avg_fn, multi_avg_fn
         self._averaged: AveragedWeights | None = None
+        self._ended: AveragedWeights | None = None  # once the module has the averages, for a checkpoint of the end
         self._step = 0  # of the last look
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -64,7 +65,7 @@ class WeightAveraging(WorkerCallback):
 
     def setup(self, trainer: TrainerView, module: Module, stage: str) -> None:
         """Begin anew."""
-        self._averaged = None
+        self._averaged = self._ended = None
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Count steps from here."""
@@ -105,7 +106,7 @@ class WeightAveraging(WorkerCallback):
         """Leave the averages in the module."""
         if self._averaged is not None:
             self._averaged.swap(True)
-            self._averaged = None
+            self._averaged, self._ended = None, self._averaged
 
     def on_fit_end(self, trainer: TrainerView, module: Module) -> None:
         """The same where training had ended by the checkpoint that the run goes on from."""
@@ -125,9 +126,12 @@ class WeightAveraging(WorkerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights being trained; the averages are the checkpoint's."""
-        if self._averaged is None:
-            return {}
-        return {"current": self._averaged.current, "count": self._averaged.count}
+        averaged = self._averaged or self._ended
+        return {} if averaged is None else {"current": averaged.current, "count": averaged.count}
+
+    def teardown(self, trainer: TrainerView, module: Module, stage: str) -> None:
+        """Let the weights go that were being trained."""
+        self._ended = None
 
     def _update(self, trainer: TrainerView, module: Module) -> None:
         if self._averaged is None:

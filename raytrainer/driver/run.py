@@ -92,7 +92,7 @@ class Run(RunCheckpoints):
         group = self.regroup()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
-        coordinator.snapshots.saves = any(isinstance(c, ModelCheckpoint) for c in self._driver_callbacks)
+        coordinator.snapshots.saves = any(isinstance(c, ModelCheckpoint) and c.saves for c in self._driver_callbacks)
         self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())

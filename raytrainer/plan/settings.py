@@ -151,7 +151,8 @@ def _refuse_contradictions(settings: Settings, given: dict[str, Any]) -> None:
             f"use gpus=..., or sync_batchnorm=False (each worker then normalises by its own samples)."
         )
     if settings.precision == "float8":
-        if find_spec("torchao") is None:
+        # workers have an environment of their own, and tell of what is missing there
+        if settings.strategy == "local" and find_spec("torchao") is None:
             raise not_installed('precision="float8"', "torchao", "float8", 'use precision="bf16-mixed"')
         if settings.sharding is not None and settings.sharding.layout(settings.num_nodes, settings.world_size)[2] > 1:
             raise ConfigurationError(

@@ -110,7 +110,9 @@ def _layer_kind(emulated: bool) -> type[nn.Linear]:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         instead = 'use precision="bf16-mixed"'
-        raise not_installed('precision="float8"', "torchao", "float8", instead) from error
+        raise not_installed(
+            'precision="float8"', "torchao", "float8", instead, where=" in the environment of the workers"
+        ) from error
     plain = nn.Linear(_MULTIPLE, _MULTIPLE, device="meta")
     # Any: the checker knows no class that is found at run time
     theirs: Any = convert_to_float8_training(plain, config=Float8LinearConfig(emulate=emulated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -87,3 +88,18 @@ def test_a_finished_run_that_is_started_again_ends_with_the_averages(averaging, 
     assert torch.equal(weights(again), weights(module)) and again.events == []
     trainer.save_checkpoint(tmp_path / "over.ckpt")
     assert torch.equal(weights(Tiny.load_from_checkpoint(tmp_path / "over.ckpt")), weights(module))
+
+
+@pytest.mark.parametrize("averaging", [lambda: EMAWeightAveraging(0.5), lambda: StochasticWeightAveraging(0.1, 0)])
+def test_a_run_that_is_saved_after_its_end_goes_on_with_the_weights_that_were_trained(
+    averaging, local_trainer, tmp_path
+):
+    straight = Tiny()
+    first, second = copy.deepcopy(straight), copy.deepcopy(straight)
+    local_trainer(max_epochs=4, callbacks=averaging()).fit(straight, data())
+    trainer = local_trainer(max_epochs=3, callbacks=averaging())
+    trainer.fit(first, data())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.equal(weights(Tiny.load_from_checkpoint(tmp_path / "end.ckpt")), weights(first))  # the averages
+    local_trainer(max_epochs=4, callbacks=averaging()).fit(second, data(), ckpt_path=tmp_path / "end.ckpt")
+    assert torch.equal(weights(second), weights(straight)) and not torch.equal(weights(first), weights(straight))

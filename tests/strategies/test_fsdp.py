@@ -20,6 +20,7 @@ from sharded_models import (
     compare,
     joined,
     loader,
+    same_bits,
     table,
     weights,
 )
@@ -355,8 +356,16 @@ def test_modules(make, forked):
     ],
     ids=["ema", "swa"],
 )
-def test_averages_of_weights(callback, forked):
-    compare(forked, Net, val=loader(5, 2), callbacks=lambda: [callback()], max_epochs=3)
+def test_averages_of_weights(callback, forked, tmp_path):
+    second = Net()
+    _, two = compare(forked, Net, val=loader(5, 2), callbacks=lambda: [callback()], max_epochs=3)
+    two.save_checkpoint(tmp_path / "end.ckpt")
+    common = {"precision": 64, "max_epochs": 4}
+    forked(callbacks=[callback()], **common).fit(second, loader(32, 4), ckpt_path=tmp_path / "end.ckpt")
+    torch.manual_seed(0)
+    straight = Net()
+    forked(callbacks=[callback()], **common).fit(straight, loader(32, 4))
+    assert same_bits(straight, second)
 
 
 # ---------------------------------------------------------------- workers that have nothing to compute

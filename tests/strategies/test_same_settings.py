@@ -56,6 +56,15 @@ def test_another_setting_on_one_worker(change, said, strategy, forked):
         fit(forked, strategy, Net(change))
 
 
+@pytest.mark.parametrize("kind", [raytrainer.DDP, raytrainer.FSDP])
+def test_nobody_looks_where_that_is_not_wanted(kind, forked):
+    fit(forked, kind(check_replicas=False), Net(("lr", 0.5)))
+    with pytest.raises(
+        DisagreementError, match=r"check_replicas=False, of DDP\(\.\.\.\) or FSDP\(\.\.\.\), nobody looks"
+    ):
+        fit(forked, kind(), Net(("lr", 0.5)))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_the_same_ones(capturable, strategy, forked):

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -168,10 +169,16 @@ def test_a_gpu_without_float8_is_refused(monkeypatch):
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
+    message = r"needs torchao.*not installed{}: pip install.*extra 'float8'.*bf16-mixed"
     monkeypatch.setattr("raytrainer.plan.settings.find_spec", lambda name: None)
-    with pytest.raises(rt.ConfigurationError, match=r"needs torchao.*pip install.*extra 'float8'.*bf16-mixed"):
-        rt.Trainer(precision="float8")
+    with pytest.raises(rt.ConfigurationError, match=message.format("")):
+        rt.Trainer(precision="float8", strategy="local")
+    rt.Trainer(precision="float8", strategy="ddp", num_processes=2)  # whose workers are asked, when there are any
     assert importlib.util.find_spec("torchao") is not None
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    float8._layer_kind.cache_clear()
+    with pytest.raises(rt.ConfigurationError, match=message.format(" in the environment of the workers")):
+        float8.to_float8(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), CPU)
 
 
 def test_split_layers_are_refused():

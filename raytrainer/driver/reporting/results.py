@@ -42,7 +42,7 @@ def outputs_by_loader(outputs: Sequence[tuple[int, int, Any]], loaders: int) -> 
 def say_where_files_go(loggers: Sequence[Logger], callbacks: Sequence[object], default_root_dir: str) -> None:
     """Log the folders of logs and checkpoints, where there are any."""
     logs = [folder for folder in (logger.log_dir for logger in loggers) if folder]
-    saving = [c for c in callbacks if isinstance(c, ModelCheckpoint) and (c.save_top_k != 0 or c.save_last)]
+    saving = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.saves]
     default = ModelCheckpoint.default_folder(first_log_dir(loggers) or default_root_dir)
     checkpoints = [default if callback.dirpath is None else callback.dirpath for callback in saving]
     if len(logs) == 1 and checkpoints == [join_path(logs[0], "checkpoints")]:
