@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from raytrainer.errors import MetricError
 
 __all__ = [
     "compute",
+    "count_once",
     "is_metric",
     "load_states",
     "metrics_in",
@@ -47,6 +49,24 @@ def metrics_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and object of every metric in a module, itself included."""
     if "torchmetrics" in sys.modules:
         yield from ((name, part) for name, part in module.named_modules() if is_metric(part))
+
+
+def count_once(metric: Any, alike: int) -> None:
+    """Have its value, where user code asks for it, count once what several workers have.
+
+    Args:
+        metric: Of a module.
+        alike: How many workers with neighbouring ranks see the same batches.
+    """
+    if alike > 1 and metric.dist_sync_fn is None and metric.process_group is None:
+        metric.dist_sync_fn = partial(_of_each, alike=alike)
+
+
+def _of_each(tensor: Tensor, group: Any = None, alike: int = 1) -> list[Tensor]:
+    from torchmetrics.utilities.distributed import gather_all_tensors
+
+    found: list[Tensor] = gather_all_tensors(tensor, group)
+    return found[::alike]
 
 
 def path_of(metric: Any, module: nn.Module, name: str) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "addresses_of",
     "drop_forward_hooks",
     "edited_while_gathered",
+    "find_anomalies_in_parts",
     "found_infinities",
     "hooks_after_accumulation",
     "is_gathered",
@@ -197,6 +198,18 @@ def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         raise _gone("it be known which part of a tensor a worker has", error) from None
     shape, at = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(at)
+
+
+def find_anomalies_in_parts() -> None:
+    """Have torch's search for anomalies look at gradients of layers that are split, too: all of their workers do.
+
+    torch has no rule for the operator that it asks (seen in 2.13.0). Where none can be given, it says so itself.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.experimental import register_sharding
+
+        register_sharding(torch.ops.aten._is_any_true.default)(lambda x: [([Replicate()], [Replicate()])])
 
 
 def found_infinities(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from raytrainer.data.sharding import Share
-from raytrainer.metrics.metric_objects import is_metric
+from raytrainer.metrics.metric_objects import count_once, is_metric
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import is_gathered, own_parameters
@@ -108,6 +108,7 @@ class FSDPStrategy(ShardedState):
         for part in module.modules():
             if is_metric(part):
                 part.to(self.device)
+                count_once(part, self._splitters)
             else:
                 part._apply(self._moved, recurse=False)
         self._start = SameStart(module)
@@ -277,6 +278,8 @@ class FSDPStrategy(ShardedState):
 
     def begin_round(self, module: nn.Module, has_batch: bool, computes: bool) -> bool:
         if not self.gatherings.several:
+            if not has_batch:
+                self.end_evaluation(module)  # the next hooks may change weights, which are shards then, as with several
             return has_batch
         anybody = self.gatherings.begin_round(has_batch, computes)
         if anybody and not computes:

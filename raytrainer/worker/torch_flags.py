@@ -34,6 +34,10 @@ def apply_flags(settings: Settings) -> Callable[[], None]:
         torch.set_float32_matmul_precision(matmul)
     if settings.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
+        if settings.sharding is not None:
+            from raytrainer.private.fsdp_private import find_anomalies_in_parts  # which imports much
+
+            find_anomalies_in_parts()
 
     def undo() -> None:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

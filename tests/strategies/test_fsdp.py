@@ -348,7 +348,7 @@ def test_modules(make, forked):
     compare(forked, make, val=loader(5, 2))
 
 
-@pytest.mark.parametrize(
+averaging = pytest.mark.parametrize(
     "callback",
     [
         lambda: rt.EMAWeightAveraging(0.8),
@@ -356,6 +356,14 @@ def test_modules(make, forked):
     ],
     ids=["ema", "swa"],
 )
+
+
+@averaging
+def test_averages_of_weights_on_one_worker(callback, forked):
+    compare(forked, Net, "fsdp", workers=1, val=loader(5, 2), callbacks=lambda: [callback()], max_epochs=3)
+
+
+@averaging
 def test_averages_of_weights(callback, forked, tmp_path):
     second = Net()
     _, two = compare(forked, Net, val=loader(5, 2), callbacks=lambda: [callback()], max_epochs=3)

@@ -83,6 +83,38 @@ def test_equals_one_process(layout, options, forked):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_metric_that_a_hook_asks_for_its_value_counts_each_part_of_the_data_once(forked):
+    """Also with averages of weights, which hooks of a validation put in and take out."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Asked(Split):
+        def __init__(self):
+            super().__init__()
+            self.seen = torchmetrics.CatMetric()
+
+        def validation_step(self, batch, batch_idx):
+            self.seen.update(self(batch[0]).detach())
+
+        def on_validation_epoch_end(self):
+            self.log("val", self.seen.compute().sum())
+            self.seen.reset()
+
+    for layout in ((2, 1, None), (2, 2, None)):
+        one, two = fit_both(forked, Asked, layout, val=loader(9, 2), callbacks=[rt.EMAWeightAveraging(0.5)])
+        torch.testing.assert_close(two.callback_metrics["val"], one.callback_metrics["val"])
+
+
+def test_anomalies_are_looked_for_in_split_layers(forked):
+    class Spoils(Split):
+        def training_step(self, batch, batch_idx):
+            spoilt = (self.head.bias.sum() * 0).sqrt() * 0 if batch_idx == 2 else 0.0
+            return super().training_step(batch, batch_idx) + spoilt
+
+    trainer = forked(strategy=rt.ModelParallel(tensor=2), detect_anomaly=True, max_epochs=1)
+    with pytest.raises(RuntimeError, match="SqrtBackward0' returned nan"):
+        trainer.fit(Spoils(), loader(16, 4, torch.float32))
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", [(2, 2, None), (1, 2, 2)], ids=str)
 def test_resuming_is_equal_bit_by_bit(layout, forked, tmp_path):
