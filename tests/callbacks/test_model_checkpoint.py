@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from raytrainer.callbacks.callback import Callback, WorkerCallback
 from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.errors import ConfigurationError
+from raytrainer.worker.worker import Worker
 
 
 def stored(trainer: Any) -> list[str]:
@@ -443,3 +445,20 @@ def test_a_run_that_fails_before_it_goes_on_is_saved_where_it_began(tmp_path, lo
 def test_last_is_one_of_three():
     with pytest.raises(ConfigurationError, match="save_last='copy'"):
         ModelCheckpoint(save_last="copy")
+
+
+@pytest.mark.parametrize(
+    ("options", "saves"),
+    [
+        ({}, True), ({"save_top_k": 0}, False), ({"save_top_k": 0, "save_last": True}, True),
+        ({"every_n_epochs": 0}, False), ({"save_top_k": 0, "save_on_exception": True}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_memory_for_copies_is_set_aside_where_it_saves(options, saves, local_trainer, tmp_path, monkeypatch):
+    asked = []
+    noted = functools.wraps(Worker.prepare_capture)(lambda worker: asked.append(1))
+    monkeypatch.setattr(Worker, "prepare_capture", noted)
+    saver = ModelCheckpoint(tmp_path, **options)
+    local_trainer(max_epochs=2, enable_checkpointing=True, callbacks=saver).fit(Tiny(), data())
+    assert saver.saves is bool(asked) is saves
