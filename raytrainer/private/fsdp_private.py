@@ -29,6 +29,7 @@ __all__ = [
     "DispatchMode",
     "accumulated_gradients",
     "addresses_of",
+    "averaged_over",
     "drop_forward_hooks",
     "edited_while_gathered",
     "find_anomalies_in_parts",
@@ -102,6 +103,24 @@ def _named_or_unnamed(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     for group in _groups(module):
         for parameter in group.fsdp_params:
             yield None, parameter
+
+
+def averaged_over(module: nn.Module) -> dict[tuple[int, str], int]:
+    """Over how many workers the gradients of what a module gathers by itself are averaged.
+
+    By the id of the part that has a parameter, and its name there: the parameter itself may be replaced. {} where it
+    cannot be known.
+    """
+    found: dict[tuple[int, str], int] = {}
+    with contextlib.suppress(AttributeError):
+        for group in _groups(module):
+            for parameter in group.fsdp_params:
+                info = parameter._module_info
+                places = zip(
+                    (info.module, *info.shared_modules), (info.param_name, *info.shared_param_names), strict=True
+                )
+                found |= {(id(part), name): int(parameter.mesh_info.mesh.size()) for part, name in places}
+    return found
 
 
 def is_gathered(module: nn.Module) -> bool:

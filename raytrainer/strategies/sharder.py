@@ -12,12 +12,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from raytrainer.errors import ConfigurationError
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import drop_forward_hooks
 from raytrainer.private.torch_private import BATCH_NORMS
 from raytrainer.strategies.materialising import Materialiser
 from raytrainer.strategies.sharding_blocks import find_blocks, refuse_tied
-from raytrainer.strategies.sharding_refusals import refuse_mixed, refuse_unfit
+from raytrainer.strategies.sharding_refusals import refuse_apart, refuse_mixed, refuse_unfit
 from raytrainer.strategies.shards import local_part
 
 __all__ = ["Sharder"]
@@ -57,6 +58,12 @@ class Sharder:
         """
         blocks: dict[str, Any]
         refuse_unfit(module)
+        if isinstance(module, FSDPModule):
+            name = type(module).__name__.removeprefix("FSDP")
+            raise ConfigurationError(
+                f"fsdp: configure_model calls fully_shard on {name} itself: leave that call out. The strategy shards what "
+                f"is in no part that configure_model has sharded."
+            )
         _lay_out(module)
         if any(isinstance(part, FSDPModule) for part in module.modules()):  # by the user's configure_model
             convert(module)
@@ -77,6 +84,7 @@ class Sharder:
         self._norms(module)
         refuse_mixed(module, _sharded_parts(module))
         drop_forward_hooks(module, lambda: self._shard(module, None, self._root_policy))
+        refuse_apart(module, _sharded_parts(module), self.mesh)
         self._prefetch(list(blocks.values()))
         return self._describe(module, blocks)
 

@@ -83,7 +83,8 @@ def _repeated(module: nn.Module) -> dict[str, nn.Module]:
         members = {n: part for n, part in container.named_children() if any(True for _ in part.parameters())}
         composed = all(any(True for _ in part.children()) for part in members.values())
         of_one_class = len({type(part) for part in members.values()}) == 1
-        if len(members) > 1 and of_one_class and (type(container) is nn.ModuleList or composed):
+        never_called = any(isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in members.values())
+        if len(members) > 1 and of_one_class and not never_called and (type(container) is nn.ModuleList or composed):
             found |= {f"{name}.{n}" if name else n: part for n, part in members.items()}
     return {name: part for name, part in module.named_modules() if name in found}
 

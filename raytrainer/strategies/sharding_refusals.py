@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.private.fsdp_private import averaged_over
 
-__all__ = ["explained", "refuse_hooks", "refuse_mixed", "refuse_sharded_loss", "refuse_unfit"]
+__all__ = ["explained", "refuse_apart", "refuse_hooks", "refuse_mixed", "refuse_sharded_loss", "refuse_unfit"]
 
 
 def refuse_unfit(module: nn.Module) -> None:
@@ -89,6 +90,41 @@ def refuse_mixed(module: nn.Module, within: Mapping[str, nn.Module]) -> None:
             f"Give them one type, or name blocks that keep them apart: FSDP(blocks=[...]); those that do not train "
             f"(requires_grad=False) may be of any."
         )
+
+
+def refuse_apart(module: nn.Module, parts: Mapping[str, nn.Module], mesh: Any) -> None:
+    """Refuse parameters whose gradients would not be averaged over all workers, so that these drift apart.
+
+    Args:
+        module: All of it, in shards.
+        parts: What of it `fully_shard` was called on.
+        mesh: Over which they are to be averaged.
+
+    Raises:
+        ConfigurationError: Names them.
+    """
+    over = {place: n for part in parts.values() for place, n in averaged_over(part).items()}
+    workers = int(mesh.size())
+    trained = {
+        f"{path}.{name}" if path else name: over.get((id(part), name), 1)
+        for path, part in module.named_modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    wrong = {name: found for name, found in trained.items() if found != workers}
+    if not wrong or not over:
+        return
+    whole = [name for name, found in wrong.items() if found == 1]
+    if whole:
+        raise ConfigurationError(
+            f"fsdp: {_shown(whole)} are in no shards (ignored_params of fully_shard, or a mesh of one worker), so that "
+            f"each of {workers} workers would train its own: leave them to fully_shard, or freeze them."
+        )
+    axes = ", ".join(f'"{name}"' for name in (mesh.mesh_dim_names or ()))
+    raise ConfigurationError(
+        f"fsdp: gradients of {_shown(wrong)} would be averaged over {next(iter(wrong.values()))} of {workers} workers: "
+        f"in configure_model give fully_shard mesh=self.device_mesh[{axes}]."
+    )
 
 
 _WHOLE_WHEN = (

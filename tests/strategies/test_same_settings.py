@@ -59,9 +59,7 @@ def test_another_setting_on_one_worker(change, said, strategy, forked):
 @pytest.mark.parametrize("kind", [raytrainer.DDP, raytrainer.FSDP])
 def test_nobody_looks_where_that_is_not_wanted(kind, forked):
     fit(forked, kind(check_replicas=False), Net(("lr", 0.5)))
-    with pytest.raises(
-        DisagreementError, match=r"check_replicas=False, of DDP\(\.\.\.\) or FSDP\(\.\.\.\), nobody looks"
-    ):
+    with pytest.raises(DisagreementError, match="another lr"):
         fit(forked, kind(), Net(("lr", 0.5)))
 
 

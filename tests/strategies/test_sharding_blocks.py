@@ -38,6 +38,12 @@ def test_members_of_a_list_of_one_class():
     assert list(find_blocks(layers(Block()), None)) == []
 
 
+def test_lists_in_lists():
+    nested = layers(nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(), Block()]))
+    assert list(find_blocks(nested, None)) == ["layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1"]
+    assert list(find_blocks(layers(nn.ModuleDict({"a": Block()}), nn.ModuleDict({"a": Block()})), None)) == []
+
+
 def test_a_sequential_of_modules_with_parts():
     assert list(find_blocks(nn.Sequential(Block(), Block()), None)) == ["0", "1"]
     assert list(find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), None)) == []

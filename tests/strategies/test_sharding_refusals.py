@@ -301,3 +301,35 @@ def test_logging_a_part_of_a_number_is_refused(forked):
 
     with pytest.raises(rt.MetricError, match=r"log its full_tensor\(\)"):
         forked(max_epochs=1).fit(Logs(), loader(32, 4, torch.float32))
+
+
+class ShardsApart(Net):
+    """Its `configure_model` calls `fully_shard`, on itself or with less than all workers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh, block = self.device_mesh["data_parallel"], self.blocks[0]
+        if self.how == "itself":
+            fully_shard(self, mesh=mesh)
+        else:
+            fully_shard(block, mesh=mesh, ignored_params={block.norm.bias} if self.how == "ignored" else None)
+
+
+@pytest.mark.parametrize(
+    "how, strategy, message",
+    [
+        ("itself", rt.FSDP(), r"calls fully_shard on ShardsApart itself: leave that call out"),
+        ("ignored", rt.FSDP(), r"'blocks\.0\.norm\.bias' are in no shards .* each of 2 workers would train its own"),
+        ("a copy", rt.FSDP(replicate=2), r'averaged over 2 of 4 workers.*device_mesh\["replicate", "data_par'),
+    ],
+    ids=["itself", "ignored", "a copy"],
+)  # fmt: skip
+def test_what_would_not_be_averaged_over_all_is_refused(how, strategy, message, forked):
+    trainer = forked(strategy=strategy, num_processes=4 if strategy.replicate else 2, max_epochs=1)
+    with pytest.raises(rt.ConfigurationError, match=message):
+        trainer.fit(ShardsApart(how), loader(32, 4, torch.float32))
