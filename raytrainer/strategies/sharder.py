@@ -61,7 +61,7 @@ class Sharder:
         if isinstance(module, FSDPModule):
             name = type(module).__name__.removeprefix("FSDP")
             raise ConfigurationError(
-                f"fsdp: configure_model calls fully_shard on {name} itself: leave that call out. The strategy shards what "
+                f"fsdp: configure_model calls fully_shard on {name} itself: leave that out. The strategy shards what "
                 f"is in no part that configure_model has sharded."
             )
         _lay_out(module)

@@ -323,7 +323,7 @@ class ShardsApart(Net):
 @pytest.mark.parametrize(
     "how, strategy, message",
     [
-        ("itself", rt.FSDP(), r"calls fully_shard on ShardsApart itself: leave that call out"),
+        ("itself", rt.FSDP(), r"calls fully_shard on ShardsApart itself: leave that out"),
         ("ignored", rt.FSDP(), r"'blocks\.0\.norm\.bias' are in no shards .* each of 2 workers would train its own"),
         ("a copy", rt.FSDP(replicate=2), r'averaged over 2 of 4 workers.*device_mesh\["replicate", "data_par'),
     ],
