@@ -33,7 +33,7 @@ from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Whereabouts, whereabouts
 from raytrainer.task import Task
 from raytrainer.tensor_packing import pack, unpack
-from raytrainer.worker.actor.stack_dump import ask, can_be_asked
+from raytrainer.worker.actor.stack_dump import ask, can_be_asked, glance
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
@@ -154,7 +154,8 @@ class ForkedGroup:
         return [whereabouts(rank, f"pid {pid}", ask(pid, stacks, patience)) for rank, (pid, stacks) in enumerate(asked)]
 
     def _asked_now(self) -> Callable[[], list[Whereabouts]]:
-        found = self.whereabouts(5.0)
+        asked = zip(self.pids, self._stacks, strict=True)
+        found = [whereabouts(rank, f"pid {pid}", glance(pid, path, 5.0)) for rank, (pid, path) in enumerate(asked)]
         return lambda: found
 
     def call_off(self) -> None:

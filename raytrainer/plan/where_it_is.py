@@ -17,6 +17,8 @@ __all__ = [
     "DRIVER",
     "LOADERS_PROCESS",
     "PROCESSOR",
+    "TURNS",
+    "WRITTEN",
     "Frame",
     "Silence",
     "Whereabouts",
@@ -27,14 +29,15 @@ __all__ = [
     "whereabouts",
 ]
 
-_THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+")
+_THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+|^Stack \(most recent")  # the last: of one that writes alone
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 
 #: Begins the line in front of what a process of the worker's loader has written.
 LOADERS_PROCESS = "Process of the loader:"
 
-#: Begin lines behind what a worker has written: which batch it is in, and how much time it has computed so far.
-BATCH, PROCESSOR = "In batch", "Seconds of processor time:"
+#: Begin lines behind what a worker has written: which batch it is in, for how long it and its children have computed so
+#: far, how much it has sent or written, and how often its main thread has begun to wait.
+BATCH, PROCESSOR, WRITTEN, TURNS = "In batch", "Seconds of processor time:", "Bytes written:", "Waits begun:"
 
 _OWN = Path(__file__).parents[1].as_posix()
 _VERBS = "/worker/worker.py"  # what obeys the driver is called by
@@ -105,7 +108,9 @@ class Whereabouts:
         threads: The whole dump.
         seconds: For how long the driver has waited for the workers' answer; None where it does not.
         batch: The epoch's batch that it trains on; None where it trains on none, or where that is not known.
-        processor: Seconds for which its process has computed so far; None where that is not known.
+        processor: Seconds for which its process and its children have computed so far; None where it is not known.
+        written: Bytes that its process has written or sent so far; None likewise.
+        turns: How often its main thread has begun to wait for something so far; None likewise.
     """
 
     rank: int
@@ -117,6 +122,8 @@ class Whereabouts:
     seconds: float | None = None
     batch: int | None = None
     processor: float | None = None
+    written: float | None = None
+    turns: float | None = None
 
     @property
     def where(self) -> str:
@@ -195,12 +202,12 @@ def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -
     """
     own, *loaders = dump.split(LOADERS_PROCESS)
     threads = frames_of_threads(own)
-    batch, processor = _number(own, BATCH), _number(own, PROCESSOR)
+    batch, *done = (_number(own, what) for what in (BATCH, PROCESSOR, WRITTEN, TURNS))
     package = _package(threads)
     training = next((frames for frames in threads if any(_trains(frame, package) for frame in frames)), None)
     if training is None:  # between verbs
         idle = threads[-1][0] if threads and threads[-1] else None
-        return Whereabouts(rank, node, None, idle, DRIVER if idle else "", dump, seconds)
+        return Whereabouts(rank, node, None, idle, DRIVER if idle else "", dump, seconds, None, *done)
     inside = training[: next(i for i, frame in enumerate(training) if _trains(frame, package))]
     user = _users(inside, package)
     # what called the user's line, a backward pass its hook, say, is not what that waits for
@@ -216,7 +223,7 @@ def whereabouts(rank: int, node: str, dump: str, seconds: float | None = None) -
         hook = next(filter(None, (_users(frames, package) for frames in hooks)), None)
         user, waits_for = (user, waits_for) if hook is None else (hook, "")
     at = None if batch is None else int(batch)
-    return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds, at, processor)
+    return Whereabouts(rank, node, user, training[0], waits_for, dump, seconds, at, *done)
 
 
 def _number(dump: str, what: str) -> float | None:

@@ -12,19 +12,27 @@ from raytrainer.plan.where_it_is import DRIVER, Frame, Whereabouts
 LINE = Frame("train.py", 15, "training_step")
 ENGINE = Frame("torch/autograd/graph.py", 979, "_engine_run_backward")
 AVERAGES = "the backward pass, and in it averages over the workers"
-GATHER = Frame("torch/c10d.py", 7, "all_gather")
-BACKWARD = Whereabouts(0, "pid 1", None, ENGINE, AVERAGES, "", 9.0, 2, 5.0)
-GATHERS = Whereabouts(1, "pid 2", LINE, GATHER, "the collective all_gather", "", 9.0, 2, 5.0)
-IDLE = Whereabouts(0, "pid 1", None, Frame("x.py", 1, "f"), DRIVER, "")
+GATHER = Frame("torch/distributed/distributed_c10d.py", 7, "all_gather")
+BACKWARD = Whereabouts(0, "pid 1", None, ENGINE, AVERAGES, "", 9.0, 2, 5.0, 7e9, 30)
+GATHERS = Whereabouts(1, "pid 2", LINE, GATHER, "the collective all_gather", "", 9.0, 2, 5.0, 7e9, 30)
+IDLE = Whereabouts(0, "pid 1", None, Frame("x.py", 1, "f"), DRIVER, "", written=0.0)
 
 
-def looks(*each, answered=(), computes=0.0):
-    """As often as is needed, five seconds apart; `computes` is what each worker computes from look to look."""
+def looks(*each, answered=(), computes=0.0, writes=0, turns=0):
+    """As often as is needed, five seconds apart; `computes` and so on is what each one does from look to look."""
     return [
         Look(
             10.0 + 5 * n,
             frozenset(answered),
-            [replace(e, processor=e.processor and e.processor + n * computes) for e in each],
+            [
+                replace(
+                    e,
+                    processor=e.processor and e.processor + n * computes,
+                    written=e.written and e.written + n * writes,
+                    turns=e.turns and e.turns + n * turns,
+                )
+                for e in each
+            ],
         )
         for n in range(LOOKS)
     ]
@@ -45,6 +53,8 @@ def test_one_that_nobody_is_left_to_meet():
 
 
 COMPUTES = replace(BACKWARD, waits_for="", user=LINE)
+COMPILES = replace(BACKWARD, innermost=Frame("lib/python3.11/threading.py", 320, "wait"))
+SENDS = replace(IDLE, written=1.0)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,13 @@ COMPUTES = replace(BACKWARD, waits_for="", user=LINE)
         looks(BACKWARD, GATHERS)[1:],
         looks(BACKWARD, replace(BACKWARD, rank=1)),  # a slow network
         looks(BACKWARD, GATHERS, computes=1.0),
+        looks(BACKWARD, GATHERS, computes=-1.0),  # a child has ended, and nobody knows what it has done
+        looks(BACKWARD, GATHERS, writes=1 << 20),  # by a slow network
+        looks(SENDS, GATHERS, answered={0}, writes=1 << 20),  # what it sends is sent yet
+        looks(BACKWARD, GATHERS, turns=100),  # many small ones
+        looks(COMPILES, GATHERS),  # the backward pass, by another program
+        looks(replace(BACKWARD, written=None), GATHERS),
+        looks(replace(BACKWARD, turns=None), GATHERS),
         looks(COMPUTES, GATHERS),
         looks(replace(BACKWARD, innermost=None), GATHERS),  # does not answer
         looks(IDLE, GATHERS),  # has not begun
@@ -72,4 +89,5 @@ def test_a_loop_that_looks_for_others_takes_turns_of_its_own_lines():
     seen = looks(BACKWARD, replace(GATHERS, user=None, waits_for="the other workers"))
     other = replace(seen[1].found[1], innermost=replace(GATHER, line=8))
     seen[1] = replace(seen[1], found=[seen[1].found[0], other])
+    seen[2].found[1] = replace(seen[2].found[1], turns=5000)
     assert standstill(seen) is not None

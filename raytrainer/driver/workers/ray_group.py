@@ -184,7 +184,7 @@ class RayGroup:
             packed = packed_verb(verb, args, kwargs or {})
             refs = [actor.obey_packed.remote(packed) for actor in told]
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
-        watch = StandstillWatch(lambda: Asking(self.places, self._silence)) if self.size > 1 else None
+        watch = StandstillWatch(lambda: Asking(self.places, self._silence, True)) if self.size > 1 else None
         with self._silence:
             return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks, watch)
 

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrainer.plan.where_it_is import Silence, Whereabouts, whereabouts
 from raytrainer.worker.actor.place import Place
-from raytrainer.worker.actor.stack_dump import ask
+from raytrainer.worker.actor.stack_dump import ask, glance
 
 __all__ = ["Asking"]
 
@@ -28,15 +28,16 @@ class Asking:
     Args:
         places: Theirs.
         silence: Of the driver, which waits for something else of them.
+        main: Whether their main threads alone are to answer, which harms no process that goes on.
     """
 
-    def __init__(self, places: Sequence[Place], silence: Silence) -> None:
+    def __init__(self, places: Sequence[Place], silence: Silence, main: bool = False) -> None:
         remote = ray.remote(num_cpus=0, max_retries=0)(_asked)
         self._places, self._silence, self._until = places, silence, time.monotonic() + LATE
         self._refs: list[Any] = []
         for place in places:
             there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-            self._refs.append(remote.options(scheduling_strategy=there).remote(place.pid, place.stacks))
+            self._refs.append(remote.options(scheduling_strategy=there).remote(place.pid, place.stacks, main))
 
     def found(self, patience: float) -> list[Whereabouts]:
         """Where each worker is, by rank; those that have not answered after `patience` seconds are told so."""
@@ -56,8 +57,8 @@ class Asking:
         return None if late and time.monotonic() < self._until else self.found(0.0)
 
 
-def _asked(pid: int, path: str | None) -> str:
-    return "" if path is None else ask(pid, path, WRITING)
+def _asked(pid: int, path: str | None, main: bool) -> str:
+    return "" if path is None else (glance if main else ask)(pid, path, WRITING)
 
 
 def _text(ref: Any) -> str:

@@ -13,7 +13,7 @@ from raytrainer.plan.where_it_is import Whereabouts
 __all__ = ["StandstillWatch"]
 
 #: Seconds without all answers after which it is first looked, and between looks; of a second's work that is for long.
-_FIRST, _EVERY = 8.0, 5.0
+_FIRST, _EVERY = 15.0, 10.0
 
 #: Longer waits are looked at less often: after so much more of the time that they have taken, and for each worker so
 #: many seconds.

@@ -1,0 +1,81 @@
+"""A look at what a worker does, from beside: it hurts nobody, and sees what the worker's children do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raytrainer.plan.where_it_is import whereabouts
+from raytrainer.worker.actor.stack_dump import glance
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc here")
+
+BUSY = """
+import sys, threading
+from pathlib import Path
+from raytrainer.worker.actor.stack_dump import can_be_asked
+
+def deep(n):
+    # frames that come and go, also as others than before
+    return [x * x for x in range(20)] if n == 0 else eval("f(n - 1)", {"f": deep, "n": n})
+
+def busy():
+    while True:
+        deep(40)
+
+print(can_be_asked(Path(sys.argv[1])), flush=True)
+threading.Thread(target=busy, daemon=True).start()
+sys.stdin.read()
+"""
+PARENT = """
+import subprocess, sys
+from pathlib import Path
+from raytrainer.worker.actor.stack_dump import can_be_asked
+
+print(can_be_asked(Path(sys.argv[1])), flush=True)
+with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+    sys.stdin.read()
+    child.kill()
+"""
+
+
+@pytest.fixture
+def started(tmp_path):
+    processes = []
+
+    def start(code):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return processes[-1], processes[-1].stdout.readline().strip()
+
+    yield start
+    for process in processes:
+        process.communicate()
+
+
+def test_threads_that_go_on_meanwhile(started):
+    process, path = started(BUSY)
+    # of a few hundred dumps of all threads one ends the process
+    said = [glance(process.pid, path, 60.0) for _ in range(30)]
+    assert process.poll() is None
+    assert all("busy" not in text and "<module>" in text for text in said)
+
+
+def test_what_a_child_computes_counts(started):
+    process, path = started(PARENT)
+    before, deadline = whereabouts(0, "", glance(process.pid, path, 60.0)), time.monotonic() + 60
+    while (now := whereabouts(0, "", glance(process.pid, path, 60.0))).processor < before.processor + 0.2:
+        assert time.monotonic() < deadline
+    assert now.written >= before.written and now.turns >= before.turns
+    assert now.innermost is not None and now.innermost.function in ("read", "<module>")
+
+
+def test_a_process_that_does_not_listen_is_not_asked(tmp_path):
+    with subprocess.Popen(["sleep", "600"]) as process:
+        assert glance(process.pid, str(tmp_path / "none"), 1.0) == ""
+        assert process.poll() is None
+        process.kill()
