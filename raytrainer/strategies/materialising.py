@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.strategies.adapters_on_meta import initialise_adapters
 from raytrainer.strategies.shards import held_as
 
 __all__ = ["Materialiser"]
@@ -26,7 +27,7 @@ class Materialiser:
     Values depend on the seed and the part's name alone, so that they are the same on any number of workers. They come
     from `reset_parameters()` of each module in the part that has parameters or buffers, as torch's own have it. In a
     model of transformers `_init_weights(module)` follows for each module, as it does there: its numbers are others than
-    torch's, and modules that derive from torch's may have buffers of their own.
+    torch's, and modules that derive from torch's may have buffers of their own. PEFT's adapters begin as PEFT has them.
 
     Args:
         module: The root.
@@ -70,6 +71,7 @@ class Materialiser:
             with _left_alone(part, made):
                 for module in theirs:
                     self._initialisers[id(module)](module)
+            initialise_adapters(self._root, inside, {id(member) for member in members})
         self._refuse_unset(members, versions)
         for kind, name, split in splits:
             kind[name] = _split(kind[name], split)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sharded_models import WIDTH, Net, loader, same_bits, weights
@@ -189,3 +191,54 @@ def test_a_model_of_transformers_begins_as_it_does_there():
         "model.layers.1.first.weight": [3.0],
     }  # fmt: skip
     assert not any(hasattr(tensor, "_is_hf_initialized") for tensor in module.parameters())
+
+
+class LikeLora(nn.Module):
+    """A linear layer of PEFT's with an adapter, and its way of giving that its first values."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4)
+        self.lora_A = nn.ModuleDict({"first": nn.Linear(4, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"first": nn.Linear(2, 4, bias=False)})
+        self.lora_embedding_A = nn.ParameterDict()
+
+    def reset_lora_parameters(self, name, how):
+        assert how in (True, "gaussian")
+        nn.init.constant_(self.lora_A[name].weight, 0.5)
+        nn.init.zeros_(self.lora_B[name].weight)
+
+
+def like_peft(**config):
+    root = nn.Sequential(LikeLora(), LikeLora())
+    common = {"peft_type": "LORA", "init_lora_weights": True, "modules_to_save": None}
+    root.peft_config = {"first": SimpleNamespace(**common | config)}
+    return root
+
+
+@pytest.mark.parametrize("how", [True, "gaussian"])
+def test_adapters_begin_as_peft_has_them(how):
+    with torch.device("meta"):
+        root = like_peft(init_lora_weights=how)
+    make = Materialiser(root, torch.device("cpu"), 0).make
+    make(root[1], {})  # a block
+    make(root, {"1": root[1]})
+    for layer in root:
+        assert (layer.lora_A["first"].weight == 0.5).all() and (layer.lora_B["first"].weight == 0).all()
+        assert layer.base_layer.weight.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"init_lora_weights": "pissa"}, "'first' begins with init_lora_weights='pissa'"),
+        ({"modules_to_save": ["head"]}, r"'first' has modules_to_save=\['head'\]"),
+        ({"peft_type": SimpleNamespace(value="PROMPT_TUNING")}, "'first' is of the type PROMPT_TUNING"),
+    ],
+    ids=str,
+)
+def test_other_adapters_are_refused(config, what):
+    with torch.device("meta"):
+        root = like_peft(**config)
+    with pytest.raises(rt.ConfigurationError, match=f"on_meta: PEFT's adapter {what}.*without on_meta"):
+        Materialiser(root, torch.device("cpu"), 0).make(root, {})
