@@ -7,6 +7,7 @@ All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the fu
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "find_anomalies_in_parts",
     "found_infinities",
     "hooks_after_accumulation",
+    "is_dropped",
     "is_gathered",
     "memory_of",
     "own_parameters",
@@ -276,3 +278,16 @@ def _held(tensor: DTensor) -> Tensor | None:
 def hooks_after_accumulation(parameter: Tensor) -> dict[int, Callable[[Tensor], None]]:
     """What `register_post_accumulate_grad_hook` was given for a parameter, to be changed in place. Without: {}."""
     return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
+def is_dropped(view: Tensor) -> bool:
+    """Whether a view alone has what it is a view of: no variable or attribute refers to that any more."""
+    return _references(view) <= _OF_A_VIEW_ALONE
+
+
+def _references(view: Tensor) -> int:
+    return sys.getrefcount(view._base)
+
+
+with torch.inference_mode(False):
+    _OF_A_VIEW_ALONE = _references(torch.ones(2)[0])

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.private.fsdp_private import DispatchMode, addresses_of, hooks_after_accumulation, memory_of, written_by
+from raytrainer.private.fsdp_private import (
+    DispatchMode,
+    addresses_of,
+    hooks_after_accumulation,
+    is_dropped,
+    memory_of,
+    written_by,
+)
 
 __all__ = ["WrittenCopies", "watching"]
 
@@ -87,7 +94,7 @@ class _Mode(DispatchMode):
             for tensor in _written(func, args, kwargs):
                 copy = self._copies.get(_key(tensor))
                 if copy is not None and not copy[0].expired():
-                    self._refuse(func, copy[1])
+                    self._refuse(func, tensor, copy[1])
         result = func(*args, **kwargs)
         if getattr(func, "is_view", False) and isinstance(args[0], DTensor):
             for part in result if isinstance(result, (list, tuple)) else (result,):
@@ -97,17 +104,20 @@ class _Mode(DispatchMode):
 
     def _note(self, part: DTensor, whole: DTensor) -> None:
         memory = memory_of(part)
-        if memory is None or memory.cdata == _key(whole):
-            return
+        if memory is None or memory.cdata == _key(whole) or whole.grad_fn is not None:
+            return  # a view; or of an activation, which the backward pass alone has yet
         if len(self._copies) >= _MANY:
             self._copies = {key: copy for key, copy in self._copies.items() if not copy[0].expired()}
         self._copies[memory.cdata] = memory, addresses_of(whole).start
 
-    def _refuse(self, func: Any, whole: int) -> None:
+    def _refuse(self, func: Any, part: DTensor, whole: int) -> None:
         named: list[tuple[str, Tensor]] = [*self._module.named_parameters()]
         named += [(f"{name}.grad", each.grad) for name, each in named if each.grad is not None]
         shards = ((name, each) for name, each in named if isinstance(each, DTensor))
-        name = next((repr(name) for name, tensor in shards if whole in addresses_of(tensor)), "a tensor in shards")
+        unnamed = "a tensor in shards"
+        name = next((repr(name) for name, tensor in shards if whole in addresses_of(tensor)), unnamed)
+        if name == unnamed and is_dropped(part):  # a step in between, from which nothing else is made
+            return
         raise ConfigurationError(
             f"{self.where} writes ({func.name().split('::')[-1].split('.')[0]}) to a part of {name}. Each worker has "
             f"a shard of it, so that this part is a copy, and what is written would be lost. Under torch.no_grad(), on "

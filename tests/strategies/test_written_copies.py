@@ -29,6 +29,11 @@ def fill_end(weight):
         nn.init.constant_(weight[-3:], 1.0)
 
 
+def zero_own_average(weight):
+    average = weight.detach().clone()  # a variable still has it
+    average[0].zero_()
+
+
 def zero_rows_gradient(weight):
     weight.grad[1:3].zero_()
 
@@ -75,6 +80,10 @@ class InStep(Net):
             in_hook("on_train_batch_end", zero_first_row),
             r"on_train_batch_end writes \(zero_\) to a part of 'inp\.weight'",
         ),
+        (
+            in_hook("on_train_batch_end", zero_own_average),
+            r"on_train_batch_end writes \(zero_\) to a part of a tensor in shards",
+        ),
         (in_hook("on_fit_start", scale_third), r"on_fit_start writes \(mul_\) to a part of 'inp\.weight'"),
         (
             in_hook("configure_optimizers", fill_end),
@@ -87,7 +96,7 @@ class InStep(Net):
         (OnGradients, r"A hook of 'inp\.weight' writes \(zero_\) to a part of 'inp\.weight\.grad'"),
         (InStep, r"training_step writes \(copy_\) to a part of 'blocks\.1\.up\.weight'"),
     ],
-    ids=["hook", "chunk", "optimizers", "gradients", "gradients_hook", "step"],
+    ids=["hook", "average", "chunk", "optimizers", "gradients", "gradients_hook", "step"],
 )
 def test_refused(make, message, forked):
     with pytest.raises(rt.ConfigurationError, match=message):
@@ -143,3 +152,30 @@ def test_of_a_layer_that_is_split(forked):
         rt.ConfigurationError, match=r"configure_model writes \(zero_\) to a part of 'blocks\.0\.up\.weight'"
     ):
         forked(max_epochs=1, strategy=strategy, num_processes=2).fit(Split(), loader(32, 4, torch.float32))
+
+
+class UsesCopies(Net):
+    """What is in no weight, and nowhere else once it is written to."""
+
+    def training_step(self, batch, batch_idx):
+        weight = self.blocks[1].up.weight
+        twice = weight * 2.0
+        first = twice[:2]
+        first.mul_(0.5)  # as an activation in place
+        del twice
+        return super().training_step(batch, batch_idx) + 0.0 * whole_of(first.sum())
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            row = self.inp.weight.clone()[0]
+            row.div_(row.norm())
+            self.log("row", whole_of(row.sum()))
+
+
+def whole_of(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def test_copies_of_what_nobody_else_has(forked):
+    one, two = compare(forked, UsesCopies)
+    torch.testing.assert_close(two.callback_metrics["row"], one.callback_metrics["row"])
