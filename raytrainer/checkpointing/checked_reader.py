@@ -61,7 +61,8 @@ class CheckedReader(io.RawIOBase):
 
     The bytes that the block gets are the ones that are hashed, as long as it reads them in their order, which torch
     does. What it leaves out, or had before its turn, is read at the end. If the block fails as well, the damage is the
-    reason that is told.
+    reason that is told; before it comes what has stopped the reading itself, Ctrl-C say, of which torch may make
+    another error on its way through C++.
 
     Args:
         file: From its beginning.
@@ -77,6 +78,7 @@ class CheckedReader(io.RawIOBase):
         self._file, self._record, self._name = file, record, name
         self._sums = RunningChecksum()
         self._at = self._hashed = 0  # where the block is, and up to where all has been hashed
+        self._stopped: BaseException | None = None  # what has stopped the reading
 
     def __enter__(self) -> CheckedReader:  # type: ignore[override]
         return self
@@ -84,7 +86,9 @@ class CheckedReader(io.RawIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, Exception):
+        if self._stopped is not None and self._stopped is not error:
+            raise self._stopped from None
+        if error is None or (isinstance(error, Exception) and error is not self._stopped):
             self._file.seek(self._hashed)
             rest = _skim(self._file, self._record.bytes - self._hashed, self._sums)
             try:
@@ -107,6 +111,13 @@ class CheckedReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        try:
+            return self._read_into(buffer)
+        except BaseException as error:
+            self._stopped = error
+            raise
+
+    def _read_into(self, buffer: Any) -> int:
         begin = self._at
         if 0 < begin - self._hashed <= _GAP:
             self._file.seek(self._hashed)
@@ -123,6 +134,7 @@ def _skim(file: BinaryIO, size: int, sums: RunningChecksum) -> int:
     """Hash so many bytes and drop them. Returns how many there were."""
     scratch, done = memoryview(bytearray(min(_PIECE, size))), 0
     while done < size:
+        hear()
         count = _read(file, scratch[: size - done])
         if not count:
             break

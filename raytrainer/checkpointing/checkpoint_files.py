@@ -33,6 +33,7 @@ from raytrainer.checkpointing.checkpoint_meta import (
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
 from raytrainer.checkpointing.storage import Storage
 from raytrainer.errors import CheckpointError, StorageError
+from raytrainer.signals import shield
 
 __all__ = ["CheckpointFolder"]
 
@@ -101,7 +102,7 @@ class CheckpointFolder:
                     )
                 if self.storage.is_local:
                     if size >= _LARGE:
-                        with CheckedReader(file, record, shown) as checked:
+                        with shield(), CheckedReader(file, record, shown) as checked:
                             yield cast(BinaryIO, checked)  # all that a reader asks of one
                         return
                     check_file(file, record, shown)
@@ -137,7 +138,8 @@ class CheckpointFolder:
         try:
             with self.storage.create(self.inside(name)) as sink:
                 writer = ChecksummedWriter(sink, given_up)
-                save(writer)
+                with shield():  # a signal acts within `write`, which keeps what it raises, and not in torch on the way
+                    save(writer)
                 return writer.record()
         except OSError as error:
             raise self.failure(error, name, writer.bytes if writer else 0) from error

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import xxhash
 
-from raytrainer.checkpointing import checked_reader
+from raytrainer.checkpointing import checked_reader, checkpoint_files
 from raytrainer.checkpointing.checked_reader import CheckedReader, check_file, checked_pieces
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
 from raytrainer.checkpointing.checksums import ChecksummedWriter, FileRecord
+from raytrainer.checkpointing.running_checksum import RunningChecksum
 from raytrainer.errors import CheckpointError, GivenUpError
 
 CONTENT = random.Random(0).randbytes(5000)
@@ -88,6 +97,55 @@ def test_an_interrupted_reader_reads_nothing_more() -> None:
     with pytest.raises(KeyboardInterrupt), CheckedReader(source, RECORD, "x") as file:
         file.readinto(bytearray(5000))
     assert source.tell() == 770
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError(5, "broken")])
+def test_what_stops_the_reading_is_told_where_torch_makes_another_error_of_it(reason: Any) -> None:
+    class Stopped(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() > 700:
+                raise reason
+            return super().readinto(buffer)
+
+    source, kind = Stopped(CONTENT), reason if isinstance(reason, type) else type(reason)
+    with pytest.raises(kind), CheckedReader(source, RECORD, "x") as file:
+        with suppress(BaseException):
+            file.readinto(bytearray(5000))
+        raise AttributeError("'CheckedReader' object has no attribute 'read'")
+
+
+def test_ctrl_c_is_told_as_such_wherever_it_strikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's readers and writers make other errors of what is raised in what they call."""
+    state = {"state_dict": {f"layer{i}": torch.full((50, 100), float(i)) for i in range(6)}}
+    monkeypatch.setattr(checkpoint_files, "_LARGE", 1)
+    update, until, whole = RunningChecksum.update, Counter[str](), tmp_path / "whole.ckpt"
+
+    def interrupted(self: RunningChecksum, data: memoryview) -> None:
+        until["strike"] -= 1
+        if until["strike"] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(self, data)
+
+    def calls(work: Callable[[], object]) -> int:
+        until["strike"] = 0
+        work()
+        return -until["strike"]
+
+    def strike(call: int, work: Callable[[], object]) -> None:
+        until["strike"] = call
+        with pytest.raises(KeyboardInterrupt):
+            work()
+
+    monkeypatch.setattr(RunningChecksum, "update", interrupted)
+    writes, reads = calls(lambda: write_checkpoint(whole, state)), calls(lambda: read_checkpoint(whole))
+    assert writes > 10 and reads > 10
+    for call in range(1, writes, writes // 5):
+        strike(call, lambda: write_checkpoint(tmp_path / "new.ckpt", state))
+        assert not (tmp_path / "new.ckpt").exists()
+    for call in range(1, reads, reads // 5):
+        strike(call, lambda: read_checkpoint(whole))
+    until["strike"] = 0
+    assert torch.equal(read_checkpoint(whole)["state_dict"]["layer5"], state["state_dict"]["layer5"])
 
 
 @pytest.mark.parametrize("keep", [True, False])
