@@ -85,6 +85,8 @@ def _reserved_remotely(path: str) -> bool:
             storage.make_folder(folder.path)
             _put(folder, name, content)
         if _is_taken(folder, name):
+            stack.pop_all()
+            _withdraw(folder, name)
             return False
         _held[folder.path] = stack.pop_all()
     return True
@@ -95,9 +97,15 @@ def _put(folder: CheckpointFolder, name: str, content: bytes) -> None:
         file.write(content)
 
 
-def _forget(folder: CheckpointFolder, name: str) -> None:
+def _withdraw(folder: CheckpointFolder, name: str) -> None:
+    """Leave the folder, which is somebody else's now: object stores remove one with what has come into it meanwhile."""
     with suppress(OSError):
         folder.storage.delete(folder.inside(name))
+
+
+def _forget(folder: CheckpointFolder, name: str) -> None:
+    _withdraw(folder, name)
+    with suppress(OSError):
         folder.storage.remove_folder(folder.path)
 
 
@@ -116,7 +124,7 @@ def _counts(folder: CheckpointFolder, name: str) -> bool:
         return False
     if found is None or type(found.get("at")) is not float or time.time() - found["at"] < _KEPT:
         return True
-    _forget(folder, name)
+    _withdraw(folder, name)
     return False
 
 
