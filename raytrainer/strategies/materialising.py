@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -152,6 +153,15 @@ def _initialisers(module: nn.Module) -> dict[int, Callable[[nn.Module], Any]]:
     found: dict[int, Callable[[nn.Module], Any]] = {}
     for part in module.modules():
         initialise = getattr(part, "_init_weights", None)
-        if callable(initialise):
+        if callable(initialise) and _takes_a_module(initialise):
             found |= {id(inner): initialise for inner in part.modules()}
     return found
+
+
+def _takes_a_module(initialise: Callable[..., Any]) -> bool:
+    """Whether it is like transformers' own; others have methods of that name which initialise all at once."""
+    try:
+        inspect.signature(initialise).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -193,6 +193,22 @@ def test_a_model_of_transformers_begins_as_it_does_there():
     assert not any(hasattr(tensor, "_is_hf_initialized") for tensor in module.parameters())
 
 
+def test_a_method_of_that_name_which_takes_no_module_is_not_called():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self._init_weights()
+
+        def _init_weights(self):
+            nn.init.zeros_(self.layer.weight)
+
+    with torch.device("meta"):
+        module = Own()
+    Materialiser(module, torch.device("cpu"), 0).make(module, {})
+    assert module.layer.weight.std() > 0.1
+
+
 class LikeLora(nn.Module):
     """A linear layer of PEFT's with an adapter, and its way of giving that its first values."""
 
