@@ -29,7 +29,7 @@ from raytrainer.plan.retention import (
     template_fields,
     worst_path,
 )
-from raytrainer.plan.uris import absolute, is_inside, join_path
+from raytrainer.plan.uris import absolute_or_uri, is_inside, join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
@@ -118,7 +118,7 @@ class ModelCheckpoint(Callback):
     ) -> None:
         self.on_error = choice("ModelCheckpoint(on_error)", on_error, ("raise", "warn"))
         check_arguments(filename, monitor, mode, save_top_k, every_n_epochs, every_n_train_steps, train_time_interval)
-        self.dirpath = None if dirpath is None else _absolute(os.fspath(dirpath))
+        self.dirpath = None if dirpath is None else absolute_or_uri(dirpath)
         self.filename = filename or "{epoch}-{step}"
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.save_last, self.save_weights_only, self.verbose = save_last, save_weights_only, verbose
@@ -248,7 +248,7 @@ class ModelCheckpoint(Callback):
     @staticmethod
     def default_folder(log_dir: str) -> str:
         """Where checkpoints go if there is no `dirpath`."""
-        return _absolute(join_path(str(log_dir), "checkpoints"))
+        return absolute_or_uri(join_path(str(log_dir), "checkpoints"))
 
     def _active(self, trainer: RunningTrainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
@@ -515,7 +515,3 @@ def _each_epoch_validates(settings: Settings) -> bool:
 
 def _tensor(value: float | None) -> torch.Tensor | None:
     return None if value is None else torch.tensor(value, dtype=torch.float64)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else absolute(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from raytrainer.callbacks.callback import Callback
 from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.errors import ConfigurationError
-from raytrainer.plan.uris import absolute, join_path
+from raytrainer.plan.uris import absolute_or_uri, join_path
 
 if TYPE_CHECKING:
     from raytrainer.callbacks.running_trainer import RunningTrainer
@@ -38,8 +38,7 @@ class OnExceptionCheckpoint(Callback):
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         if not filename:
             raise ConfigurationError("OnExceptionCheckpoint(filename=''): give a name.")
-        path = os.fspath(dirpath)
-        self.dirpath = path if "://" in path else absolute(path)
+        self.dirpath = absolute_or_uri(dirpath)
         self.filename = filename
 
     @property

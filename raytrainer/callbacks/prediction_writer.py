@@ -13,7 +13,7 @@ from raytrainer.checkpointing.reservations import require_writable
 from raytrainer.data.ray.prediction_columns import prediction_columns
 from raytrainer.errors import ConfigurationError, StorageError
 from raytrainer.plan import argument_checks as checks
-from raytrainer.plan.uris import absolute
+from raytrainer.plan.uris import absolute_or_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,8 +49,7 @@ class PredictionWriter(WorkerCallback):
     """
 
     def __init__(self, path: str | os.PathLike[str], write_interval: str = "epoch", overwrite: bool = False) -> None:
-        text = os.fspath(path)
-        self.path = text if "://" in text else absolute(text)
+        self.path = absolute_or_uri(path)
         self.write_interval = checks.choice("PredictionWriter(write_interval)", write_interval, ("epoch", "batch"))
         self.overwrite = overwrite
         self._tables: list[pa.Table] = []  # not written yet

@@ -86,9 +86,10 @@ class CheckedReader(io.RawIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stopped is not None and self._stopped is not error:
-            raise self._stopped from None
-        if error is None or (isinstance(error, Exception) and error is not self._stopped):
+        if self._stopped is not None:
+            if error is not self._stopped:
+                raise self._stopped from None
+        elif error is None or isinstance(error, Exception):
             self._file.seek(self._hashed)
             rest = _skim(self._file, self._record.bytes - self._hashed, self._sums)
             try:

@@ -7,7 +7,7 @@ import re
 
 from raytrainer.errors import ConfigurationError
 
-__all__ = ["absolute", "is_inside", "is_web", "join_path", "split_query"]
+__all__ = ["absolute", "absolute_or_uri", "is_inside", "is_web", "join_path", "split_query"]
 
 
 def join_path(base: str, *parts: str) -> str:
@@ -57,3 +57,13 @@ def absolute(path: str, shown: str | None = None) -> str:
             f"{shown or repr(path)}: this process's working directory has been deleted, or cannot be found, and the "
             f"path is relative to it. Give an absolute path, or change to a folder that is there (os.chdir)."
         ) from None
+
+
+def absolute_or_uri(path: str | os.PathLike[str]) -> str:
+    """A URI as it is; a local path as `absolute` has it.
+
+    Raises:
+        ConfigurationError: See `absolute`.
+    """
+    text = os.fspath(path)
+    return text if "://" in text else absolute(text)

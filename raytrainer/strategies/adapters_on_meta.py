@@ -6,31 +6,40 @@ initialisation would make noise of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from raytrainer.errors import ConfigurationError
 
-__all__ = ["initialise_adapters"]
+__all__ = ["adapters_of", "initialise_adapters"]
 
 #: What `init_lora_weights` may be: others are computed from weights that are not there yet.
 _STARTS = (True, False, "gaussian")
 
 
-def initialise_adapters(root: nn.Module, inside: Iterable[nn.Module], made: set[int]) -> None:
+def adapters_of(root: nn.Module) -> dict[str, Any]:
+    """The adapters of a whole module: PEFT's configurations by name."""
+    found: dict[str, Any] = {}
+    for part in root.modules():
+        configs = getattr(part, "peft_config", None)
+        if isinstance(configs, dict):
+            found |= configs
+    return found
+
+
+def initialise_adapters(configs: Mapping[str, Any], inside: Iterable[nn.Module], made: set[int]) -> None:
     """Give the adapters' weights their first values.
 
     Args:
-        root: The whole module.
-        inside: Parts of it.
+        configs: See `adapters_of`.
+        inside: Parts of the module.
         made: Ids of those that have just been given memory.
 
     Raises:
         ConfigurationError: They begin with what is not known here.
     """
-    configs = dict(_configs(root))
     for name, config in configs.items():
         _refuse(name, config)
     for layer in inside:
@@ -41,13 +50,6 @@ def initialise_adapters(root: nn.Module, inside: Iterable[nn.Module], made: set[
             new = name in _held(layer, "lora_A") and id(layer.lora_A[name]) in made  # type: ignore[index]
             if name in configs and (new or id(getattr(layer, "lora_embedding_A", None)) in made):
                 reset(name, configs[name].init_lora_weights)
-
-
-def _configs(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    for part in root.modules():
-        configs = getattr(part, "peft_config", None)
-        if isinstance(configs, dict):
-            yield from configs.items()
 
 
 def _held(layer: nn.Module, name: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.seeds import derive_seed
-from raytrainer.strategies.adapters_on_meta import initialise_adapters
+from raytrainer.strategies.adapters_on_meta import adapters_of, initialise_adapters
 from raytrainer.strategies.shards import held_as
 
 __all__ = ["Materialiser"]
@@ -38,9 +38,9 @@ class Materialiser:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, seed: int, given: Container[str] = frozenset()) -> None:
-        self._root, self._device, self._seed, self._given = module, device, seed, given
+        self._device, self._seed, self._given = device, seed, given
         self._names = {id(part): name for name, part in module.named_modules()}
-        self._initialisers = _initialisers(module)
+        self._initialisers, self._adapters = _initialisers(module), adapters_of(module)
 
     def make(self, part: nn.Module, but: Mapping[str, nn.Module]) -> None:
         """Make what is still on the meta device in a part, without the parts of `but`.
@@ -72,7 +72,7 @@ class Materialiser:
             with _left_alone(part, made):
                 for module in theirs:
                     self._initialisers[id(module)](module)
-            initialise_adapters(self._root, inside, {id(member) for member in members})
+            initialise_adapters(self._adapters, inside, {id(member) for member in members})
         self._refuse_unset(members, versions)
         for kind, name, split in splits:
             kind[name] = _split(kind[name], split)

@@ -127,9 +127,7 @@ class _Mode(DispatchMode):
         )
 
 
-@cache
-def _places(func: Any) -> list[tuple[int, str]]:
-    return written_by(func)
+_places = cache(written_by)  # of each operation once
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[DTensor]:

@@ -14,7 +14,7 @@ from raytrainer.private.torch_private import profiler_runs
 from raytrainer.strategies.step_result import StepResult, loss_of, require_graph
 from raytrainer.worker.accumulation_window import Window
 from raytrainer.worker.closures import Closure, takes_closure
-from raytrainer.worker.hook_calls import overridden
+from raytrainer.worker.hook_calls import made_by, overridden
 from raytrainer.worker.precision import ScaledOptimizer
 from raytrainer.worker.worker_run import WorkerRun
 
@@ -212,9 +212,8 @@ class AutomaticOptimization:
 
 
 def is_torchs(method: Any) -> bool:
-    """Whether a method is torch's own, and not what somebody has put in its place, be it under its name."""
-    made_in: str = getattr(method, "__globals__", {}).get("__name__", "")
-    return made_in.partition(".")[0] == "torch"
+    """Whether a method is torch's own; see `made_by`."""
+    return made_by("torch", method)
 
 
 #: As torch has it, whatever is put in its place later; None: something has been put there already.

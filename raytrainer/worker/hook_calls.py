@@ -15,7 +15,7 @@ from raytrainer.worker.signatures import bind_batch_hook
 if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
-__all__ = ["Hooks", "overridden", "skips_the_epoch"]
+__all__ = ["Hooks", "made_by", "overridden", "skips_the_epoch"]
 
 log = logging.getLogger("raytrainer")
 
@@ -35,10 +35,10 @@ def overridden(owner: object, name: str) -> bool:
     return all(getattr(base, name, None) is not function for base in (Module, WorkerCallback, Callback, DataHooks))
 
 
-def _is_ours(hook: Any) -> bool:
-    """Whether a callback's hook is one of this package."""
-    made_in: str = getattr(hook, "__globals__", {}).get("__name__", "")
-    return made_in.partition(".")[0] == "raytrainer"
+def made_by(package: str, function: Any) -> bool:
+    """Whether a function or method is a package's own, and not what somebody has put in its place under its name."""
+    made_in: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return made_in.partition(".")[0] == package
 
 
 def skips_the_epoch(answer: Any) -> bool:
@@ -105,7 +105,7 @@ class Hooks:
             return None
         if own is not None:
             own = self.watched(name, own)
-        callbacks = [each if _is_ours(each) else self.watched(name, each) for each in callbacks]
+        callbacks = [each if made_by("raytrainer", each) else self.watched(name, each) for each in callbacks]
 
         def call(*args: Any) -> Any:
             outer, metrics.hook = metrics.hook, name
