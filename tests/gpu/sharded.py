@@ -26,7 +26,7 @@ from sharded_sides import Job
 HERE = Path(__file__).parent
 
 #: What raytrainer may take of what is done by hand.
-STEP, PEAK, BLOCKED, LOAD = 1.01, 1.02, 1.3, 1.1
+STEP, PEAK, BLOCKED, SAVE, LOAD = 1.01, 1.02, 1.3, 1.1, 1.1
 #: And of DCP's async_save.
 OF_DCP = 1 / 20
 
@@ -118,13 +118,14 @@ def _saving(best: dict[str, dict[str, Any]]) -> list[str]:
     if ours is not None:
         print(f"| save beside training: training blocked, the first time | | {ours['blocked_first']:.3f} |")
         print(f"| the second time | | {ours['blocked']:.3f} |")
-    print(f"| save | {hand['save'] if hand else 0:.3f} | |")
+    print(f"| save | {hand['save'] if hand else 0:.3f} | {ours['save'] if ours else 0:.3f} |")
     print(f"| load | {hand['load'] if hand else 0:.3f} | {ours['load'] if ours else 0:.3f} |")
     if hand is None or ours is None:
         return []
     limits = [
         (ours["blocked"] / hand["copy"], BLOCKED, "training is blocked {:.2f} times a bare copy"),
         (ours["blocked"] / hand["async_save"], OF_DCP, "training is blocked {:.3f} of DCP's async_save"),
+        (ours["save"] / hand["save"], SAVE, "saving takes {:.2f} of DCP's"),
         (ours["load"] / hand["load"], LOAD, "loading takes {:.2f} of DCP's"),
     ]
     return [f"{said.format(ratio)}, above {limit:.2f}" for ratio, limit, said in limits if ratio > limit]

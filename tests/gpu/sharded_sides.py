@@ -152,6 +152,7 @@ class Watch:
         self.job, self.done = job, 0
         self.marks: list[Any] = []
         self.losses: list[Tensor] = []
+        self.saves: list[float] = []  # when each save was about to begin
         self.begun = time.perf_counter()
         self.first: float | None = None
 
@@ -169,6 +170,8 @@ class Watch:
             torch.cuda.reset_peak_memory_stats()
         if self.job.saving and not self.job.cpu:
             torch.cuda.synchronize()  # so that what stands still shows in wall clock time
+        if self.job.saving and self.done % self.job.save_every == 0:
+            self.saves.append(time.time())
         if self.job.cpu or self.job.saving:
             self.marks.append(time.perf_counter())
         else:
@@ -198,6 +201,7 @@ class Watch:
                 usual, second = statistics.median(times), 2 * self.job.save_every - self.job.warm - 1
                 over = [(t - usual) / 1e3 if t > 1.5 * usual else 0.0 for t in times]
                 seen["blocked"], seen["blocked_first"] = sum(over[second:]), sum(over[:second])
+                seen["saves"] = self.saves
                 seen["slow"] = {step: round(seconds, 3) for step, seconds in enumerate(over) if seconds}
             Path(self.job.result).write_text(json.dumps(seen))
 
@@ -387,6 +391,10 @@ def by_us(job: Job) -> None:
     trainer(job.total, [saver] if job.saving else []).fit(rt.on_meta(Run), loader(job))
     if job.saving:
         paths = sorted(Path(f"{job.folder}/ours").glob("*.ckpt"))
+        seen = json.loads(Path(job.result).read_text())
+        whole = [(path / "meta.json").stat().st_mtime for path in paths]  # which is written last
+        took = [end - begun for begun, end in zip(seen["saves"], whole, strict=True)]
+        Path(job.result).write_text(json.dumps({**seen, "save": min(took)}))
         trainer(job.save_every + 1, []).fit(rt.on_meta(Run), loader(job), ckpt_path=paths[0])
 
 
