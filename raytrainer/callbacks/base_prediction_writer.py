@@ -22,8 +22,9 @@ class BasePredictionWriter(WorkerCallback):
     """To derive from: writes what `predict_step` returns, as Lightning's class of this name.
 
     Override `write_on_batch_end` or `write_on_epoch_end`, or both. Every worker calls them with its own batches: have
-    file names contain `trainer.global_rank`. Use it with `trainer.predict(..., return_predictions=False)`. For Parquet
-    there is `PredictionWriter`.
+    file names contain `trainer.global_rank`. Of workers that split layers, and so predict the same, the first one has
+    them written; the others call `write_on_epoch_end` alone, with nothing. Use it with
+    `trainer.predict(..., return_predictions=False)`. For Parquet there is `PredictionWriter`.
 
     Args:
         write_interval: "batch", "epoch", or "batch_and_epoch": which of the two are called.
@@ -85,6 +86,8 @@ class BasePredictionWriter(WorkerCallback):
         self, trainer: TrainerView, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Have the batch written, or keep its prediction."""
+        if not trainer.strategy.counts:
+            return
         indices = trainer.batch_indices
         if self.write_interval != "epoch":
             self.write_on_batch_end(trainer, module, outputs, indices, batch, batch_idx, dataloader_idx)

@@ -33,7 +33,8 @@ class PredictionWriter(WorkerCallback):
 
     Four more columns say where a row belongs, so that `PredictionWriter.read` gives the loader's order. Tensors of
     several dimensions become lists of fixed size. Use it with `trainer.predict(..., return_predictions=False)`; where
-    `predict_step` returns None, nothing is written. Ray Datasets write their predictions themselves.
+    `predict_step` returns None, nothing is written. Of workers that split layers, and so predict the same, one writes.
+    Ray Datasets write their predictions themselves.
 
     Args:
         path: A folder, on a file system that all workers see, or a URI: of pyarrow's ("s3://bucket/x") or of fsspec's
@@ -97,7 +98,7 @@ class PredictionWriter(WorkerCallback):
         self, trainer: TrainerView, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the batch's rows, or keep them until they are worth it."""
-        if outputs is None:
+        if outputs is None or not trainer.strategy.counts:
             return
         share = trainer.strategy.share
         index = batch_idx * share.count + share.index

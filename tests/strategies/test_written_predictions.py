@@ -7,7 +7,7 @@ import json
 import pytest
 from torch.utils.data import DataLoader
 
-from raytrainer import BasePredictionWriter, Module
+from raytrainer import BasePredictionWriter, ModelParallel, Module, PredictionWriter
 
 
 class Tenfold(Module):
@@ -33,11 +33,12 @@ class Lines(BasePredictionWriter):
         self.write(trainer, "all", batch_indices[0], [prediction.tolist() for prediction in predictions])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "dp"])
+@pytest.mark.parametrize("strategy", ["ddp", "dp", ModelParallel(tensor=2)], ids=["ddp", "dp", "split layers"])
 def test_each_sample_once(strategy, forked, tmp_path):
     samples = list(range(100, 111))
     folder = tmp_path / "written"
     folder.mkdir()
+    (folder / "batch-1").touch()  # of workers that predict the same, the second has no batches
     trainer = forked(strategy=strategy, callbacks=Lines(folder))
     trainer.predict(Tenfold(), DataLoader(samples, 3, shuffle=True), return_predictions=False)
     rows = []
@@ -48,3 +49,14 @@ def test_each_sample_once(strategy, forked, tmp_path):
         ]
         rows += [row for indices, values in batches for row in zip(indices, values, strict=True)]
     assert sorted(rows) == [(index, 10 * value) for index, value in enumerate(samples)]
+
+
+@pytest.mark.parametrize("interval", ["batch", "epoch"])
+def test_of_workers_that_predict_the_same_one_writes(interval, forked, tmp_path):
+    pytest.importorskip("pyarrow")
+    samples = list(range(100, 111))
+    writer = PredictionWriter(tmp_path / "rows", interval)
+    trainer = forked(strategy=ModelParallel(tensor=2), callbacks=writer)
+    trainer.predict(Tenfold(), DataLoader(samples, 3), return_predictions=False)
+    found = PredictionWriter.read(tmp_path / "rows")["prediction"].to_pylist()
+    assert found == [10 * value for value in samples]
