@@ -50,7 +50,7 @@ class Materialiser:
         """
         others = {id(inner) for other in but.values() if other is not part for inner in other.modules()}
         inside = [m for m in part.modules() if id(m) not in others]
-        members = [m for m in inside if any(t.is_meta for _, t in _own_tensors(m))]
+        members = [m for m in inside if any(t.is_meta for held in (m, *_lists(m)) for _, t in _own_tensors(held))]
         if not members:
             return
         theirs = [m for m in reversed(inside) if id(m) in self._initialisers and _has_meta(m)]  # inner ones come first
@@ -106,8 +106,9 @@ class Materialiser:
             more = f" and {len(unset) - 5} more" if len(unset) > 5 else ""
             raise ConfigurationError(
                 f"a module made with on_meta: initialisation has left {shown}{more} unset. Give their modules a method "
-                f"reset_parameters() that sets all parameters and buffers which they have themselves, tables made in "
-                f"__init__ included; it is called once a module, on the device, with a generator that is seeded."
+                f"reset_parameters() that sets all parameters and buffers which they have themselves or in a "
+                f"ParameterList or ParameterDict, tables made in __init__ included; it is called once a module, on the "
+                f"device, with a generator that is seeded."
             )
 
 
@@ -120,6 +121,14 @@ def _split(whole: Tensor, like: DTensor) -> Tensor:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
+
+
+def _lists(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules in it that only hold parameters, and so are initialised with it."""
+    for child in module.children():
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            yield child
+            yield from _lists(child)
 
 
 def _has_meta(module: nn.Module) -> bool:

@@ -127,6 +127,26 @@ def test_what_stays_unset_is_named(integers, forked):
         forked(max_epochs=1).fit(rt.on_meta(HasTable), loader(32, 4, torch.float32))
 
 
+class Listed(nn.Module):
+    """Has parameters in lists alone."""
+
+    def __init__(self, resets):
+        super().__init__()
+        self.few = nn.ParameterList(nn.Parameter(torch.zeros(2)) for _ in range(2))
+        self.named = nn.ParameterDict({"inner": nn.ParameterDict({"one": nn.Parameter(torch.zeros(2))})})
+        if resets:
+            self.reset_parameters = lambda: [nn.init.ones_(parameter) for parameter in self.parameters()]
+
+
+def test_parameters_in_lists_are_set_by_the_module_that_has_them():
+    module = rt.on_meta(lambda: nn.Sequential(Listed(True)))
+    Materialiser(module, torch.device("cpu"), 1).make(module, {})
+    assert [parameter.tolist() for parameter in module.parameters()] == 3 * [[1.0, 1.0]]
+    module = rt.on_meta(lambda: nn.Sequential(Listed(False)))
+    with pytest.raises(rt.ConfigurationError, match=r"'0\.few\.0' \(of a ParameterList\).* or in a ParameterList"):
+        Materialiser(module, torch.device("cpu"), 1).make(module, {})
+
+
 def test_other_strategies_refuse_it(forked):
     with pytest.raises(rt.ConfigurationError, match=r'on the meta device .* strategy="fsdp"'):
         forked(strategy="local", max_epochs=1).fit(on_meta(), loader(32, 4, torch.float32))
