@@ -142,6 +142,8 @@ class InPieces:
 
 def map_tree(tree: Any, change: Callable[[Any, str], Any], path: str = "") -> Any:
     """Dicts, lists and tuples with `change(value, path)` in place of everything else in them."""
+    if isinstance(tree, Tensor):  # most are; and the next question takes longer
+        return change(tree, path)
     if isinstance(tree, Mapping):
         return {key: map_tree(value, change, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
     if type(tree) in (list, tuple):

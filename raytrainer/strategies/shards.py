@@ -50,12 +50,16 @@ def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:
         common: Whether this worker gives all else, too.
     """
     pieces: dict[str, Any] = {}
+    places: dict[Any, Any] = {}  # many tensors are alike, and training waits
 
     def apart(value: Any, path: str) -> Any:
         if not isinstance(value, DTensor):
             return value
-        shape, at = place_of(value)
-        pieces[path] = {"at": at, "shape": shape, "data": local_part(value.detach())}
+        alike = value.shape, value.placements, id(value.device_mesh)
+        if alike not in places:
+            places[alike] = place_of(value)
+        shape, at = places[alike]
+        pieces[path] = {"at": at, "shape": shape, "data": local_part(value).detach()}
         return Mark(path, tuple(value.shape), value.dtype)
 
     tree, rest = split(state)

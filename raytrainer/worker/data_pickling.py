@@ -17,6 +17,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -60,8 +61,13 @@ class Held:
         tensors = {**dict(module.named_parameters()), **persistent}
         self.things: dict[str, Any] = {**tensors, **{f"/{path}": part for path, part in module.named_modules()}}
         self.names = {id(thing): name for name, thing in self.things.items()}
-        self.storages = {_storage(tensor) for tensor in tensors.values()} - {0}
+        self._tensors = list(tensors.values())
         self.unchanged: dict[int, int] = {}
+
+    @cached_property
+    def storages(self) -> set[int]:
+        """Where its tensors' memory begins; asked for only where there are attributes to be compared with it."""
+        return {_storage(tensor) for tensor in self._tensors} - {0}
 
 
 def version_of(tensor: Tensor) -> int:
@@ -132,10 +138,10 @@ class _Pickler(pickle.Pickler):
 
     def _tensor_id(self, value: Tensor) -> Any:
         held = self._held
+        if id(value) in held.unchanged:  # and so none of the module's own
+            return "unchanged", held.unchanged[id(value)]
         if _storage(value) in held.storages:
             raise _NoDataError("a view of what the module holds")
-        if id(value) in held.unchanged:
-            return "unchanged", held.unchanged[id(value)]
         if value.numel() * value.element_size() < _LARGE:
             return None
         self._tensors.append(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrainer.callbacks._added_groups import cover_groups
@@ -45,9 +45,8 @@ class SwitchedParts:
             modes: Of each module outside of the evaluation in progress; empty if there is none.
         """
         trained, training = self.flags(modes)
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         added = [
-            [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups[made:]]
+            [self._names(group["params"]) for group in optimizer.param_groups[made:]]
             for optimizer, made in zip(optimizers, self._groups, strict=False)
         ]
         changes = {
@@ -56,6 +55,10 @@ class SwitchedParts:
             "groups": added if any(added) else [],
         }
         return changes if any(changes.values()) else {}
+
+    def _names(self, parameters: Sequence[Tensor]) -> list[str]:
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        return [names[id(p)] for p in parameters if id(p) in names]
 
     def flags(self, modes: Mapping[nn.Module, bool]) -> tuple[dict[str, bool], dict[str, bool]]:
         """What is trained, and in training mode, outside of the evaluation in progress (see `changes`), by name."""
