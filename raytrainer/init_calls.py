@@ -196,7 +196,7 @@ def construct(cls: type[Any], saved: Mapping[str, Any], origin: Mapping[str, Any
 
 def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
     own = cls.__init__
-    if own is object.__init__ or getattr(own, "__module__", "").startswith("raytrainer."):
+    if own is object.__init__ or (getattr(own, "__module__", None) or "").startswith("raytrainer."):
         return []  # no __init__ of the user's
     return list(inspect.signature(own).parameters.values())[1:]
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from raytrainer.attribute_tensors import attribute_tensors
@@ -33,6 +33,7 @@ class DriverSide:
 
     def take_home(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Put what `Strategy.home_state` gave into the user's module, which has these names."""
+        _untie(module, state)
         # as in process, a precision such as 64 or "bf16-true" stays with the module
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if name in state:
@@ -43,6 +44,27 @@ class DriverSide:
             if not _reshaped(module, state):
                 raise
             module.load_state_dict(dict(state))
+
+
+def _untie(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give names that are one parameter here parameters of their own, where the workers have two."""
+    found: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for path, part in module.named_modules():
+        for attribute, parameter in part._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None or name not in state:
+                continue
+            tied = found.setdefault(id(parameter), [])
+            same = next((own for other, own in tied if _same(state[other], state[name])), None)
+            if tied and same is None:
+                same = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            if same is not None:
+                part._parameters[attribute] = same
+            tied.append((name, same if same is not None else parameter))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _reshaped(module: nn.Module, state: Mapping[str, Any]) -> bool:

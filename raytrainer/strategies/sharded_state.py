@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from raytrainer.checkpointing.pieces import InPieces, join_pieces
 from raytrainer.data.transfer import to_cpu
 from raytrainer.errors import CheckpointError
 from raytrainer.private.fsdp_private import accumulated_gradients, put_accumulated_gradients
+from raytrainer.strategies.broken_ties import ties_kept
 from raytrainer.strategies.gatherings import Gatherings
 from raytrainer.strategies.group_strategy import GroupStrategy
 from raytrainer.strategies.shards import copied_along, held_as, in_pieces, local_part, piece_held
@@ -33,6 +35,9 @@ class ShardedState(GroupStrategy):
     def gatherings(self) -> Gatherings:
         assert self._gatherings is not None
         return self._gatherings
+
+    def building(self, module: nn.Module) -> AbstractContextManager[None]:
+        return ties_kept(module)
 
     def refresh(self, module: nn.Module) -> None:
         """Have the shards be what the module's names stand for."""

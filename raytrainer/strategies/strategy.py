@@ -3,7 +3,7 @@
 Loops call it and never ask how many workers there are, nor whether each holds the whole module. In the order in which
 a run comes to them:
 
-    place                   the module, on the device
+    place, building         the module, on the device; what its `configure_model` is called in
     shape                   the module, between `configure_model` and the optimizers
     check_optimizer         each of them
     prepare                 the training step, with whatever synchronises gradients
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -100,6 +101,10 @@ class Strategy(ABC):
         """Bring the module, as it was sent, to the device."""
         refuse_meta(module)
         module.to(self.device)
+
+    def building(self, module: nn.Module) -> AbstractContextManager[None]:
+        """What the module's `configure_model` is called in."""
+        return nullcontext()
 
     def shape(self, module: nn.Module, convert: Callable[[nn.Module], None], sync_batchnorm: bool) -> str | None:
         """Give the module the form in which it trains, before there are optimizers.

@@ -37,6 +37,6 @@ def takes_closure(optimizer: Optimizer) -> Closure:
             continue
         if closure is not None and closure.default is inspect.Parameter.empty:
             return Closure.REQUIRED
-        ours = closure is None or getattr(step, "__module__", "").startswith("torch.optim.")
+        ours = closure is None or (getattr(step, "__module__", None) or "").startswith("torch.optim.")
         return Closure.NEVER if ours and not passes_on else Closure.OPTIONAL
     return Closure.OPTIONAL if passes_on else Closure.NEVER

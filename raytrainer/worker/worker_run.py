@@ -113,7 +113,8 @@ class WorkerRun:
         if self.datamodule is not None:
             self.datamodule.setup(task.stage)
         self.hooks.call("setup", task.stage)
-        self.hooks.watched("configure_model", module.configure_model)()
+        with self.strategy.building(module):
+            self.hooks.watched("configure_model", module.configure_model)()
         self._attach(view)
         shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
         self._shaped = "\n".join(line for line in (shaped, self.precision.said) if line) or None
@@ -152,12 +153,8 @@ class WorkerRun:
 
     def describe(self) -> SetupReport:
         """What the driver needs to know of this worker's run."""
-        return SetupReport(
-            rank=self.strategy.ranks.rank,
-            has_validation=self.data.has_validation,
-            parts=self.strategy.share.count,
-            shape=self._shaped,
-        )
+        rank, parts = self.strategy.ranks.rank, self.strategy.share.count
+        return SetupReport(rank=rank, has_validation=self.data.has_validation, parts=parts, shape=self._shaped)
 
     def plateaus(self) -> tuple[PlateauWish, ...]:
         """The schedulers that wait for a metric; in manual optimization the user steps them."""

@@ -190,6 +190,60 @@ def test_made_in_the_workers(precision, forked, tmp_path):
     assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
 
 
+class Tied(Split):
+    """Its last layer is its first, transposed; both are split."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.inp, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.inp.weight = self.head.weight
+        self.blocks = nn.ModuleList()
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        if self.how == "built here":
+            self.inp, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.inp.weight = self.head.weight
+        if self.how == "untied":
+            self.inp.weight = nn.Parameter(self.inp.weight.detach().clone())
+        if self.device_mesh is None:
+            return
+        if self.how == "sharded":
+            fully_shard(self.inp, mesh=self.device_mesh["data_parallel"])
+            return
+        plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("inp", "head")}
+        if self.how == "one of them":
+            del plan["inp"]
+        parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
+        if self.how == "tied again":
+            self.inp.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inp(x)))
+
+    def loss(self, batch):
+        return F.mse_loss(self(batch[0]), batch[1].expand(-1, 4))
+
+
+@pytest.mark.parametrize("how", ["sent", "built here", "one of them", "sharded"])
+def test_tied_parameters_that_are_split_each_for_itself_are_refused(how, forked):
+    layout = {"tensor": 1, "data": 2} if how == "sharded" else {"tensor": 2}
+    trainer = forked(strategy=rt.ModelParallel(**layout), max_epochs=1)
+    message = r"split 'inp\.weight', 'head\.weight', which are one .*: self\.head\.weight = self\.inp\.weight"
+    with pytest.raises(rt.ConfigurationError, match=message if how != "built here" else "split 'head.weight', 'inp"):
+        trainer.fit(Tied(how), loader(16, 4, torch.float32))
+
+
+def test_tied_parameters_that_are_split_and_tied_again(forked):
+    _, two = fit_both(forked, lambda: Tied("tied again"), (2, 1, None))
+    assert two._module.inp.weight is two._module.head.weight
+    fit_both(forked, lambda: Tied("untied"), (2, 1, None))
+
+
 class Whole(Net):
     """Shards its blocks itself, splits the loss over classes, and clips by hand."""
 
