@@ -14,6 +14,7 @@ import traceback
 import checks_data  # noqa: F401
 import checks_devices  # noqa: F401
 import checks_failures  # noqa: F401
+import checks_large  # noqa: F401
 import checks_precision  # noqa: F401
 import checks_sharding  # noqa: F401
 import checks_strategies  # noqa: F401
