@@ -71,6 +71,7 @@ class TrainStart:
         divisible: The rest of an epoch of the training loader can be dealt out to another number of workers.
         trained: Stands for which parameters there are, and which of them train.
         switched: What has changed in that since training was set up: the first few, in words.
+        records: Whether this worker writes down after each step what it alone has.
     """
 
     batches: int | None
@@ -81,6 +82,7 @@ class TrainStart:
     divisible: bool = False
     trained: int = 0
     switched: tuple[str, ...] = ()
+    records: bool = False
 
 
 @dataclass
@@ -101,6 +103,7 @@ class TrainReport:
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
         row: The loggers' step of the batch done last.
         leaves: The loader has another batch, but that of another worker has none.
+        records: As in `TrainStart`, still.
     """
 
     batches: int
@@ -116,6 +119,7 @@ class TrainReport:
     behind: bool = False
     row: int = 0
     leaves: bool = False
+    records: bool = False
 
 
 @dataclass(frozen=True)

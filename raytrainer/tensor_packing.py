@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["bytes_of_tensor", "pack", "tensor_of_bytes", "unpack", "without_tensors"]
+__all__ = ["bytes_of_tensor", "pack", "replaced", "tensor_of_bytes", "unpack", "without_tensors"]
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,29 @@ class _Packed:
 
 def pack(tree: Any) -> Any:
     """Dicts, lists and tuples with each CPU tensor in them packed, sharing its memory; everything else as it is."""
-    return _walk(tree, Tensor, _packed)
+    return replaced(tree, Tensor, _packed)
 
 
 def unpack(tree: Any) -> Any:
     """The reverse of `pack`. Tensors share the packed bytes, which may be read-only: copy before writing."""
-    return _walk(tree, _Packed, _tensor)
+    return replaced(tree, _Packed, _tensor)
 
 
 def without_tensors(tree: Any) -> Any:
     """The same with None for each tensor."""
-    return _walk(tree, Tensor, lambda tensor: None)
+    return replaced(tree, Tensor, lambda tensor: None)
 
 
-def _walk(tree: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
+def replaced(tree: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
+    """Dicts, lists and tuples with what `change` makes of each object of a `kind` in them."""
     if isinstance(tree, kind):
         return change(tree)
     if type(tree) is tuple:
-        return tuple(_walk(item, kind, change) for item in tree)
+        return tuple(replaced(item, kind, change) for item in tree)
     if type(tree) is list:
-        return [_walk(item, kind, change) for item in tree]
+        return [replaced(item, kind, change) for item in tree]
     if isinstance(tree, dict):
-        return {key: _walk(value, kind, change) for key, value in tree.items()}
+        return {key: replaced(value, kind, change) for key, value in tree.items()}
     return tree
 
 

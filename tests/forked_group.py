@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import local_group
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
-from raytrainer.driver.workers.worker_group import Copies
+from raytrainer.driver.workers.worker_group import Copies, Recorded
 from raytrainer.errors import DisagreementError, WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.culprit import Failed, is_consequence
@@ -164,6 +164,9 @@ class ForkedGroup:
     def mended(self) -> None:
         """All workers start anew."""
 
+    def recorded(self, chunks: Collection[int]) -> Recorded | None:
+        """Nothing that outlives them."""
+
     def keep_spares(self, count: int) -> None:
         """There are none."""
 
@@ -253,6 +256,11 @@ def _obey(worker: Worker, name: str, given: Any) -> Any:
         if worker.ranks.local_rank == 0:
             worker.prepare_data(given)
         return worker.obey(Worker.setup, given)
+    if name == "moments":  # after a loss: which steps were recorded; and then one of them
+        return "none" if worker.records is None else worker.records.moments()
+    if name == "recorded":
+        assert worker.records is not None
+        return worker.records.state(given)
     args, kwargs = given
     if name == "capture":
         return cloudpickle.dumps(pack(worker.capture(*args, **kwargs, replica=True)))

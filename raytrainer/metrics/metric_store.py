@@ -234,6 +234,10 @@ class MetricStore:
             report.add(self._begun.pop(0)())
         return report
 
+    def give_back(self, report: MetricReport) -> None:
+        """Have the next report begin with what this one has, which has gone nowhere."""
+        self._begun.append(lambda: report)
+
     def begin_report(self) -> None:
         """Have everything since the last report fetched. What is logged from now on is left for the next one."""
         rows, samples, calls = self._rows.copy(), self._samples, self.calls()

@@ -28,6 +28,7 @@ class Recovery:
         workers: Size of the new group.
         kept: How many of its workers went on in their processes.
         spares: How many others had waited as spares, and were not started anew.
+        source: Of what it went on: "a snapshot", "what each worker had recorded", or "the run's beginning".
     """
 
     error: str
@@ -38,14 +39,15 @@ class Recovery:
     workers: int
     kept: int = 0
     spares: int = 0
+    source: str = "a snapshot"
 
     def __str__(self) -> str:
         new = self.workers - self.kept - self.spares
         parts = [(self.kept, "kept"), (self.spares, "spare"), (new, "new")]
         which = ", ".join(f"{count} {what}" for count, what in parts if count)
         return (
-            f"{self.error}: at step {self.step}; went on from step {self.resumed_step} with {self.workers} worker(s) "
-            f"({which}) after {self.seconds:.1f} s, {self.replayed_batches} batches replayed"
+            f"{self.error}: at step {self.step}; went on from step {self.resumed_step} ({self.source}) with "
+            f"{self.workers} worker(s) ({which}) after {self.seconds:.1f} s, {self.replayed_batches} batches replayed"
         )
 
 

@@ -7,17 +7,13 @@ over gloo, by whose threads it is counted, cost 5 % of small steps on two cores.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import tempfile
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from raytrainer.errors import RaytrainerError
+from raytrainer.strategies.shared_memory import shared_memory
 
 __all__ = ["AskerLost", "StopBoard"]
 
@@ -57,29 +53,8 @@ class StopBoard:
     @classmethod
     def of_host(cls, store: Any, rank: int, size: int, control: Any) -> StopBoard | None:
         """A board of workers that can all map the same memory, else None. All make it together, over a gloo group."""
-        length, name, file, whole = 8 * (_POSITIONS + 2 * size), "", -1, False
-        if rank == 0:
-            with contextlib.suppress(OSError):
-                folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-                file, name = tempfile.mkstemp(prefix="raytrainer-stop-", dir=folder)
-                # takes its memory now: where there is none, the first to write to it later would be ended by a signal
-                whole = os.write(file, bytes(length)) == length
-            store.set("raytrainer/stop/file", name if whole else "")
-        elif there := store.get("raytrainer/stop/file").decode():
-            with contextlib.suppress(OSError):
-                file, whole = os.open(there, os.O_RDWR), True
-        numbers = _numbers_of_processes()
-        every = torch.tensor([int(whole), numbers, -numbers])
-        try:
-            dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control)
-            together = every[0] and every[1] == -every[2]
-            return cls(store, rank, size, mmap.mmap(file, length)) if together else None
-        finally:  # also where another worker is lost meanwhile
-            if file >= 0:
-                os.close(file)
-            if name:
-                with contextlib.suppress(OSError):  # Windows keeps what is mapped
-                    os.unlink(name)
+        memory = shared_memory(store, "raytrainer/stop/file", rank, 8 * (_POSITIONS + 2 * size), control)
+        return None if memory is None else cls(store, rank, size, memory)
 
     def begin(self, chunk: int) -> None:
         """Another chunk begins here, of a higher number, the same on all workers, which have ended the one before."""
@@ -125,14 +100,6 @@ class StopBoard:
         positions = [board[_POSITIONS + rank] for rank in range(self._size)]
         furthest = max(place % _CHUNK for place in positions if place // _CHUNK == self._chunk)
         board[_LAST] = self._chunk * _CHUNK + furthest + 1
-
-
-def _numbers_of_processes() -> int:
-    """The same for all workers that know processes by the same numbers; those in containers of their own do not."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
 
 
 def _has_ended(process: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -19,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.torch_private import forget_meshes, set_group_timeout
+from raytrainer.strategies.shared_memory import shared_memory
 from raytrainer.strategies.stop_board import StopBoard
 
 __all__ = ["ProcessGroup", "interface_of", "lone_group", "make_store"]
@@ -123,6 +125,13 @@ class ProcessGroup:
         self._meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
         self._device = device
         self.timeout = timeout
+        self._shared = 0
+
+    def shared_memory(self, size: int) -> mmap.mmap | None:
+        """So many bytes that all map, where all are on one host. All must call it together."""
+        self._shared += 1
+        rank, world = dist.get_rank(), f"raytrainer/shared/{self._shared}"
+        return None if self.board is None else shared_memory(self.store, world, rank, size, self.control)
 
     def of_node(self, ranks: Ranks) -> tuple[Any, Any]:
         """The group of this worker's node, and a gloo one beside it. All workers must call it together."""

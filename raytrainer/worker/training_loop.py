@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.data.look_ahead import LookAhead
@@ -21,7 +22,7 @@ from raytrainer.messages import TrainReport, TrainStart
 from raytrainer.metric_messages import MetricReport, News, Reduced
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.seeding import rng_untouched
-from raytrainer.strategies.same_shapes import number_of, switched, what_trains
+from raytrainer.strategies.same_shapes import what_trains
 from raytrainer.worker.automatic_optimization import AutomaticOptimization, visible, with_loss
 from raytrainer.worker.common_stop import common_stop
 from raytrainer.worker.forward_epoch import forward_epoch
@@ -29,6 +30,8 @@ from raytrainer.worker.hook_calls import skips_the_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
 from raytrainer.worker.scheduler_steps import SchedulerSteps
+from raytrainer.worker.step_records import StepRecords
+from raytrainer.worker.train_reports import has_trained, train_start
 
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
@@ -50,6 +53,7 @@ class TrainingLoop:
                 f"several loaders (train_dataloader) may be combined."
             )
         self.feed: AnyFeed = feeds[0]
+        self.records: StepRecords | None = None  # where each step is recorded
         self.epoch = 0
         self.batch = 0
         self.has_begun = False  # an epoch
@@ -78,20 +82,7 @@ class TrainingLoop:
 
     def describe(self, begins: bool = True) -> TrainStart:
         """What is to come, at the run's beginning or at an epoch's."""
-        run = self.run
-        size = getattr(self.feed, "batch_size", None)
-        size = getattr(self.feed.source, "batch_size", None) if size is None else size  # of an own loader: anything
-        validates = run.data.has_validation and run.task.settings.limit_val_batches != 0
-        return TrainStart(
-            batches=self.feed.length,
-            batch_size=size if isinstance(size, int) else None,
-            val_batches=[feed.length for feed in run.data.feeds("val")] if validates and begins else [],
-            plateaus=run.plateaus(),
-            stop=self.view.tell_stop(),
-            divisible=self.feed.divisible,
-            trained=number_of(self._trains),
-            switched=switched(self._trained, self._trains),
-        )
+        return train_start(self.run, self.feed, self._trained, self._trains, begins)
 
     def start_epoch(self, epoch: int, skip: int = 0, before: Past = (), resumed: bool = False) -> TrainStart:
         """Begin `epoch` at this worker's batch `skip`; build the loader anew where the settings ask for that.
@@ -155,7 +146,7 @@ class TrainingLoop:
         if self.batch == self._began[0]:  # the epoch's first batch here; all workers have begun it
             self._prepare_again()
         run, view, metrics, transfer = self.run, self.view, self.metrics, self.run.transfer
-        slices, watched = run.slices, self.feed.watched
+        slices, watched, records = run.slices, self.feed.watched, self.records
         view.running, metrics.in_batches = "train", True
         steps_before = view.global_step
         iterator, length = self._batches(), self.feed.length
@@ -165,11 +156,33 @@ class TrainingLoop:
         next_batch = run.profiled("next_batch", iterator.__next__)
         accumulate, agrees, stepping = view.accumulate_grad_batches, self._missing.agree is not None, True
         first, exhausted, behind, waited = self.batch, False, False, clock() - start
+
+        def reported(logged: MetricReport, exhausted: bool) -> TrainReport:
+            """The chunk so far."""
+            return TrainReport(
+                batches=self.batch - first,
+                batch=self.batch,
+                step=view.global_step,
+                seconds=clock() - start,
+                exhausted=exhausted,
+                stop=view.asks_to_stop,
+                data_seconds=waited,
+                metrics=logged,
+                skipped_steps=view.skipped_steps,
+                steps=view.global_step - steps_before,
+                row=max(0, run.stepped - stepping),
+                records=records is not None and records.whole,
+            )
+
+        if records is not None:
+            records.chunk = chunk
+            if self.batch:  # the hooks that begin an epoch are called again where it begins anew
+                records.take(run, reported(metrics.report(), False))
         for left in range(batches, 0, -1):
             stopping, asked = stop.before(), clock()
             if look_ahead is not None:
                 ends = stop_at_step is not None and view.global_step + 1 >= stop_at_step
-                look_ahead.keeping = left == 1 or ends or stopping
+                look_ahead.keeping = left == 1 or ends or stopping or records is not None
             try:
                 batch = next_batch()
             except StopIteration:
@@ -190,7 +203,7 @@ class TrainingLoop:
                 self._idle = False
             if transfer is not None and there:
                 batch = transfer(batch, 0)
-            if left == 1 and more and run.ahead:
+            if left == 1 and more and run.ahead and records is None:
                 metrics.begin_report()
                 behind = True
             if accumulate > 1 and index % accumulate == 0:
@@ -220,6 +233,10 @@ class TrainingLoop:
             self._end_step(stepping, accumulate)
             if look_ahead is not None and last:
                 exhausted = True
+            if records is not None:
+                metrics.begin_batch(None)
+                records.take(run, reported(metrics.report(), exhausted))
+            if exhausted:
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
                 behind = False
@@ -236,21 +253,8 @@ class TrainingLoop:
             report.reads = (watched.sample(),)
             if watched.complete:
                 self.feed.watched = None
-        return TrainReport(
-            batches=self.batch - first,
-            batch=self.batch,
-            step=view.global_step,
-            seconds=clock() - start,
-            exhausted=exhausted,
-            stop=view.tell_stop(),
-            data_seconds=waited,
-            metrics=report,
-            skipped_steps=view.skipped_steps,
-            steps=view.global_step - steps_before,
-            behind=behind,
-            row=max(0, run.stepped - stepping),
-            leaves=look_ahead is not None and look_ahead.leaves,
-        )
+        leaves = look_ahead is not None and look_ahead.leaves
+        return replace(reported(report, exhausted), stop=view.tell_stop(), behind=behind, leaves=leaves)
 
     def _end_step(self, stepping: bool, accumulate: int) -> None:
         if stepping:
@@ -291,9 +295,6 @@ class TrainingLoop:
     def _report_epoch(self) -> MetricReport:
         report = self.metrics.report()
         self.metrics.add_epoch(report)
-        report.idle, report.stop, report.trained = self._idle, self.view.tell_stop(), self._has_trained()
+        report.idle, report.stop = self._idle, self.view.tell_stop()
+        report.trained = has_trained(self._run_batch, self._began, self.batch, self.view.global_step)
         return report
-
-    def _has_trained(self) -> bool:
-        batches, lost = self.batch - self._began[0], getattr(self._run_batch, "without_loss", None)
-        return self.view.global_step > self._began[1] if lost is None else lost - self._began[2] < batches

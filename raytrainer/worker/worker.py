@@ -25,11 +25,12 @@ from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
-from raytrainer.worker.plain_attributes import buffers_apart, plain_attributes
+from raytrainer.worker.plain_attributes import bring_along
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.staging import Staging
+from raytrainer.worker.step_records import StepRecords, begin_records
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.unlinking import unlink
 from raytrainer.worker.verbs import Wait, verb, verb_of
@@ -62,6 +63,7 @@ class Worker:
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
         self._staging = Staging(self.device)
+        self.records: StepRecords | None = None  # of the latest run: asked for when others of the group are lost
 
     @property
     def run(self) -> WorkerRun:
@@ -111,7 +113,8 @@ class Worker:
         self._training = TrainingLoop(self.run)
         start = self._training.describe()
         self.run.hooks.call("on_train_start")
-        start.stop |= self.run.view.tell_stop()
+        self.records = self._training.records = begin_records(self.run, self.group)
+        start.stop, start.records = start.stop | self.run.view.tell_stop(), self.records is not None
         return start
 
     @property
@@ -259,10 +262,7 @@ class Worker:
         report = FinishReport(profile=run.finish())
         report.state_dict = run.strategy.home_state(module) if travels else None
         if travels and self.ranks.rank == 0:
-            report.hparams, report.attributes = dict(module.hparams), plain_attributes(module)
-            report.kept_buffers, report.buffers = buffers_apart(module, report.state_dict or {})
-            if run.datamodule is not None:
-                report.datamodule_state = run.datamodule.state_dict()
+            bring_along(report, module, run.datamodule)
         if self.device.type == "cuda":
             report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
         report.calls = run.recorder.take()
@@ -295,5 +295,5 @@ class Worker:
     def _forget(self) -> tuple[WorkerRun | None, TrainingLoop | None, EvaluationLoop | None]:
         over = self._run, self._training, self._evaluation
         self._finished = None if over[0] is None else over[0].module
-        self._run = self._training = self._evaluation = None
+        self._run = self._training = self._evaluation = self.records = None
         return over

@@ -17,7 +17,7 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,9 @@ class Simulated:
 
     def mended(self) -> None:
         """All workers start anew."""
+
+    def recorded(self, chunks: Collection[int]) -> None:
+        """Nothing."""
 
     def keep_spares(self, count: int) -> None:
         """There are none."""

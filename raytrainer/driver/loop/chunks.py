@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.reporting.journal import Journal
 from raytrainer.driver.reporting.merged_counts import merged, shortest
-from raytrainer.driver.saving.capture_restore import count_up
+from raytrainer.driver.saving.capture_restore import RunCapture, count_up
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import TrainReport
@@ -23,6 +23,9 @@ __all__ = ["Chunks"]
 
 log = logging.getLogger("raytrainer")
 
+#: Batches of a chunk whose steps are recorded: each record has the rows logged since the chunk began.
+MOST_RECORDED = 32
+
 #: Of chunks, over all runs of this process: workers outlive a run, and know by it which chunk another one is at.
 _NUMBERS = itertools.count(1)
 
@@ -34,9 +37,13 @@ class Chunks:
         settings: Of the run.
         state: Counters and metrics.
         journal: Where values are logged.
+        capture: Remembers with what each begins.
         snapshots: Are told when training has begun.
         interrupt: Whether the user asked for the end.
         marks: Optimizer steps (multiples of each) at which a chunk ends.
+
+    Attributes:
+        recorded: What workers had to report of a chunk in which some were lost, once: up to where all go on from.
     """
 
     def __init__(
@@ -44,17 +51,24 @@ class Chunks:
         settings: Settings,
         state: RunState,
         journal: Journal,
+        capture: RunCapture,
         snapshots: Snapshots,
         interrupt: Interrupt,
-        marks: tuple[int, ...],
+        marks: Sequence[int],
     ) -> None:
         self.settings, self.state, self.snapshots, self.interrupt = settings, state, snapshots, interrupt
-        self.marks = marks
+        self.marks, self._capture = marks, capture
+        self.recorded: list[TrainReport] | None = None
         self._journal = journal
         self._batches = 1
         self._behind = False  # workers have something to report of the batches done
         self._began: float | None = None
         self._told = self._told_of_rest = False
+
+    @property
+    def batch(self) -> int:
+        """Batches of the epoch that workers have done."""
+        return self.recorded[0].batch if self.recorded else self.state.progress.batch
 
     def begin(self) -> None:
         """Training begins, or goes on after workers were lost, here. Their replacement took time of this `fit`, too."""
@@ -74,16 +88,23 @@ class Chunks:
         `plateau_marks` are further multiples of optimizer steps at which to look.
         """
         state, progress = self.state, self.state.progress
+        marks = (*self.marks, *self.snapshots.step_marks, *plateau_marks)
         ahead = schedule.batches_until_decision(self.settings, progress, length, val_every, self._batches + 1)
-        batches = min(ahead, self._batches)
-        stop_at = schedule.next_step_stop(self.settings, progress, (*self.marks, *plateau_marks))
-        news = state.news()
+        batches = min(ahead, self._batches, MOST_RECORDED if self.snapshots.recorded else ahead)
+        stop_at = schedule.next_step_stop(self.settings, progress, marks)
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind = self._behind, False
         with state.clock.phase("training"):
             more, chunk, votes = ahead > batches, next(_NUMBERS), self._vote_every
-            reports: list[TrainReport] = group.call(Worker.train, batches, stop_at, news, more, chunk, votes)
+            reports, self.recorded = self.recorded, None
+            if reports is None:
+                self._capture.begin_chunk(group, chunk)
+                news = state.news()
+                reports = group.call(Worker.train, batches, stop_at, news, more, chunk, votes)
         report = merged(reports)
+        if self.snapshots.recorded and not all(each.records for each in reports):
+            self.snapshots.recorded = False
+            log.warning("From now on each step's state is copied, as not all workers can keep what is their own.")
         leaves = [each.leaves for each in reports]
         if any(leaves):
             self._warn_of_rest(leaves, report.batch)

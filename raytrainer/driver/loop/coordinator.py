@@ -73,16 +73,14 @@ class Coordinator:
         self.state, self.services, self.interrupt = state, services, interrupt
         state.clock.ray_data = "train" in task.datasets
         self.snapshots = Snapshots(self.settings, enabled=not group.in_process and task.stage == "fit")
-        self.validates = False
-        self._resumes = False  # the epoch in progress has begun before the run was resumed
+        self.validates = self._resumes = False  # the latter: the epoch in progress has begun before the run was resumed
         self._plateaus = Plateaus(state)
         self._journal = Journal(state, services)
         self._evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
         self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings)
         self._resizing = Resizing(self.settings, state, services, self._capture)
-        marks = (*step_marks, *self.snapshots.step_marks)
-        self._chunks = Chunks(self.settings, state, self._journal, self.snapshots, interrupt, marks)
+        self._chunks = Chunks(self.settings, state, self._journal, self._capture, self.snapshots, interrupt, step_marks)
         self._replicas = ReplicaCheck((self.settings.sharding or self.settings.ddp).check_replicas)
         self._epoch_end = EpochEnd(task, state, services, self._journal, self._plateaus, self._replicas)
         state.catch_up = self.catch_up
@@ -102,7 +100,7 @@ class Coordinator:
                 self.state.clock.switch("starting")
                 if lost is not None:  # within `try`, since more may be lost meanwhile
                     self.group = self._recovery.regroup(lost, self.group)
-                    resumed, lost = self._recovery.go_back(beginning), None
+                    (resumed, self._chunks.recorded), lost = self._recovery.go_back(beginning, self.group), None
                     self._resumes = False  # new workers begin as they would at the first start
                 return self._attempt(resumed)
             except (WorkerLostError, StateLostError) as error:  # a state is lost with the workers that had it
@@ -126,7 +124,8 @@ class Coordinator:
             if unfinished:
                 self._epoch()
             while not empty and not self._done():
-                self._resizing.look(self.group)
+                if not self._chunks.recorded:
+                    self._resizing.look(self.group)
                 self._epoch()
             self.services.end_if_preempted()
             self._replicas.check(self.group, self.state.progress.epoch - 1)
@@ -166,6 +165,7 @@ class Coordinator:
         state.trainer.stage = "train"
         starts = self.group.call(Worker.start_training)
         state.should_stop |= any(start.stop for start in starts)
+        self.snapshots.recorded = all(start.records for start in starts)
         state.num_training_batches = shortest([start.batches for start in starts])
         state.batch_size = starts[0].batch_size
         schedule.rescale(state.progress, self._counted_in, (state.parts, state.batch_size or 0), starts[0].divisible)
@@ -188,7 +188,7 @@ class Coordinator:
         self._epoch_end.forget()
         if not resumed:
             self.services.emit("on_train_epoch_start")
-        cursor, news = (progress.epoch, progress.batch, progress.before), self.state.news()
+        cursor, news = (progress.epoch, self._chunks.batch, progress.before), self.state.news()
         starts = alike(self.group.call(Worker.start_epoch, *cursor, resumed, news), progress.epoch)
         self.state.should_stop |= any(start.stop for start in starts)
         self.state.batch_size = starts[0].batch_size  # its loader may be another one
@@ -235,7 +235,7 @@ class Coordinator:
     def _validation_would_be_due(self, val_every: int | None) -> bool:
         """Whether one is due here, be it that a run that goes on from here has to do it."""
         progress = self.state.progress
-        if not self.validates:
+        if not self.validates or self._chunks.recorded:
             return False
         if schedule.validation_due(self.settings, progress, val_every, progress.epoch_ended):
             return True
@@ -259,6 +259,8 @@ class Coordinator:
     def _done(self) -> bool:
         """Whether to stop training here, by the limits, by request, or by Ctrl-C."""
         self.state.interrupted |= self.interrupt.requested
+        if self._chunks.recorded:
+            return False
         return self.state.interrupted or schedule.is_done(self.settings, self.state.progress, self.state.should_stop)
 
     # ---------------------------------------------------------------- evaluation
@@ -288,8 +290,6 @@ class Coordinator:
     def take_up(self, checkpoint: dict[str, Any]) -> None:
         """Put the driver's counters where a checkpoint has them; `_setup` does so for the workers."""
         self._capture.restore(checkpoint)
-
-    # ---------------------------------------------------------------- end
 
     def _finish(self, trained: bool) -> FinishReport:
         reports: list[FinishReport] = self.group.call(Worker.finish, trained)

@@ -11,9 +11,11 @@ import time
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.beginning import Beginning
 from raytrainer.driver.saving.capture_restore import RunCapture
+from raytrainer.driver.saving.recorded_state import RecordedState
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.errors import ResourceError, StateLostError, WorkerLostError
+from raytrainer.messages import TrainReport
 from raytrainer.plan.recoveries import Recovery
 from raytrainer.plan.settings import Settings
 from raytrainer.plan.steps_and_epochs import Progress
@@ -47,6 +49,8 @@ class WorkerRecovery:
         self._trains_since: float | None = None
         self._callbacks_before = services.callback_states()
         self._failed: tuple[WorkerLostError | StateLostError, float, Progress] | None = None  # until training goes on
+        self._recorded: RecordedState | None = None  # what training has gone on from, until there is a snapshot of it
+        self._source = "a snapshot"  # of where training goes on
 
     def allowed(self) -> bool:
         """Whether to recover from one more failure."""
@@ -69,15 +73,26 @@ class WorkerRecovery:
         except ResourceError as not_had:
             raise not_had from error
 
-    def go_back(self, original: Beginning | None) -> Beginning | None:
+    def go_back(
+        self, original: Beginning | None, group: WorkerGroup
+    ) -> tuple[Beginning | None, list[TrainReport] | None]:
         """Put the driver where training goes on; return the state to restore, None for the beginning.
 
         Args:
             original: The checkpoint that the `fit` began with.
+            group: Who goes on.
+
+        Returns:
+            It; and what workers have reported since the driver's part of it, where they have recorded that.
         """
         state = self._state
-        snapshot = self._snapshots.latest()
+        recorded = self._recorded = self._capture.recorded(group) or self._recorded
+        snapshot = self._snapshots.latest() if recorded is None else recorded.state
         beginning = original if snapshot is None else Beginning(snapshot)
+        self._source = "the run's beginning" if snapshot is None else "a snapshot"
+        if recorded is not None:
+            self._source = "what each worker had recorded"
+            self._snapshots.owe()
         if beginning is not None:
             checkpoint = beginning.state
             self._capture.restore(checkpoint)
@@ -89,7 +104,7 @@ class WorkerRecovery:
             state.plateaus.clear()
             state.should_stop = False
             self._services.restore_callbacks(self._callbacks_before)
-        return beginning
+        return beginning, None if recorded is None else recorded.reports
 
     def note(self, group: WorkerGroup) -> None:
         """Training begins, or goes on: say what was lost, if anything was, and how long it took until here."""
@@ -98,16 +113,20 @@ class WorkerRecovery:
             return
         error, began, lost_at = self._failed
         self._failed = None
-        now = self._state.progress
-        replayed = max(0, lost_at.total_batches - now.total_batches)
+        step, batches = self._state.progress.step, self._state.progress.total_batches
+        if self._recorded is not None:
+            step, batches = self._recorded.reports[0].step, batches + self._recorded.reports[0].batches
+        replayed = max(0, lost_at.total_batches - batches)
         seconds = time.perf_counter() - began
         who = group.continuity
-        recovery = Recovery(str(error), lost_at.step, now.step, replayed, seconds, group.size, who.kept, who.spares)
+        counts = max(lost_at.step, step), step, replayed, seconds, group.size, who.kept, who.spares
+        recovery = Recovery(str(error), *counts, self._source)
         self._state.recoveries.append(recovery)
         log.warning("Recovered. %s", recovery)
 
     def prepare(self, group: WorkerGroup) -> None:
         """Between chunks: have as many spare workers wait as are asked for, as long as one may be needed."""
+        self._recorded = self._recorded if self._snapshots.owed else None
         if self._allowed <= 0 or self._trains_since is None:
             return
         if not isinstance(self._spares, str):

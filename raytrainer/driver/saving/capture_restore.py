@@ -10,6 +10,7 @@ from typing import Any
 from raytrainer.checkpointing.checkpoint_format import IN_MEMORY
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.driver.saving.recorded_state import RecordedState
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.plan.steps_and_epochs import Progress
@@ -43,6 +44,19 @@ class RunCapture:
 
     def __init__(self, task: Task, state: RunState, services: RunServices, snapshots: Snapshots) -> None:
         self._task, self._state, self._services, self._snapshots = task, state, services, snapshots
+        self._chunks: dict[int, dict[str, Any]] = {}  # the driver's part at the beginning of the last two
+
+    def begin_chunk(self, group: WorkerGroup, chunk: int) -> None:
+        """Training goes on, with this chunk: where workers record each step, what it begins with is remembered."""
+        self._chunks = dict([*self._chunks.items()][-1:]) if self._snapshots.recorded else {}
+        if self._snapshots.recorded:
+            self._chunks[chunk] = self._driver_state(group)
+
+    def recorded(self, group: WorkerGroup) -> RecordedState | None:
+        """The newest state that the workers of before `group`, which is theirs mended, have recorded."""
+        chunks, self._chunks = self._chunks, {}
+        found = group.recorded(chunks) if chunks else None
+        return None if found is None else RecordedState.of(found, chunks[found.chunk])
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""

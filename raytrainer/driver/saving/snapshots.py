@@ -24,13 +24,15 @@ class Snapshots:
 
     Attributes:
         saves: Whether callbacks save checkpoints, so that a copy is certain to come.
+        owed: Whether the next one is to be taken as soon as can be.
+        recorded: Whether workers record each step, so that snapshots serve where that does not: as often as "auto".
     """
 
     def __init__(self, settings: Settings, enabled: bool) -> None:
         self.enabled = enabled and settings.max_failures > 0
-        self.every = settings.snapshot_every if self.enabled else None
-        self.saves = False
-        self.step_marks = (self.every,) if isinstance(self.every, int) else ()
+        self._every = settings.snapshot_every if self.enabled else None
+        self.saves = self.recorded = False
+        self.owed = False
         self._kept: list[Captured] = []
         self._taken = time.perf_counter()
         self._step = 0
@@ -38,6 +40,20 @@ class Snapshots:
         self._first = True
         self._warm = False
         self._announced = False
+
+    @property
+    def every(self) -> int | float | str | None:
+        """How often."""
+        return "auto" if self.recorded else self._every
+
+    @property
+    def step_marks(self) -> tuple[int, ...]:
+        """Steps, multiples of each, at which a chunk is to end."""
+        return (self.every,) if isinstance(self.every, int) else ()
+
+    def owe(self) -> None:
+        """Have the next one taken as soon as can be: training goes on from what no snapshot has."""
+        self.owed = True
 
     def restart(self, step: int) -> None:
         """Training begins, or goes on after a loss, here."""
@@ -56,7 +72,7 @@ class Snapshots:
             del self._kept[:-1]
 
     def due(self, step: int) -> bool:
-        return snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
+        return self.owed or snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
 
     def approaching(self, step: int) -> bool:
         """Whether half the way to the first one has been gone; said once, and after a step: optimizers' states grow.
@@ -73,6 +89,7 @@ class Snapshots:
         """Keep a state whose copying blocked training for `cost` seconds."""
         if not self.enabled:
             return
+        self.owed = False
         # the one before is kept for now: a worker may die before it has handed over the newest
         self._kept = [*self._kept[-1:], captured]
         # a worker's first copy also allocates the memory for all later ones, so its time is no guide to theirs

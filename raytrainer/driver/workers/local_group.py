@@ -6,7 +6,7 @@ import faulthandler
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -81,6 +81,9 @@ class LocalGroup:
         self.call_off()
 
     def mended(self) -> None:
+        return None
+
+    def recorded(self, chunks: Collection[int]) -> None:
         return None
 
     def keep_spares(self, count: int) -> None:

@@ -19,11 +19,12 @@ from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.ray_crew import Crew, compare_versions
+from raytrainer.driver.workers.ray_records import common_record
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import Asking
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
 from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
-from raytrainer.driver.workers.worker_group import Copies
+from raytrainer.driver.workers.worker_group import Copies, Recorded
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import assign_ranks
@@ -67,12 +68,10 @@ class RayGroup:
     def __init__(
         self, request: Request, timeout: float = 60.0, slots: list[Slot] | None = None, crew: Crew | None = None
     ) -> None:
-        self.request = request
-        self.size = request.nodes * request.per_node
+        self.request, self.size = request, request.nodes * request.per_node
         self._resting: list[Any] = []  # answered when nothing is left of the latest run
         self.session = ray.get_runtime_context().gcs_address
-        self.broken = False
-        self._ended = False
+        self.broken = self._ended = False
         self._lost: set[int] = set()  # ranks that are gone, or keep the others waiting
         self.hang_timeout: float | None = None  # seconds; of the run in progress
         self.copies_shards = False  # whether the run in progress has some, and goes on after a loss
@@ -150,12 +149,10 @@ class RayGroup:
         self._crew.modules.note()
         sent = pickle_task(task)
         self._surroundings = sent.surroundings
-        pickled, datasets = ray.put(sent), ray.put(task.datasets)
-        show = task.settings.worker_output == "all"
-        loading = [actor.load.remote(pickled, datasets, show) for actor in self._actors]
+        loaded = ray.put(sent), ray.put(task.datasets), task.settings.worker_output == "all"
+        loading = [actor.load.remote(*loaded) for actor in self._actors]
         self.outputs = self._answers.all(loading, Wait.USER_CODE.seconds(None), "importing the module")
-        first = [ranks.rank for ranks in self.ranks if ranks.local_rank == 0]
-        self._tell(verb_of(Worker.prepare_data), (), ranks=first)
+        self._tell(verb_of(Worker.prepare_data), (), ranks=[own.rank for own in self.ranks if own.local_rank == 0])
         reports: list[SetupReport] = self._tell(verb_of(Worker.setup), ())
         understood(Worker.setup, reports)
         return reports
@@ -265,6 +262,10 @@ class RayGroup:
             except BaseException:
                 self.abort()
                 raise
+
+    def recorded(self, chunks: Collection[int]) -> Recorded | None:
+        """See `WorkerGroup`."""
+        return common_record(self._actors, chunks)
 
     def keep_spares(self, count: int) -> None:
         """See `WorkerGroup`."""

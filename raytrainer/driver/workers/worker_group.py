@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Copies", "WorkerGroup"]
+__all__ = ["Copies", "Recorded", "WorkerGroup"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +30,21 @@ class Copies:
 
     fetch: Callable[[], tuple[list[dict[str, Any]], PiecesElsewhere | None]]
     complete: Callable[[], bool] = lambda: True
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What all workers of a group that has lost some had recorded of the same moment.
+
+    Attributes:
+        chunk: Of training, in which it is.
+        records: By rank, as `worker/step_records.py` makes them.
+        tensors: What all had alike, by name.
+    """
+
+    chunk: int
+    records: list[bytes]
+    tensors: dict[str, Any]
 
 
 class WorkerGroup(Protocol):
@@ -91,6 +106,9 @@ class WorkerGroup(Protocol):
 
         This one ends. None: there can be no such group, and all workers are to start anew.
         """
+
+    def recorded(self, chunks: Collection[int]) -> Recorded | None:
+        """Of a group that is another one's, mended: what that had recorded last in one of these chunks."""
 
     def keep_spares(self, count: int) -> None:
         """From now on, let so many processes on each node wait to take a lost worker's place."""

@@ -31,6 +31,7 @@ from raytrainer.private.ray_private import asked_to_end, log_folder
 from raytrainer.private.torch_private import abort_groups
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
+from raytrainer.worker.actor.kept_records import KeepsRecords
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.output import Output
 from raytrainer.worker.actor.own_modules import Stamp, stamps
@@ -61,7 +62,7 @@ class Failure:
     pickled: bytes | None
 
 
-class RemoteWorker:
+class RemoteWorker(KeepsRecords):
     """An actor's body. Every method returns a `Failure` instead of raising."""
 
     def __init__(self) -> None:
@@ -114,8 +115,7 @@ class RemoteWorker:
 
     def join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> Failure | None:
         """Take a rank and join the process group, leaving one joined before."""
-        failure: Failure | None = self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))
-        return failure
+        return self._guard(lambda: self._join(ranks, host, port, own_address, on_gpu))  # type: ignore[no-any-return]
 
     def _join(self, ranks: Ranks, host: str, port: int, own_address: str, on_gpu: bool) -> None:
         self.ranks = ranks
@@ -135,11 +135,11 @@ class RemoteWorker:
 
     def leave(self) -> Failure | None:
         """Leave the run and the process group, whose other workers may be gone; the process goes on."""
-        failure: Failure | None = self._guard(self._leave)
-        return failure
+        return self._guard(self._leave)  # type: ignore[no-any-return]
 
     def _leave(self) -> None:
         if self.worker is not None:
+            self.records = self.worker.records
             self.worker.abandon()
             if self.worker.group is not None:
                 self.worker.group.close()
@@ -154,7 +154,7 @@ class RemoteWorker:
         """
 
         def load() -> str | None:
-            self.loaded = time.time_ns()
+            self.loaded, self.records = time.time_ns(), None
             self.output.announce(self.ranks.rank)
             path = None if show or self.ranks.rank == 0 else self.output.keep(self.ranks.rank)
             try:

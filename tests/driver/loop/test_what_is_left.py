@@ -14,7 +14,7 @@ from raytrainer.driver.loop.chunks import Chunks
 @pytest.fixture
 def chunks():
     state = SimpleNamespace(progress=SimpleNamespace(epoch=2))
-    return Chunks(None, state, None, None, None, ())
+    return Chunks(None, state, None, None, None, None, ())
 
 
 @pytest.mark.parametrize(
