@@ -227,10 +227,10 @@ class MetricStore:
             self.begin_epoch()
         return report
 
-    def finish_report(self) -> MetricReport:
-        """Wait for what `begin_report` has had fetched, and give it."""
+    def finish_report(self, left: int = 0) -> MetricReport:
+        """Wait for what `begin_report` has had fetched, and give it; but for what the last `left` calls have."""
         report = MetricReport()
-        while self._begun:
+        while len(self._begun) > left:
             report.add(self._begun.pop(0)())
         return report
 

@@ -19,6 +19,23 @@ So the newest of who has least is had by all: a worker that is one ahead still h
 are too, whatever its optimizer has done since. Nothing is asked of the live weights, which hooks may have changed at
 any time. Copies of one survivor are enough; the record of the lost one is read by whoever is left.
 
+A GPU is behind the worker that tells it what to do, and what it has of a moment exists when it has come to that. So a
+record there is written with the next moment: the worker waits until the GPU has come to moment k, writes the record of
+k, has the GPU copy weights and optimizer for k + 1, and goes on to tell it batch k + 2. The GPU has work all the while,
+and a worker is never more than one moment ahead of it. A record of k then says that this worker's GPU had all others'
+parts of averaging k; each other one had been told its part, after its own record of k - 2. So:
+
+    one has recorded          k
+    another may have          k - 2, at least, which is then what all have
+    the first one's GPU may   have been told to copy for k + 1, which is as good as done
+
+The last four of each are kept, k - 2 to k + 1.
+
+Whose NCCL is ended (or ends itself, as with some settings) sees its GPU go on with sums that are none, to steps and
+copies that are no better. These are of moments that the worker has not recorded yet: it writes no record once its NCCL
+is about to be ended, and waits for one moment only, so that none of what it had recorded is copied over. And the lost
+worker has no record of them either, as it took no full part in their averaging; so all do not have them.
+
 It also holds where nothing is averaged (each rank's loss is None, manual optimization): then a worker may be further
 ahead, all have no moment in common, and the newest snapshot serves. So it does where nobody is left who has copies.
 
@@ -31,7 +48,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Moment", "common_moment"]
+__all__ = ["KEPT", "KEPT_BEHIND", "Moment", "common_moment"]
+
+#: Of how many moments each keeps records and copies: on CPUs, and where a GPU is behind its worker.
+KEPT, KEPT_BEHIND = 2, 4
 
 #: A chunk's number, and how many batches of it were done.
 Moment = tuple[int, int]

@@ -174,10 +174,10 @@ class RunArguments:
 
     snapshot_every: int | str | timedelta | None = argument(default="auto", check=checks.steps_or_duration)
     """In-memory snapshots for that: an int is steps; a "DD:HH:MM:SS" or timedelta is time; "auto": as often as
-    costs under 1 % of the time, but for the first one, and at most every 2 s; None: none. With 1, CPU workers of one
-    host that hold the same ("ddp", "ddp2", "dp", without accumulation, up to 16 MB of weights) copy nothing to the
-    driver: each records its steps, so that a lost one costs the step in progress; snapshots are taken as with "auto",
-    for all else."""
+    costs under 1 % of the time, but for the first one, and at most every 2 s; None: none. With 1, workers of one host
+    that hold the same ("ddp", "ddp2", "dp", without accumulation; GPUs where a twentieth of the memory holds four
+    copies of the state, CPUs up to 16 MB of weights) copy nothing to the driver: each records its steps, so that a lost
+    one costs the step in progress, on GPUs also the one or two queued; all else has snapshots as with "auto"."""
 
     spares: int | str = argument(default="auto", check=checks.count_or_auto)
     """Processes on each node that wait, without CPUs and GPUs of their own, to take a lost worker's place at once;

@@ -115,6 +115,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, 5)
         self._held, self._tensors = held, tensors
         self._classes: dict[type, bytes] = {}
+        self._numbers: dict[int, int] = {}  # by id, of tensors that go beside
 
     def persistent_id(self, value: Any) -> Any:
         kind = type(value)
@@ -142,10 +143,12 @@ class _Pickler(pickle.Pickler):
             return "unchanged", held.unchanged[id(value)]
         if _storage(value) in held.storages:
             raise _NoDataError("a view of what the module holds")
-        if value.numel() * value.element_size() < _LARGE:
-            return None
-        self._tensors.append(value)
-        return "tensor", len(self._tensors) - 1, str(value.device)
+        if value.is_cpu and value.numel() * value.element_size() < _LARGE:
+            return None  # a GPU's is not read here, which would wait for the GPU
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._tensors)
+            self._tensors.append(value)
+        return "tensor", self._numbers[id(value)], str(value.device)
 
     def _class_id(self, value: type) -> Any:
         by_name = getattr(sys.modules.get(value.__module__), value.__qualname__, None) is value
@@ -170,6 +173,7 @@ class _Unpickler(pickle.Unpickler):
     ) -> None:
         super().__init__(file)
         self._held, self._tensors, self._unchanged = held, tensors, unchanged
+        self._made: dict[int, Tensor] = {}
 
     def persistent_load(self, name: Any) -> Any:
         match name:
@@ -178,7 +182,9 @@ class _Unpickler(pickle.Unpickler):
             case "unchanged", index if self._unchanged[index] is not None:
                 return self._unchanged[index]
             case "tensor", index, device:
-                return self._tensors[index].to(device, copy=True)
+                if index not in self._made:
+                    self._made[index] = self._tensors[index].to(device, copy=True)
+                return self._made[index]
             case "class", data:
                 return pickle.loads(data)
         raise pickle.UnpicklingError(f"there is no {name!r} any more")

@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import struct
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from xxhash import xxh3_64
 
 from raytrainer.messages import TrainReport
-from raytrainer.plan.common_moment import Moment
+from raytrainer.metric_messages import MetricReport
+from raytrainer.metrics.metric_store import MetricStore
+from raytrainer.plan.common_moment import KEPT, KEPT_BEHIND, Moment
 from raytrainer.strategies.replicated import ReplicatedStrategy
 from raytrainer.tensor_packing import pack, replaced
 from raytrainer.worker.process_group import ProcessGroup
+from raytrainer.worker.record_memory import RecordMemory
+from raytrainer.worker.step_copies import OnTheWay, StepCopies, is_plain
 from raytrainer.worker.worker_run import WorkerRun
 from raytrainer.worker.worker_state import capture_state
 
@@ -31,14 +33,11 @@ log = logging.getLogger("raytrainer")
 #: Bytes of a record that are too many to be written after each step; and by how much a later one may exceed the first.
 LARGEST, MORE = 2**22, 2**18
 
-#: Bytes of weights from which on each worker's copies cost as much as one worker's, which Ray then copies again.
+#: Bytes of weights on CPUs from which on each worker's copies cost more than one worker's, which Ray then copies again.
 MOST_WEIGHTS = 2**24
 
-#: Before a record: its checksum, the chunk, batches done in it, and its length.
-_HEAD = struct.Struct("<Qqqq")
-
-#: Of a rank's records the last two are kept, in turn.
-_KEPT = 2
+#: Of a GPU's memory, and of what is free of it when training begins, the parts that copies may take.
+SHARE, SHARE_OF_FREE = 20, 4
 
 
 @dataclass(frozen=True)
@@ -63,118 +62,134 @@ class RecordedMoments:
     copied: list[Moment]
 
 
-class Records:
-    """The records of all ranks, in memory that they share.
+@dataclass
+class _Begun:
+    """A moment of which the device is still to do its part.
 
-    Args:
-        memory: It.
-        size: How many ranks.
-        room: Bytes for one record.
+    Attributes:
+        moment: It.
+        report: As if the chunk ended there, without metrics.
+        content: What the worker has in main memory, pickled.
+        travelling: What it has on the device.
+        wait: Waits for the device to come to it.
+        told: Metrics of its chunk that have been reported to the driver since.
     """
 
-    def __init__(self, memory: mmap.mmap, size: int, room: int) -> None:
-        self._memory, self._size, self._room = memoryview(memory), size, room
-
-    @staticmethod
-    def length(size: int, room: int) -> int:
-        """Bytes of memory for them."""
-        return size * _KEPT * (_HEAD.size + room)
-
-    def _place(self, rank: int, turn: int) -> int:
-        return (rank * _KEPT + turn % _KEPT) * (_HEAD.size + self._room)
-
-    def write(self, rank: int, turn: int, moment: Moment, record: bytes) -> bool:
-        """Whether there is room for it. Half of a record, or of a head, has another checksum."""
-        if len(record) > self._room:
-            return False
-        at = self._place(rank, turn)
-        self._memory[at + _HEAD.size : at + _HEAD.size + len(record)] = record
-        self._memory[at : at + _HEAD.size] = _HEAD.pack(_checksum(moment, record), *moment, len(record))
-        return True
-
-    def read(self, rank: int) -> dict[Moment, bytes]:
-        """The whole ones of a rank."""
-        found = {}
-        for turn in range(_KEPT):
-            at = self._place(rank, turn)
-            checksum, chunk, batches, length = _HEAD.unpack(self._memory[at : at + _HEAD.size])
-            if 0 < length <= self._room:
-                record = bytes(self._memory[at + _HEAD.size : at + _HEAD.size + length])
-                if checksum == _checksum((chunk, batches), record):
-                    found[chunk, batches] = record
-        return found
-
-
-def _checksum(moment: Moment, record: bytes) -> int:
-    digest = xxh3_64(_HEAD.pack(0, *moment, len(record)))
-    digest.update(record)
-    return digest.intdigest()
-
-
-class _Copies:
-    """Tensors as they were at one moment."""
-
-    def __init__(self) -> None:
-        self.moment: Moment | None = None
-        self.tensors: dict[str, Tensor] = {}
-
-    def take(self, moment: Moment, live: dict[str, Tensor]) -> None:
-        self.moment = None  # what fails midway is of no moment
-        if [_kind(t) for t in self.tensors.values()] != [_kind(t) for t in live.values()] or [*live] != [*self.tensors]:
-            self.tensors = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in live.items()}
-        for name, tensor in live.items():
-            self.tensors[name].copy_(tensor.detach())
-        self.moment = moment
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.device
+    moment: Moment
+    report: TrainReport
+    content: bytes
+    travelling: OnTheWay
+    wait: Callable[[], None]
+    told: MetricReport = field(default_factory=MetricReport)
 
 
 class StepRecords:
     """This worker's side. It outlives the run and the process group, until the next run begins.
 
     Args:
-        records: Of all ranks.
+        memory: For all ranks' records.
         rank: This worker's.
-        size: How many there are.
+        behind: Whether a moment's record is written with the next one, as a GPU has not come to it yet.
+        copies: For what all have alike.
     """
 
-    def __init__(self, records: Records, rank: int, size: int) -> None:
-        self._records, self._rank, self._size = records, rank, size
-        self._copies = [_Copies() for _ in range(_KEPT)]
-        self._turn = 0
-        self.chunk = 0
+    def __init__(self, memory: RecordMemory, rank: int, behind: bool, copies: StepCopies) -> None:
+        self._memory, self._rank, self._behind, self._copies = memory, rank, behind, copies
+        self._begun: _Begun | None = None
+        self._turn = self._chunk = 0
+        self._closed = False
         self.whole = True  # whether each moment so far has been recorded
 
+    def begin_chunk(self, chunk: int) -> bool:
+        """The next moments are of this chunk; whether anything may have come between it and the one before."""
+        self._chunk = chunk
+        return self._begun is None
+
     def take(self, run: WorkerRun, report: TrainReport) -> None:
-        """Record the moment at which a chunk could end with this report, whose values the next one will have too."""
-        run.view.metrics.give_back(report.metrics)
-        if not self.whole:
+        """Record the moment at which a chunk could end with this report, to which its metrics are still to come."""
+        metrics = run.view.metrics
+        self.finish(metrics)
+        if not self.whole or self._closed:
             return
-        moment, self.whole = (self.chunk, report.batches), False
-        content = _content(run, report)
+        metrics.begin_report()
+        travelling, self._turn = OnTheWay(), self._turn + 1
+        content = _content(run, travelling if self._behind else None)
         try:
-            record = _dumps(content)
+            pickled = _dumps(content)
         except Exception as error:
-            log.warning("What is to be kept of each step cannot be pickled: %s: %s", type(error).__name__, error)
+            self._give_up("What is to be kept of each step cannot be pickled: %s: %s", type(error).__name__, error)
             return
-        self._turn += 1
-        self._copies[self._turn % _KEPT].take(moment, alike(run))
-        self.whole = self._records.write(self._rank, self._turn, moment, record)
-        if not self.whole:
-            log.warning("Rank %d has %d KB to keep of each step, which is too much.", self._rank, len(record) >> 10)
+        try:
+            travelling.begin()
+            there_is_room = self._copies.begin(self._turn, alike(run))
+        except torch.OutOfMemoryError:
+            there_is_room = False
+        if not there_is_room:
+            self._give_up("Rank %d has no room for %d copies of weights and optimizer.", self._rank, KEPT_BEHIND)
+            return
+        wait = _mark() if self._behind and run.strategy.device.type == "cuda" else _nothing
+        self._begun = _Begun((self._chunk, report.batches), report, pickled, travelling, wait)
+        if not self._behind:
+            self.finish(metrics)
+
+    def finish(self, metrics: MetricStore) -> None:
+        """Write the record of the moment that was begun last, once the device has come to it."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        begun.wait()
+        logged = metrics.finish_report()
+        metrics.give_back(logged)
+        if self._closed:  # asked after the wait: NCCL's end may have ended that
+            return
+        begun.told.add(logged)
+        report = replace(begun.report, metrics=begun.told.shared() if self._rank else begun.told)
+        record = _dumps((begun.content, pack(begun.travelling.arrived()), metrics.sums(), report))
+        self._copies.complete(self._turn, begun.moment)
+        if not self._memory.write(self._rank, self._turn, begun.moment, record):
+            self._give_up("Rank %d has %d KB to keep of each step, which is too much.", self._rank, len(record) >> 10)
+
+    def end_chunk(self, metrics: MetricStore, behind: bool) -> MetricReport:
+        """What the chunk has to report; `behind`: without its last batch, to which the device has not come yet."""
+        if not behind:
+            self.finish(metrics)
+            return metrics.report()
+        logged = metrics.finish_report(left=int(self._begun is not None))
+        if self._begun is not None:
+            self._begun.told.add(logged)
+        return logged
+
+    def close(self) -> None:
+        """From now on what the device has done counts no more: collectives are ended before they are complete.
+
+        Called by another thread, before they are.
+        """
+        self._closed = True
 
     def moments(self) -> RecordedMoments:
         """What there is."""
-        written = [sorted(self._records.read(rank)) for rank in range(self._size)]
-        return RecordedMoments(self._rank, written, [c.moment for c in self._copies if c.moment is not None])
+        written = [sorted(self._memory.read(rank)) for rank in range(self._memory.size)]
+        return RecordedMoments(self._rank, written, self._copies.moments())
 
     def state(self, moment: Moment) -> tuple[list[bytes], dict[str, Tensor]]:
         """All ranks' records of a moment, and what all have alike."""
-        copies = next(copies for copies in self._copies if copies.moment == moment)
-        records = [self._records.read(rank)[moment] for rank in range(self._size)]
-        return records, {name: tensor.cpu() for name, tensor in copies.tensors.items()}
+        return [self._memory.read(rank)[moment] for rank in range(self._memory.size)], self._copies.of(moment)
+
+    def _give_up(self, message: str, *values: Any) -> None:
+        self.whole = False
+        self._copies.drop()
+        log.warning(message, *values)
+
+
+def _mark() -> Callable[[], None]:
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    wait: Callable[[], None] = event.synchronize
+    return wait
+
+
+def _nothing() -> None:
+    pass
 
 
 def asked_for(run: WorkerRun) -> bool:
@@ -182,8 +197,6 @@ def asked_for(run: WorkerRun) -> bool:
     settings = run.view.settings
     steps = settings.snapshot_every == 1 and type(settings.snapshot_every) is int and settings.max_failures > 0
     whole = isinstance(run.strategy, ReplicatedStrategy) and not settings.accumulates
-    whole &= run.strategy.device.type == "cpu"  # a GPU may have no room for two more copies of weights and optimizer
-    whole &= sum(p.numel() * p.element_size() for p in run.module.parameters()) <= MOST_WEIGHTS
     return steps and whole and run.task.stage == "fit" and run.attributes is not None
 
 
@@ -191,24 +204,41 @@ def begin_records(run: WorkerRun, group: ProcessGroup | None) -> StepRecords | N
     """Where each step is to be recorded, and can be. All workers call it together."""
     if not asked_for(run) or group is None or group.board is None:
         return None
-    ranks, length = run.strategy.ranks, 0
-    nothing = TrainReport(0, 0, 0, 0.0, False, False, 0.0, run.view.metrics.report())
-    run.view.metrics.give_back(nothing.metrics)
+    ranks, length, behind = run.strategy.ranks, 0, _lags(run.strategy.device)
+    weights = sum(p.numel() * p.element_size() for p in run.module.parameters())
+    kept, room = (KEPT_BEHIND if behind else KEPT), _room(run.strategy.device)
     try:
-        length = len(_dumps(_content(run, nothing)))
+        length = len(_dumps(_content(run, None)))
     except Exception as error:  # what hooks need may come with the first step
         log.debug("What is to be kept of each step is not known yet.", exc_info=error)
-    most = torch.tensor(length)
+    most = torch.tensor([length, -room])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group.control)
-    if most > LARGEST:
-        if length > LARGEST:
+    longest, room = int(most[0]), -int(most[1])
+    if longest > LARGEST or (room < kept * weights if behind else weights > MOST_WEIGHTS):
+        if length == longest > LARGEST:
             log.info("What rank %d alone has, %d KB, is too much to be kept of each step.", ranks.rank, length >> 10)
+        elif behind and ranks.rank == 0:
+            log.info("Each step's state is copied to the driver: GPUs have no room for %d copies of it.", kept)
         return None
-    room = 2 * int(most) + MORE
-    memory = group.shared_memory(Records.length(ranks.world_size, room))
+    each = 2 * longest + MORE
+    memory = group.shared_memory(RecordMemory.length(ranks.world_size, kept, each))
     if memory is None:
         return None
-    return StepRecords(Records(memory, ranks.world_size, room), ranks.rank, ranks.world_size)
+    records = RecordMemory(memory, ranks.world_size, kept, each)
+    return StepRecords(records, ranks.rank, behind, StepCopies(kept, room))
+
+
+def _lags(device: torch.device) -> bool:
+    """Whether it comes to what it is told later than the worker that tells it."""
+    return device.type == "cuda"
+
+
+def _room(device: torch.device) -> int:
+    """Bytes for copies on it."""
+    if device.type != "cuda":
+        return 2**62
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total // SHARE, free // SHARE_OF_FREE)
 
 
 def _dumps(content: Any) -> bytes:
@@ -217,20 +247,27 @@ def _dumps(content: Any) -> bytes:
     return dumps(content)
 
 
-def _content(run: WorkerRun, report: TrainReport) -> tuple[Any, Any, TrainReport]:
-    """What this worker alone has, with its report; rank 0's also says what of all workers' state is not in copies."""
+def _content(run: WorkerRun, travelling: OnTheWay | None) -> tuple[Any, Any]:
+    """What this worker alone has; of rank 0 also what of all workers' state is not in copies.
+
+    Sums of metrics are not, which are added up once the device has come to what they are of.
+    """
     state = capture_state(run, weights_only=False, replica=False)
     names = {_place(tensor): name for name, tensor in alike(run).items()}
+    device = run.strategy.device.type
+
+    def kept(tensor: Tensor) -> Any:
+        if travelling is not None and tensor.device.type == device and is_plain(tensor):
+            return travelling.add(tensor)
+        return tensor.detach().cpu()
 
     def recorded(tensor: Tensor) -> Any:
-        name = names.get(_place(tensor)) if _is_plain(tensor) else None
-        return tensor.detach().cpu() if name is None else InCopies(name)
+        name = names.get(_place(tensor)) if is_plain(tensor) else None
+        return kept(tensor) if name is None else InCopies(name)
 
-    own, common = state.pop("own"), replaced(state, Tensor, recorded)
-    own = replaced(own, Tensor, lambda tensor: tensor.detach().cpu())
-    if run.strategy.ranks.rank:
-        report = replace(report, metrics=replace(report.metrics).shared())
-    return pack(own), pack(common), report
+    own = state.pop("own")
+    del own["metrics"]
+    return pack(replaced(own, Tensor, kept)), pack(replaced(state, Tensor, recorded))
 
 
 def alike(run: WorkerRun) -> dict[str, Tensor]:
@@ -241,12 +278,7 @@ def alike(run: WorkerRun) -> dict[str, Tensor]:
             for place, parameter in enumerate(group["params"]):
                 for name, value in (optimizer.state.get(parameter) or {}).items():
                     found[f"{number}.{index}.{place}.{name}"] = value
-    return {name: tensor for name, tensor in found.items() if _is_plain(tensor)}
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor of a place and strides, and no more than that."""
-    return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and value.numel() > 0
+    return {name: tensor for name, tensor in found.items() if is_plain(tensor)}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
 from raytrainer.worker.scheduler_steps import SchedulerSteps
 from raytrainer.worker.step_records import StepRecords
-from raytrainer.worker.train_reports import has_trained, train_start
+from raytrainer.worker.train_reports import end_report, has_trained, train_start
 
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
@@ -174,10 +174,8 @@ class TrainingLoop:
                 records=records is not None and records.whole,
             )
 
-        if records is not None:
-            records.chunk = chunk
-            if self.batch:  # the hooks that begin an epoch are called again where it begins anew
-                records.take(run, reported(metrics.report(), False))
+        if records is not None and records.begin_chunk(chunk) and self.batch:  # else the epoch's first hooks come again
+            records.take(run, reported(MetricReport(), False))
         for left in range(batches, 0, -1):
             stopping, asked = stop.before(), clock()
             if look_ahead is not None:
@@ -203,9 +201,10 @@ class TrainingLoop:
                 self._idle = False
             if transfer is not None and there:
                 batch = transfer(batch, 0)
-            if left == 1 and more and run.ahead and records is None:
-                metrics.begin_report()
+            if left == 1 and more and run.ahead:
                 behind = True
+                if records is None:
+                    metrics.begin_report()
             if accumulate > 1 and index % accumulate == 0:
                 self._since = metrics.moment
             metrics.begin_batch(batch)
@@ -235,7 +234,7 @@ class TrainingLoop:
                 exhausted = True
             if records is not None:
                 metrics.begin_batch(None)
-                records.take(run, reported(metrics.report(), exhausted))
+                records.take(run, reported(MetricReport(), exhausted))
             if exhausted:
                 break
             if stop_at_step is not None and view.global_step >= stop_at_step:
@@ -248,7 +247,8 @@ class TrainingLoop:
         stop.close()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)
-        report = metrics.finish_report() if (behind := behind and not exhausted) else metrics.report()
+        behind = behind and not exhausted
+        report = end_report(metrics, records, behind)
         if watched is not None:
             report.reads = (watched.sample(),)
             if watched.complete:

@@ -160,6 +160,8 @@ class Worker:
         if failed:
             metrics.switch("train")
             metrics.forget_batch()
+        elif self.records is not None:
+            self.records.finish(metrics)
         return metrics.report().shared() if self.ranks.rank else metrics.report()
 
     @verb(Wait.USER_CODE)
@@ -259,8 +261,7 @@ class Worker:
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
         run, module, travels = self.run, self.run.module, trained and not self.in_place
-        report = FinishReport(profile=run.finish())
-        report.state_dict = run.strategy.home_state(module) if travels else None
+        report = FinishReport(profile=run.finish(), state_dict=run.strategy.home_state(module) if travels else None)
         if travels and self.ranks.rank == 0:
             bring_along(report, module, run.datamodule)
         if self.device.type == "cuda":

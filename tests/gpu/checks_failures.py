@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import Net, Rows, check, data, distance, fit, uuids
 from torch import Tensor
 
@@ -49,6 +52,60 @@ def lost_workers() -> str:
         assert (recovery.kept, recovery.spares) == (gpus - 1, 1), (how, recovery)
         said.append(f"{how}: {recovery.seconds:.1f} s, {recovery.replayed_batches} batches again")
     return f"{gpus} GPU(s), weights bit-equal to the undisturbed run, and each step logged once. {'; '.join(said)}"
+
+
+class Struck(Net):
+    """The last rank is killed in some steps: right after its backward pass, which its GPU has not come to, or anywhere.
+
+    Notes each step that is begun. A step takes a GPU some 20 ms, so that it is behind its worker.
+    """
+
+    def __init__(self, folder: str = "", where: dict[int, str] | None = None) -> None:
+        super().__init__(dropout=0.1)
+        self.folder, self.where = folder, where or {}
+
+    def _may_die(self, where: str) -> bool:
+        flag, last = Path(f"{self.folder}/struck-{self.global_step}"), self.trainer.world_size - 1
+        if self.where.get(self.global_step) != where or self.global_rank != last or flag.exists():
+            return False
+        flag.touch()
+        return True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with open(f"{self.folder}/steps-{self.global_rank}", "a") as file:
+            file.write(f"{self.global_step}\n")
+        if self._may_die("anywhere"):
+            threading.Timer(random.SystemRandom().uniform(0, 0.06), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        with torch.no_grad():
+            side = 4096 if self.device.type == "cuda" else 256
+            other = busy = torch.ones(side, side, device=self.device)
+            for _ in range(8):
+                other = busy @ other
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        if self._may_die("after backward"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@check(2, workers="all")
+def recorded_steps() -> str:
+    gpus, folder = len(uuids()), tempfile.mkdtemp()
+    options = {"gpus": gpus, "deterministic": True, "max_epochs": 5, "spares": 1, "log_every_n_steps": 1}
+    calm, rows = Struck(tempfile.mkdtemp()), Rows()
+    fit(calm, data(64 * gpus), logger=rows, snapshot_every=None, **options)
+    struck, own = Struck(folder, {11: "after backward", 21: "anywhere", 30: "anywhere"}), Rows()
+    trainer = fit(struck, data(64 * gpus), logger=own, snapshot_every=1, **options)
+    assert distance(calm, struck) == 0.0
+    assert all(torch.equal(*pair) for pair in zip(calm.losses, struck.losses, strict=True))
+    assert own.rows == rows.rows, (rows.rows, own.rows)
+    said = [str(recovery) for recovery in trainer.recoveries]
+    assert len(said) == 3, said
+    assert all(recovery.source == "what each worker had recorded" for recovery in trainer.recoveries), said
+    assert all(recovery.replayed_batches <= 3 for recovery in trainer.recoveries), said
+    again = [len(Path(f"{folder}/steps-{rank}").read_text().split()) - 40 for rank in range(gpus)]
+    assert max(again) <= 9, (again, said)
+    return f"{gpus} GPUs, weights and losses bit-equal to the undisturbed run; steps again, by rank: {again}; {said}"
 
 
 @check(1, workers="all")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from raytrainer.plan.common_moment import Moment, common_moment
+from raytrainer.plan.common_moment import KEPT_BEHIND, Moment, common_moment
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,27 @@ def test_wherever_each_is_no_more_than_a_batch_is_repeated():
             chosen = common_moment(written, {rank: written[rank] for rank in range(3) if rank != lost}, [1])
             assert chosen is not None and chosen[0] == (1, min(done))
             assert chosen[1] != lost
+
+
+def test_wherever_each_is_whose_device_is_behind_all_have_what_is_chosen():
+    """Likewise; each has recorded a moment, and may be writing the next record, with copies of it under way."""
+    for done in itertools.product(range(KEPT_BEHIND, 9), repeat=3):
+        if (
+            max(done) - min(done) > 2
+        ):  # who has recorded k has seen all averaged that were told after they recorded k - 2
+            continue
+        for lost, busy in itertools.product(range(3), itertools.product([False, True], repeat=3)):
+            kept = [
+                [(1, number) for number in range(own - KEPT_BEHIND + 1 + more, own + 1)]
+                for own, more in zip(done, busy, strict=True)
+            ]
+            left = {rank: kept[rank] for rank in range(3) if rank != lost}
+            chosen = common_moment(kept, left, [1])
+            assert chosen is not None and chosen[0] == (1, min(done)) and chosen[1] != lost
+
+
+def test_what_a_device_does_after_the_loss_is_not_chosen():
+    """The lost worker has no record of what it took no part in, whatever those that are left take for their records."""
+    written = [[(1, 2), (1, 3), (1, 4), (1, 5)], [(1, 0), (1, 1), (1, 2), (1, 3)], [(1, 1), (1, 2), (1, 3), (1, 4)]]
+    chosen = common_moment(written, {0: written[0], 2: written[2]}, [1])
+    assert chosen == ((1, 3), 0)

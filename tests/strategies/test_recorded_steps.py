@@ -13,7 +13,8 @@ from mending_group import MendingSupply
 from struck import MOMENTS, Struck, loaders, repeated, rows
 
 import raytrainer
-from raytrainer.worker.step_records import Records
+from raytrainer.worker.record_memory import RecordMemory
+from raytrainer.worker.worker_run import WorkerRun
 
 FLAG, SEEN = "flag", "seen"
 
@@ -71,6 +72,35 @@ def test_a_killed_worker_costs_the_step_in_progress(moment, batches, rank, calm,
     assert len(supply.chosen) == 1
 
 
+@pytest.fixture(params=[1, 2, None], ids=lambda batches: f"chunks of {batches}")
+def behind(request, monkeypatch):
+    """As with GPUs, which come to a moment later than their workers, and have work while a chunk is reported."""
+    if request.param is not None:
+        monkeypatch.setattr("raytrainer.plan.steps_and_epochs.chunk_batches", lambda batches, _: request.param)
+    monkeypatch.setattr("raytrainer.worker.step_records._lags", lambda device: True)
+    monkeypatch.setattr(WorkerRun, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("moment", "batches"), [(moment, at) for moment in MOMENTS for at in WHERE.get(moment, (2, 3, 5, 8, 20))]
+)
+def test_a_device_that_is_behind_costs_what_was_queued_too(moment, batches, rank, calm, behind, monkeypatch, tmp_path):
+    supply, module = MendingSupply(monkeypatch), made(tmp_path / "run", rank, batches, moment)
+    trainer, logged = fit(module, tmp_path)
+    expected, rows_logged, seen = calm
+    assert Path(module.flag).exists()
+    assert same(module, expected)
+    assert (module.count, module.history) == (expected.count, expected.history)
+    assert logged == rows_logged
+    assert rows(module.seen) == seen
+    (found,) = trainer.recoveries
+    assert found.source == "what each worker had recorded" and found.replayed_batches <= 2
+    assert max(repeated(module.seen)) <= 3
+    assert len(supply.chosen) == 1
+
+
 class ByHand(Struck):
     """Two optimizers, each stepped in each batch; the worker is killed between their steps, as "after step"."""
 
@@ -116,7 +146,7 @@ class DiesInItsRecord(Struck):
     """When half of a record is written."""
 
     def on_train_start(self) -> None:
-        write, module = Records.write, self
+        write, module = RecordMemory.write, self
 
         def half(records: Any, rank: int, turn: int, moment: Any, record: bytes) -> bool:
             if module.moment == "record" and module.count == module.batches and rank == module.rank:
@@ -126,7 +156,7 @@ class DiesInItsRecord(Struck):
                 module.strike("record")
             return write(records, rank, turn, moment, record)
 
-        Records.write = half  # type: ignore[method-assign]
+        RecordMemory.write = half  # type: ignore[method-assign]
 
 
 class Endless(torch.utils.data.IterableDataset[Any]):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from drifting import Drifting
 from exact import Exact, Mortal, run, same
 
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.worker.attribute_snapshots import AttributeSnapshots
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(3, "train"), (9, "train"), (21, "validate"), (33, "train")])
@@ -26,6 +28,17 @@ def test_a_loss_of_workers_leaves_no_trace(
     assert len(trainer.recoveries) == 1
     assert struck_rows == rows and same(module, calm)
     assert "begins anew" not in caplog.text
+
+
+def test_what_is_in_two_places_of_an_attribute_is_one_thing() -> None:
+    modules, large = [torch.nn.Linear(1, 1) for _ in range(2)], torch.ones(2**12)
+    snapshots = [AttributeSnapshots(module) for module in modules]
+    modules[0].own = [large, (large, torch.ones(1))]  # type: ignore[assignment]
+    state = snapshots[0].take(modules[0])
+    assert len(state["tensors"]) == 1
+    snapshots[1].put_back(modules[1], state)
+    one, (other, _) = modules[1].own  # type: ignore[misc]
+    assert one is other and torch.equal(one, large) and one is not large
 
 
 class Counts:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import mmap
+import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from raytrainer.worker.step_records import _HEAD, Records, _Copies
+from raytrainer.messages import TrainReport
+from raytrainer.metric_messages import MetricReport
+from raytrainer.metrics.metric_store import MetricStore
+from raytrainer.plan.common_moment import KEPT_BEHIND
+from raytrainer.tensor_packing import unpack
+from raytrainer.worker import step_records
+from raytrainer.worker.record_memory import _HEAD, RecordMemory
+from raytrainer.worker.step_copies import OnTheWay, StepCopies
+from raytrainer.worker.step_records import RecordedMoments, StepRecords
 
 ROOM = 64
 
 
 @pytest.fixture
 def memory() -> mmap.mmap:
-    return mmap.mmap(-1, Records.length(2, ROOM))
+    return mmap.mmap(-1, RecordMemory.length(2, 2, ROOM))
 
 
 def test_the_last_two_are_kept(memory):
-    ours, theirs = Records(memory, 2, ROOM), Records(memory, 2, ROOM)
+    ours, theirs = RecordMemory(memory, 2, 2, ROOM), RecordMemory(memory, 2, 2, ROOM)
     assert ours.read(0) == {}
     for turn in range(1, 5):
         assert ours.write(0, turn, (7, turn), bytes([turn]) * turn)
@@ -29,7 +39,7 @@ def test_the_last_two_are_kept(memory):
 
 
 def test_what_has_no_room_leaves_what_there_is(memory):
-    records = Records(memory, 2, ROOM)
+    records = RecordMemory(memory, 2, 2, ROOM)
     assert records.write(0, 1, (1, 1), b"a" * ROOM)
     assert not records.write(0, 3, (1, 3), b"b" * (ROOM + 1))
     assert records.read(0) == {(1, 1): b"a" * ROOM}
@@ -38,7 +48,7 @@ def test_what_has_no_room_leaves_what_there_is(memory):
 @pytest.mark.parametrize("written", range(1, _HEAD.size + ROOM))
 def test_half_a_record_is_none(written, memory):
     """A worker killed after so many bytes: first the record's, then the head's."""
-    records = Records(memory, 2, ROOM)
+    records = RecordMemory(memory, 2, 2, ROOM)
     assert records.write(0, 1, (1, 1), b"a" * ROOM)
     assert records.write(0, 2, (1, 2), b"b" * ROOM)
     before = bytes(memory)
@@ -57,27 +67,103 @@ def test_half_a_record_is_none(written, memory):
 
 
 def test_copies_are_of_their_moment():
-    copies, live = _Copies(), {"w": torch.nn.Parameter(torch.ones(3)), "m": torch.zeros(2, dtype=torch.float64)}
-    copies.take((1, 1), live)
-    kept = copies.tensors["w"]
+    copies, live = StepCopies(2), {"w": torch.nn.Parameter(torch.ones(3)), "m": torch.zeros(2, dtype=torch.float64)}
+    assert copies.begin(1, live) and copies.moments() == []
+    copies.complete(1, (1, 1))
     with torch.no_grad():
         live["w"].mul_(2)
-    assert copies.moment == (1, 1) and kept.tolist() == [1, 1, 1] and not kept.requires_grad
-    copies.take((1, 2), live)
-    assert copies.tensors["w"] is kept and kept.tolist() == [2, 2, 2]
+    kept = copies.of((1, 1))["w"]
+    assert kept.tolist() == [1, 1, 1] and not kept.requires_grad
+    for turn in (2, 3):
+        assert copies.begin(turn, live)
+        copies.complete(turn, (1, turn))
+    assert copies.of((1, 3))["w"].data_ptr() == kept.data_ptr() and kept.tolist() == [2, 2, 2]
+    assert sorted(copies.moments()) == [(1, 2), (1, 3)]
     more: dict[str, Any] = {**live, "v": torch.ones(1)}
-    copies.take((1, 3), more)
-    assert list(copies.tensors) == ["w", "m", "v"] and copies.moment == (1, 3)
+    assert copies.begin(4, more) and copies.moments() == [(1, 3)]
+    copies.complete(4, (1, 4))
+    assert list(copies.of((1, 4))) == ["w", "m", "v"] and list(copies.of((1, 3))) == ["w", "m"]
+    copies.drop()
+    assert copies.moments() == []
 
 
 def test_copies_that_fail_are_of_no_moment(monkeypatch):
-    copies, live = _Copies(), {"w": torch.ones(3)}
-    copies.take((1, 1), live)
+    copies, live = StepCopies(2), {"w": torch.ones(3)}
+    for turn in (1, 2):
+        assert copies.begin(turn, live)
+        copies.complete(turn, (1, turn))
 
     def fails(*args: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(torch.Tensor, "copy_", fails)
+    monkeypatch.setattr("raytrainer.worker.step_copies.copy_together", fails)
     with pytest.raises(MemoryError):
-        copies.take((1, 2), live)
-    assert copies.moment is None
+        copies.begin(3, live)
+    assert copies.moments() == [(1, 2)]
+
+
+def test_copies_have_the_room_that_they_have():
+    live = {"w": torch.ones(100, device="meta"), "step": torch.ones(100)}  # what is on CPUs does not count
+    assert not StepCopies(4, room=1599).begin(1, live)
+    assert StepCopies(4, room=1600).begin(1, live)
+
+
+def test_tensors_travel_together_as_they_are():
+    live = [torch.arange(6).view(2, 3), torch.ones(()), torch.tensor([True]), torch.ones(4)[::2], torch.arange(4)]
+    before, travelling = [tensor.clone() for tensor in live], OnTheWay()
+    assert [travelling.add(tensor).index for tensor in live] == [0, 1, 2, 3, 4]
+    travelling.begin()
+    for tensor in live:
+        tensor.zero_()
+    assert all(torch.equal(one, other) for one, other in zip(travelling.arrived(), before, strict=True))
+    assert OnTheWay().arrived() == []
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Takes a moment of a device that is behind; what that does when it has come to it is given. All are told."""
+    monkeypatch.setattr(step_records, "_content", lambda run, travelling: ("own", travelling.add(run.module.weight)))
+    metrics = MetricStore(0, 1)
+    run = SimpleNamespace(
+        view=SimpleNamespace(metrics=metrics, optimizers=[]),
+        module=torch.nn.Linear(1, 1, bias=False),
+        strategy=SimpleNamespace(device=torch.device("cpu")),
+    )
+    memory = mmap.mmap(-1, RecordMemory.length(1, KEPT_BEHIND, 2**12))
+    records = StepRecords(RecordMemory(memory, 1, KEPT_BEHIND, 2**12), 0, True, StepCopies(KEPT_BEHIND))
+    waits: list[Any] = []
+    monkeypatch.setattr(step_records, "_nothing", lambda: waits.pop(0)())
+
+    def take(batches: int, when_it_has_come: Any = lambda: None) -> RecordedMoments:
+        with torch.no_grad():
+            run.module.weight.fill_(batches)
+        records.take(run, TrainReport(batches, batches, batches, 0.0, False, False, 0.0, MetricReport()))
+        waits.append(when_it_has_come)
+        return records.moments()
+
+    take.records, take.metrics = records, metrics  # type: ignore[attr-defined]
+    return take
+
+
+def test_a_moment_counts_once_the_device_has_come_to_it(begun):
+    assert begun(1).written == [[]]
+    for batches in range(2, 9):
+        told = begun(batches)
+        assert sorted(told.copied) == [(0, number) for number in range(max(1, batches - 3), batches)]
+        assert told.written == [[(0, number) for number in range(max(1, batches - 4), batches)]]
+        for moment in told.copied:
+            (record,), copies = begun.records.state(moment)
+            assert copies["weight"].item() == moment[1]
+            assert unpack(pickle.loads(record)[1])[0].item() == moment[1]
+    begun.records.finish(begun.metrics)
+    assert begun.records.moments().written[0][-1] == (0, 8)
+
+
+def test_what_a_device_does_when_collectives_have_ended_does_not_count(begun):
+    begun(1)
+    begun(2)
+    assert begun(3, begun.records.close).written == [[(0, 1), (0, 2)]]
+    for batches in range(4, 20):  # what the worker goes on to, until it hears of the end
+        told = begun(batches)
+        assert told.written == [[(0, 1), (0, 2)]] and sorted(told.copied) == [(0, 1), (0, 2)]
+    assert begun.records.state((0, 2))[1]["weight"].item() == 2

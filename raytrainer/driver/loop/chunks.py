@@ -104,7 +104,7 @@ class Chunks:
         report = merged(reports)
         if self.snapshots.recorded and not all(each.records for each in reports):
             self.snapshots.recorded = False
-            log.warning("From now on each step's state is copied, as not all workers can keep what is their own.")
+            log.warning("From now on each step's state is copied to the driver, as not all workers can record it.")
         leaves = [each.leaves for each in reports]
         if any(leaves):
             self._warn_of_rest(leaves, report.batch)

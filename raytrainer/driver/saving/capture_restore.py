@@ -44,11 +44,11 @@ class RunCapture:
 
     def __init__(self, task: Task, state: RunState, services: RunServices, snapshots: Snapshots) -> None:
         self._task, self._state, self._services, self._snapshots = task, state, services, snapshots
-        self._chunks: dict[int, dict[str, Any]] = {}  # the driver's part at the beginning of the last two
+        self._chunks: dict[int, dict[str, Any]] = {}  # the driver's part at the beginning of the last three
 
     def begin_chunk(self, group: WorkerGroup, chunk: int) -> None:
         """Training goes on, with this chunk: where workers record each step, what it begins with is remembered."""
-        self._chunks = dict([*self._chunks.items()][-1:]) if self._snapshots.recorded else {}
+        self._chunks = dict([*self._chunks.items()][-2:]) if self._snapshots.recorded else {}
         if self._snapshots.recorded:
             self._chunks[chunk] = self._driver_state(group)
 
@@ -56,7 +56,11 @@ class RunCapture:
         """The newest state that the workers of before `group`, which is theirs mended, have recorded."""
         chunks, self._chunks = self._chunks, {}
         found = group.recorded(chunks) if chunks else None
-        return None if found is None else RecordedState.of(found, chunks[found.chunk])
+        try:
+            return None if found is None else RecordedState.of(found, chunks[found.chunk])
+        except Exception as error:  # of the user's objects in it: one cannot be had in this process
+            log.warning("What workers had recorded cannot be read: %s: %s", type(error).__name__, error)
+            return None
 
     def capture(self, group: WorkerGroup, weights_only: bool = False) -> Captured:
         """Have the state of the run copied aside; training may go on at once."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raytrainer.driver.saving.checkpoint_writer import Captured
 from raytrainer.driver.workers.worker_group import Copies, Recorded
 from raytrainer.messages import TrainReport
 from raytrainer.tensor_packing import replaced, unpack
+from raytrainer.worker.step_copies import Arrives
 from raytrainer.worker.step_records import InCopies
 
 __all__ = ["RecordedState"]
@@ -35,8 +37,13 @@ class RecordedState:
         """It, of records and `driver`'s part."""
         parts, reports = list[dict[str, Any]](), list[TrainReport]()
         for record in found.records:
-            own, common, report = pickle.loads(record)
-            common = replaced(unpack(common), InCopies, lambda held: found.tensors[held.name])
-            parts.append({"own": unpack(own), **common})
+            content, packed, sums, report = pickle.loads(record)
+            own, common = replaced(unpack(pickle.loads(content)), Arrives, partial(_of, unpack(packed)))
+            common = replaced(common, InCopies, lambda held: found.tensors[held.name])
+            parts.append({"own": {**own, "metrics": sums}, **common})
             reports.append(report)
         return cls(Captured(Copies(lambda: (parts, None)), driver).resolve(), reports)
+
+
+def _of(tensors: list[Any], place: Arrives) -> Any:
+    return tensors[place.index]

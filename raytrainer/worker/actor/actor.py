@@ -96,8 +96,7 @@ class RemoteWorker(KeepsRecords):
             share.take_over(pid)
             self.share = share
 
-        failure: Failure | None = self._guard(take_over)
-        return failure
+        return self._guard(take_over)  # type: ignore[no-any-return]
 
     def imported(self) -> list[str]:
         """Names of the modules that this process has imported, in that order."""
@@ -280,6 +279,7 @@ class StagingWorker(RemoteWorker):
     @ray.method(concurrency_group=ASIDE)
     def abort_groups(self) -> bool:
         """Free the main thread from what NCCL waits for. Nothing else is to be told to it until this has answered."""
+        self.close_records()  # which count what the device has done
         return bool(self._guard(abort_groups) is True)
 
 

@@ -15,6 +15,13 @@ class KeepsRecords:
     """Of an actor's body: it keeps them from leaving a group until the next task comes."""
 
     records: StepRecords | None = None
+    worker: Any = None
+
+    def close_records(self) -> None:
+        """The collectives of the run in progress are about to be ended, before they are complete."""
+        records = None if self.worker is None else self.worker.records
+        if records is not None:
+            records.close()
 
     def recorded(self) -> RecordedMoments | None:
         """Which steps there are; None: this worker has not been in the group, or nothing was recorded."""
