@@ -10,24 +10,21 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from raytrainer.errors import ConfigurationError
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import drop_forward_hooks
 from raytrainer.private.torch_private import BATCH_NORMS
 from raytrainer.strategies.materialising import Materialiser
+from raytrainer.strategies.recomputing import recomputed
 from raytrainer.strategies.sharding_blocks import find_blocks, refuse_tied
-from raytrainer.strategies.sharding_refusals import refuse_apart, refuse_mixed, refuse_unfit
+from raytrainer.strategies.sharding_refusals import refuse_apart, refuse_left_to_user, refuse_mixed, refuse_unfit
 from raytrainer.strategies.shards import local_part
 
 __all__ = ["Sharder"]
 
 #: What parameters are gathered as, by precision. Gradients are always reduced in float32 then.
 _GATHERED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "float8": torch.bfloat16}
-#: What blocks of older versions of transformers are given to remember keys and values in, and what stands for nothing.
-_CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
-_CACHE_MODULE = "transformers.cache_utils"
 _HALF = ("bf16-true", "16-true", *_GATHERED)
 
 
@@ -66,6 +63,7 @@ class Sharder:
             )
         _lay_out(module)
         if any(isinstance(part, FSDPModule) for part in module.modules()):  # by the user's configure_model
+            refuse_left_to_user(self.settings, self.compiles is not None)
             convert(module)
             blocks = {name: part for name, part in _sharded_parts(module).items() if name}
             for name, block in blocks.items():
@@ -90,17 +88,14 @@ class Sharder:
 
     def _wrap(self, block: nn.Module) -> None:
         """Recompute, and compile, a block: inside of what FSDP does around it."""
-        forward = block.forward
-        if self.settings.activation_checkpointing:
-            inner = forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if torch.is_grad_enabled():
-                    args, kwargs = _without_caches(args, kwargs)
-                return checkpoint(inner, *args, use_reentrant=False, **kwargs)
-
-        if self.compiles is not None:
-            forward = torch.compile(forward, **self.compiles)
+        forward, again, compiles = block.forward, self.settings.activation_checkpointing, self.compiles
+        outside = again and any(True for _ in block.buffers())  # a compiler would have them changed twice
+        if again and not outside:
+            forward = recomputed(block, forward)
+        if compiles is not None:
+            forward = torch.compile(forward, **compiles)
+        if outside:
+            forward = recomputed(block, forward)
         if forward is not block.forward:
             block.__dict__["forward"] = forward
 
@@ -148,18 +143,6 @@ class Sharder:
             f"fsdp: {count:,} parameters in {shards} shard{'s' if shards > 1 else ''}{times}, "
             f"{mine / 2**20:,.1f} MiB of them on each worker; {found}"
         )
-
-
-def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a block that is computed twice: what it computes would be in a cache of transformers' twice."""
-    args = tuple(None if _is_cache(value) else value for value in args)
-    kwargs |= {name: none for name, none in _CACHES.items() if name in kwargs}
-    return args, {name: None if _is_cache(value) else value for name, value in kwargs.items()}
-
-
-def _is_cache(value: object) -> bool:
-    """Whether it is a cache of transformers', whose argument has another name in each version."""
-    return any(kind.__name__ == "Cache" and kind.__module__ == _CACHE_MODULE for kind in type(value).__mro__)
 
 
 def _lay_out(module: nn.Module) -> None:

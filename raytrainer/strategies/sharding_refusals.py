@@ -11,9 +11,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import averaged_over
 
-__all__ = ["explained", "refuse_apart", "refuse_hooks", "refuse_mixed", "refuse_sharded_loss", "refuse_unfit"]
+__all__ = [
+    "explained",
+    "refuse_apart",
+    "refuse_hooks",
+    "refuse_left_to_user",
+    "refuse_mixed",
+    "refuse_sharded_loss",
+    "refuse_unfit",
+]
 
 
 def refuse_unfit(module: nn.Module) -> None:
@@ -125,6 +134,30 @@ def refuse_apart(module: nn.Module, parts: Mapping[str, nn.Module], mesh: Any) -
         f"fsdp: gradients of {_shown(wrong)} would be averaged over {next(iter(wrong.values()))} of {workers} workers: "
         f"in configure_model give fully_shard mesh=self.device_mesh[{axes}]."
     )
+
+
+def refuse_left_to_user(settings: FSDP, compiles: bool) -> None:
+    """Refuse what is asked for of blocks, where `configure_model` makes its own with `fully_shard`.
+
+    Raises:
+        ConfigurationError: Says where to do it instead.
+    """
+    remedies = {
+        "blocks": "they are what it calls fully_shard on",
+        "reshard_after_forward": "give it to fully_shard there",
+        "activation_checkpointing": "have their forward call torch.utils.checkpoint.checkpoint there",
+        "prefetch": "call set_modules_to_forward_prefetch there",
+    }
+    given = {name: getattr(settings, name) for name in remedies}
+    asked = {f"{settings.shown}({n}={v!r})": remedies[n] for n, v in given.items() if v != getattr(FSDP(), n)}
+    if compiles:
+        asked["Trainer(compile=...)"] = "call each one's compile() before fully_shard there"
+    if asked:
+        which, remedy = next(iter(asked.items()))
+        raise ConfigurationError(
+            f"{which}: configure_model calls fully_shard on blocks itself, of which this would do nothing: {remedy}, "
+            f"and leave it out here."
+        )
 
 
 _WHOLE_WHEN = (

@@ -98,6 +98,35 @@ def test_what_is_computed_twice_is_in_no_cache(forked):
     compare(forked, Remembering, rt.FSDP(activation_checkpointing=True), max_epochs=1)
 
 
+class Counts(Block):
+    """A pass changes what it multiplies with; and no longer when it is set to evaluate."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.ones(1))
+
+    def forward(self, x):
+        if self.training:
+            self.count += 1.0
+        return super().forward(x) * self.count.sqrt()
+
+
+class Counting(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Counts() for _ in range(2))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.blocks[0].train(batch_idx > 1)
+
+
+@pytest.mark.parametrize("compiles", [None, {"backend": "eager"}], ids=["eager", "compiled"])
+def test_what_is_computed_twice_changes_buffers_once(compiles, forked):
+    strategy = rt.FSDP(activation_checkpointing=True)
+    _, two = compare(forked, Counting, strategy, max_epochs=1, compile=compiles)
+    assert [int(block.count) for block in two._module.blocks] == [3, 5]
+
+
 def test_four_workers_in_two_copies(forked):
     torch.manual_seed(0)
     alone, shared = Net(), Net()

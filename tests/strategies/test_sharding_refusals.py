@@ -324,12 +324,14 @@ class ShardsApart(Net):
     "how, strategy, message",
     [
         ("itself", rt.FSDP(), r"calls fully_shard on ShardsApart itself: leave that out"),
+        ("all", rt.FSDP(activation_checkpointing=True), r"\(activation_checkpointing=True\): .* do nothing: have"),
+        ("all", rt.FSDP(reshard_after_forward=False), r"\(reshard_after_forward=False\): .*: give it to fully_shard"),
         ("ignored", rt.FSDP(), r"'blocks\.0\.norm\.bias' are in no shards .* each of 2 workers would train its own"),
         ("a copy", rt.FSDP(replicate=2), r'averaged over 2 of 4 workers.*device_mesh\["replicate", "data_par'),
     ],
-    ids=["itself", "ignored", "a copy"],
+    ids=["itself", "recomputed", "kept", "ignored", "a copy"],
 )  # fmt: skip
-def test_what_would_not_be_averaged_over_all_is_refused(how, strategy, message, forked):
+def test_what_fully_shard_in_configure_model_would_leave_undone_is_refused(how, strategy, message, forked):
     trainer = forked(strategy=strategy, num_processes=4 if strategy.replicate else 2, max_epochs=1)
     with pytest.raises(rt.ConfigurationError, match=message):
         trainer.fit(ShardsApart(how), loader(32, 4, torch.float32))

@@ -1,0 +1,104 @@
+"""Activation checkpointing: a block's activations are computed anew in the backward pass, from what they began with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["recomputed"]
+
+#: What blocks of older versions of transformers are given to remember keys and values in, and what stands for nothing.
+_CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
+_CACHE_MODULE = "transformers.cache_utils"
+
+_Forward = Callable[..., Any]
+_Place = tuple[nn.Module, str]
+
+
+def recomputed(block: nn.Module, forward: _Forward) -> _Forward:
+    """A block's forward pass whose activations are not kept. Of a block without buffers, it may be compiled.
+
+    Args:
+        block: The block.
+        forward: Its forward pass.
+    """
+
+    def computed_twice(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            args, kwargs = _without_caches(args, kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    if not any(True for _ in block.buffers()):
+        return computed_twice
+    buffers = _Buffers(block)
+
+    def computed_alike(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args, kwargs = _without_caches(args, kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=buffers.begin(), **kwargs)
+
+    return computed_alike
+
+
+class _Buffers:
+    """Buffers that a forward pass changes: the second pass begins with what the first began with, and leaves no trace.
+
+    Otherwise batch normalisation would count each batch twice, and spectral normalisation compute other activations.
+    Which ones change is seen the first time, and again when parts of the block are set to train or to evaluate.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._parts = [part for part in block.modules() if part._buffers]
+        self._changing: dict[tuple[bool, ...], list[_Place]] = {}  # by what trains
+
+    def begin(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """A first pass begins; return what `checkpoint` asks for the contexts of both."""
+        modes = tuple(part.training for part in self._parts)
+        places = self._changing.get(modes)
+        known = places is not None
+        if places is None:
+            places = [
+                (part, name) for part in self._parts for name, buffer in part._buffers.items() if buffer is not None
+            ]
+        before = {(part, name): part._buffers[name].detach().clone() for part, name in places}  # type: ignore[union-attr]
+        return lambda: (nullcontext() if known else self._seen(modes, before), _put_back(before))
+
+    @contextmanager
+    def _seen(self, modes: tuple[bool, ...], before: dict[_Place, Tensor]) -> Iterator[None]:
+        yield
+        for (part, name), was in [*before.items()]:
+            now = part._buffers.get(name)
+            if now is not None and torch.equal(now, was):
+                del before[part, name]
+        self._changing[modes] = list(before)
+
+
+@contextmanager
+def _put_back(values: dict[_Place, Tensor]) -> Iterator[None]:
+    """Have buffers be others: these, whose changes do not last."""
+    kept = {(part, name): part._buffers[name] for part, name in values if name in part._buffers}
+    for part, name in kept:
+        part._buffers[name] = values[part, name].clone()  # there may be several such passes
+    try:
+        yield
+    finally:
+        for (part, name), buffer in kept.items():
+            part._buffers[name] = buffer
+
+
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block that is computed twice: what it computes would be in a cache of transformers' twice."""
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs |= {name: none for name, none in _CACHES.items() if name in kwargs}
+    return args, {name: None if _is_cache(value) else value for name, value in kwargs.items()}
+
+
+def _is_cache(value: object) -> bool:
+    """Whether it is a cache of transformers', whose argument has another name in each version."""
+    return any(kind.__name__ == "Cache" and kind.__module__ == _CACHE_MODULE for kind in type(value).__mro__)
