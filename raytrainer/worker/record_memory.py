@@ -31,7 +31,16 @@ class RecordMemory:
     @staticmethod
     def length(size: int, kept: int, room: int) -> int:
         """Bytes of memory for them."""
-        return size * kept * (_HEAD.size + room)
+        return size * kept * (_HEAD.size + room) + 1
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any of them has said that it writes no more, so that nobody need."""
+        return bool(self._memory[-1])
+
+    def stop(self) -> None:
+        """Say so."""
+        self._memory[-1] = 1
 
     def _place(self, rank: int, turn: int) -> int:
         return (rank * self._kept + turn % self._kept) * (_HEAD.size + self._room)

@@ -109,11 +109,14 @@ class StepRecords:
         """Record the moment at which a chunk could end with this report, to which its metrics are still to come."""
         metrics = run.view.metrics
         self.finish(metrics)
+        if self._memory.stopped and self.whole:
+            self._stop()
         if not self.whole or self._closed:
             return
         metrics.begin_report()
         travelling, self._turn = OnTheWay(), self._turn + 1
-        content = _content(run, travelling if self._behind else None)
+        live = alike(run)
+        content = _content(run, live, travelling if self._behind else None)
         try:
             pickled = _dumps(content)
         except Exception as error:
@@ -121,7 +124,7 @@ class StepRecords:
             return
         try:
             travelling.begin()
-            there_is_room = self._copies.begin(self._turn, alike(run))
+            there_is_room = self._copies.begin(self._turn, live)
         except torch.OutOfMemoryError:
             there_is_room = False
         if not there_is_room:
@@ -176,9 +179,13 @@ class StepRecords:
         return [self._memory.read(rank)[moment] for rank in range(self._memory.size)], self._copies.of(moment)
 
     def _give_up(self, message: str, *values: Any) -> None:
+        log.warning(message, *values)
+        self._memory.stop()
+        self._stop()
+
+    def _stop(self) -> None:
         self.whole = False
         self._copies.drop()
-        log.warning(message, *values)
 
 
 def _mark() -> Callable[[], None]:
@@ -208,7 +215,7 @@ def begin_records(run: WorkerRun, group: ProcessGroup | None) -> StepRecords | N
     weights = sum(p.numel() * p.element_size() for p in run.module.parameters())
     kept, room = (KEPT_BEHIND if behind else KEPT), _room(run.strategy.device)
     try:
-        length = len(_dumps(_content(run, None)))
+        length = len(_dumps(_content(run, alike(run), None)))
     except Exception as error:  # what hooks need may come with the first step
         log.debug("What is to be kept of each step is not known yet.", exc_info=error)
     most = torch.tensor([length, -room])
@@ -247,13 +254,13 @@ def _dumps(content: Any) -> bytes:
     return dumps(content)
 
 
-def _content(run: WorkerRun, travelling: OnTheWay | None) -> tuple[Any, Any]:
-    """What this worker alone has; of rank 0 also what of all workers' state is not in copies.
+def _content(run: WorkerRun, live: dict[str, Tensor], travelling: OnTheWay | None) -> tuple[Any, Any]:
+    """What this worker alone has; of rank 0 also what of all workers' state is not in copies, which are of `live`.
 
     Sums of metrics are not, which are added up once the device has come to what they are of.
     """
     state = capture_state(run, weights_only=False, replica=False)
-    names = {_place(tensor): name for name, tensor in alike(run).items()}
+    names = {_place(tensor): name for name, tensor in live.items()}
     device = run.strategy.device.type
 
     def kept(tensor: Tensor) -> Any:

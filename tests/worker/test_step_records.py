@@ -122,7 +122,9 @@ def test_tensors_travel_together_as_they_are():
 @pytest.fixture
 def begun(monkeypatch):
     """Takes a moment of a device that is behind; what that does when it has come to it is given. All are told."""
-    monkeypatch.setattr(step_records, "_content", lambda run, travelling: ("own", travelling.add(run.module.weight)))
+    monkeypatch.setattr(
+        step_records, "_content", lambda run, live, travelling: ("own", travelling.add(run.module.weight))
+    )
     metrics = MetricStore(0, 1)
     run = SimpleNamespace(
         view=SimpleNamespace(metrics=metrics, optimizers=[]),
@@ -167,3 +169,12 @@ def test_what_a_device_does_when_collectives_have_ended_does_not_count(begun):
         told = begun(batches)
         assert told.written == [[(0, 1), (0, 2)]] and sorted(told.copied) == [(0, 1), (0, 2)]
     assert begun.records.state((0, 2))[1]["weight"].item() == 2
+
+
+def test_when_one_stops_all_do(begun):
+    begun(1)
+    begun(2)
+    begun.records._memory.stop()
+    assert begun.records.whole
+    assert begun(3).copied == [] and not begun.records.whole
+    assert begun(4).written == [[(0, 1), (0, 2)]]
