@@ -99,7 +99,7 @@ class Clock(raytrainer.WorkerCallback):
         self.moments.append(self.moment())
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        module.times = [self.between(*pair) for pair in itertools.pairwise(self.moments[5:])]
+        module.times = [self.between(*pair) for pair in itertools.pairwise(self.moments[3:])]
         self.moments = []
 
 
@@ -136,11 +136,14 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=100)
     arguments = parser.parse_args()
     began = time.time()
-    work = fitted(arguments, 6, 0, None, False).work
+    work = fitted(arguments, 2, 0, None, False).work
     times: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     for _ in range(arguments.rounds):
         for name, side in SIDES.items():
             times[name].append(fitted(arguments, arguments.steps, work, *side).times)
+            print(
+                f"{name:34} {statistics.median(times[name][-1]):7.2f} ms, after {time.time() - began:.0f} s", flush=True
+            )
     without = times["no snapshots"]
     for name, rounds in times.items():
         own = statistics.median(itertools.chain(*rounds))
