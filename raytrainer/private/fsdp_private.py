@@ -1,4 +1,4 @@
-"""Every private interface of torch's `fully_shard` (FSDP2) and DTensor that this package uses, and what if it is gone.
+"""Every private interface of torch's `fully_shard` (FSDP2) that this package uses, and what if it is gone.
 
 All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the function that needs it raises a
 `ConfigurationError` that says what cannot be done; training itself needs `drop_forward_hooks` alone.
@@ -7,7 +7,6 @@ All were seen in torch 2.13.0 (CPU) and 2.11.0 (CUDA). Where one is gone, the fu
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,33 +17,19 @@ from torch.optim import Optimizer
 
 from raytrainer.errors import ConfigurationError
 
-try:
-    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
-except ImportError:
-
-    class DispatchMode(contextlib.nullcontext[None]):  # type: ignore[no-redef]
-        """Sees nothing: writes into copies of shards are lost, as they are in torch."""
-
-
 __all__ = [
-    "DispatchMode",
     "accumulated_gradients",
-    "addresses_of",
     "averaged_over",
     "drop_forward_hooks",
+    "drop_gathered",
     "edited_while_gathered",
-    "find_anomalies_in_parts",
     "found_infinities",
     "hooks_after_accumulation",
-    "is_dropped",
     "is_gathered",
-    "memory_of",
     "own_parameters",
-    "place_of",
     "put_accumulated_gradients",
     "reduce_zeros",
     "wind_up_backward",
-    "written_by",
 ]
 
 
@@ -92,19 +77,13 @@ def own_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where the parameters are that a module gathers by itself: (part of it, attribute)."""
     try:
         found = []
-        for _, parameter in _named_or_unnamed(module):
+        for parameter in (each for group in _groups(module) for each in group.fsdp_params):
             info = parameter._module_info
             found.append((info.module, info.param_name))
             found += zip(info.shared_modules, info.shared_param_names, strict=True)
         return found
     except AttributeError as error:
         raise _gone("it be known which parameters FSDP gathers together", error) from None
-
-
-def _named_or_unnamed(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    for group in _groups(module):
-        for parameter in group.fsdp_params:
-            yield None, parameter
 
 
 def averaged_over(module: nn.Module) -> dict[tuple[int, str], int]:
@@ -129,6 +108,18 @@ def is_gathered(module: nn.Module) -> bool:
     """Whether the parameters that a module gathers by itself are whole now. Without the attribute: False."""
     groups = _groups(module)
     return bool(groups) and all(getattr(group, "is_unsharded", False) for group in groups)
+
+
+def drop_gathered(module: nn.Module) -> None:
+    """Have a module's parameters be shards, also in the midst of a step, in which its `reshard` may do nothing.
+
+    Without the method: an error.
+    """
+    try:
+        for group in _groups(module):
+            group._to_sharded()
+    except AttributeError as error:
+        raise _gone("an optimizer step in the midst of a training step", error) from None
 
 
 def edited_while_gathered(module: nn.Module) -> list[str]:
@@ -211,28 +202,6 @@ def put_accumulated_gradients(module: nn.Module, gradients: Mapping[str, Tensor]
         raise _gone("a state be taken up between the batches of an accumulation", error) from None
 
 
-def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of this worker's shard of a DTensor, and the index of the shard's first element in the whole."""
-    try:
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    except ImportError as error:
-        raise _gone("it be known which part of a tensor a worker has", error) from None
-    shape, at = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(shape), tuple(at)
-
-
-def find_anomalies_in_parts() -> None:
-    """Have torch's search for anomalies look at gradients of layers that are split, too: all of their workers do.
-
-    torch has no rule for the operator that it asks (seen in 2.13.0). Where none can be given, it says so itself.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.experimental import register_sharding
-
-        register_sharding(torch.ops.aten._is_any_true.default)(lambda x: [([Replicate()], [Replicate()])])
-
-
 def found_infinities(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:
     """What `unscale_` has found, one number a device: non-zero if a gradient is not finite. To be changed in place."""
     try:
@@ -242,52 +211,6 @@ def found_infinities(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list
         raise _gone("workers agree on infinite gradients", error) from None
 
 
-def written_by(operation: Any) -> list[tuple[int, str]]:
-    """Which arguments an operation of a `DispatchMode` changes: place and name. Without `_schema`: none is known."""
-    schema = getattr(operation, "_schema", None)
-    arguments = enumerate([] if schema is None else schema.arguments)
-    return [(place, each.name) for place, each in arguments if each.alias_info is not None and each.alias_info.is_write]
-
-
-def memory_of(tensor: DTensor) -> Any:
-    """A weak reference to the memory of this worker's part of a DTensor: `cdata` tells it, `expired()` if it is gone.
-
-    None where it cannot be known.
-    """
-    try:
-        from torch.multiprocessing.reductions import StorageWeakRef
-    except ImportError:
-        return None
-    part = _held(tensor)
-    return None if part is None else StorageWeakRef(part.untyped_storage())
-
-
-def addresses_of(tensor: DTensor) -> range:
-    """Where this worker's part of a DTensor is in its memory, which several may share; empty where it is not known."""
-    part = _held(tensor)
-    return range(0) if part is None else range(part.data_ptr(), part.data_ptr() + part.nbytes)
-
-
-def _held(tensor: DTensor) -> Tensor | None:
-    """This worker's part. What a collective is still to bring is in `elem` of what stands for it."""
-    part = getattr(tensor, "_local_tensor", None)
-    held: Tensor | None = getattr(part, "elem", part)
-    return held
-
-
 def hooks_after_accumulation(parameter: Tensor) -> dict[int, Callable[[Tensor], None]]:
     """What `register_post_accumulate_grad_hook` was given for a parameter, to be changed in place. Without: {}."""
     return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-
-
-def is_dropped(view: Tensor) -> bool:
-    """Whether a view alone has what it is a view of: no variable or attribute refers to that any more."""
-    return _references(view) <= _OF_A_VIEW_ALONE
-
-
-def _references(view: Tensor) -> int:
-    return sys.getrefcount(view._base)
-
-
-with torch.inference_mode(False):
-    _OF_A_VIEW_ALONE = _references(torch.ones(2)[0])

@@ -228,8 +228,7 @@ class FSDPStrategy(ShardedState):
         optimizer.register_step_post_hook(self._note_step)
 
     def _note_step(self, *args: Any) -> None:
-        if self._edits is not None:
-            self._edits.stepped()
+        self.gatherings.renew(within_step=not self._root.automatic_optimization)
 
     def sync_next(self, sync: bool) -> None:
         if self._reduces is not sync:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from raytrainer.errors import RaytrainerError
-from raytrainer.private.fsdp_private import reduce_zeros, wind_up_backward
+from raytrainer.private.fsdp_private import drop_gathered, is_gathered, reduce_zeros, wind_up_backward
 from raytrainer.strategies.collective_order import END, EVALUATION, NO_MODULE, CollectiveOrder, Event
 
 __all__ = ["Gatherings"]
@@ -96,6 +96,18 @@ class Gatherings:
         if self._watching:
             self._watching = False
             self._order.end()
+
+    def renew(self, within_step: bool) -> None:
+        """An optimizer has changed shards: what is gathered now is what they were before.
+
+        Args:
+            within_step: Whether this may be in the midst of a training step, which goes on with what is in no block.
+        """
+        for part in self.modules:
+            gathered = is_gathered(part)
+            drop_gathered(part)
+            if gathered and within_step and part is self.root:
+                part.unshard()
 
     def skip_step(self, nothing: bool) -> bool:
         """This worker has no loss for this step; take part in what the others do for theirs.

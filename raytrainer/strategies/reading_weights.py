@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrainer.checkpointing.safetensors_files import SafetensorsFiles
 from raytrainer.errors import CheckpointError
-from raytrainer.private.fsdp_private import place_of
+from raytrainer.private.dtensor_private import place_of
 from raytrainer.strategies.meta_modules import StartWeights
 from raytrainer.strategies.shards import local_part
 

@@ -15,6 +15,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import drop_forward_hooks
 from raytrainer.private.torch_private import BATCH_NORMS
+from raytrainer.strategies.lost_edits import watch_block
 from raytrainer.strategies.materialising import Materialiser
 from raytrainer.strategies.recomputing import recomputed
 from raytrainer.strategies.sharding_blocks import find_blocks, refuse_tied
@@ -83,6 +84,8 @@ class Sharder:
         refuse_mixed(module, _sharded_parts(module))
         drop_forward_hooks(module, lambda: self._shard(module, None, self._root_policy))
         refuse_apart(module, _sharded_parts(module), self.mesh)
+        for name, block in blocks.items():
+            watch_block(name, block)
         self._prefetch(list(blocks.values()))
         return self._describe(module, blocks)
 

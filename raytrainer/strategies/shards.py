@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from raytrainer.checkpointing.pieces import KEY, InPieces, Mark, map_tree, split
-from raytrainer.private.fsdp_private import place_of
+from raytrainer.private.dtensor_private import place_of
 
 __all__ = ["copied_along", "held_as", "in_pieces", "local_part", "piece_held"]
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.private.fsdp_private import (
+from raytrainer.private.dtensor_private import (
     DispatchMode,
     addresses_of,
-    hooks_after_accumulation,
+    innermost_mode,
     is_dropped,
     memory_of,
     written_by,
 )
+from raytrainer.private.fsdp_private import hooks_after_accumulation
 
 __all__ = ["WrittenCopies", "watching"]
 
@@ -51,6 +52,22 @@ class WrittenCopies:
                 self._mode.where = outer
 
         return watching
+
+    def leave_alone(self, part: nn.Module) -> None:
+        """Have forward passes of a part not be looked into: they are compiled."""
+        left: list[bool] = []
+
+        def leave(*args: Any) -> None:
+            left.append(innermost_mode() is self._mode)
+            if left[-1]:
+                self._mode.__exit__(None, None, None)
+
+        def go_on(*args: Any) -> None:
+            if left.pop():
+                self._mode.__enter__()
+
+        part.register_forward_pre_hook(leave)
+        part.register_forward_hook(go_on, prepend=True, always_call=True)
 
     def watch_gradients_hooks(self) -> None:
         """Have those watched that parameters have been given by `register_post_accumulate_grad_hook`."""

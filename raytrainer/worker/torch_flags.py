@@ -35,7 +35,7 @@ def apply_flags(settings: Settings) -> Callable[[], None]:
     if settings.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
         if settings.sharding is not None:
-            from raytrainer.private.fsdp_private import find_anomalies_in_parts  # which imports much
+            from raytrainer.private.dtensor_private import find_anomalies_in_parts  # which imports much
 
             find_anomalies_in_parts()
 

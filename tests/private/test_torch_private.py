@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raytrainer
-from raytrainer.private import fsdp_private, torch_private
+from raytrainer.private import dtensor_private, fsdp_private, torch_private
 from raytrainer.worker.process_group import lone_group
 
 
@@ -151,13 +151,14 @@ def test_loaders_that_do_not_tell_what_they_have_given(monkeypatch):
 def test_writes_into_copies_of_shards_are_not_seen(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
     try:
-        importlib.reload(fsdp_private)
-        with fsdp_private.DispatchMode():
+        importlib.reload(dtensor_private)
+        with dtensor_private.DispatchMode():
             assert torch.ones(1).add_(1) == 2
+            assert dtensor_private.innermost_mode() is None
     finally:
         monkeypatch.undo()
-        importlib.reload(fsdp_private)
-    assert fsdp_private.written_by(SimpleNamespace()) == []
-    assert fsdp_private.memory_of(SimpleNamespace()) is None
-    assert not fsdp_private.addresses_of(SimpleNamespace())
+        importlib.reload(dtensor_private)
+    assert dtensor_private.written_by(SimpleNamespace()) == []
+    assert dtensor_private.memory_of(SimpleNamespace()) is None
+    assert not dtensor_private.addresses_of(SimpleNamespace())
     assert fsdp_private.hooks_after_accumulation(SimpleNamespace()) == {}

@@ -335,6 +335,28 @@ class StepsWhileGathered(Net):
         return [torch.optim.SGD(most, 0.05), torch.optim.SGD(self.other.parameters(), 0.1)]
 
 
+class StepsFirst(Manual):
+    """An optimizer steps within a training step, before the forward pass."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        if batch_idx > 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+class Monitors(Net):
+    """A hook before the optimizer's step gathers what the step changes."""
+
+    def on_before_optimizer_step(self, optimizer):
+        with torch.no_grad():
+            self(torch.ones(1, 4, dtype=torch.float64))
+
+
 class OtherOrder(Net):
     """Parameters that do not lie row by row."""
 
@@ -370,7 +392,7 @@ def halve(parameter):
     [
         Manual, Adversaries, Unfreezes, CallsEverywhere, OneBlockTwice, TiedOutsideOfBlocks, ShardsItself, Foreach,
         Fused, PenaltyOnGradients, ManualPenalty, LogsNorm, HooksGradients, AveragesInAHook, StepsWhileGathered,
-        OtherOrder,
+        OtherOrder, StepsFirst, Monitors,
     ],
 )  # fmt: skip
 def test_modules(make, forked):

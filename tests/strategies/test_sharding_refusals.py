@@ -246,6 +246,18 @@ class BeforeBackward(Net):
         self.head.weight.data.mul_(0.9)
 
 
+class InBlock(Net):
+    """A block limits its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[1].register_forward_pre_hook(limit)
+
+
+def limit(block, args):
+    block.up.weight.data.clamp_(-0.1, 0.1)
+
+
 class InValidation(Net):
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
@@ -256,6 +268,7 @@ class InValidation(Net):
 @pytest.mark.parametrize(
     "make, message",
     [
+        (InBlock, r"the forward pass of 'blocks\.1' has changed 'blocks\.1\.up\.weight'.* on_train_batch_end"),
         (InValidation, r"an evaluation's step, or a hook around it, has changed 'head\.weight'\."),
         (BeforeBackward, r"a hook before the backward pass, has changed 'head\.weight'\."),
         (

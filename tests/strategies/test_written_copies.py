@@ -103,6 +103,18 @@ def test_refused(make, message, forked):
         forked(max_epochs=1, strategy="fsdp").fit(make(), loader(32, 4, torch.float32))
 
 
+def test_refused_in_a_compiled_step(forked):
+    """Whose blocks are compiled all the same."""
+
+    class Compiled(InStep):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+    trainer = forked(max_epochs=1, compile={"backend": "eager"})
+    with pytest.raises(rt.ConfigurationError, match=r"training_step writes \(copy_\) to a part of 'blocks\.1\.up"):
+        trainer.fit(Compiled(), loader(32, 4, torch.float32))
+
+
 def test_refused_in_a_callback(forked):
     with pytest.raises(
         rt.ConfigurationError, match=r"(?s)writes \(zero_\) to a part of 'blocks\.0\.up\.weight'.*full_tensor"
