@@ -24,7 +24,7 @@ import torch
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import local_group
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
-from raytrainer.driver.workers.worker_group import Copies, Recorded
+from raytrainer.driver.workers.worker_group import Copies, Recorded, Room
 from raytrainer.errors import DisagreementError, WorkerLostError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.culprit import Failed, is_consequence
@@ -87,6 +87,9 @@ class ForkedGroup:
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         verb = verb_of(method)
         return self._tell(verb.name, cloudpickle.dumps((pack(args) if verb.shares else args, kwargs)))
+
+    def room(self, weights_only: bool) -> Room:
+        return Room()
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         parts = self._tell("capture", cloudpickle.dumps(((weights_only,), {"final": final})))

@@ -112,6 +112,8 @@ class Run(RunCheckpoints):
         if error is None and task.profiler is not None:
             with ending.step("writing the profiles"):
                 self._write_profiles(task.profiler)
+        if self.coordinator is not None:
+            self.coordinator.snapshots.drop()  # of which much memory is
         self.coordinator, state.catch_up = None, nothing
         self._flush(ending)  # before callbacks' teardown, which may want to see the files
         self.emit("teardown", task.stage, around=ending.hook)

@@ -132,9 +132,15 @@ class RunCheckpoints:
                 self.writer.save(path, captured.giving(state | pieces), on_error, moment)
             else:
                 self.writer.save(path, captured.resolve, on_error, moment)
+            if not weights_only:
+                coordinator.snapshots.written(path)
             if wait:
                 self.writer.flush()
         return True
+
+    def await_writer(self, condition: Callable[[], bool]) -> None:
+        """See `RunServices`."""
+        self.writer.await_room(condition)
 
     def _write_in_turn(self, path: str, state: dict[str, Any]) -> None:
         """Write a state when all that was asked for before is written, so that the newest checkpoint is this one."""

@@ -18,15 +18,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pinned_tensors"]
+from raytrainer.memory_segments import ALIGNED, PIECE
+
+__all__ = ["pinned_tensors", "register", "unregister"]
 
 log = logging.getLogger("raytrainer")
-
-#: Bytes of memory that are made known to CUDA at once, if one tensor does not need more.
-PIECE = 32 << 20
-
-#: Tensors begin at multiples of so many bytes.
-ALIGNED = 512
 
 
 def pinned_tensors(kinds: Sequence[tuple[torch.dtype, torch.Size]], device: torch.device) -> list[Tensor]:
@@ -79,9 +75,9 @@ def _in_one_mapping(kinds: Sequence[tuple[torch.dtype, torch.Size]], device: tor
     held = (ctypes.c_char * size).from_buffer(mapping)
     whole = torch.frombuffer(held, dtype=torch.uint8)
     whole[:: mmap.PAGESIZE].zero_()  # have the pages now: this holds up nobody, and the next call does
-    if not _register(whole.data_ptr(), size, device):
+    if not register(whole.data_ptr(), size, device):
         return None
-    weakref.finalize(held, _unregister, whole.data_ptr(), device).atexit = False
+    weakref.finalize(held, unregister, whole.data_ptr(), device).atexit = False
     tensors, begin = [], 0
     for dtype, shape in kinds:
         count = math.prod(shape) * dtype.itemsize
@@ -90,12 +86,14 @@ def _in_one_mapping(kinds: Sequence[tuple[torch.dtype, torch.Size]], device: tor
     return tensors
 
 
-def _register(address: int, size: int, device: torch.device) -> bool:
+def register(address: int, size: int, device: torch.device) -> bool:
+    """Make memory known to CUDA; whether it takes it."""
     with torch.cuda.device(device):  # a thread's own may be a GPU that is not used
         return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0
 
 
-def _unregister(address: int, device: torch.device) -> bool:
+def unregister(address: int, device: torch.device) -> bool:
+    """The reverse; whether CUDA has done so."""
     with torch.cuda.device(device):
         error = int(torch.cuda.cudart().cudaHostUnregister(address))
     if error:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrainer.checkpointing.pieces import KEY
 from raytrainer.gpu.pinned import pinned_tensors
+from raytrainer.memory_segments import Handed
+from raytrainer.worker.shared_staging import SharedStaging
 
-__all__ = ["Staged", "Staging"]
+__all__ = ["Slot", "Staged", "Staging"]
 
 
 class Staged(dict[str, Any]):
@@ -25,11 +28,17 @@ class Staged(dict[str, Any]):
     Attributes:
         copies: For each tensor of the state, in order: what it was, and its copy.
         before: An earlier copy, some of whose buffers this one has too.
+        handed: Where the shards are, if they are in memory that outlives this process; of each the state then says
+            "at", "shape" and "dtype".
     """
 
     copies: list[tuple[_Mark, Tensor]]
     before: Staged | None = None
+    handed: Handed | None = None
 
+
+#: Where shards go, of `SharedStaging`'s; None: where all else goes.
+Slot = int | None
 
 #: What makes buffers exchangeable: type, shape, and whether a GPU copies to them.
 _Kind = tuple[torch.dtype, torch.Size, bool]
@@ -46,10 +55,14 @@ class Staging:
 
     Args:
         device: Where most of what is copied is.
+
+    Attributes:
+        shared: Where shards go, if they are to be where they outlive this process.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.shared: SharedStaging | None = None
         self._free: dict[_Kind, list[Tensor]] = {}
         self._needed: Counter[_Kind] = Counter()  # how many of each kind one copy of this run takes
         self._returned: deque[tuple[Sequence[_Kind], Sequence[Tensor]]] = (
@@ -64,6 +77,9 @@ class Staging:
 
     def reserve(self, state: Mapping[str, Any]) -> None:
         """Have a thread take the memory that a copy of `state` needs for the GPU's tensors, if it is not there yet."""
+        if self.shared is not None and KEY in state:
+            self.shared.reserve(state[KEY])
+            state = {name: value for name, value in state.items() if name != KEY}
         if self._reserving is not None and self._reserving.is_alive():
             return
         kinds = [_kind(tensor) for tensor in _tensors(state)]
@@ -80,11 +96,25 @@ class Staging:
         self._reserving = threading.Thread(target=take, name="raytrainer-reserve", daemon=True)
         self._reserving.start()
 
-    def copy(self, state: Mapping[str, Any]) -> Staged:
+    def copy(self, state: Mapping[str, Any], slot: Slot = None) -> Staged:
         """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too.
 
         If nothing large has changed since the latest copy, which is still held (by who writes it), they share memory.
+
+        Args:
+            state: It.
+            slot: Of `shared`, where shards go. None: they are copied as all else is.
         """
+        if slot is not None and self.shared is not None and KEY in state:
+            pieces = state[KEY]
+            handed = self.shared.copy(slot, pieces)
+            staged = self.copy({name: value for name, value in state.items() if name != KEY})
+            staged[KEY] = {
+                key: {"at": piece["at"], "shape": piece["shape"], "dtype": piece["data"].dtype}
+                for key, piece in pieces.items()
+            }
+            staged.handed = handed
+            return staged
         tensors = _tensors(state)
         before = None if self._latest is None else self._latest()
         found = _unchanged(tensors, [] if before is None else before.copies)

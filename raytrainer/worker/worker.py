@@ -29,7 +29,7 @@ from raytrainer.worker.plain_attributes import bring_along
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
-from raytrainer.worker.staging import Staging
+from raytrainer.worker.staging import Slot, Staging
 from raytrainer.worker.step_records import StepRecords, begin_records
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.unlinking import unlink
@@ -62,7 +62,7 @@ class Worker:
         self._training: TrainingLoop | None = None
         self._evaluation: EvaluationLoop | None = None
         self._finished: Any = None
-        self._staging = Staging(self.device)
+        self.staging = Staging(self.device)
         self.records: StepRecords | None = None  # of the latest run: asked for when others of the group are lost
 
     @property
@@ -94,7 +94,7 @@ class Worker:
     def setup(self, task: Task) -> SetupReport:
         """Take up a run, dropping what an earlier one may have left."""
         self.abandon()
-        self._staging.begin()
+        self.staging.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.group is None and task.settings.sharding is not None:
@@ -239,17 +239,17 @@ class Worker:
         return self._training.epoch, batch, view.global_step
 
     def capture(
-        self, weights_only: bool = False, replica: bool = False, live: bool = False, final: bool = False
+        self, weights_only: bool, replica: bool = False, live: bool = False, final: bool = False, slot: Slot = None
     ) -> dict[str, Any]:
-        """This worker's share of a checkpoint, copied aside; `live`: what a caller will read in time stays uncopied."""
+        """Its share of a checkpoint, copied aside (`slot`: see `Staging.copy`); `live`: what is read in time is not."""
         state = capture_state(self.run, weights_only, replica, final)
-        return state if live and self.device.type == "cpu" else self._staging.copy(state)
+        return state if live and self.device.type == "cpu" else self.staging.copy(state, slot)
 
     @verb(Wait.TRAINING)
     def prepare_capture(self) -> None:
         """Captures will follow: have a thread take the memory for the first one, which a GPU's copies need pinned."""
-        if self.device.type == "cuda":
-            self._staging.reserve(most_of_state(self.run, replica=True))
+        if self.device.type == "cuda" or self.staging.shared is not None:
+            self.staging.reserve(most_of_state(self.run, replica=True))
 
     @verb(Wait.USER_CODE, shares=True)
     def restore(self, checkpoint: dict[str, Any]) -> SetupReport:

@@ -26,7 +26,7 @@ import torch
 
 import raytrainer as rt
 from raytrainer.driver.workers.group_supply import GroupSupply
-from raytrainer.driver.workers.worker_group import Copies
+from raytrainer.driver.workers.worker_group import Copies, Room
 from raytrainer.errors import WorkerLostError
 from raytrainer.messages import (
     EvaluationReport,
@@ -146,6 +146,9 @@ class Simulated:
 
     def _finish(self, *args: Any) -> list[FinishReport]:
         return [FinishReport(state_dict=WEIGHTS, buffers={}) for _ in range(self.size)]
+
+    def room(self, weights_only: bool) -> Room:
+        return Room()
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         step, size = self.step, self.size

@@ -150,7 +150,7 @@ def copies_of_states_are_whole() -> str:
 
 def stage() -> None:
     device, known, forgotten = torch.device("cuda", 0), set(), []
-    register, unregister = pinned._register, pinned._unregister
+    register, unregister = pinned.register, pinned.unregister
 
     def count(address: int, size: int, device: torch.device) -> bool:
         known.add(address)
@@ -162,7 +162,7 @@ def stage() -> None:
         forgotten.append(done)
         return done
 
-    pinned._register, pinned._unregister = count, forget
+    pinned.register, pinned.unregister = count, forget
     state: dict[str, Any] = {f"rows{n}": torch.randn(n, 1000, device=device) for n in (1, 7, 9000, 40000)}
     state |= {"half": [torch.randn(1000, device=device).bfloat16()], "flags": torch.rand(77, device=device) > 0.5}
     staging = Staging(device)

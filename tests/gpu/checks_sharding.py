@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ from typing import Any
 import torch
 from checks_failures import Victim
 from harness import Net, Rows, check, data, distance, fit, uuids
+from shared_memory import segment_names, shared_bytes
 
 import raytrainer
+from raytrainer.gpu.shared_buffer import SharedBuffer
 
 
 @check(2, workers="both")
@@ -92,6 +97,67 @@ def fsdp_takes_a_share() -> str:
         held[strategy] = module.held / 2**20
     assert held["fsdp"] < held["ddp"] / k * 1.15, held
     return f"of 1 GiB of parameters and AdamW's state a worker holds {held['fsdp']:.0f} MiB, with ddp {held['ddp']:.0f}"
+
+
+class Struck(Wide):
+    """Half a gigabyte of parameters; rank 0 is killed once, and notes in the end where copies of its state go."""
+
+    def __init__(self, flag: str = "") -> None:
+        super().__init__()
+        del self.blocks[8:]
+        self.flag = flag
+        self.copies: list[tuple[str, bool]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.flag and self.global_rank == 0 and self.global_step == 17 and not Path(self.flag).exists():
+            Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        buffers = [each for each in gc.get_objects() if type(each) is SharedBuffer]
+        whole = [
+            each.tensor(key, torch.uint8, (size,)) for each in buffers for key, (_, size) in each.layout.at.items()
+        ]
+        self.copies = [(each.segment.name, all(t.is_pinned() for t in whole)) for each in buffers]
+
+
+class Watch(raytrainer.Callback):
+    """Notes the most memory that is shared, and what there was at first."""
+
+    def __init__(self) -> None:
+        self.before, self.most, self.first = shared_bytes(), [0, 0], set[str]()
+
+    def on_train_chunk_end(self, trainer: Any, module: Any, report: Any) -> None:
+        new = [now - then for now, then in zip(shared_bytes(), self.before, strict=True)]
+        self.most = [max(*pair) for pair in zip(self.most, new, strict=True)]
+        if report.step < 17:
+            self.first = segment_names()
+
+
+@check(2, workers="all")
+def fsdp_states_are_in_memory_once() -> str:
+    gpus = len(uuids())
+    options: dict[str, Any] = {
+        "gpus": gpus, "strategy": "fsdp", "deterministic": True, "max_epochs": 3, "snapshot_every": 4, "spares": 1
+    }  # fmt: skip
+    calm, struck = Struck(), Struck(f"{tempfile.mkdtemp()}/flag")
+    fit(calm, data(64 * gpus), **options)
+    gc.collect()
+    watch = Watch()
+    (recovery,) = fit(struck, data(64 * gpus), callbacks=[watch], **options).recoveries
+    assert distance(calm, struck) == 0.0, distance(calm, struck)
+    state = 3 * 4 * sum(parameter.numel() for parameter in struck.parameters())
+    segments, store = watch.most
+    sent = state / 3  # the module's weights, to workers that begin
+    assert state < segments and segments + max(0, store - sent) <= 1.1 * 2 * state, (segments, store, state)
+    names = {name for name, _ in struck.copies}
+    assert len(names) == 2 and names <= watch.first, (struck.copies, watch.first)  # which the process did not make
+    assert all(pinned for _, pinned in struck.copies), struck.copies
+    return (
+        f"{gpus} GPUs, killed: {recovery.seconds:.1f} s, bit-equal; two states of {state / 2**30:.2f} GiB: at most "
+        f"{segments / 2**30:.2f} GiB shared, {store / 2**30:.2f} more of Ray's; the lost one's memory is copied to"
+    )
 
 
 class SplitNet(Net):

@@ -49,8 +49,8 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     fake = Cuda()
-    monkeypatch.setattr(pinned, "_register", fake.register)
-    monkeypatch.setattr(pinned, "_unregister", fake.unregister)
+    monkeypatch.setattr(pinned, "register", fake.register)
+    monkeypatch.setattr(pinned, "unregister", fake.unregister)
     return fake
 
 

@@ -109,7 +109,7 @@ class Coordinator:
                     raise
                 lost = error
             except OtherWorkers as other:
-                self.group, resumed, self._resumes = other.group, Beginning(other.state), False
+                self.group, resumed, self._resumes = other.group, Beginning(other.state, once=True), False
 
     def _attempt(self, beginning: Beginning | None) -> FinishReport:
         self._setup(beginning)

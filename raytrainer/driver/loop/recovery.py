@@ -88,8 +88,11 @@ class WorkerRecovery:
         state = self._state
         recorded = self._recorded = self._capture.recorded(group) or self._recorded
         snapshot = self._snapshots.latest() if recorded is None else recorded.state
-        beginning = original if snapshot is None else Beginning(snapshot)
         self._source = "the run's beginning" if snapshot is None else "a snapshot"
+        if snapshot is None:
+            snapshot = self._snapshots.newest_checkpoint()
+            self._source = self._source if snapshot is None else "a checkpoint"
+        beginning = original if snapshot is None else Beginning(snapshot, once=True)
         if recorded is not None:
             self._source = "what each worker had recorded"
             self._snapshots.owe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raytrainer.driver.workers.worker_group import WorkerGroup
@@ -38,6 +38,9 @@ class RunServices(Protocol):
 
     def restore_callbacks(self, states: dict[str, Any]) -> None:
         """Put them back."""
+
+    def await_writer(self, condition: Callable[[], bool]) -> None:
+        """Wait until this holds, or no checkpoint is being written any more."""
 
     def end_if_preempted(self) -> None:
         """If SIGTERM has come: save the state that the workers have now, and end the run."""

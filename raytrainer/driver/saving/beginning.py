@@ -15,11 +15,14 @@ class Beginning:
         state: It.
         again: Reads it anew, for workers in place of those that were lost before there was a snapshot. None: it cannot
             be read anew, and is kept.
+        once: Others have it, and will be asked: it is not to be kept for them.
     """
 
-    def __init__(self, state: dict[str, Any], again: Callable[[], dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, state: dict[str, Any], again: Callable[[], dict[str, Any]] | None = None, once: bool = False
+    ) -> None:
         self._state: dict[str, Any] | None = state
-        self._again = again
+        self._again, self._once = again, once
 
     @property
     def state(self) -> dict[str, Any]:
@@ -35,5 +38,5 @@ class Beginning:
 
     def taken_up(self, for_good: bool) -> None:
         """Let go of it. `for_good`: it will not be asked for again."""
-        if for_good or self._again is not None:
+        if for_good or self._once or self._again is not None:
             self._state = None

@@ -67,11 +67,23 @@ class RunCapture:
         began = time.perf_counter()
         self._state.catch_up()  # a state goes on after what has been reported
         with self._state.clock.phase("saving"):
+            self._make_room(group, weights_only)
             copies = group.capture(weights_only)
         captured = Captured(copies, {} if weights_only else self._driver_state(group))
         if not weights_only:
             self._snapshots.take(captured, self._state.progress.step, time.perf_counter() - began)
         return captured
+
+    def _make_room(self, group: WorkerGroup, weights_only: bool = False) -> None:
+        """Where there is none: let go of snapshots that are not needed, and wait for checkpoints that are written."""
+        room = group.room(weights_only)
+        if room.free:
+            return
+        self._snapshots.let_go()
+        if room.single:
+            self._snapshots.drop()
+        if not group.room(weights_only).free:
+            self._services.await_writer(lambda: group.room(weights_only).free)
 
     def keep(self, state: dict[str, Any]) -> None:
         """Hold a state in this process, as the newest snapshot: those who have the others are to go."""
@@ -82,6 +94,7 @@ class RunCapture:
         if not self._state.keeps_end:
             return None
         with self._state.clock.phase("saving"):
+            self._make_room(group)
             return Captured(group.capture(final=True), self._driver_state(group))
 
     def snapshot_if_due(self, group: WorkerGroup) -> None:

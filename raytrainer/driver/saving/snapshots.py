@@ -6,7 +6,9 @@ import logging
 import time
 from typing import Any
 
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.saving.checkpoint_writer import Captured
+from raytrainer.errors import CheckpointError
 from raytrainer.plan.recoveries import snapshot_due
 from raytrainer.plan.settings import Settings
 
@@ -34,6 +36,7 @@ class Snapshots:
         self.saves = self.recorded = False
         self.owed = False
         self._kept: list[Captured] = []
+        self._paths: list[str] = []  # of checkpoints of this run, some of which may be gone by now
         self._taken = time.perf_counter()
         self._step = 0
         self._cost: float | None = None  # of the latest, from the second on
@@ -71,6 +74,15 @@ class Snapshots:
         if len(self._kept) > 1 and self._kept[-1].complete:
             del self._kept[:-1]
 
+    def drop(self) -> None:
+        """None of them is there any more: the memory is needed for the next one."""
+        self._kept.clear()
+
+    def written(self, path: str) -> None:
+        """A full checkpoint is on its way to `path`."""
+        if self.enabled:
+            self._paths = [*(known for known in self._paths if known != path), path]
+
     def due(self, step: int) -> bool:
         return self.owed or snapshot_due(self.every, time.perf_counter() - self._taken, step - self._step, self._cost)
 
@@ -105,4 +117,17 @@ class Snapshots:
             except Exception as error:
                 log.warning("A snapshot cannot be fetched any more (%s); using an older one.", error)
                 self._kept.pop()
+        return None
+
+    def newest_checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint of this run that can be read, for one of whose snapshots none is left."""
+        while self._paths:
+            try:
+                checkpoint = read_checkpoint(self._paths[-1], lazily=True)
+                if "progress" in checkpoint:
+                    log.warning("There is no snapshot. Going on from %s.", self._paths[-1])
+                    return checkpoint
+            except CheckpointError as error:
+                log.info("Not going on from %s: %s", self._paths[-1], error)
+            self._paths.pop()
         return None

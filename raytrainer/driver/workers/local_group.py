@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from raytrainer.driver.workers.worker_group import Copies
+from raytrainer.driver.workers.worker_group import Copies, Room
 from raytrainer.gpu.choice import local_ordinal, require_cuda, use_pci_order
 from raytrainer.gpu.nvml import open_nvml
 from raytrainer.messages import SetupReport
@@ -70,6 +70,9 @@ class LocalGroup:
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         staged = self.worker.capture(weights_only, live=final, final=final)
         return Copies(lambda: ([staged], None))
+
+    def room(self, weights_only: bool) -> Room:
+        return Room()
 
     def call_off(self) -> None:
         try:

@@ -18,7 +18,9 @@ from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_copies import SecondCopies
 from raytrainer.driver.workers.ray_parts import PiecesInRay
-from raytrainer.driver.workers.worker_group import Copies
+from raytrainer.driver.workers.ray_segments import Generations, Lease
+from raytrainer.driver.workers.ray_shared_pieces import PiecesInSegments
+from raytrainer.driver.workers.worker_group import Copies, Room
 from raytrainer.errors import CheckpointError, StateLostError
 from raytrainer.tensor_packing import unpack
 from raytrainer.worker.actor.actor import Failure
@@ -36,12 +38,10 @@ class CapturedGroup(Protocol):
     Attributes:
         broken: Whether it has been aborted.
         hang_timeout: Seconds, of the run in progress.
-        copies_shards: Whether that run has shards, and goes on after a loss.
     """
 
     broken: bool
     hang_timeout: float | None
-    copies_shards: bool
 
 
 class RayCaptures:
@@ -60,28 +60,109 @@ class RayCaptures:
     ) -> None:
         self._group, self._actors, self._answers, self._staged = group, actors, answers, staged
         self._nodes = [place.node_id for place in places]
+        self._pids = [place.pid for place in places]
+        self._copies_shards = self._shares = False
+        self._generations: Generations | None = None  # where shards are shared, and that has begun
         self._seconds: weakref.ref[SecondCopies] | None = None
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
-        """Have the state copied into Ray's shared memory.
+    def begin(self, sharded: bool, recovers: bool) -> None:
+        """A run begins, or goes on with this group.
 
-        The copies are return values of actor calls: the driver owns them, so they outlive the actor. On several nodes
-        a second node holds one too.
+        Args:
+            sharded: Whether it has shards.
+            recovers: Whether it goes on after a loss.
         """
-        seconds = self._group.copies_shards and not weights_only and not final
+        self._copies_shards = sharded and recovers
+        # of several nodes each state is to be on two of them, so that it is copied in any case
+        self._shares = sharded and self._staged and len(set(self._nodes)) == 1
+        self._generations = None
+
+    def end(self) -> None:
+        """The run is over; states of it stay where they are as long as anybody holds them."""
+        if self._generations is not None:
+            self._generations.retire()
+        self._generations = None
+
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
+        """Have the state copied to where it outlives workers.
+
+        That is Ray's shared memory: the copies are return values of actor calls, which the driver owns. On several
+        nodes a second node holds one too. Shards that GPUs of one node have are in segments of main memory instead.
+        """
+        seconds = self._copies_shards and not weights_only and not final
         if not self._staged:
             refs = [actor.capture.remote(weights_only, final) for actor in self._actors]
             self._wait_for_copies([own for own, _, _ in refs])
             return self._copies(refs, [], seconds)
         # one state at a time, so that memory stays bounded
         self._wait_for_copies(self._handing)
-        own = [actor.stage.remote(weights_only, final) for actor in self._actors]
+        generations = self._shared()
+        slot = None if generations is None else generations.take(weights_only)
+        own = [actor.stage.remote(weights_only, final, slot) for actor in self._actors]
         self._wait_for_copies(own)
         handed = [actor.hand_over.remote() for actor in self._actors]
         self._handing = [done for _, _, done in handed]
         refs = [(mine, common, pieces) for mine, (common, pieces, _) in zip(own, handed, strict=True)]
-        return self._copies(refs, self._handing, seconds)
+        if generations is None or slot is None:
+            return self._copies(refs, self._handing, seconds)
+        lease = generations.lease(slot, [pieces for _, _, pieces in refs], full=not weights_only)
+        if generations.count is None:
+            generations.reserve(self._actors)
+        done = self._handing
+        return Copies(partial(self._join, refs, None, lease), lambda: _all_well(done) and lease.complete())
+
+    # ---------------------------------------------------------------- shards in segments
+
+    def room(self, weights_only: bool) -> Room:
+        """See `WorkerGroup`."""
+        self._wait_for_copies(self._handing)
+        generations = self._shared()
+        return Room() if generations is None else generations.room(weights_only)
+
+    def prepare(self) -> None:
+        """Before workers take memory for states: have them take such as is to be shared."""
+        if not self._shares or self._generations is not None:
+            return
+        generations = Generations(self._nodes[0], self._pids)
+        samples = [actor.share_memory.remote({}) for actor in self._actors]
+        self._wait_for_copies(samples)
+        generations.probe(samples)
+        self._generations = generations
+
+    def _shared(self) -> Generations | None:
+        """The newest state being safe: what is to have the next one, if shards are shared."""
+        self.prepare()
+        if self._generations is not None:
+            reason = self._generations.refused()
+            if reason is None and not self._generations.settle():
+                reason = "the process that is to hold it ends"
+            if reason is not None:
+                self._do_without(reason)
+        return self._generations
+
+    def _do_without(self, reason: str) -> None:
+        log.warning("Shards are kept in main memory twice: by workers, and by Ray, as %s.", reason)
+        self._shares, self._generations = False, None
+        self._wait_for_copies([actor.unshare_memory.remote() for actor in self._actors])
+
+    def take_up(self, state: Any) -> None:
+        """Workers have taken up this state: where it is, in memory of a group that this one continues, they go on."""
+        pieces = state.get(KEY) if isinstance(state, dict) else None
+        if not isinstance(pieces, PiecesInSegments):
+            return
+        generations = pieces.lease.generations
+        same_places = generations.node == self._nodes[0] and generations.size == len(self._actors)
+        if self._generations is generations:
+            return
+        if not self._shares or not same_places:
+            generations.retire()
+            return
+        kept, former = generations.kept(), generations.continued(self._pids)
+        sharing = [actor.share_memory.remote(own, former) for actor, own in zip(self._actors, kept, strict=True)]
+        self._wait_for_copies(sharing)
+        self._generations = generations
+        generations.reserve(self._actors)
 
     def _second_copies(self) -> SecondCopies | None:
         """Those that earlier states which are still there have, or new ones; None: there is one node."""
@@ -99,14 +180,18 @@ class RayCaptures:
         return Copies(partial(self._join, refs, held), partial(_all_well, [*handing, *copying]))
 
     def _join(
-        self, refs: Sequence[Sequence[Any]], held: SecondCopies | None
+        self, refs: Sequence[Sequence[Any]], held: SecondCopies | None, lease: Lease | None = None
     ) -> tuple[list[dict[str, Any]], PiecesElsewhere | None]:
-        """A state, of which pieces stay where they are. What is `held` is as long as the state may be asked for."""
+        """A state, of which pieces stay where they are. What is `held` stays as long as this may be asked."""
         parts = self._fetch(refs)
         layouts = [part.pop(KEY, None) for part in parts]
         if any(layout is None for layout in layouts):
             return parts, None
-        pieces = PiecesInRay(layouts, [pieces for _, _, pieces in refs], self._nodes, self._lost)
+        pieces: PiecesInRay
+        if lease is None:
+            pieces = PiecesInRay(layouts, [pieces for _, _, pieces in refs], self._nodes, self._lost)
+        else:
+            pieces = PiecesInSegments(layouts, lease, self._lost)
         pieces.look()
         return parts, pieces
 
@@ -153,6 +238,8 @@ class RayCaptures:
         """Give workers that live this time to hand over the newest state, whatever else they wait for."""
         with contextlib.suppress(RayError):
             wait_for(self._handing, seconds)
+            if self._generations is not None:
+                self._generations.await_held(seconds)
 
 
 def _all_well(answers: Sequence[Any]) -> bool:

@@ -23,8 +23,8 @@ from raytrainer.driver.workers.ray_records import common_record
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import Asking
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
-from raytrainer.driver.workers.task_pickling import packed_verb, pickle_task
-from raytrainer.driver.workers.worker_group import Copies, Recorded
+from raytrainer.driver.workers.task_pickling import asked, pickle_task
+from raytrainer.driver.workers.worker_group import Copies, Recorded, Room
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
 from raytrainer.plan.ranks import assign_ranks
@@ -74,12 +74,11 @@ class RayGroup:
         self.broken = self._ended = False
         self._lost: set[int] = set()  # ranks that are gone, or keep the others waiting
         self.hang_timeout: float | None = None  # seconds; of the run in progress
-        self.copies_shards = False  # whether the run in progress has some, and goes on after a loss
         self.stale = False  # the process group may hold half a collective: join anew before the next run
         self.outputs: list[str | None] = [None] * self.size
         self.places: list[Place] = []
         self._answers, self._silence = Answers(self), Silence()
-        self._captures: RayCaptures | None = None  # once there are workers
+        self._captures = RayCaptures(self, [], self._answers, self.stages, [])
         self._surroundings: Surroundings | None = None  # of the run's workers
         with shield():
             self._crew = crew or Crew(request, place(request, timeout) if slots is None else slots, self.stages)
@@ -143,7 +142,7 @@ class RayGroup:
         if self.stale:
             self._join()
         self.hang_timeout = task.settings.hang_timeout
-        self.copies_shards = task.settings.sharding is not None and task.settings.max_failures > 0
+        self._captures.begin(task.settings.sharding is not None, recovers=task.settings.max_failures > 0)
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
         self._crew.modules.note()
@@ -159,8 +158,12 @@ class RayGroup:
 
     def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Every worker obeys a verb."""
+        if method is Worker.prepare_capture:
+            self._captures.prepare()
         answers = self._tell(verb_of(method), args, kwargs)
         understood(method, answers)
+        if method is Worker.restore:
+            self._captures.take_up(args[0])
         return answers
 
     def _tell(
@@ -175,11 +178,7 @@ class RayGroup:
             hosts = [place.host for place in self.places]
             args = [ray.put(pack(brought_along(value, hosts))) for value in args]  # once for all workers
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
-        if verb.shares or len(told) == 1:
-            refs = [actor.obey.remote(verb.name, *args, **(kwargs or {})) for actor in told]
-        else:
-            packed = packed_verb(verb, args, kwargs or {})
-            refs = [actor.obey_packed.remote(packed) for actor in told]
+        refs = asked(told, verb, args, kwargs or {})
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         watch = StandstillWatch(lambda: Asking(self.places, self._silence, True)) if self.size > 1 else None
         with self._silence:
@@ -187,8 +186,10 @@ class RayGroup:
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         """See `RayCaptures.capture`."""
-        assert self._captures is not None
         return self._captures.capture(weights_only, final)
+
+    def room(self, weights_only: bool) -> Room:  # see `WorkerGroup`
+        return self._captures.room(weights_only)
 
     # ---------------------------------------------------------------- end
 
@@ -201,9 +202,8 @@ class RayGroup:
             self._crew.learn(self.places, self._resting, PATIENCE)
             if self._outdated():
                 return False
-            asked = [actor.obey.remote(Worker.abandon.__name__) for actor in self._actors]
-            wait_for(asked, 5.0)
-            ray.get(asked, timeout=0.1)
+            wait_for(abandoned := [actor.obey.remote(Worker.abandon.__name__) for actor in self._actors], 5.0)
+            ray.get(abandoned, timeout=0.1)
         except RayError:
             self.abort()
             return False
@@ -240,8 +240,7 @@ class RayGroup:
             if not self._ray_is_there():
                 return  # it went with its Ray
             try:
-                if self._captures is not None:
-                    self._captures.wait_handed_over(PATIENCE)
+                self._captures.wait_handed_over(PATIENCE)
             finally:
                 self._crew.end()
                 remove(self._crew.slots)
@@ -295,6 +294,7 @@ class RayGroup:
             self.abort()
         try:
             if not self.broken and self._ray_is_there():
+                self._captures.end()
                 self._resting = [actor.rest.remote() for actor in self._actors]
         except Exception as error:  # of a Ray Client that has lost its cluster; the run is over all the same
             log.debug("Workers could not be told that the run is over", exc_info=error)

@@ -55,11 +55,15 @@ class PiecesInRay(PiecesElsewhere):
         self._refs, self._nodes, self._lost = refs, nodes, lost
         self._pieces = [
             {
-                key: {"at": at["at"], "shape": at["shape"], "data": PieceInRay(ref, key, at["dtype"], at["shape"])}
+                key: {"at": at["at"], "shape": at["shape"], "data": self._piece(rank, key, at)}
                 for key, at in layout.items()
             }
-            for layout, ref in zip(layouts, refs, strict=True)
+            for rank, layout in enumerate(layouts)
         ]
+
+    def _piece(self, rank: int, key: str, at: Mapping[str, Any]) -> Any:
+        """What stands for a piece, wherever it is asked for."""
+        return PieceInRay(self._refs[rank], key, at["dtype"], at["shape"])
 
     def __len__(self) -> int:
         return len(self._pieces)

@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 
 from raytrainer.driver.cluster.placement_rules import Slot
 from raytrainer.driver.workers.ray_starting import actor_class, options_in
-from raytrainer.worker.actor.actor import RemoteWorker, StagingWorker
+from raytrainer.worker.actor.actor import RemoteWorker
+from raytrainer.worker.actor.staging_worker import StagingWorker
 from raytrainer.worker.actor.surroundings import Surroundings
 
 __all__ = ["Spares"]

@@ -11,8 +11,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.plan.ranks import Ranks
-from raytrainer.worker.actor.actor import ASIDE, RemoteWorker, StagingWorker
+from raytrainer.worker.actor.actor import RemoteWorker
 from raytrainer.worker.actor.place import Place
+from raytrainer.worker.actor.staging_worker import ASIDE, StagingWorker
 
 __all__ = ["START", "actor_class", "join", "options_in", "start_actor"]
 

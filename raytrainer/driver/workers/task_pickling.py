@@ -15,16 +15,19 @@ from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.surroundings import Surroundings
 from raytrainer.worker.verbs import Verb
 
-__all__ = ["packed_verb", "pickle_task"]
+__all__ = ["asked", "pickle_task"]
 
 #: Bytes of a verb's arguments, from which on they go through Ray's object store: once a node.
 LARGE = 2**16
 
 
-def packed_verb(verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A verb and its arguments as one object for `RemoteWorker.obey_packed`, pickled once for all workers."""
+def asked(actors: Sequence[Any], verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Have workers obey a verb, pickled once for all of them; references to the answers."""
+    if verb.shares or len(actors) == 1:
+        return [actor.obey.remote(verb.name, *args, **kwargs) for actor in actors]
     packed = cloudpickle.dumps((verb.name, args, kwargs))
-    return ray.put(packed) if len(packed) > LARGE else packed
+    sent = ray.put(packed) if len(packed) > LARGE else packed
+    return [actor.obey_packed.remote(sent) for actor in actors]
 
 
 def pickle_task(task: Task) -> Pickled:

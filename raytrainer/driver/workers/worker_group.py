@@ -13,7 +13,7 @@ from raytrainer.plan.where_it_is import Whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Copies", "Recorded", "WorkerGroup"]
+__all__ = ["Copies", "Recorded", "Room", "WorkerGroup"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +45,19 @@ class Recorded:
     chunk: int
     records: list[bytes]
     tensors: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Room for one more state.
+
+    Attributes:
+        free: Whether there is some.
+        single: Whether a state can be had only in place of the one before.
+    """
+
+    free: bool = True
+    single: bool = False
 
 
 class WorkerGroup(Protocol):
@@ -94,6 +107,9 @@ class WorkerGroup(Protocol):
             weights_only: Leave out what only resuming needs.
             final: The fit is over: no hook is called, and what comes home anyway is left out.
         """
+
+    def room(self, weights_only: bool) -> Room:
+        """What there is for such a state beside those that are still held."""
 
     def call_off(self) -> None:
         """The run has failed with an error that is being told: end it, keeping workers that are well."""

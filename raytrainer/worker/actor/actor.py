@@ -28,7 +28,6 @@ from raytrainer.gpu.choice import use_pci_order
 from raytrainer.place_in_run import take_place
 from raytrainer.plan.ranks import Ranks
 from raytrainer.private.ray_private import asked_to_end, log_folder
-from raytrainer.private.torch_private import abort_groups
 from raytrainer.tensor_packing import pack, unpack, without_tensors
 from raytrainer.tracebacks import fold
 from raytrainer.worker.actor.kept_records import KeepsRecords
@@ -44,10 +43,7 @@ from raytrainer.worker.process_memory import keep_heap
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
-__all__ = ["ASIDE", "Failure", "RemoteWorker", "StagingWorker"]
-
-#: Ray's name for the thread in which a worker's actor hands over what it has staged.
-ASIDE = "aside"
+__all__ = ["Failure", "RemoteWorker", "refuse_unpicklable"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,7 @@ class RemoteWorker(KeepsRecords):
 
         def capture() -> tuple[Any, Any, Any]:
             state = self._worker().capture(weights_only, replica=True, live=True, final=final)
-            _refuse_unpicklable(state)
+            refuse_unpicklable(state)
             return pack(state.get("own")), *apart(state)
 
         answer = self._guard(capture)
@@ -239,51 +235,7 @@ class RemoteWorker(KeepsRecords):
             return Failure(self.ranks.rank, node, type(error).__name__, str(error), text, pickled)
 
 
-class StagingWorker(RemoteWorker):
-    """One that copies its state twice: out of a GPU, which training waits for, then by a thread beside training.
-
-    With such a thread, Ray runs all other methods outside of the process's main one.
-    """
-
-    staged: Any = None
-
-    def load(self, pickled: Pickled, datasets: dict[str, Any], show: bool) -> Failure | str | None:
-        """See `RemoteWorker.load`. What an earlier run has staged, and nobody has asked for, goes."""
-        self.staged = None
-        return super().load(pickled, datasets, show)
-
-    def stage(self, weights_only: bool, final: bool = False) -> Any:
-        """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest."""
-
-        def stage() -> Any:
-            self.staged = None  # of a capture that another rank has failed
-            staged = self._worker().capture(weights_only, replica=True, final=final)
-            _refuse_unpicklable(staged)
-            self.staged = staged
-            return pack(staged.get("own"))
-
-        return self._guard(stage)
-
-    # said here, since a call over ray:// cannot
-    @ray.method(concurrency_group=ASIDE, num_returns=3)
-    def hand_over(self) -> tuple[Any, Any, bool]:
-        """The rest of what has been staged, as in `capture`; Ray copies it into shared memory as this returns.
-
-        Runs in the thread `ASIDE`, beside training. The last answer says whether it is there, and comes when the
-        buffers may be used for the next `stage`.
-        """
-        staged, self.staged = self.staged, None
-        answer = self._guard(lambda: apart(staged))
-        return (answer, answer, False) if isinstance(answer, Failure) else (*answer, True)
-
-    @ray.method(concurrency_group=ASIDE)
-    def abort_groups(self) -> bool:
-        """Free the main thread from what NCCL waits for. Nothing else is to be told to it until this has answered."""
-        self.close_records()  # which count what the device has done
-        return bool(self._guard(abort_groups) is True)
-
-
-def _refuse_unpicklable(state: dict[str, Any]) -> None:
+def refuse_unpicklable(state: dict[str, Any]) -> None:
     """Say now what Ray would say when the state is already on its way.
 
     Raises:

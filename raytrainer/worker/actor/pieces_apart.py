@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from raytrainer.checkpointing.pieces import KEY
 from raytrainer.errors import CheckpointError
+from raytrainer.memory_segments import Handed, SegmentBytes
 from raytrainer.tensor_packing import bytes_of_tensor, pack, tensor_of_bytes
 
-__all__ = ["PieceInRay", "apart"]
+__all__ = ["PieceInRay", "PieceInSegment", "apart", "bytes_there"]
 
 
-def apart(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What others have too, packed, and the bytes of this worker's pieces; None: it has none.
+def apart(state: Mapping[str, Any], handed: Handed | None = None) -> tuple[dict[str, Any], Any]:
+    """What others have too, packed, and the bytes of this worker's pieces, or where they are, `handed`; None: none.
 
     In the former, "pieces" says of each piece, by its key, where it belongs: "at", "shape" and the numbers' "dtype".
     """
@@ -27,6 +30,8 @@ def apart(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | No
     if KEY not in state:
         return rest, None
     pieces = state[KEY]
+    if handed is not None:
+        return rest | {KEY: pieces}, handed
     rest[KEY] = {
         key: {"at": piece["at"], "shape": piece["shape"], "dtype": piece["data"].dtype} for key, piece in pieces.items()
     }
@@ -64,3 +69,68 @@ class PieceInRay:
     def read_to(self, target: Tensor) -> None:
         """Copy the piece. Raises what `read` does."""
         target.copy_(self.read())
+
+
+@dataclass(frozen=True)
+class PieceInSegment:
+    """A piece of a tensor in a memory segment of a node's.
+
+    Attributes:
+        place: Where it is.
+        node: Ray's id of the node.
+        dtype: Of its numbers.
+        shape: Its own.
+    """
+
+    place: SegmentBytes
+    node: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """A copy of the piece: the segment will have other content later.
+
+        Raises:
+            CheckpointError: It is gone.
+        """
+        found = torch.empty(self.shape, dtype=self.dtype)
+        if found.numel():
+            room = bytes_of_tensor(found).data
+            try:
+                self.place.read_into(room)
+            except OSError:  # on another node
+                room[:] = bytes_there(self.place, self.node)
+        return found
+
+    def read_to(self, target: Tensor) -> None:
+        """Copy the piece. Raises what `read` does."""
+        if target.device.type == "cpu" or not target.numel():
+            target.copy_(self.read())
+            return
+        try:
+            data = self.place()
+        except OSError:
+            target.copy_(self.read())
+            return
+        target.copy_(_as_tensor(data, self.dtype, self.shape))
+
+
+def _as_tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+def bytes_there(place: SegmentBytes, node: str) -> Any:
+    """Bytes of a node's segment, which a task of Ray's reads there.
+
+    Raises:
+        CheckpointError: They are gone.
+    """
+    reader = ray.remote(num_cpus=0, max_retries=0)(SegmentBytes.copied).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), name="raytrainer-read"
+    )
+    try:
+        return ray.get(reader.remote(place))
+    except (RayError, OSError) as error:
+        raise CheckpointError(f"shards are gone with the processes that had them: {error}") from None

@@ -68,9 +68,9 @@ def test_one_state_beside_the_live_one(local_trainer: Any, tmp_path: Path, monke
     most = 0
     copy = Staging.copy
 
-    def counted(self: Staging, state: Any) -> Any:
+    def counted(self: Staging, state: Any, slot: int | None) -> Any:
         nonlocal most
-        staged = copy(self, state)
+        staged = copy(self, state, slot)
         held.append(weakref.ref(staged))
         places = {there["state_dict"]["large"].data_ptr() for ref in held if (there := ref()) is not None}
         most = max(most, len(places))

@@ -1,0 +1,90 @@
+"""Tensors in memory segments; CUDA's two calls are stood in for."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import pytest
+import torch
+from gpu.harness import is_mapped
+
+from raytrainer.gpu import pinned
+from raytrainer.gpu.shared_buffer import SharedBuffer
+from raytrainer.memory_segments import PIECE, Handed, lay_out
+from raytrainer.worker.actor.holder import Holder
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has such memory")
+GPU = torch.device("cuda", 0)
+SIZES = {"a": 400, "large": PIECE + 4096, "b": 8}
+
+
+class Cuda:
+    """The memory that it has been told of: begin and size."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
+        self.there: list[bool] = []
+
+    def register(self, address: int, size: int, device: Any) -> bool:
+        self.known[address] = size
+        return True
+
+    def unregister(self, address: int, device: Any) -> bool:
+        del self.known[address]
+        self.there.append(is_mapped(address))
+        return True
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(start <= begin and end <= start + size for start, size in self.known.items())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake = Cuda()
+    monkeypatch.setattr(pinned, "register", fake.register)
+    monkeypatch.setattr(pinned, "unregister", fake.unregister)
+    return fake
+
+
+def test_each_tensor_lies_in_memory_that_cuda_knows_as_one(cuda: Cuda) -> None:
+    buffer = SharedBuffer(lay_out(SIZES), GPU)
+    tensors = [buffer.tensor(key, torch.uint8, (size,)) for key, size in SIZES.items()]
+    assert len(cuda.known) == 3 and all(map(cuda.knows, tensors))
+    assert buffer.tensor("a", torch.float32, (10, 10)).fill_(1.5).sum() == 150
+    held = tensors[0]
+    buffer.close()
+    del buffer, tensors
+    gc.collect()
+    assert cuda.known and held.view(torch.float32)[0] == 1.5  # until nobody uses it
+    del held
+    gc.collect()
+    assert cuda.known == {} and cuda.there == [True] * 3
+
+
+def test_what_is_adopted_is_as_it_was_and_known_to_cuda(cuda: Cuda) -> None:
+    layout = lay_out(SIZES)
+    first = SharedBuffer(layout, GPU)
+    first.tensor("large", torch.uint8, (SIZES["large"],)).fill_(7)
+    holder = Holder()
+    (held,), _ = holder.hold(0, [1], Handed(first.segment, layout))
+    assert held is not None
+    first.close()
+    del first
+    gc.collect()
+    second = SharedBuffer(layout, GPU, held)
+    assert len(cuda.known) == 3 and (second.tensor("large", torch.uint8, (SIZES["large"],)) == 7).all()
+    second.tensor("b", torch.int64, ()).fill_(-3)
+    holder.keep([])
+    assert bytes(Handed(second.segment, layout).bytes_of("b")()) == (-3).to_bytes(8, "little", signed=True)
+    assert second.segment.places != held.places
+
+
+def test_where_cuda_refuses_copies_go_on(cuda: Cuda, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pinned, "register", lambda *arguments: False)
+    buffer = SharedBuffer(lay_out(SIZES), GPU)
+    assert buffer.tensor("b", torch.int64, ()).fill_(5) == 5
+    buffer.close()
+    assert cuda.known == {} and cuda.there == []

@@ -1,0 +1,157 @@
+"""Shards in memory segments, and the process that holds them: read, written, lost; without workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray_models import eventually
+
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint, write_checkpoint
+from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
+from raytrainer.checkpointing.piece_files import brought_along
+from raytrainer.checkpointing.pieces import KEY, Mark, brought_here, whole_state
+from raytrainer.driver.workers import ray_parts
+from raytrainer.driver.workers.ray_segments import WEIGHTS, Generations, Lease
+from raytrainer.driver.workers.ray_shared_pieces import PiecesInSegments
+from raytrainer.errors import CheckpointError, StorageError
+from raytrainer.memory_segments import Segment
+from raytrainer.worker.actor import holder
+from raytrainer.worker.shared_staging import SharedStaging
+
+WHOLE = {"state_dict/weight": torch.arange(40.0).view(8, 5), "state_dict/half": torch.arange(6).view(6, 1).bfloat16()}
+
+
+class Ranks:
+    """Two workers' memory, in this process."""
+
+    def __init__(self) -> None:
+        self.staging = [SharedStaging(torch.device("cpu")) for _ in range(2)]
+        self.generations = Generations(ray.get_runtime_context().get_node_id(), [os.getpid()] * 2)
+        self.layouts: list[dict[str, Any]] = []
+
+    def copy(self, slot: int, factor: float = 1.0) -> Lease:
+        handed, self.layouts = [], []
+        for rank, staging in enumerate(self.staging):
+            pieces: dict[str, Any] = {}
+            for key, whole in WHOLE.items():
+                rows = len(whole) // 2
+                block = whole[rank * rows : (rank + 1) * rows] * factor
+                pieces[key] = {"at": (rank * rows, 0), "shape": tuple(block.shape), "data": block}
+            pieces["state_dict/none"] = {"at": (0,), "shape": (0,), "data": torch.empty(0)}
+            handed.append(ray.put(staging.copy(slot, pieces)))
+            self.layouts.append(
+                {key: {"at": p["at"], "shape": p["shape"], "dtype": p["data"].dtype} for key, p in pieces.items()}
+            )
+        return self.generations.lease(slot, handed, full=slot != WEIGHTS)
+
+    def die(self) -> None:
+        for staging in self.staging:
+            staging.close()
+
+    def state(self, lease: Lease) -> dict[str, Any]:
+        tree = {key.split("/")[1]: Mark(key, tuple(whole.shape), whole.dtype) for key, whole in WHOLE.items()}
+        pieces = PiecesInSegments(self.layouts, lease, StorageError)
+        pieces.look()
+        return {"epoch": 1, "global_step": 2, "state_dict": tree, KEY: pieces}
+
+
+@pytest.fixture
+def ranks(ray_session: str) -> Any:
+    made = Ranks()
+    yield made
+    made.die()
+
+
+def is_whole(state: dict[str, Any], factor: float = 1.0) -> bool:
+    return all(torch.equal(state["state_dict"][key.split("/")[1]], whole * factor) for key, whole in WHOLE.items())
+
+
+def test_what_dead_workers_have_had_is_read_and_written(ranks: Ranks, tmp_path: Path) -> None:
+    lease = ranks.copy(0)
+    state = ranks.state(lease)  # which knows that the holder has it
+    ranks.die()
+    write_checkpoint(tmp_path / "a.ckpt", state)
+    assert is_whole(read_checkpoint(tmp_path / "a.ckpt"))
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "a.ckpt").iterdir())
+    assert names == ["meta.json", "pieces", "rank0", "rank1", "state"]
+    assert is_whole(ray.get(ray.remote(num_cpus=0)(whole_state).remote(brought_along(state, []))))
+    assert torch.equal(brought_here(state)[KEY][1]["state_dict/weight"]["data"], WHOLE["state_dict/weight"][4:])
+
+
+def test_another_machine_asks_the_node(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(self: Segment) -> int:
+        raise FileNotFoundError("there is no such process here")
+
+    state = ranks.state(ranks.copy(0))
+    monkeypatch.setattr(Segment, "open", elsewhere)
+    state[KEY].look()
+    assert is_whole(whole_state(state))
+    monkeypatch.setattr(NewCheckpoint, "marker", "elsewhere.json")
+    monkeypatch.setattr(ray_parts, "_told", set())
+    write_checkpoint(tmp_path / "a.ckpt", state)  # of which the node does not see the folder
+    assert is_whole(read_checkpoint(tmp_path / "a.ckpt"))
+
+
+def test_what_is_gone_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    lease = ranks.copy(0)
+    state = ranks.state(lease)
+    ranks.die()
+    ranks.generations.retire()
+    assert ranks.state(lease)  # it is needed
+    ray.kill(ranks.generations._holder)
+    ranks.generations._holder = None
+    eventually(lambda: not any(each.segment.is_there() for each in state[KEY]._handed), "the holder ends")
+    with pytest.raises(StorageError, match="gone with the processes"):
+        write_checkpoint(tmp_path / "a.ckpt", state)
+    with pytest.raises(CheckpointError):
+        whole_state(state)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_slots_are_used_again_once_nobody_needs_them(ranks: Ranks) -> None:
+    generations = ranks.generations
+    one = ranks.copy(generations.take(False), 1.0)
+    assert generations.settle() and generations.count == 2 and one.complete()
+    two = ranks.copy(generations.take(False), 2.0)
+    assert {one.slot, two.slot} == {0, 1} and generations.free(False) is None and not generations.room(True).free
+    assert is_whole(whole_state(ranks.state(one))) and is_whole(whole_state(ranks.state(two)), 2.0)
+    three = ranks.copy(generations.take(False), 3.0)
+    assert three.slot == 2 and is_whole(whole_state(ranks.state(one)))  # what is needed is left alone
+    del one
+    assert generations.room(False).free and generations.take(True) == 0
+
+
+def test_where_there_is_room_for_one_state(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    generations = ranks.generations
+    first = ranks.copy(0)
+    assert generations.is_held(0, 60)
+    generations._held[0] = ray.put((ray.get(generations._held[0])[0], False))  # as the holder of a full machine says
+    assert generations.settle() and generations.count == 1
+    assert generations.room(False).single and not generations.room(False).free
+    weights = generations.room(True)
+    assert weights.free and not weights.single and generations.take(True) == WEIGHTS
+    del first
+    assert generations.take(False) == 0
+
+
+@pytest.mark.parametrize("available", [(100, 1000), (199, 1000), (201, 1000), None])
+def test_how_much_is_room(available: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "available_memory", lambda: available)
+    assert holder._room(100) == (available == (201, 1000))
+
+
+def test_another_holder_takes_the_place_of_one_that_has_ended(ranks: Ranks) -> None:
+    generations = ranks.generations
+    lease = ranks.copy(0)
+    assert generations.settle()
+    ray.kill(generations._holder)
+    other = ranks.copy(1, 2.0)
+    assert generations.settle() and other.complete() and lease.complete()
+    states = ranks.state(lease), ranks.state(other)
+    ranks.die()
+    assert is_whole(whole_state(states[0])) and is_whole(whole_state(states[1]), 2.0)
