@@ -23,8 +23,9 @@ except ImportError:
     class DispatchMode(contextlib.nullcontext[None]):  # type: ignore[no-redef]
         """Sees nothing: writes into copies of shards are lost, as they are in torch."""
 
-    def innermost_mode() -> Any:
+    def innermost_mode() -> DispatchMode | None:
         """None is in use."""
+        return None
 
 
 __all__ = [

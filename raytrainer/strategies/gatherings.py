@@ -103,11 +103,12 @@ class Gatherings:
         Args:
             within_step: Whether this may be in the midst of a training step, which goes on with what is in no block.
         """
+        root: Any = self.root
+        again = within_step and is_gathered(root)
         for part in self.modules:
-            gathered = is_gathered(part)
             drop_gathered(part)
-            if gathered and within_step and part is self.root:
-                part.unshard()
+        if again:
+            root.unshard()
 
     def skip_step(self, nothing: bool) -> bool:
         """This worker has no loss for this step; take part in what the others do for theirs.
