@@ -17,6 +17,7 @@ from torch import Tensor
 
 import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.worker.step_records import StepRecords
 
 
 class Victim(Net):
@@ -106,6 +107,39 @@ def recorded_steps() -> str:
     again = [len(Path(f"{folder}/steps-{rank}").read_text().split()) - 40 for rank in range(gpus)]
     assert max(again) <= 9, (again, said)
     return f"{gpus} GPUs, weights and losses bit-equal to the undisturbed run; steps again, by rank: {again}; {said}"
+
+
+class Recording(Net):
+    """Fails where a worker waits for all of its GPU's work while it records a step."""
+
+    def on_train_start(self) -> None:
+        self.__dict__["take"] = take = StepRecords.take
+        mode: Any = torch.cuda.set_sync_debug_mode if self.device.type == "cuda" else str
+        self.recorded = 0
+
+        def strict(records: StepRecords, run: Any, report: Any) -> None:
+            mode("error")
+            try:
+                take(records, run, report)
+            finally:
+                mode("default")
+            self.recorded += records.whole
+
+        StepRecords.take = strict  # type: ignore[method-assign]
+
+    def on_train_end(self) -> None:
+        StepRecords.take = self.__dict__.pop("take")  # type: ignore[method-assign]
+
+
+@check(2, workers="all")
+def recording_does_not_wait() -> str:
+    gpus, seen = len(uuids()), []
+    for options in ({"fused": True}, {"fused": False}, {}):
+        module = Recording(**options)
+        fit(module, data(64 * gpus), gpus=gpus, snapshot_every=1, precision="bf16-mixed")
+        assert module.recorded >= 16, module.recorded
+        seen.append(module.recorded)
+    return f"no synchronisation in {seen} records: AdamW, fused and not, SGD; a module that gathers tensors"
 
 
 @check(1, workers="all")
