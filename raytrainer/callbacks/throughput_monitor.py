@@ -37,9 +37,10 @@ class ThroughputMonitor(WorkerCallback):
     Args:
         samples: Samples in a batch; None: the first dimension of its first tensor.
         tokens: Tokens in a batch, for tokens per second.
-        flops_per_batch: Floating-point operations of one worker's forward and backward pass of a batch: a number, a
-            function of the batch, or "measure" to count those of the run's first batch (matrix products, convolutions
-            and attention, by `torch.utils.flop_counter`).
+        flops_per_batch: Floating-point operations of the model's forward and backward pass of one worker's batch (with
+            layers that are split, those of all workers that split them): a number, a function of the batch, or
+            "measure" to count those of the run's first batch (matrix products, convolutions and attention, by
+            `torch.utils.flop_counter`).
         peak_flops: What one worker's device can do a second; None: known for some GPUs, by name and precision.
 
     Raises:

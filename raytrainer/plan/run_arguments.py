@@ -92,8 +92,8 @@ class RunArguments:
     # ---------------------------------------------------------------- how much of the data
 
     limit_train_batches: int | float | None = argument(default=None, check=checks.fraction_or_count, none=None)
-    """An int is a number of batches, a float in [0, 1] a fraction, rounded down; 0 switches training off; None: all. A
-    fraction that comes to no batch is an error."""
+    """An int is a number of batches, a float in [0, 1] a fraction, rounded down, of each worker's own; 0 switches
+    training off; None: all. A fraction that comes to no batch is an error."""
 
     limit_val_batches: int | float | None = argument(default=None, check=checks.fraction_or_count, none=None)
     """Likewise, for each validation loader."""
