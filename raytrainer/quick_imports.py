@@ -6,7 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["importing"]
+__all__ = ["end_importing", "importing"]
+
+_before: list[tuple[int, int, int]] = []  # how garbage was looked for before each `importing` that goes on
 
 
 @contextlib.contextmanager
@@ -17,10 +19,20 @@ def importing() -> Iterator[None]:
     optimizer. What is imported may itself say how garbage is to be looked for (`gc.disable()` at the head of a script,
     `gc.set_threshold`), and that is left as it then is.
     """
-    first, *others = gc.get_threshold()
+    _before.append(gc.get_threshold())
     gc.set_threshold(0)
     try:
         yield
     finally:
-        if gc.get_threshold()[0] == 0:
-            gc.set_threshold(first, *others)
+        _search(_before.pop())
+
+
+def end_importing() -> None:
+    """Within `importing`: a wait follows that may be long, and garbage is looked for again."""
+    if _before:
+        _search(_before[0])
+
+
+def _search(thresholds: tuple[int, int, int]) -> None:
+    if gc.get_threshold()[0] == 0:
+        gc.set_threshold(*thresholds)

@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 
-from raytrainer.quick_imports import importing
+from raytrainer.quick_imports import end_importing, importing
 
 
 class Node:
@@ -48,3 +48,19 @@ def test_what_is_imported_may_decide_itself():
     with importing():
         gc.set_threshold(5000, 20, 20)
     assert gc.get_threshold() == (5000, 20, 20)
+
+
+def test_in_a_wait_garbage_is_looked_for_again():
+    gc.enable()
+    before = gc.get_threshold()
+    end_importing()
+    assert gc.get_threshold() == before
+    with importing():
+        with importing():
+            end_importing()
+            assert looked_for()
+            with importing():
+                assert not looked_for()
+            assert looked_for()
+        assert looked_for()
+    assert gc.get_threshold() == before

@@ -26,6 +26,7 @@ from raytrainer.errors import WorkerError
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.metric_messages import LogCall
 from raytrainer.profilers import Profiler
+from raytrainer.quick_imports import importing
 from raytrainer.signals import shield, terminate
 from raytrainer.view.run_state import nothing
 from raytrainer.worker.worker import Worker
@@ -206,7 +207,7 @@ class Run(RunCheckpoints):
     def regroup(self, wounded: WorkerGroup | None = None) -> WorkerGroup:
         """See `GroupSupply.mend_or_take`. Workers may be long in coming, so Ctrl-C ends that at once."""
         self.withdraw()  # places that were asked for to grow: this group first gets back to its size
-        with self._interrupt.at_once():
+        with self._interrupt.at_once(), importing():  # until workers begin to start
             if self.coordinator is None:  # a running group has had this done at its start
                 self.groups.prepare(self.task.settings)
             with shield():

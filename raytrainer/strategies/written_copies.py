@@ -24,7 +24,7 @@ from raytrainer.private.dtensor_private import (
 )
 from raytrainer.private.fsdp_private import hooks_after_accumulation
 
-__all__ = ["WrittenCopies", "watching"]
+__all__ = ["WrittenCopies"]
 
 #: So many copies are remembered before those that are gone are forgotten.
 _MANY = 256
@@ -86,11 +86,6 @@ class _Hook:
 
     def __call__(self, parameter: Tensor) -> None:
         self._hook(parameter)
-
-
-def watching(module: nn.Module, mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
-    """`WrittenCopies.watched` where tensors may be in shards, on that mesh; without one, functions stay as they are."""
-    return WrittenCopies(module).watched if mesh is not None else lambda name, function: function
 
 
 class _Mode(DispatchMode):

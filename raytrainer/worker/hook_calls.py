@@ -15,7 +15,7 @@ from raytrainer.worker.signatures import bind_batch_hook
 if TYPE_CHECKING:
     from raytrainer.view.trainer_view import TrainerView
 
-__all__ = ["Hooks", "made_by", "overridden", "skips_the_epoch"]
+__all__ = ["Hooks", "made_by", "overridden", "skips_the_epoch", "watching"]
 
 log = logging.getLogger("raytrainer")
 
@@ -153,3 +153,12 @@ class Hooks:
                 metrics.hook = outer
 
         return call
+
+
+def watching(module: Module, mesh: Any) -> Watched:
+    """What looks at hooks: for writes into copies of shards, where tensors are in some, on that mesh; else nothing."""
+    if mesh is None:
+        return lambda name, function: function
+    from raytrainer.strategies.written_copies import WrittenCopies  # a second to import, which others need not spend
+
+    return WrittenCopies(module).watched

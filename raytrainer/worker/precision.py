@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from raytrainer.data.transfer import cast_floating
 from raytrainer.metrics.metric_objects import is_metric, metrics_in
-from raytrainer.private.fsdp_private import found_infinities
 from raytrainer.worker.given_optimizer import GivenOptimizer, inner_optimizer
 
 __all__ = ["Precision", "ScaledOptimizer"]
@@ -111,6 +110,8 @@ class Precision:
         if self.scaler is not None and id(optimizer) not in self._unscaled and _has_gradient(optimizer):
             self.scaler.unscale_(optimizer)
             if self._agree is not None:
+                from raytrainer.private.fsdp_private import found_infinities  # which imports much
+
                 self._agree(found_infinities(self.scaler, optimizer))
             self._unscaled.add(id(optimizer))
 

@@ -21,13 +21,12 @@ from raytrainer.plan.seeds import derive_seed
 from raytrainer.quick_imports import importing
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
-from raytrainer.strategies.written_copies import watching
 from raytrainer.task import Task
 from raytrainer.view.trainer_view import TrainerView
 from raytrainer.worker.attribute_snapshots import AttributeSnapshots
 from raytrainer.worker.compiling import compile_module
 from raytrainer.worker.given_optimizer import GivenOptimizer
-from raytrainer.worker.hook_calls import Hooks, overridden
+from raytrainer.worker.hook_calls import Hooks, overridden, watching
 from raytrainer.worker.logger_recorder import Recorder, WorkerLogger
 from raytrainer.worker.node_slices import Slices
 from raytrainer.worker.optimizers import check_parameters, parse_optimizers

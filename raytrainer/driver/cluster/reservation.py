@@ -28,6 +28,7 @@ from raytrainer.driver.cluster.placement_rules import (
 from raytrainer.driver.cluster.session import may_grow, nodes_gone, own_reservation, resources_text
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.gpu.nvml import Card, open_nvml
+from raytrainer.quick_imports import end_importing
 from raytrainer.signals import wait_until
 from raytrainer.worker.actor.own_gpus import own_gpu_indices
 
@@ -136,8 +137,15 @@ def all_gpus(nodes: int) -> int:
     return gpus_of_every_node(RayReserver().nodes(), nodes)
 
 
-def place(request: Request, timeout: float) -> list[Slot]:
+def place(request: Request, timeout: float, begin: Callable[[list[Slot]], None] = lambda slots: None) -> list[Slot]:
     """One slot a worker, node by node. To be called within a `shield`.
+
+    Args:
+        request: What each is to have.
+        timeout: Seconds to wait for them.
+        begin: Called, if possible, with slots that Ray has but been asked for: what starts in them waits for them, and
+            ends with them. (Where nothing does, Ray soon ends processes that it has ready, as too many for the CPUs
+            that are left.)
 
     Raises:
         ResourceError: Not to be had, ever or within `timeout` seconds.
@@ -150,6 +158,7 @@ def place(request: Request, timeout: float) -> list[Slot]:
     if not reserver.nodes():
         raise ResourceError(f"{request}: {nodes_gone()}")
     if request.indices or request.free:
+        end_importing()
         return claim(request, reserver, timeout, sleep=_pause)
     refuse_impossible(request, reserver)
     # one bundle a node, so that ranks of a node stay together
@@ -157,13 +166,16 @@ def place(request: Request, timeout: float) -> list[Slot]:
     if request.gpu:
         bundle["GPU"] = request.per_node
     strategy = "STRICT_SPREAD" if request.nodes > 1 else "STRICT_PACK"
+    ray.put(None)  # has Ray import now what it sends things with
     group = placement_group([bundle] * request.nodes, strategy=strategy)
+    slots = [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
     try:
+        begin(slots)
         _wait_for(group, request, timeout)
     except BaseException:
         remove_placement_group(group)  # it would wait for ever, and take what it gets
         raise
-    return [Slot(group, node, request.cpus) for node in range(request.nodes) for _ in range(request.per_node)]
+    return slots
 
 
 def place_more(request: Request, counts: Mapping[str, int], seconds: float) -> list[Slot]:
@@ -201,6 +213,7 @@ def _wait_for(group: Any, request: Request, timeout: float) -> None:
     began = time.monotonic()
     if _wait(group, min(timeout, 5.0)):
         return
+    end_importing()
     log.warning("Waiting up to %.0f s for %s; the cluster has %s.", timeout, request, resources_text())
     if not _wait(group, timeout - (time.monotonic() - began)):
         raise ResourceError(

@@ -18,10 +18,11 @@ from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_mending import await_room, free_survivors, hand_over
 from raytrainer.driver.workers.ray_spares import Spares
-from raytrainer.driver.workers.ray_starting import START, start_actor
+from raytrainer.driver.workers.ray_starting import START, start_actors
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
+from raytrainer.quick_imports import end_importing
 from raytrainer.worker.actor.place import Place, own_versions
 
 __all__ = ["Crew", "compare_versions"]
@@ -58,12 +59,17 @@ class Crew:
         self.patience = START
         self._claims: list[Any | None] = []  # beside each worker that has been a spare: what holds its resources
 
+    def begin(self, slots: Sequence[Slot]) -> None:
+        """Begin to start a worker in each of these reservations, where there is none yet."""
+        self.actors += start_actors(slots[len(self.actors) :], self._request, self._stages)
+        self._claims += [None] * (len(self.actors) - len(self._claims))
+
     def start(self, answers: Answers, patience: float) -> list[Place]:
         """Start workers where there are none yet, and put all in order; where they are, by rank."""
-        for slot in self.slots[len(self.actors) :]:
-            self.actors.append(start_actor(slot, self._request, self._stages))
-            self._claims.append(None)
+        self.begin(self.slots)
         asked = [actor.where.remote(self._request.gpu) for actor in self.actors]
+        end_importing()
+        self.modules.note()  # now, while they start: it takes a moment
         places: list[Place] = answers.all(asked, patience, "starting")
         order = _in_order(places)
         self.actors[:] = [self.actors[i] for i in order]
@@ -125,7 +131,7 @@ class Crew:
         await_room(place, slot)
         spare = self.spares.take(place.node_id)
         if spare is None:
-            return start_actor(slot, request, self._stages), None
+            return start_actors([slot], request, self._stages)[0], None
         return spare, hand_over(spare, place, slot, request)
 
     def learn(self, places: Sequence[Place], resting: Sequence[Any], patience: float) -> None:

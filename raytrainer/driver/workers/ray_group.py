@@ -81,8 +81,10 @@ class RayGroup:
         self._captures = RayCaptures(self, [], self._answers, self.stages, [])
         self._surroundings: Surroundings | None = None  # of the run's workers
         with shield():
-            self._crew = crew or Crew(request, place(request, timeout) if slots is None else slots, self.stages)
+            self._crew = crew or Crew(request, slots or (), self.stages)
             try:
+                if not self._crew.slots:
+                    self._crew.slots = place(request, timeout, self._crew.begin)
                 self._start(self._crew.patience)
             except BaseException:
                 self.abort()

@@ -15,7 +15,7 @@ from raytrainer.worker.actor.actor import RemoteWorker
 from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.staging_worker import ASIDE, StagingWorker
 
-__all__ = ["START", "actor_class", "join", "options_in", "start_actor"]
+__all__ = ["START", "actor_class", "join", "options_in", "start_actors"]
 
 #: Seconds for a worker's process to start, its runtime environment included, and for all to join the group.
 START = 1800.0
@@ -32,13 +32,10 @@ def options_in(slot: Slot, cpus: float, gpus: int) -> dict[str, Any]:
     return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
 
 
-def start_actor(slot: Slot, request: Request, stages: bool) -> Any:
-    """Begin to start a worker, which uses a reservation up."""
-    return (
-        actor_class(StagingWorker if stages else RemoteWorker, stages)
-        .options(**options_in(slot, slot.cpus, int(request.gpu)))
-        .remote()
-    )
+def start_actors(slots: Sequence[Slot], request: Request, stages: bool) -> list[Any]:
+    """Begin to start a worker in each of these reservations, which it uses up."""
+    worker = actor_class(StagingWorker if stages else RemoteWorker, stages)  # which Ray pickles and sends once
+    return [worker.options(**options_in(slot, slot.cpus, int(request.gpu))).remote() for slot in slots]
 
 
 def join(

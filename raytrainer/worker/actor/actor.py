@@ -19,29 +19,29 @@ from ray import cloudpickle
 
 from raytrainer.quick_imports import importing
 
-with importing():  # in a worker, by far the most of its imports
+with importing():  # in a worker, nearly all of its imports
     import torch
 
-from raytrainer.data.by_value import start_all_by_value
-from raytrainer.errors import SerializationError
-from raytrainer.gpu.choice import use_pci_order
-from raytrainer.place_in_run import take_place
-from raytrainer.plan.ranks import Ranks
-from raytrainer.private.ray_private import asked_to_end, log_folder
-from raytrainer.tensor_packing import pack, unpack, without_tensors
-from raytrainer.tracebacks import fold
-from raytrainer.worker.actor.kept_records import KeepsRecords
-from raytrainer.worker.actor.module_pickling import Pickled, dumps
-from raytrainer.worker.actor.output import Output
-from raytrainer.worker.actor.own_modules import Stamp, stamps
-from raytrainer.worker.actor.pieces_apart import apart
-from raytrainer.worker.actor.place import Place, own_versions
-from raytrainer.worker.actor.process_share import ProcessShare
-from raytrainer.worker.actor.stack_dump import can_be_asked
-from raytrainer.worker.process_group import ProcessGroup, make_store
-from raytrainer.worker.process_memory import keep_heap
-from raytrainer.worker.verbs import verb_of
-from raytrainer.worker.worker import Worker
+    from raytrainer.data.by_value import start_all_by_value
+    from raytrainer.errors import SerializationError
+    from raytrainer.gpu.choice import use_pci_order
+    from raytrainer.place_in_run import take_place
+    from raytrainer.plan.ranks import Ranks
+    from raytrainer.private.ray_private import asked_to_end, log_folder
+    from raytrainer.tensor_packing import pack, unpack, without_tensors
+    from raytrainer.tracebacks import fold
+    from raytrainer.worker.actor.kept_records import KeepsRecords
+    from raytrainer.worker.actor.module_pickling import Pickled, dumps
+    from raytrainer.worker.actor.output import Output
+    from raytrainer.worker.actor.own_modules import Stamp, stamps
+    from raytrainer.worker.actor.pieces_apart import apart
+    from raytrainer.worker.actor.place import Place, own_versions
+    from raytrainer.worker.actor.process_share import ProcessShare
+    from raytrainer.worker.actor.stack_dump import can_be_asked
+    from raytrainer.worker.process_group import ProcessGroup, make_store
+    from raytrainer.worker.process_memory import keep_heap
+    from raytrainer.worker.verbs import verb_of
+    from raytrainer.worker.worker import Worker
 
 __all__ = ["Failure", "RemoteWorker", "refuse_unpicklable"]
 

@@ -33,9 +33,16 @@ def stamps(since: int | None = None) -> dict[str, Stamp]:
     return {path: stamp if stamp[0] < late else CHANGED for path, stamp in found.items() if stamp is not None}
 
 
-@functools.cache  # to follow links takes 0.1 s for all modules of a process
+@functools.cache
 def _installed(path: str) -> bool:
-    return os.path.realpath(path).startswith(_INSTALLED)
+    if os.path.islink(path):
+        return os.path.realpath(path).startswith(_INSTALLED)
+    return (_folder(os.path.dirname(path)) + os.sep).startswith(_INSTALLED)
+
+
+@functools.cache  # to follow links takes 0.1 s for all files that a process has imported, and 0.01 s for their folders
+def _folder(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def stamp_of(path: str) -> Stamp | None:

@@ -10,14 +10,14 @@ from raytrainer.quick_imports import importing
 with importing():  # as in a worker's process, see actor.py
     import torch
 
-from raytrainer.data.ray.columns import finished, joined, views
-from raytrainer.data.ray.prediction_columns import prediction_columns
-from raytrainer.data.ray.ray_dataset import RayDataset
-from raytrainer.plan.ranks import Ranks
-from raytrainer.strategies import SingleStrategy
-from raytrainer.tensor_packing import unpack
-from raytrainer.worker.worker_run import WorkerRun
-from raytrainer.worker.worker_state import restore_state
+    from raytrainer.data.ray.columns import finished, joined, views
+    from raytrainer.data.ray.prediction_columns import prediction_columns
+    from raytrainer.data.ray.ray_dataset import RayDataset
+    from raytrainer.plan.ranks import Ranks
+    from raytrainer.strategies import SingleStrategy
+    from raytrainer.tensor_packing import unpack
+    from raytrainer.worker.worker_run import WorkerRun
+    from raytrainer.worker.worker_state import restore_state
 
 if TYPE_CHECKING:
     import pyarrow as pa
