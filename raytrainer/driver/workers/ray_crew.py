@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.cluster.reservation import place
 from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_mending import await_room, free_survivors, hand_over
@@ -38,7 +39,7 @@ class Crew:
 
     Args:
         request: What was asked of Ray.
-        slots: A reservation for each worker.
+        slots: A reservation for each worker; without any, `start` sees to them.
         stages: Whether workers are `StagingWorker`s.
 
     Attributes:
@@ -46,7 +47,7 @@ class Crew:
         spares: Wait to take lost workers' places.
         continuity: How many workers there were before the group was formed anew.
         modules: What they may have imported.
-        patience: Seconds for `start`, and to form a group.
+        patience: Seconds for workers to start, and to form a group.
     """
 
     def __init__(self, request: Request, slots: Sequence[Slot], stages: bool) -> None:
@@ -59,22 +60,31 @@ class Crew:
         self.patience = START
         self._claims: list[Any | None] = []  # beside each worker that has been a spare: what holds its resources
 
-    def begin(self, slots: Sequence[Slot]) -> None:
-        """Begin to start a worker in each of these reservations, where there is none yet."""
-        self.actors += start_actors(slots[len(self.actors) :], self._request, self._stages)
-        self._claims += [None] * (len(self.actors) - len(self._claims))
+    def start(self, answers: Answers, timeout: float) -> list[Place]:
+        """Start workers where there are none yet, and put all in order; where they are, by rank.
 
-    def start(self, answers: Answers, patience: float) -> list[Place]:
-        """Start workers where there are none yet, and put all in order; where they are, by rank."""
-        self.begin(self.slots)
+        Args:
+            answers: Of their group.
+            timeout: Seconds to wait for places, where they have none.
+
+        Raises:
+            ResourceError: These are not to be had.
+        """
+        self.slots = self.slots or place(self._request, timeout, self._begin)
+        self._begin(self.slots)
         asked = [actor.where.remote(self._request.gpu) for actor in self.actors]
         end_importing()
         self.modules.note()  # now, while they start: it takes a moment
-        places: list[Place] = answers.all(asked, patience, "starting")
+        places: list[Place] = answers.all(asked, self.patience, "starting")
         order = _in_order(places)
         self.actors[:] = [self.actors[i] for i in order]
         self.slots, self._claims = [self.slots[i] for i in order], [self._claims[i] for i in order]
         return [places[i] for i in order]
+
+    def _begin(self, slots: Sequence[Slot]) -> None:
+        """Begin to start a worker in each of these reservations, where there is none yet."""
+        self.actors += start_actors(slots[len(self.actors) :], self._request, self._stages)
+        self._claims += [None] * (len(self.actors) - len(self._claims))
 
     def give_slots(self, places: Sequence[Place], counts: Mapping[str, int]) -> list[Slot]:
         """Hand over so many reservations on each node, by its id, to another group; the workers there end."""

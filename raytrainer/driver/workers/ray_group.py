@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from raytrainer.checkpointing.piece_files import brought_along
 from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
-from raytrainer.driver.cluster.reservation import place, remove
+from raytrainer.driver.cluster.reservation import remove
 from raytrainer.driver.cluster.session import place_name, started_here
 from raytrainer.driver.workers.group_text import described
 from raytrainer.driver.workers.ray_answers import Answers
@@ -66,7 +66,7 @@ class RayGroup:
     in_process = False
 
     def __init__(
-        self, request: Request, timeout: float = 60.0, slots: list[Slot] | None = None, crew: Crew | None = None
+        self, request: Request, timeout: float = 60.0, slots: Sequence[Slot] = (), crew: Crew | None = None
     ) -> None:
         self.request, self.size = request, request.nodes * request.per_node
         self._resting: list[Any] = []  # answered when nothing is left of the latest run
@@ -81,23 +81,21 @@ class RayGroup:
         self._captures = RayCaptures(self, [], self._answers, self.stages, [])
         self._surroundings: Surroundings | None = None  # of the run's workers
         with shield():
-            self._crew = crew or Crew(request, slots or (), self.stages)
+            self._crew = crew or Crew(request, slots, self.stages)
             try:
-                if not self._crew.slots:
-                    self._crew.slots = place(request, timeout, self._crew.begin)
-                self._start(self._crew.patience)
+                self._start(timeout)
             except BaseException:
                 self.abort()
                 raise
 
     # ---------------------------------------------------------------- start
 
-    def _start(self, patience: float) -> None:
-        self.places = self._crew.start(self._answers, patience)
+    def _start(self, timeout: float) -> None:
+        self.places = self._crew.start(self._answers, timeout)
         self.ranks = assign_ranks([place.node_id for place in self.places])
         self._captures = RayCaptures(self, self._actors, self._answers, self.stages, self.places)
         compare_versions(self.places)
-        self._join(patience)
+        self._join(self._crew.patience)
 
     @property
     def _actors(self) -> list[Any]:
