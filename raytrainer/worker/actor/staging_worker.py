@@ -7,17 +7,20 @@ from typing import Any
 
 import ray
 
-from raytrainer.checkpointing.pieces import KEY
-from raytrainer.errors import RaytrainerError
-from raytrainer.memory_segments import Handed, Segment, new_segment
-from raytrainer.plan.ranks import Ranks
-from raytrainer.private.torch_private import abort_groups
-from raytrainer.tensor_packing import pack
-from raytrainer.worker.actor.actor import Failure, RemoteWorker, refuse_unpicklable
-from raytrainer.worker.actor.module_pickling import Pickled
-from raytrainer.worker.actor.pieces_apart import apart
-from raytrainer.worker.shared_staging import SharedStaging
-from raytrainer.worker.staging import Staged
+from raytrainer.quick_imports import importing
+
+with importing():  # as in actor.py; torch comes with the first of them
+    from raytrainer.checkpointing.pieces import KEY
+    from raytrainer.errors import RaytrainerError
+    from raytrainer.memory_segments import Handed, Segment, new_segment
+    from raytrainer.plan.ranks import Ranks
+    from raytrainer.private.torch_private import abort_groups
+    from raytrainer.tensor_packing import pack
+    from raytrainer.worker.actor.actor import Failure, RemoteWorker, refuse_unpicklable
+    from raytrainer.worker.actor.module_pickling import Pickled
+    from raytrainer.worker.actor.pieces_apart import apart
+    from raytrainer.worker.shared_staging import SharedStaging
+    from raytrainer.worker.staging import Staged
 
 __all__ = ["ASIDE", "StagingWorker"]
 
