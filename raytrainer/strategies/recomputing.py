@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from raytrainer.errors import ConfigurationError
 
 __all__ = ["recomputed"]
 
@@ -20,22 +22,29 @@ _Forward = Callable[..., Any]
 _Place = tuple[nn.Module, str]
 
 
-def recomputed(block: nn.Module, forward: _Forward) -> _Forward:
-    """A block's forward pass whose activations are not kept. Of a block without buffers, it may be compiled.
+def recomputed(block: nn.Module, forward: _Forward, compiles: Mapping[str, Any] | None) -> _Forward:
+    """A block's forward pass whose activations are not kept.
 
     Args:
         block: The block.
         forward: Its forward pass.
+        compiles: Options of torch.compile; None: not compiled. A compiler recomputes less, but has buffers changed by
+            both passes; so it is given both only where all buffers are tables, which are not saved.
     """
+    buffers = _Buffers(block)
+    if compiles is not None and not buffers.saved:
+        return buffers.unchanged(torch.compile(_computed_twice(forward), **compiles))
+    return _computed_twice(forward if compiles is None else torch.compile(forward, **compiles), buffers)
 
+
+def _computed_twice(forward: _Forward, buffers: _Buffers | None = None) -> _Forward:
     def computed_twice(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             args, kwargs = _without_caches(args, kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    if not any(True for _ in block.buffers()):
+    if buffers is None or not buffers.parts:
         return computed_twice
-    buffers = _Buffers(block)
 
     def computed_alike(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -54,20 +63,46 @@ class _Buffers:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._parts = [part for part in block.modules() if part._buffers]
+        self.parts = [part for part in block.modules() if part._buffers]
+        self.saved = any(part._buffers.keys() - part._non_persistent_buffers_set for part in self.parts)
         self._changing: dict[tuple[bool, ...], list[_Place]] = {}  # by what trains
 
     def begin(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         """A first pass begins; return what `checkpoint` asks for the contexts of both."""
-        modes = tuple(part.training for part in self._parts)
-        places = self._changing.get(modes)
-        known = places is not None
-        if places is None:
-            places = [
-                (part, name) for part in self._parts for name, buffer in part._buffers.items() if buffer is not None
-            ]
-        before = {(part, name): part._buffers[name].detach().clone() for part, name in places}  # type: ignore[union-attr]
+        modes = self._modes()
+        known = modes in self._changing
+        before = self._copies(self._changing[modes]) if known else self._copies()
         return lambda: (nullcontext() if known else self._seen(modes, before), _put_back(before))
+
+    def unchanged(self, forward: _Forward) -> _Forward:
+        """`forward`, which must not change any."""
+        if not self.parts:
+            return forward
+
+        def looked_at(*args: Any, **kwargs: Any) -> Any:
+            modes = self._modes()
+            if modes in self._changing or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            with self._seen(modes, self._copies()):
+                output = forward(*args, **kwargs)
+            for part, name in self._changing[modes]:
+                kind = type(part).__name__.removeprefix("FSDP")
+                raise ConfigurationError(
+                    f"the forward pass changes buffer {name!r} of {kind}, which is not saved: with both "
+                    f"activation_checkpointing and compile register it with persistent=True, or leave one of them out."
+                )
+            return output
+
+        return looked_at
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(part.training for part in self.parts)
+
+    def _copies(self, places: list[_Place] | None = None) -> dict[_Place, Tensor]:
+        if places is None:
+            places = [(part, name) for part in self.parts for name in part._buffers]
+        found = {(part, name): part._buffers[name] for part, name in places}
+        return {place: buffer.detach().clone() for place, buffer in found.items() if buffer is not None}
 
     @contextmanager
     def _seen(self, modes: tuple[bool, ...], before: dict[_Place, Tensor]) -> Iterator[None]:

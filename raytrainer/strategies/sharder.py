@@ -91,14 +91,11 @@ class Sharder:
 
     def _wrap(self, block: nn.Module) -> None:
         """Recompute, and compile, a block: inside of what FSDP does around it."""
-        forward, again, compiles = block.forward, self.settings.activation_checkpointing, self.compiles
-        outside = again and any(True for _ in block.buffers())  # a compiler would have them changed twice
-        if again and not outside:
-            forward = recomputed(block, forward)
-        if compiles is not None:
+        forward, compiles = block.forward, self.compiles
+        if self.settings.activation_checkpointing:
+            forward = recomputed(block, forward, compiles)
+        elif compiles is not None:
             forward = torch.compile(forward, **compiles)
-        if outside:
-            forward = recomputed(block, forward)
         if forward is not block.forward:
             block.__dict__["forward"] = forward
 

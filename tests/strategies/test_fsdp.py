@@ -101,9 +101,9 @@ def test_what_is_computed_twice_is_in_no_cache(forked):
 class Counts(Block):
     """A pass changes what it multiplies with; and no longer when it is set to evaluate."""
 
-    def __init__(self):
+    def __init__(self, saved=True):
         super().__init__()
-        self.register_buffer("count", torch.ones(1))
+        self.register_buffer("count", torch.ones(1), persistent=saved)
 
     def forward(self, x):
         if self.training:
@@ -125,6 +125,17 @@ def test_what_is_computed_twice_changes_buffers_once(compiles, forked):
     strategy = rt.FSDP(activation_checkpointing=True)
     _, two = compare(forked, Counting, strategy, max_epochs=1, compile=compiles)
     assert [int(block.count) for block in two._module.blocks] == [3, 5]
+
+
+def test_a_compiler_may_recompute_what_changes_no_table(forked):
+    class CountsUnsaved(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Counts(saved=False) for _ in range(2))
+
+    trainer = forked(strategy=rt.FSDP(activation_checkpointing=True), max_epochs=1, compile={"backend": "eager"})
+    with pytest.raises(rt.ConfigurationError, match=r"changes buffer 'count' of Counts, .* persistent=True"):
+        trainer.fit(CountsUnsaved(), loader(32, 4, torch.float32))
 
 
 def test_four_workers_in_two_copies(forked):
