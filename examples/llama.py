@@ -1,6 +1,6 @@
 """A Llama trained in shards: from a size that a laptop's CPU trains in seconds to 8 billion parameters on eight GPUs.
 
-    python examples/llama.py                                  # 0.3 million parameters, two processes on CPUs
+    python examples/llama.py                                  # 0.2 million parameters, two processes on CPUs
     python examples/llama.py --size 1.5B --gpus 1 --precision bf16-mixed --compile
     python examples/llama.py --size 8B --gpus 8 --precision bf16-mixed --compile --activation-checkpointing
     python examples/llama.py --size 8B --gpus 8 --tensor 2    # each layer is split over two GPUs

@@ -122,6 +122,8 @@ def test_impossible_requests_are_refused_where_nothing_can_join():
     refuse_impossible(Request(1, 5, True), FakeReserver(4, grows=True))
     refuse_impossible(Request(2, 2, True), FakeReserver(4, 2))
     refuse_impossible(Request(2, 8), FakeReserver(4, 0))
+    with pytest.raises(ResourceError, match=r"Ask for fewer workers or nodes, or call ray\.shutdown\(\) before fit: "):
+        refuse_impossible(Request(1, 1000), FakeReserver(4), started_here=True)
     with pytest.raises(ResourceError):
         refuse_impossible(Request(2, 2, True), FakeReserver(4, 1))
 

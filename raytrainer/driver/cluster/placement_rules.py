@@ -134,8 +134,13 @@ def additions(
     return {node: (stay, per_node - stay) for node, stay in staying.items()}
 
 
-def refuse_impossible(request: Request, reserver: Reserver) -> None:
+def refuse_impossible(request: Request, reserver: Reserver, started_here: bool = False) -> None:
     """Refuse what the nodes, all of them idle, could not give, where no node may yet join.
+
+    Args:
+        request: What is wanted.
+        reserver: Of the cluster.
+        started_here: Whether Ray was started for an earlier run's workers, and would be for this one's.
 
     Raises:
         ResourceError: Says what the cluster has.
@@ -147,10 +152,14 @@ def refuse_impossible(request: Request, reserver: Reserver) -> None:
         return
     each = "; ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus} GPU" for node in nodes)
     without = request.gpu and not any(node.gpus for node in nodes)
-    remedy = "No node has a GPU: num_processes=2, without gpus, trains on CPUs" if without else "Ask for fewer workers"
+    remedy = "Ask for fewer workers or nodes"
+    if without:
+        remedy = "No node has a GPU: num_processes=2, without gpus, trains on CPUs"
+    elif started_here and request.nodes == 1 and not request.gpu:
+        remedy += ", or call ray.shutdown() before fit: this Ray was started for fewer, and another one is then"
     raise ResourceError(
         f"{request}: not to be had; the cluster has {reserver.describe()} in all ({each}), and nobody would add to "
-        f"it. {remedy}{'' if without else ' or nodes'}."
+        f"it. {remedy}."
     )
 
 

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.gpu_claims import claim
+from raytrainer.driver.cluster.inherited import started_by_us
 from raytrainer.driver.cluster.placement_rules import (
     ClusterNode,
     Request,
@@ -160,7 +161,7 @@ def place(request: Request, timeout: float, begin: Callable[[list[Slot]], None] 
     if request.indices or request.free:
         end_importing()
         return claim(request, reserver, timeout, sleep=_pause)
-    refuse_impossible(request, reserver)
+    refuse_impossible(request, reserver, started_by_us())
     # one bundle a node, so that ranks of a node stay together
     bundle: dict[str, float] = {"CPU": request.cpus * request.per_node}
     if request.gpu:
