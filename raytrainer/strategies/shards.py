@@ -63,7 +63,8 @@ def in_pieces(state: Mapping[str, Any], common: bool) -> dict[str, Any]:
         return Mark(path, tuple(value.shape), value.dtype)
 
     tree, rest = split(state)
-    tree = map_tree(tree, apart)
+    with torch.no_grad():
+        tree = map_tree(tree, apart)
     own = {"own": rest["own"]} if "own" in rest else {}
     return {**(tree | rest if common else own), KEY: pieces}
 

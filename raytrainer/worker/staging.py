@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.checkpointing.pieces import KEY
+from raytrainer.checkpointing.pieces import KEY, Mark
 from raytrainer.gpu.pinned import pinned_tensors
 from raytrainer.memory_segments import Handed
 from raytrainer.worker.shared_staging import SharedStaging
@@ -202,8 +202,14 @@ def _unchanged(tensors: Sequence[Tensor], copies: Sequence[tuple[_Mark, Tensor]]
     return found
 
 
+#: What cannot change. There are thousands of these, and to ask `deepcopy` costs more than all else of a sharded state.
+_FIXED = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, Mark})
+
+
 def _copied(value: Any) -> Any:
     """What training may change while it is written: arrays, queues, objects of users."""
+    if type(value) in _FIXED:
+        return value
     try:
         return copy.deepcopy(value)
     except Exception:  # whether it can be pickled is for others to find out
