@@ -139,6 +139,19 @@ def test_where_there_is_room_for_one_state(ranks: Ranks, monkeypatch: pytest.Mon
     assert generations.take(False) == 0
 
 
+def test_the_last_that_is_needed_goes_with_who_needs_it(ranks: Ranks) -> None:
+    """However long the group lives that has made it, as one that has grown may."""
+    lease, other = ranks.copy(0), ranks.copy(1)
+    segments = [ranks.generations.handed(each.slot)[0].segment for each in (lease, other)]
+    ranks.die()
+    del other
+    ranks.generations.retire()
+    eventually(lambda: not segments[1].is_there(), "what nobody needs is given back")
+    assert segments[0].is_there()
+    del lease
+    eventually(lambda: not segments[0].is_there(), "the holder has ended")
+
+
 @pytest.mark.parametrize("available", [(100, 1000), (199, 1000), (201, 1000), None])
 def test_how_much_is_room(available: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holder, "available_memory", lambda: available)

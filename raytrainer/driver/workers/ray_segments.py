@@ -68,7 +68,7 @@ class Generations:
         self.former: set[int] = set()
         self.count: int | None = None
         self._holder: Any = None
-        self._slots = [0, 1]
+        self._slots, self._retired = [0, 1], False
         self._probing: Any = None
         self._newest: int | None = None  # the slot that was filled last,
         self._full = False  # and whether with more than weights
@@ -112,7 +112,7 @@ class Generations:
         """
         self._handed[slot], self._newest, self._full = list(handed), slot, full
         lease = Lease(self, slot)
-        self._leases[slot] = weakref.ref(lease)
+        self._leases[slot] = weakref.ref(lease, lambda _: self._let_go())
         self._hold(slot)
         return lease
 
@@ -215,9 +215,17 @@ class Generations:
         return self.former
 
     def retire(self) -> None:
-        """No workers use these any more: what nobody needs goes."""
-        if self._holder is not None:
-            self._holder.keep.remote([slot for slot in self._leases if self._leased(slot)])
+        """No workers use these any more: what nobody needs goes, and the holder with the last that is needed."""
+        self._retired = True
+        needed = [slot for slot in self._leases if self._leased(slot)]
+        if self._holder is not None and needed:
+            self._holder.keep.remote(needed)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """A lease has ended. Ray ends an actor that nobody knows any more."""
+        if self._retired and not any(map(self._leased, list(self._leases))):
+            self._holder = None
 
     # ---------------------------------------------------------------- what there is
 
