@@ -2,9 +2,10 @@
 
 raytrainer: nothing running, Ray running, and workers warm, from their first run and from later ones. Beside it:
 Lightning ddp (if installed) and `ray.train.TorchTrainer`, the first and the second fit of each; and torchrun, which has
-no `fit`, from its start. Each figure comes from a fresh process.
+no `fit`, from its start. In the script's own process: from `fit`, and by hand from the optimizer on, with which torch
+imports its compiler. Each figure comes from a fresh process, torch, and the library, being imported.
 
-Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torch_trainer torchrun lightning]
+Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torchrun in_process by_hand ...]
 """
 
 from __future__ import annotations
@@ -161,7 +162,40 @@ def lightning(path: str) -> dict[str, float]:
     return seconds
 
 
-ROLES = {"ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun, "lightning": lightning}
+def in_process(path: str) -> dict[str, float]:
+    import raytrainer
+
+    logging.getLogger("raytrainer").setLevel(logging.ERROR)
+    base: Any = make(raytrainer.Module, 0)
+
+    class Model(base):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            mark(path)
+
+    trainer = raytrainer.Trainer(
+        strategy="local", gpus=1 if GPUS else None, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    begun = time.time()
+    trainer.fit(Model(), loader(20))
+    return {"raytrainer, in process": first_step(path, begun)}
+
+
+def by_hand(path: str) -> dict[str, float]:
+    import torch
+
+    begun = time.time()
+    model = torch.nn.Linear(32, 2).to("cuda" if GPUS else "cpu")
+    torch.optim.SGD(model.parameters(), lr=0.01)
+    next(iter(loader(20)))
+    mark(path)
+    return {"by hand, in process, with its optimizer": first_step(path, begun)}
+
+
+ROLES = {
+    "ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun, "lightning": lightning,
+    "in_process": in_process, "by_hand": by_hand,
+}  # fmt: skip
 
 
 def main() -> None:
