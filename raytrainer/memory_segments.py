@@ -25,12 +25,16 @@ __all__ = [
     "SegmentBytes",
     "Stretch",
     "available_memory",
+    "has_room",
     "lay_out",
     "new_segment",
 ]
 
 #: Bytes that are made known to CUDA at once, if one tensor does not need more.
 PIECE = 32 << 20
+
+#: The part of a machine's memory that stays free beside a second state. Ray kills workers when there is little left.
+MARGIN = 0.1
 
 #: Tensors begin at multiples of so many bytes.
 ALIGNED = 512
@@ -182,10 +186,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Handed:
-    """What a process has put into a segment."""
+    """What a process has put into a segment.
+
+    Attributes:
+        segment: It.
+        layout: What lies where.
+        room: Whether the machine has room for as much again, for all processes of the group.
+    """
 
     segment: Segment
     layout: Layout
+    room: bool = True
 
     def bytes_of(self, key: str) -> SegmentBytes:
         """Where a piece is."""
@@ -207,6 +218,12 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
     if end > begin:
         stretches.append(Stretch(begin, end - begin))
     return Layout(at, tuple(stretches), end)
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes more may be taken. What a machine has left then, Ray is to be content with."""
+    memory = available_memory()
+    return memory is not None and memory[0] - size >= MARGIN * memory[1]
 
 
 def available_memory(read: Callable[[str], str] = lambda path: Path(path).read_text()) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer import memory_segments
 from raytrainer.memory_segments import (
     ALIGNED,
     PIECE,
@@ -44,7 +45,7 @@ def test_what_a_killed_process_has_written_is_there_while_somebody_holds_it() ->
     layout = lay_out({"a": 3, "b": 5000})
     holder = Holder()
     assert holder.probe(segment) is None
-    (found, elsewhere), _ = holder.hold(0, [pid, pid], Handed(segment, layout), Handed(Segment("no", 3, ()), layout))
+    found, elsewhere = holder.hold(0, [pid, pid], Handed(segment, layout), Handed(Segment("no", 3, ()), layout))
     assert found is not None and elsewhere is None
     searched = Segment(name, 10_000, ((pid, None),))  # which of its files it is, is not known
     assert searched.is_there()
@@ -124,6 +125,12 @@ def test_how_much_memory_could_be_had(files: dict[str, str], expected: tuple[int
         return files[path]
 
     assert available_memory(read) == expected
+
+
+@pytest.mark.parametrize("available", [(100, 1000), (199, 1000), (201, 1000), None])
+def test_how_much_is_room(available: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_segments, "available_memory", lambda: available)
+    assert memory_segments.has_room(100) == (available == (201, 1000))
 
 
 def test_this_machine_tells() -> None:

@@ -9,7 +9,9 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from raytrainer.memory_segments import Layout, Segment, Stretch, new_segment
 __all__ = ["SharedBuffer"]
 
 log = logging.getLogger("raytrainer")
+
+#: That have pages come, at most: 8 GiB took one 1.75 s, and making them known to CUDA takes 0.46.
+THREADS = 6
 
 
 class SharedBuffer:
@@ -50,15 +55,25 @@ class SharedBuffer:
         held = (ctypes.c_char * self.segment.size).from_buffer(mapping)
         self._whole = torch.frombuffer(held, dtype=torch.uint8)
         known = []
-        for stretch in layout.stretches:
-            if adopted is None:  # have the pages now; what is there already is not to be written to
-                self._whole[stretch.begin : stretch.begin + stretch.size : mmap.PAGESIZE].zero_()
+        for stretch, came in self._pages(adopted is None):
+            came.result()
             if device.type == "cuda" and self._register(stretch, device):
                 known.append(self._whole.data_ptr() + stretch.begin)
         if known:
             weakref.finalize(held, _forget, known, device).atexit = False
         if device.type == "cuda" and len(known) < len(layout.stretches):
             log.warning("CUDA does not take main memory that processes share: copies of the state take longer.")
+
+    def _pages(self, new: bool) -> Iterator[tuple[Stretch, Future[Any]]]:
+        """Have the pages come, by several threads, as that takes long; those that are there are not written to."""
+        with ThreadPoolExecutor(max(1, min(THREADS, (os.cpu_count() or 1) // 4))) as pool:
+
+            def touch(stretch: Stretch) -> None:
+                if new:
+                    self._whole[stretch.begin : stretch.begin + stretch.size : mmap.PAGESIZE].zero_()
+
+            asked = [(stretch, pool.submit(touch, stretch)) for stretch in self.layout.stretches]
+            yield from asked
 
     def _register(self, stretch: Stretch, device: torch.device) -> bool:
         return pinned.register(self._whole.data_ptr() + stretch.begin, stretch.size, device)

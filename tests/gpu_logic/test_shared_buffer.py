@@ -69,7 +69,7 @@ def test_what_is_adopted_is_as_it_was_and_known_to_cuda(cuda: Cuda) -> None:
     first = SharedBuffer(layout, GPU)
     first.tensor("large", torch.uint8, (SIZES["large"],)).fill_(7)
     holder = Holder()
-    (held,), _ = holder.hold(0, [1], Handed(first.segment, layout))
+    (held,) = holder.hold(0, [1], Handed(first.segment, layout))
     assert held is not None
     first.close()
     del first

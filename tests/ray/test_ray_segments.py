@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from raytrainer.driver.workers.ray_segments import WEIGHTS, Generations, Lease
 from raytrainer.driver.workers.ray_shared_pieces import PiecesInSegments
 from raytrainer.errors import CheckpointError, StorageError
 from raytrainer.memory_segments import Segment
-from raytrainer.worker.actor import holder
 from raytrainer.worker.shared_staging import SharedStaging
 
 WHOLE = {"state_dict/weight": torch.arange(40.0).view(8, 5), "state_dict/half": torch.arange(6).view(6, 1).bfloat16()}
@@ -130,7 +130,8 @@ def test_where_there_is_room_for_one_state(ranks: Ranks, monkeypatch: pytest.Mon
     generations = ranks.generations
     first = ranks.copy(0)
     assert generations.is_held(0, 60)
-    generations._held[0] = ray.put((ray.get(generations._held[0])[0], False))  # as the holder of a full machine says
+    refs = generations._handed[0]
+    refs[1] = ray.put(replace(ray.get(refs[1]), room=False))  # as one says that has looked last
     assert generations.settle() and generations.count == 1
     assert generations.room(False).single and not generations.room(False).free
     weights = generations.room(True)
@@ -150,12 +151,6 @@ def test_the_last_that_is_needed_goes_with_who_needs_it(ranks: Ranks) -> None:
     assert segments[0].is_there()
     del lease
     eventually(lambda: not segments[0].is_there(), "the holder has ended")
-
-
-@pytest.mark.parametrize("available", [(100, 1000), (199, 1000), (201, 1000), None])
-def test_how_much_is_room(available: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holder, "available_memory", lambda: available)
-    assert holder._room(100) == (available == (201, 1000))
 
 
 def test_another_holder_takes_the_place_of_one_that_has_ended(ranks: Ranks) -> None:

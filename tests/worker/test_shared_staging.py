@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -67,10 +68,13 @@ def test_the_rest_of_a_state_is_copied_as_ever() -> None:
 
 
 def test_memory_is_taken_beforehand_and_for_another_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread: the copy takes none itself, whenever it comes."""
     made: list[Any] = []
     shared_buffer = module.SharedBuffer
+    go_on = threading.Event()
 
     def counted(*arguments: Any) -> Any:
+        assert threading.current_thread().name == "raytrainer-share" and go_on.wait(60)
         made.append(shared_buffer(*arguments))
         return made[-1]
 
@@ -79,6 +83,8 @@ def test_memory_is_taken_beforehand_and_for_another_slot(monkeypatch: pytest.Mon
     staging.reserve(pieces(a=A))
     staging.reserve_like(1, 0)
     staging.reserve_like(1, 0)
+    assert made == []  # nobody has waited
+    go_on.set()
     names = [staging.copy(slot, pieces(a=A)).segment.name for slot in (0, 1, 0)]
     assert [buffer.segment.name for buffer in made] == names[:2] and names[2] == names[0]
 
@@ -99,7 +105,7 @@ def test_the_memory_of_a_lost_worker_is_used_again_once_its_process_has_ended(
     monkeypatch.setattr(module, "ENDING", 60.0 if ends else 0.0)
     former, holder = SharedStaging(CPU), Holder()
     old = former.copy(0, pieces(a=A))
-    (held,), _ = holder.hold(0, [os.getpid()], old)
+    (held,) = holder.hold(0, [os.getpid()], old)
     assert held is not None
     former.close()
     staging, kept = SharedStaging(CPU), {0: Handed(held, old.layout)}

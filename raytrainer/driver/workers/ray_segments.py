@@ -121,7 +121,7 @@ class Generations:
         newest = self._newest
         if newest in (0, 1) and self._full and self.count != 1:
             for actor in actors:
-                actor.reserve_like.remote(1 - newest, newest, self._held[newest] if self.count is None else True)
+                actor.reserve_like.remote(1 - newest, newest, *self._handed[newest])
 
     # ---------------------------------------------------------------- the holder
 
@@ -155,7 +155,7 @@ class Generations:
         asked = self._held[slot]
         wait_for([asked], patience)
         try:
-            return bool(ray.wait([asked], timeout=0)[0]) and None not in ray.get(asked)[0]
+            return bool(ray.wait([asked], timeout=0)[0]) and None not in ray.get(asked)
         except RayError:
             return False
 
@@ -191,11 +191,12 @@ class Generations:
         return False
 
     def _decide(self, slot: int) -> None:
-        segments, room = ray.get(self._held[slot])
+        handed: list[Handed] = ray.get(self._handed[slot])
+        room = all(each.room for each in handed)
         self.count = 2 if room else 1
         if not room:
             self._slots = [slot]
-        gigabytes = sum(segment.size for segment in segments) / 2**30
+        gigabytes = sum(each.segment.size for each in handed) / 2**30
         log.info(
             "The state of %d workers takes %.2f GiB of their node's main memory, %s.", self.size, gigabytes,
             "twice: the newest two are kept" if room else "once, as there is no room for two: while it is copied there "
@@ -243,7 +244,7 @@ class Generations:
         if failed:
             raise CheckpointError(f"a worker's shards: {failed[0]}")
         try:
-            segments: Sequence[Segment | None] = ray.get(self._held[slot])[0]
+            segments: Sequence[Segment | None] = ray.get(self._held[slot])
         except RayError:  # the holder is gone
             segments = [None] * self.size
         # where it has not been seen, a worker may have it

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from raytrainer.memory_segments import Handed, Segment, available_memory
+from raytrainer.memory_segments import Handed, Segment
 
 __all__ = ["Holder"]
-
-#: The part of a machine's memory that stays free beside a second state. Ray kills workers when there is little left.
-MARGIN = 0.1
 
 
 class Holder:
@@ -34,7 +31,7 @@ class Holder:
                 return f"a process cannot open another one's memory: {error}"
         return None
 
-    def hold(self, slot: int, pids: Sequence[int], *handed: Handed) -> tuple[list[Segment | None], bool]:
+    def hold(self, slot: int, pids: Sequence[int], *handed: Handed) -> list[Segment | None]:
         """Have what the workers have put into a slot, by rank, in place of what was there.
 
         Args:
@@ -43,7 +40,7 @@ class Holder:
             handed: Where it is.
 
         Returns:
-            How to find it (None: it is gone); and whether there is room for as much again.
+            How to find it; None: it is gone.
         """
         before, now = self._open.get(slot, {}), dict[str, int]()
         found: list[Segment | None] = []
@@ -57,17 +54,12 @@ class Holder:
                 found.append(segment.also_in(os.getpid(), now[segment.name]))
         self._open[slot] = now
         _close([number for name, number in before.items() if name not in now])
-        return found, _room(sum(each.segment.size for each in handed))
+        return found
 
     def keep(self, slots: Sequence[int]) -> None:
         """Let go of all others."""
         for slot in set(self._open).difference(slots):
             _close(list(self._open.pop(slot).values()))
-
-
-def _room(size: int) -> bool:
-    memory = available_memory()
-    return memory is not None and memory[0] - size >= MARGIN * memory[1]
 
 
 def _close(numbers: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ from raytrainer.quick_imports import importing
 with importing():  # as in actor.py; torch comes with the first of them
     from raytrainer.checkpointing.pieces import KEY
     from raytrainer.errors import RaytrainerError
-    from raytrainer.memory_segments import Handed, Segment, new_segment
+    from raytrainer.memory_segments import Handed, Segment, has_room, new_segment
     from raytrainer.plan.ranks import Ranks
     from raytrainer.private.torch_private import abort_groups
     from raytrainer.tensor_packing import pack
@@ -93,12 +94,11 @@ class StagingWorker(RemoteWorker):
             self.worker.staging.shared = None
 
     @ray.method(concurrency_group=ASIDE)
-    def reserve_like(self, slot: int, other: int, wanted: Any = True) -> bool:
-        """See `SharedStaging`; unless it is not `wanted`, after all: what the holder answers."""
+    def reserve_like(self, slot: int, other: int, *handed: Any) -> None:
+        """See `SharedStaging`; if all workers have found room, of which what they have handed over tells."""
         shared = self.shared
-        if shared is not None and (wanted is True or wanted[1]):
+        if shared is not None and all(isinstance(each, Handed) and each.room for each in handed):
             shared.reserve_like(slot, other)
-        return True
 
     def stage(self, weights_only: bool, final: bool = False, slot: int | None = None) -> Any:
         """Copy this worker's share of a checkpoint aside; return what it alone has. `hand_over` gives the rest.
@@ -130,8 +130,11 @@ class StagingWorker(RemoteWorker):
         says whether it is there, and comes when the buffers may be used for the next `stage`.
         """
         staged, self.staged = self.staged, None
-        answer = self._guard(lambda: apart(staged, staged.handed))
+        answer = self._guard(lambda: apart(staged, self._with_room(staged.handed)))
         return (answer, answer, False) if isinstance(answer, Failure) else (*answer, True)
+
+    def _with_room(self, handed: Handed | None) -> Handed | None:
+        return handed and replace(handed, room=has_room(handed.segment.size * self.ranks.world_size))
 
     @ray.method(concurrency_group=ASIDE)
     def abort_groups(self) -> bool:
