@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_128_digest
 
 from raytrainer.metrics.metric_objects import is_metric
+from raytrainer.tensor_packing import bytes_of_tensor
 from raytrainer.worker.data_pickling import Held, pickled, unpickled, version_of
 from raytrainer.worker.plain_attributes import INTERNAL
 
@@ -35,6 +36,9 @@ Place = tuple[str, str, str]
 #: Bytes of an attribute from which on it is looked whether it has changed at all.
 _LARGE = 2**16
 
+#: Bytes of a tensor up to which it is looked into, in a hundredth of a second at most.
+_LOOKED_INTO = 2**26
+
 
 class AttributeSnapshots:
     """Takes what may have changed since this was made, and puts it back.
@@ -46,7 +50,7 @@ class AttributeSnapshots:
     def __init__(self, module: nn.Module) -> None:
         held, tensors = Held(module), list[Tensor]()
         self._before = {place: _look(value, held, tensors) for place, value in _attributes(module)}
-        self._tensors = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors]  # the large ones
+        self._tensors = [(weakref.ref(tensor), _content(tensor)) for tensor in tensors]  # the large ones
 
     def take(self, module: nn.Module) -> dict[str, Any]:
         """What a worker in place of another needs: small data always, large data if it has changed.
@@ -58,8 +62,8 @@ class AttributeSnapshots:
         held, tensors, values = Held(module), list[Tensor](), dict[Place, bytes]()
         held.unchanged = {
             id(tensor): index
-            for index, (ref, version) in enumerate(self._tensors)
-            if (tensor := ref()) is not None and version_of(tensor) == version
+            for index, (ref, content) in enumerate(self._tensors)
+            if (tensor := ref()) is not None and _content(tensor) == content
         }
         lost, there = list[str](), set[Place]()
         for place, value in _attributes(module):
@@ -107,6 +111,17 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Place, Any]]:
         for name, value in part._buffers.items():
             if name in part._non_persistent_buffers_set:
                 yield (path, "_buffers", name), value
+
+
+def _content(tensor: Tensor) -> tuple[int, bytes]:
+    """Another one when it has been written to: its version, and in main memory what is in it.
+
+    Batch normalisation, `.data` and arrays that share its memory write without a version.
+    """
+    looked_into = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_conj()
+    if not looked_into or tensor.numel() * tensor.element_size() > _LOOKED_INTO:
+        return version_of(tensor), b""
+    return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor))
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from drifting import Drifting
 from exact import Exact, Mortal, run, same
+from torch.nn import functional as F
 
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.workers.group_supply import GroupSupply
@@ -39,6 +42,28 @@ def test_what_is_in_two_places_of_an_attribute_is_one_thing() -> None:
     snapshots[1].put_back(modules[1], state)
     one, (other, _) = modules[1].own  # type: ignore[misc]
     assert one is other and torch.equal(one, large) and one is not large
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda table: F.batch_norm(torch.ones(2, 2**12), table, torch.ones(2**12), training=True),
+        lambda table: table.data.add_(1.0),
+        lambda table: numpy.add(table.numpy(), 1.0, out=table.numpy()),
+    ],
+    ids=["batch normalisation", "data", "array"],
+)
+def test_a_table_that_is_written_to_without_a_version_goes_along(write: Callable[[torch.Tensor], Any]) -> None:
+    modules = [torch.nn.Linear(1, 1) for _ in range(2)]
+    for module in modules:
+        module.table, module.constant = torch.zeros(2**12), torch.ones(2**12)
+    snapshots = [AttributeSnapshots(module) for module in modules]
+    write(modules[0].table)
+    assert modules[0].table._version == 0 and modules[0].table.any()
+    state = snapshots[0].take(modules[0])
+    assert len(state["tensors"]) == 1
+    snapshots[1].put_back(modules[1], state)
+    assert torch.equal(modules[1].table, modules[0].table)
 
 
 class Counts:
