@@ -121,7 +121,7 @@ def _content(tensor: Tensor) -> tuple[int, bytes]:
     looked_into = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_conj()
     if not looked_into or tensor.numel() * tensor.element_size() > _LOOKED_INTO:
         return version_of(tensor), b""
-    return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor))
+    return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor).data)
 
 
 @dataclass(frozen=True)
