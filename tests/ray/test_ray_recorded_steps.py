@@ -23,7 +23,7 @@ def fit(module, folder, **options):
 
 
 @pytest.mark.late(1.6)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("spares", [0, 1])
 @pytest.mark.parametrize("moment", ["forward", "backward", "before step", "after step", "batch end"])
 def test_a_killed_worker_costs_the_step_in_progress(moment, spares, tmp_path):

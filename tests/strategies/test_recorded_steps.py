@@ -52,7 +52,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
 WHERE = {"validation": (3, 6, 10), "epoch start": (7, 14)}
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("moment", "batches"), [(moment, at) for moment in MOMENTS for at in WHERE.get(moment, (1, 3, 8, 20))]
@@ -81,7 +81,7 @@ def behind(request, monkeypatch):
     monkeypatch.setattr(WorkerRun, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("moment", "batches"), [(moment, at) for moment in MOMENTS for at in WHERE.get(moment, (2, 3, 5, 8, 20))]
@@ -172,7 +172,7 @@ def stream() -> Any:
     return torch.utils.data.DataLoader(Endless(), batch_size=4)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("kind", "moment", "batches", "options"),
