@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,50 @@ def test_the_last_that_is_needed_goes_with_who_needs_it(ranks: Ranks) -> None:
     assert segments[0].is_there()
     del lease
     eventually(lambda: not segments[0].is_there(), "the holder has ended")
+
+
+def test_what_workers_let_go_of_at_once_is_held_before(ranks: Ranks) -> None:
+    """As at a run's end, however late the holder starts."""
+    lease = ranks.copy(0)
+    ranks.generations.retire()
+    ranks.die()
+    assert is_whole(whole_state(ranks.state(lease)))
+
+
+def test_an_ended_group_keeps_no_memory_that_nobody_needs(ranks: Ranks) -> None:
+    """As where a run goes on from a file, though the group, or an error's traceback, is still known."""
+    lease = ranks.copy(0)
+    assert ranks.generations.settle()
+    segments = [each.segment for each in ranks.generations.handed(0)]
+    ranks.generations.leave()
+    assert ranks.generations.continued([os.getpid()] * 2) == set()
+    del lease  # another group goes on with them
+    assert ranks.generations._holder is not None
+    lease = ranks.copy(0)
+    assert ranks.generations.settle()
+    ranks.die()
+    ranks.generations.leave()
+    assert all(segment.is_there() for segment in segments)
+    del lease
+    eventually(lambda: not any(segment.is_there() for segment in segments), "the holder has ended")
+
+
+def test_errors_that_know_each_other_keep_no_slot(ranks: Ranks) -> None:
+    """As of a file that could not be written."""
+
+    def fail(lease: Lease) -> None:
+        error = OSError("no space left")
+        raise error
+
+    leases = [ranks.copy(0), ranks.copy(1)]
+    gc.disable()
+    try:
+        with contextlib.suppress(OSError):
+            fail(leases.pop())
+        assert ranks.generations.free(False) is None
+        assert ranks.generations.take(False) == 1
+    finally:
+        gc.enable()
 
 
 def test_another_holder_takes_the_place_of_one_that_has_ended(ranks: Ranks) -> None:

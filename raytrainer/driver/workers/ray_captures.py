@@ -76,13 +76,18 @@ class RayCaptures:
         self._copies_shards = sharded and recovers
         # of several nodes each state is to be on two of them, so that it is copied in any case
         self._shares = sharded and self._staged and len(set(self._nodes)) == 1
-        self._generations = None
+        self.end()
 
     def end(self) -> None:
         """The run is over; states of it stay where they are as long as anybody holds them."""
         if self._generations is not None:
             self._generations.retire()
         self._generations = None
+
+    def leave(self) -> None:
+        """The group has ended. Who goes on may do so from another state than its newest, and needs the memory."""
+        if self._generations is not None:
+            self._generations.leave()
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         """Have the state copied to where it outlives workers.
@@ -235,11 +240,14 @@ class RayCaptures:
         return StateLostError(reason, lambda: self._group.broken)
 
     def wait_handed_over(self, seconds: float) -> None:
-        """Give workers that live this time to hand over the newest state, whatever else they wait for."""
-        with contextlib.suppress(RayError):
-            wait_for(self._handing, seconds)
-            if self._generations is not None:
-                self._generations.await_held(seconds)
+        """Before workers end: give those that live this time to hand over the newest state, whatever they wait for."""
+        try:
+            with contextlib.suppress(RayError):
+                wait_for(self._handing, seconds)
+                if self._generations is not None:
+                    self._generations.await_held(seconds)
+        finally:
+            self.leave()
 
 
 def _all_well(answers: Sequence[Any]) -> bool:

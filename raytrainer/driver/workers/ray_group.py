@@ -167,18 +167,14 @@ class RayGroup:
         return answers
 
     def _tell(
-        self,
-        verb: Verb,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any] | None = None,
-        ranks: Sequence[int] | None = None,
+        self, verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any] = {}, ranks: Sequence[int] | None = None
     ) -> list[Any]:
         """Have these workers (None: all) obey; their answers."""
         if verb.shares:
             hosts = [place.host for place in self.places]
             args = [ray.put(pack(brought_along(value, hosts))) for value in args]  # once for all workers
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
-        refs = asked(told, verb, args, kwargs or {})
+        refs = asked(told, verb, args, kwargs)
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         watch = StandstillWatch(lambda: Asking(self.places, self._silence, True)) if self.size > 1 else None
         with self._silence:
@@ -230,6 +226,7 @@ class RayGroup:
         """The group is of no use any more: these are gone, or keep the others waiting. It is to be mended or ended."""
         self.broken = True
         self._lost.update(ranks)
+        self._captures.leave()
 
     def abort(self) -> None:
         """Kill the actors and give the resources back."""

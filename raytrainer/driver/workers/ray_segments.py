@@ -7,6 +7,7 @@ each worker and *slot*, and a slot is written to again when nobody needs the sta
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Sequence
@@ -91,6 +92,9 @@ class Generations:
     def take(self, weights_only: bool) -> int:
         """A slot that may be written to, if need be one more. What is there counts as gone."""
         slot = self.free(weights_only)
+        if slot is None:
+            gc.collect()  # errors of checkpoints that could not be written know each other, and what was to be written
+            slot = self.free(weights_only)
         if slot is None:
             slot = max(1, *self._leases) + 1
             log.warning(
@@ -212,15 +216,21 @@ class Generations:
     def continued(self, pids: Sequence[int]) -> set[int]:
         """A group of these workers, by rank, goes on; the processes that were in their place."""
         self.former = (self.former | set(self.pids)) - set(pids)
-        self.pids = list(pids)
+        self.pids, self._retired = list(pids), False
         return self.former
 
     def retire(self) -> None:
         """No workers use these any more: what nobody needs goes, and the holder with the last that is needed."""
-        self._retired = True
         needed = [slot for slot in self._leases if self._leased(slot)]
+        if self._newest in needed:
+            self.await_held(PATIENCE)  # the workers let go of it now
         if self._holder is not None and needed:
             self._holder.keep.remote(needed)
+        self.leave()
+
+    def leave(self) -> None:
+        """The group has ended: the memory goes with the last state that is needed, unless another group continues."""
+        self._retired = True
         self._let_go()
 
     def _let_go(self) -> None:
