@@ -65,9 +65,9 @@ class SharedStaging:
         self._thread.start()
 
     def _await_thread(self) -> None:
-        if self._thread is not None:
+        """Also for one that begins meanwhile, as another thread may ask for more."""
+        while self._thread is not None and self._thread.is_alive():
             self._thread.join()
-            self._thread = None
 
     def copy(self, slot: int, pieces: Mapping[str, Mapping[str, Any]]) -> Handed:
         """Copy the pieces' tensors; where they are now. What was in this slot before is gone."""
@@ -115,11 +115,10 @@ class SharedStaging:
             self._drop(slot)
 
     def _buffer(self, slot: int, sizes: Mapping[str, int]) -> SharedBuffer:
-        buffer = self._buffers.get(slot)
-        if buffer is None or not buffer.layout.fits(sizes):
+        if slot not in self._buffers or not self._buffers[slot].layout.fits(sizes):
             self._drop(slot)  # before there is another one
-            buffer = self._buffers[slot] = SharedBuffer(lay_out(sizes), self._device)
-        return buffer
+            self._buffers[slot] = SharedBuffer(lay_out(sizes), self._device)
+        return self._buffers[slot]
 
     def _drop(self, slot: int) -> None:
         buffer = self._buffers.pop(slot, None)

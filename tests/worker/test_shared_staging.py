@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_states_of_two_slots_are_apart_and_another_takes_the_place_of_one() -> N
     assert other.segment.name != one.segment.name and not one.segment.is_there() and two.segment.is_there()
     staging.close()
     assert not two.segment.is_there() and not other.segment.is_there()
+
+
+def test_memory_that_does_not_fit_goes_before_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = SharedStaging(CPU)
+    staging.copy(0, pieces(a=A))
+    former, shared_buffer = weakref.ref(staging._buffers[0]), module.SharedBuffer
+    found: list[Any] = []
+    monkeypatch.setattr(module, "SharedBuffer", lambda *args: (found.append(former()), shared_buffer(*args))[1])
+    staging.copy(0, pieces(a=A, b=B))
+    assert found == [None]
 
 
 def test_the_rest_of_a_state_is_copied_as_ever() -> None:

@@ -86,7 +86,10 @@ class WorkerRecovery:
             It; and what workers have reported since the driver's part of it, where they have recorded that.
         """
         state = self._state
-        recorded = self._recorded = self._capture.recorded(group) or self._recorded
+        recorded = self._capture.recorded(group) or self._recorded
+        if recorded is not None and len(recorded.reports) != group.size:
+            recorded = None  # its batches are those of as many workers, each with its part of the data
+        self._recorded = recorded
         snapshot = self._snapshots.latest() if recorded is None else recorded.state
         self._source = "the run's beginning" if snapshot is None else "a snapshot"
         if snapshot is None:

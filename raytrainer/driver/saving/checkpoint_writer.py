@@ -172,8 +172,9 @@ class CheckpointWriter:
         self._wait(lambda: sum(job.exists and (moment is None or job.moment != moment) for job in self._jobs) <= left)
 
     def await_room(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, or nothing is left to do."""
+        """Wait until a condition holds, or nothing is left to do. What has failed is raised, as it holds its state."""
         self._wait(lambda: not self._jobs or condition())
+        self._raise()
 
     def remove(self, path: str, on_error: Callable[[StorageError], None] | None = None) -> None:
         """Delete a checkpoint, after everything asked for before.

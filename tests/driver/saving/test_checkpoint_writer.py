@@ -49,6 +49,13 @@ def test_the_one_before_stays_where_a_write_fails(writer: CheckpointWriter, tmp_
     assert not Path(old).exists()
 
 
+def test_who_waits_for_room_is_told_of_what_holds_a_state(writer: CheckpointWriter, tmp_path: Path) -> None:
+    """Rather than to take more memory for the next one."""
+    writer.save(str(tmp_path / "new.ckpt"), lost(superseded=False))
+    with pytest.raises(CheckpointError, match="all copies of the state are gone"):
+        writer.await_room(lambda: False)
+
+
 def test_a_state_of_replaced_workers_is_told_of_only(
     writer: CheckpointWriter, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
