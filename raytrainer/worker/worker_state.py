@@ -66,12 +66,17 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
 
 
 def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
-    """The large tensors of what `capture_state` would return, without calling any hook."""
+    """The large tensors of what `capture_state` would return, without calling any hook: also those of callbacks."""
     if not run.strategy.holds_common(replica):
         return {}
     strategy, module = run.strategy, run.module
     states = [strategy.optimizer_state(module, optimizer) for optimizer in run.view.optimizers]
-    return strategy.own_part({"state_dict": strategy.module_state(module), "optimizer_states": states}, replica)
+    state = {
+        "state_dict": strategy.module_state(module),
+        "optimizer_states": states,
+        "worker_callbacks": {c.state_key: c.state_dict() for c in run.task.callbacks},
+    }
+    return strategy.own_part(state, replica)
 
 
 def _own_state(run: WorkerRun, final: bool) -> dict[str, Any]:

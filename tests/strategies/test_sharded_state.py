@@ -17,6 +17,8 @@ from raytrainer.checkpointing import piece_files
 from raytrainer.checkpointing.checkpoint_format import write_checkpoint
 from raytrainer.checkpointing.part_file import write_part
 from raytrainer.checkpointing.pieces import KEY, Mark
+from raytrainer.worker.training_loop import TrainingLoop
+from raytrainer.worker.worker_state import capture_state, most_of_state
 
 
 def saver(folder, **options):
@@ -50,6 +52,23 @@ def test_resuming_in_mid_epoch_is_equal_bit_by_bit(options, saving, forked, tmp_
         trainer = forked(callbacks=[saver(tmp_path / "second", **saving), *again], **common)
         trainer.fit(resumed, *data, ckpt_path=tmp_path / "first" / name)
         assert same_bits(whole, resumed), name
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_memory_is_taken_for_all_that_a_capture_has(averages, forked, monkeypatch):
+    """So that the first capture, for which training waits, need not take other memory in its place."""
+    train = TrainingLoop.train
+
+    def looked_at(loop, *args):
+        report = train(loop, *args)
+        if report.step > 1:
+            expected, found = most_of_state(loop.run, True), capture_state(loop.run, False, True)
+            assert expected[KEY].keys() == found[KEY].keys()
+        return report
+
+    monkeypatch.setattr(TrainingLoop, "train", looked_at)
+    callbacks = [rt.EMAWeightAveraging(0.9)] if averages else []
+    forked(seed=3, max_epochs=1, callbacks=callbacks).fit(Stateful(), loader(40, 4, torch.float32))
 
 
 class Dies(Stateful):
