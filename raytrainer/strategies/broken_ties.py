@@ -57,8 +57,8 @@ def ties_kept(root: nn.Module) -> Iterator[None]:
         hook.remove()
     paths = {id(part): path for path, part in root.named_modules()}
     for group in {id(group): group for group in at.values()}.values():
-        within = [(part, name) for part, name in group if id(part) in paths]
-        found = [part._parameters.get(name) for part, name in within]
+        within = [(part, name) for part, name in group if id(part) in paths and part._parameters.get(name) is not None]
+        found = [part._parameters[name] for part, name in within]
         if len({id(parameter) for parameter in found}) > 1 and any(isinstance(one, DTensor) for one in found):
             full = [f"{paths[id(part)]}.{name}".removeprefix(".") for part, name in within]
             raise ConfigurationError(

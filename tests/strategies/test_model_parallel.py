@@ -208,6 +208,8 @@ class Tied(Split):
         if self.how == "built here":
             self.inp, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
             self.inp.weight = self.head.weight
+        if self.how == "without a head":
+            self.head.register_parameter("weight", None)
         if self.how == "untied":
             self.inp.weight = nn.Parameter(self.inp.weight.detach().clone())
         if self.device_mesh is None:
@@ -216,14 +218,15 @@ class Tied(Split):
             fully_shard(self.inp, mesh=self.device_mesh["data_parallel"])
             return
         plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("inp", "head")}
-        if self.how == "one of them":
-            del plan["inp"]
+        if self.how in ("one of them", "without a head"):
+            del plan["inp" if self.how == "one of them" else "head"]
         parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
         if self.how == "tied again":
             self.inp.weight = self.head.weight
 
     def forward(self, x):
-        return self.head(torch.tanh(self.inp(x)))
+        x = torch.tanh(self.inp(x))
+        return x if self.how == "without a head" else self.head(x)
 
     def loss(self, batch):
         return F.mse_loss(self(batch[0]), batch[1].expand(-1, 4))
@@ -242,6 +245,8 @@ def test_tied_parameters_that_are_split_and_tied_again(forked):
     _, two = fit_both(forked, lambda: Tied("tied again"), (2, 1, None))
     assert two._module.inp.weight is two._module.head.weight
     fit_both(forked, lambda: Tied("untied"), (2, 1, None))
+    trainer = forked(strategy=rt.ModelParallel(tensor=2), max_epochs=1)
+    trainer.fit(Tied("without a head"), loader(16, 4, torch.float32))
 
 
 class Whole(Net):
