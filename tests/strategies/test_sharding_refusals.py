@@ -246,6 +246,15 @@ class BeforeBackward(Net):
         self.head.weight.data.mul_(0.9)
 
 
+class BeforeStep(Net):
+    """Its weights are gathered again, by a forward pass, when it limits them."""
+
+    def on_before_optimizer_step(self, optimizer):
+        with torch.no_grad():
+            self(torch.ones(1, 4))
+        self.head.weight.data.mul_(0.9)
+
+
 class InBlock(Net):
     """A block limits its own weights."""
 
@@ -270,6 +279,7 @@ class InValidation(Net):
     [
         (InBlock, r"the forward pass of 'blocks\.1' has changed 'blocks\.1\.up\.weight'.* on_train_batch_end"),
         (InValidation, r"an evaluation's step, or a hook around it, has changed 'head\.weight'\."),
+        (BeforeStep, r"training_step, or a hook before the optimizer's, has changed 'head\.weight'\."),
         (BeforeBackward, r"a hook before the backward pass, has changed 'head\.weight'\."),
         (
             Momentum,
