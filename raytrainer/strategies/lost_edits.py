@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -90,7 +91,8 @@ def watch_block(name: str, block: nn.Module) -> None:
                 f"on_train_batch_start or on_train_batch_end, where they are shards."
             )
 
-    block.register_forward_hook(look, prepend=True)
+    # not a part of a block that configure_model has compiled, hooks and all
+    block.register_forward_hook(torch.compiler.disable(look), prepend=True)
 
 
 def refuse_lost_edits(root: nn.Module, where: str) -> None:

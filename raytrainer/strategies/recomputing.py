@@ -72,7 +72,7 @@ class _Buffers:
         modes = self._modes()
         known = modes in self._changing
         before = self._copies(self._changing[modes]) if known else self._copies()
-        return lambda: (nullcontext() if known else self._seen(modes, before), _put_back(before))
+        return lambda: (nullcontext() if known else self._seen(modes, before), _PutBack(before))
 
     def unchanged(self, forward: _Forward) -> _Forward:
         """`forward`, which must not change any."""
@@ -81,11 +81,16 @@ class _Buffers:
 
         def looked_at(*args: Any, **kwargs: Any) -> Any:
             modes = self._modes()
-            if modes in self._changing or not torch.is_grad_enabled():
+            known = self._changing.get(modes)
+            if known == [] or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            with self._seen(modes, self._copies()):
+            before = self._copies(known)
+            with self._seen(modes, before):
                 output = forward(*args, **kwargs)
-            for part, name in self._changing[modes]:
+            for (part, name), was in before.items():
+                now = part._buffers.get(name)
+                if known is None or (now is not None and now.shape != was.shape):
+                    continue  # a table may be made by the first pass, and longer by any: a second one changes nothing
                 kind = type(part).__name__.removeprefix("FSDP")
                 raise ConfigurationError(
                     f"the forward pass changes buffer {name!r} of {kind}, which is not saved: with both "
@@ -109,22 +114,33 @@ class _Buffers:
         yield
         for (part, name), was in [*before.items()]:
             now = part._buffers.get(name)
-            if now is not None and torch.equal(now, was):
+            if now is not None and _same(now, was):
                 del before[part, name]
         self._changing[modes] = list(before)
 
 
-@contextmanager
-def _put_back(values: dict[_Place, Tensor]) -> Iterator[None]:
-    """Have buffers be others: these, whose changes do not last."""
-    kept = {(part, name): part._buffers[name] for part, name in values if name in part._buffers}
-    for part, name in kept:
-        part._buffers[name] = values[part, name].clone()  # there may be several such passes
-    try:
-        yield
-    finally:
-        for (part, name), buffer in kept.items():
+class _PutBack:
+    """Has buffers be others: these, whose changes do not last. It may be entered again, by another backward pass."""
+
+    def __init__(self, values: Mapping[_Place, Tensor]) -> None:
+        self._values = values
+        self._kept: dict[_Place, Tensor | None] = {}
+
+    def __enter__(self) -> None:
+        self._kept = {(part, name): part._buffers[name] for part, name in self._values if name in part._buffers}
+        for part, name in self._kept:
+            part._buffers[name] = self._values[part, name].clone()
+
+    def __exit__(self, *error: object) -> None:
+        for (part, name), buffer in self._kept.items():
             part._buffers[name] = buffer
+        self._kept = {}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

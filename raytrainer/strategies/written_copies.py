@@ -93,6 +93,11 @@ class _Mode(DispatchMode):
 
     supports_higher_order_operators = True  # which take no tensors in shards
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is called for the first time in here is compiled all the same; else it would never be."""
+        return True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module, self.where = module, ""

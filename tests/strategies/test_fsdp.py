@@ -127,6 +127,49 @@ def test_what_is_computed_twice_changes_buffers_once(compiles, forked):
     assert [int(block.count) for block in two._module.blocks] == [3, 5]
 
 
+class CountsAnew(Counting):
+    """Two backward passes of one forward pass, which is computed for each of them."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.manual_backward(loss, retain_graph=True)
+        self.manual_backward(loss * 2)
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+def test_what_is_computed_for_each_of_two_backward_passes(forked):
+    compare(forked, CountsAnew, rt.FSDP(activation_checkpointing=True), max_epochs=1)
+
+
+class Fills(Block):
+    """Its table has no numbers before the first pass, and too few before others: a second pass changes nothing."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("table", torch.full((size,), torch.nan), persistent=False)
+
+    def forward(self, x):
+        if len(x) > len(self.table):
+            self.table = torch.arange(len(x), dtype=x.dtype)
+        if bool(self.table.isnan().any()):
+            self.table.copy_(torch.arange(len(self.table)))
+        return super().forward(x) * self.table[: len(x), None].cos()
+
+
+class Filling(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Fills(2), Fills(8)])
+
+
+def test_a_compiler_may_recompute_what_makes_its_table(forked):
+    trainer = forked(strategy=rt.FSDP(activation_checkpointing=True), max_epochs=1, compile={"backend": "eager"})
+    trainer.fit(Filling(), loader(32, 4, torch.float32))
+
+
 def test_a_compiler_may_recompute_what_changes_no_table(forked):
     class CountsUnsaved(Net):
         def __init__(self):
@@ -408,6 +451,30 @@ def halve(parameter):
 )  # fmt: skip
 def test_modules(make, forked):
     compare(forked, make, val=loader(5, 2))
+
+
+class CompilesItself(ShardsItself):
+    """Its blocks, hooks and all; what is called for the first time in a step that is looked into."""
+
+    def configure_model(self):
+        graphs, self.first = [], 0
+        self.graphs = graphs
+
+        def backend(graph, inputs):
+            graphs.append(len(inputs))
+            return graph.forward
+
+        for block in self.blocks if self.device_mesh is not None else ():
+            block.compile(backend=backend, fullgraph=True)
+        super().configure_model()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.first = self.first or len(self.graphs)
+        assert 0 < len(self.graphs) == self.first
+
+
+def test_blocks_that_configure_model_compiles(forked):
+    forked(max_epochs=1).fit(CompilesItself(), loader(32, 4, torch.float32))
 
 
 averaging = pytest.mark.parametrize(
