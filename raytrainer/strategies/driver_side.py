@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raytrainer.attribute_tensors import attribute_tensors
 from raytrainer.plan.settings import Settings
+from raytrainer.strategies.same_numbers import same_numbers
 
 __all__ = ["DriverSide", "driver_side"]
 
@@ -55,16 +56,12 @@ def _untie(module: nn.Module, state: Mapping[str, Any]) -> None:
             if parameter is None or name not in state:
                 continue
             tied = found.setdefault(id(parameter), [])
-            same = next((own for other, own in tied if _same(state[other], state[name])), None)
+            same = next((own for other, own in tied if same_numbers(state[other], state[name])), None)
             if tied and same is None:
                 same = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             if same is not None:
                 part._parameters[attribute] = same
             tied.append((name, same if same is not None else parameter))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _reshaped(module: nn.Module, state: Mapping[str, Any]) -> bool:

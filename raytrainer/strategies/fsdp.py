@@ -226,14 +226,11 @@ class FSDPStrategy(ShardedState):
     def check_optimizer(self, optimizer: Optimizer) -> None:
         refuse_optimizer(optimizer)
         optimizer.register_step_pre_hook(self._look_before_step)
-        optimizer.register_step_post_hook(self._note_step)
+        optimizer.register_step_post_hook(lambda *_: self.gatherings.renew(not self._root.automatic_optimization))
 
     def _look_before_step(self, *args: Any) -> None:
         if self._edits is not None:
             self._edits.look("training_step, or a hook before the optimizer's,")
-
-    def _note_step(self, *args: Any) -> None:
-        self.gatherings.renew(within_step=not self._root.automatic_optimization)
 
     def sync_next(self, sync: bool) -> None:
         if self._reduces is not sync:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.strategies.same_numbers import same_numbers
 
 __all__ = ["recomputed"]
 
@@ -114,7 +115,7 @@ class _Buffers:
         yield
         for (part, name), was in [*before.items()]:
             now = part._buffers.get(name)
-            if now is not None and _same(now, was):
+            if now is not None and same_numbers(now, was):
                 del before[part, name]
         self._changing[modes] = list(before)
 
@@ -135,12 +136,6 @@ class _PutBack:
         for (part, name), buffer in self._kept.items():
             part._buffers[name] = buffer
         self._kept = {}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

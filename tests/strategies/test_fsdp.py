@@ -150,6 +150,7 @@ class Fills(Block):
     def __init__(self, size):
         super().__init__()
         self.register_buffer("table", torch.full((size,), torch.nan), persistent=False)
+        self.register_buffer("unset", torch.full((2,), torch.nan), persistent=False)
 
     def forward(self, x):
         if len(x) > len(self.table):
