@@ -16,6 +16,7 @@ from raytrainer.data.batch_size import first_batch_size
 from raytrainer.errors import ConfigurationError
 from raytrainer.gpu.peak import peak_flops
 from raytrainer.plan import argument_checks as checks
+from raytrainer.private.torch_private import is_compiled
 
 if TYPE_CHECKING:
     from raytrainer.module import Module
@@ -44,7 +45,7 @@ class ThroughputMonitor(WorkerCallback):
         peak_flops: What one worker's device can do a second; None: known for some GPUs, by name and precision.
 
     Raises:
-        ConfigurationError: An argument is out of range; "measure" with `compile`, which hides operations.
+        ConfigurationError: An argument is out of range; "measure" with `compile`, or a part that is compiled.
     """
 
     def __init__(
@@ -73,10 +74,13 @@ class ThroughputMonitor(WorkerCallback):
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         """Have the rates logged."""
-        if self.flops_per_batch == "measure" and trainer.settings.compile is not None:
+        compiled = [name or type(module).__name__ for name, part in module.named_modules() if is_compiled(part)]
+        if trainer.settings.compile is not None:
+            compiled.insert(0, "Trainer(compile=...)")
+        if self.flops_per_batch == "measure" and compiled:
             raise ConfigurationError(
-                'ThroughputMonitor(flops_per_batch="measure") with compile: compiled code cannot be counted; give the '
-                "number."
+                f'ThroughputMonitor(flops_per_batch="measure") with {compiled[0]} compiled: compiled code cannot be '
+                "counted, and code that is counted is never compiled; give the number."
             )
         self._peak = self.peak_flops
         if self._peak is None and module.device.type == "cuda":

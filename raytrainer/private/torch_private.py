@@ -143,11 +143,11 @@ def copy_together(into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None
 
 
 def is_compiled(part: nn.Module) -> bool:
-    """Whether `nn.Module.compile` has been called on it.
+    """Whether `nn.Module.compile` has been called on it, or it is what `torch.compile` makes of a module.
 
-    Without `_compiled_call_impl`: False.
+    Without `_compiled_call_impl` and `_orig_mod`: False.
     """
-    return getattr(part, "_compiled_call_impl", None) is not None
+    return getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules
 
 
 def compile_call(part: nn.Module, options: dict[str, Any]) -> None:

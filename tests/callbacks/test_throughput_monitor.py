@@ -112,10 +112,25 @@ def test_bad_arguments(arguments):
         ThroughputMonitor(**arguments)
 
 
-def test_measuring_compiled_code(local_trainer):
-    trainer = local_trainer(compile=True, callbacks=ThroughputMonitor(flops_per_batch="measure"))
-    with pytest.raises(ConfigurationError, match="give the number"):
-        trainer.fit(Tiny(), data())
+class OwnCompiled(Tiny):
+    def __init__(self, whole):
+        super().__init__()
+        for name, layer in list(self.named_children()):
+            if whole:
+                setattr(self, name, torch.compile(layer, backend="eager"))
+            else:
+                layer.compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(Tiny, {"compile": True}), (lambda: OwnCompiled(False), {}), (lambda: OwnCompiled(True), {})],
+    ids=["by the trainer", "by compile()", "by torch.compile"],
+)
+def test_measuring_compiled_code(make, options, local_trainer):
+    trainer = local_trainer(callbacks=ThroughputMonitor(flops_per_batch="measure"), **options)
+    with pytest.raises(ConfigurationError, match=r"compiled: .*give the number"):
+        trainer.fit(make(), data())
 
 
 @pytest.mark.parametrize(

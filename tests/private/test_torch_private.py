@@ -102,6 +102,7 @@ def test_a_part_that_cannot_be_compiled_says_so():
     assert not torch_private.is_compiled(part)
     torch_private.compile_call(part, {"backend": "eager"})
     assert torch_private.is_compiled(part) and part(torch.ones(1)).shape == (1,)
+    assert torch_private.is_compiled(torch.compile(part))
     torch_private.drop_compiled(part)
     assert not torch_private.is_compiled(part)
     with pytest.raises(raytrainer.ConfigurationError, match=r"does not let .* be compiled in place"):
