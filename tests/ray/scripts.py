@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class Net(raytrainer.Module):
     def training_step(self, batch, batch_idx):
         if not self.pids:
             self.pids = [int(pid) for pid in self.all_gather(os.getpid())]
-            self.print("pids", *self.pids, flush=True)
+            self.print("pids", *self.pids, "in all", flush=True)
             self.print("pausing" if self.hparams.pause else "running", flush=True)
         time.sleep(self.hparams.pause)
         self.batches += 1
@@ -80,6 +81,11 @@ if __name__ == "__main__":
 )
 
 
+def printed_pids(output: str) -> set[int]:
+    """The workers' processes, as a script has printed them. Another line may begin before theirs has ended."""
+    return {int(pid) for pids in re.findall(r"pids ([\d ]+) in all", output) for pid in pids.split()}
+
+
 class Script:
     """A script in a process group of its own, as a terminal's foreground job, and the lines it has printed."""
 
@@ -107,7 +113,7 @@ class Script:
 
     def pids(self) -> set[int]:
         """The workers' processes, as the script has printed them."""
-        return {int(word) for line in self.lines("pids ") for word in line.rpartition("pids ")[2].split()}
+        return printed_pids(self.output.read_text())
 
     def finish(self) -> None:
         assert self.process.wait(PATIENCE) == 0, self.output.read_text()

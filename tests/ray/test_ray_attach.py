@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from ray_models import PATIENCE, alive, eventually
-from scripts import INTERRUPTED, check_interruptions, script
+from scripts import INTERRUPTED, check_interruptions, printed_pids, script
 
 from raytrainer.driver.cluster.attaching import attach
 from raytrainer.errors import ConfigurationError
@@ -36,7 +36,7 @@ class Net(raytrainer.Module):
         self.folder = None
 
     def on_fit_start(self):
-        self.print("pids", *[int(pid) for pid in self.all_gather(os.getpid())], flush=True)
+        self.print("pids", *[int(pid) for pid in self.all_gather(os.getpid())], "in all", flush=True)
 
     def training_step(self, batch, batch_idx):
         self.folder = os.getcwd()
@@ -182,7 +182,7 @@ def check(process: subprocess.Popen[str], where: str) -> None:
     assert "printed by 1" not in out, "rank 1 is to be silent"
     kept = Path(next(line for line in out.splitlines() if line.startswith("output: ")).removeprefix("output: "))
     assert "printed by 1" in kept.read_text() and "last words of 1" in kept.read_text()
-    pids = {int(pid) for line in out.splitlines() if "pids " in line for pid in line.rpartition("pids ")[2].split()}
+    pids = printed_pids(out)
     assert len(pids) == 2
     eventually(lambda: not any(map(alive, pids)), "the workers end with the script, which closes nothing")
 
