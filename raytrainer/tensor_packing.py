@@ -66,9 +66,9 @@ def bytes_of_tensor(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
 
 
-def tensor_of_bytes(data: numpy.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def tensor_of_bytes(data: numpy.ndarray[Any, Any] | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The reverse; shares the bytes, which may be read-only: copy before writing."""
-    if not data.size:
+    if not data.nbytes:
         return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         # that the buffer is read-only is said above

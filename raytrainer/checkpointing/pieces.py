@@ -26,6 +26,7 @@ __all__ = [
     "brought_here",
     "join_pieces",
     "map_tree",
+    "places_of",
     "split",
     "whole_state",
 ]
@@ -138,6 +139,13 @@ class InPieces:
     def whole(self) -> Tensor:
         """All of it."""
         return self.block([0] * len(self.shape), self.shape)
+
+
+def places_of(pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of a worker's pieces all but their numbers: "at", "shape", and the numbers' "dtype"."""
+    return {
+        key: {"at": piece["at"], "shape": piece["shape"], "dtype": piece["data"].dtype} for key, piece in pieces.items()
+    }
 
 
 def map_tree(tree: Any, change: Callable[[Any, str], Any], path: str = "") -> Any:

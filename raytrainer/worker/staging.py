@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.checkpointing.pieces import KEY, Mark
+from raytrainer.checkpointing.pieces import KEY, Mark, places_of
 from raytrainer.gpu.pinned import pinned_tensors
 from raytrainer.memory_segments import Handed
 from raytrainer.worker.shared_staging import SharedStaging
@@ -109,10 +109,7 @@ class Staging:
             pieces = state[KEY]
             handed = self.shared.copy(slot, pieces)
             staged = self.copy({name: value for name, value in state.items() if name != KEY})
-            staged[KEY] = {
-                key: {"at": piece["at"], "shape": piece["shape"], "dtype": piece["data"].dtype}
-                for key, piece in pieces.items()
-            }
+            staged[KEY] = places_of(pieces)
             staged.handed = handed
             return staged
         tensors = _tensors(state)

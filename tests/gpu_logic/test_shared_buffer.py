@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.harness import is_mapped
+from cuda_memory import Cuda
 
 from raytrainer.gpu import pinned
 from raytrainer.gpu.shared_buffer import SharedBuffer
@@ -18,27 +18,6 @@ from raytrainer.worker.actor.holder import Holder
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has such memory")
 GPU = torch.device("cuda", 0)
 SIZES = {"a": 400, "large": PIECE + 4096, "b": 8}
-
-
-class Cuda:
-    """The memory that it has been told of: begin and size."""
-
-    def __init__(self) -> None:
-        self.known: dict[int, int] = {}
-        self.there: list[bool] = []
-
-    def register(self, address: int, size: int, device: Any) -> bool:
-        self.known[address] = size
-        return True
-
-    def unregister(self, address: int, device: Any) -> bool:
-        del self.known[address]
-        self.there.append(is_mapped(address))
-        return True
-
-    def knows(self, tensor: torch.Tensor) -> bool:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        return any(start <= begin and end <= start + size for start, size in self.known.items())
 
 
 @pytest.fixture

@@ -48,6 +48,18 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module, logged, rows(module.seen)
 
 
+def the_only_loss(trainer: raytrainer.Trainer, module: Struck, logged: list[Any], calm: Any) -> Any:
+    """What the report says of it, once module, rows and logged values are as in the undisturbed run."""
+    expected, rows_logged, seen = calm
+    assert Path(module.flag).exists()
+    assert same(module, expected)
+    assert (module.count, module.history) == (expected.count, expected.history)
+    assert logged == rows_logged
+    assert rows(module.seen) == seen
+    (found,) = trainer.recoveries
+    return found
+
+
 #: An epoch has 7 batches for each of two workers, and is validated after 3 and 6.
 WHERE = {"validation": (3, 6, 10), "epoch start": (7, 14)}
 
@@ -60,13 +72,7 @@ WHERE = {"validation": (3, 6, 10), "epoch start": (7, 14)}
 def test_a_killed_worker_costs_the_step_in_progress(moment, batches, rank, calm, monkeypatch, tmp_path):
     supply, module = MendingSupply(monkeypatch), made(tmp_path / "run", rank, batches, moment)
     trainer, logged = fit(module, tmp_path)
-    expected, rows_logged, seen = calm
-    assert Path(module.flag).exists()
-    assert same(module, expected)
-    assert (module.count, module.history) == (expected.count, expected.history)
-    assert logged == rows_logged
-    assert rows(module.seen) == seen
-    (found,) = trainer.recoveries
+    found = the_only_loss(trainer, module, logged, calm)
     assert found.source == "what each worker had recorded" and found.replayed_batches == 0
     assert max(repeated(module.seen)) <= 1
     assert len(supply.chosen) == 1
@@ -89,13 +95,7 @@ def behind(request, monkeypatch):
 def test_a_device_that_is_behind_costs_what_was_queued_too(moment, batches, rank, calm, behind, monkeypatch, tmp_path):
     supply, module = MendingSupply(monkeypatch), made(tmp_path / "run", rank, batches, moment)
     trainer, logged = fit(module, tmp_path)
-    expected, rows_logged, seen = calm
-    assert Path(module.flag).exists()
-    assert same(module, expected)
-    assert (module.count, module.history) == (expected.count, expected.history)
-    assert logged == rows_logged
-    assert rows(module.seen) == seen
-    (found,) = trainer.recoveries
+    found = the_only_loss(trainer, module, logged, calm)
     assert found.source == "what each worker had recorded" and found.replayed_batches <= 2
     assert max(repeated(module.seen)) <= 3
     assert len(supply.chosen) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from raytrainer.checkpointing.pieces import KEY
+from raytrainer.checkpointing.pieces import KEY, places_of
 from raytrainer.errors import CheckpointError
 from raytrainer.memory_segments import Handed, SegmentBytes
 from raytrainer.tensor_packing import bytes_of_tensor, pack, tensor_of_bytes
@@ -32,9 +31,7 @@ def apart(state: Mapping[str, Any], handed: Handed | None = None) -> tuple[dict[
     pieces = state[KEY]
     if handed is not None:
         return rest | {KEY: pieces}, handed
-    rest[KEY] = {
-        key: {"at": piece["at"], "shape": piece["shape"], "dtype": piece["data"].dtype} for key, piece in pieces.items()
-    }
+    rest[KEY] = places_of(pieces)
     return rest, {key: bytes_of_tensor(piece["data"]) for key, piece in pieces.items()}
 
 
@@ -112,13 +109,7 @@ class PieceInSegment:
         except OSError:
             target.copy_(self.read())
             return
-        target.copy_(_as_tensor(data, self.dtype, self.shape))
-
-
-def _as_tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        target.copy_(tensor_of_bytes(data, self.dtype, self.shape))
 
 
 def bytes_there(place: SegmentBytes, node: str) -> Any:
