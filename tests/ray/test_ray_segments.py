@@ -7,6 +7,7 @@ import gc
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from raytrainer.checkpointing.new_checkpoint import NewCheckpoint
 from raytrainer.checkpointing.piece_files import brought_along
 from raytrainer.checkpointing.pieces import KEY, Mark, brought_here, whole_state
 from raytrainer.driver.workers import ray_parts
+from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.driver.workers.ray_captures import RayCaptures
 from raytrainer.driver.workers.ray_segments import WEIGHTS, Generations, Lease
 from raytrainer.driver.workers.ray_shared_pieces import PiecesInSegments
 from raytrainer.errors import CheckpointError, StorageError
@@ -140,6 +143,34 @@ def test_where_there_is_room_for_one_state(ranks: Ranks, monkeypatch: pytest.Mon
     assert weights.free and not weights.single and generations.take(True) == WEIGHTS
     del first
     assert generations.take(False) == 0
+
+
+def test_what_is_written_stays_where_no_process_can_hold_it(ranks: Ranks, tmp_path: Path) -> None:
+    """As where each that is to hold it is killed: workers keep it until it is written, and share no more."""
+
+    class Worker:
+        def __init__(self, staging: SharedStaging) -> None:
+            self.unshare_memory = SimpleNamespace(remote=lambda: ray.put(staging.close()))
+
+    group: Any = SimpleNamespace(broken=False, hang_timeout=60.0)
+    places: Any = [SimpleNamespace(node_id=ranks.generations.node, pid=os.getpid())] * 2
+    actors = [Worker(staging) for staging in ranks.staging]
+    captures = RayCaptures(group, actors, Answers(group), True, places)
+    captures.begin(sharded=True, recovers=False)
+    captures._generations = generations = ranks.generations
+    lease = ranks.copy(0)
+    state = ranks.state(lease)
+    holder = generations._holding()
+    generations._holding = lambda: holder  # type: ignore[method-assign]  # who takes its place is killed, too
+    ray.kill(holder)
+    other = ranks.copy(1, 2.0)
+    room = captures.room(False)
+    assert room.single and not room.free
+    write_checkpoint(tmp_path / "a.ckpt", state)
+    assert is_whole(read_checkpoint(tmp_path / "a.ckpt"))
+    segments = [each.segment for each in state[KEY]._handed]
+    del lease, state, other
+    assert captures.room(False).free and not any(segment.is_there() for segment in segments)
 
 
 def test_the_last_that_is_needed_goes_with_who_needs_it(ranks: Ranks) -> None:

@@ -63,6 +63,7 @@ class RayCaptures:
         self._pids = [place.pid for place in places]
         self._copies_shards = self._shares = False
         self._generations: Generations | None = None  # where shards are shared, and that has begun
+        self._left: Generations | None = None  # where they were until it turned out that they cannot be
         self._seconds: weakref.ref[SecondCopies] | None = None
         self._handing: list[Any] = []  # answered when the newest state is in Ray's shared memory
 
@@ -80,9 +81,10 @@ class RayCaptures:
 
     def end(self) -> None:
         """The run is over; states of it stay where they are as long as anybody holds them."""
-        if self._generations is not None:
-            self._generations.retire()
-        self._generations = None
+        for generations in (self._generations, self._left):
+            if generations is not None:
+                generations.retire()
+        self._generations = self._left = None
 
     def leave(self) -> None:
         """The group has ended. Who goes on may do so from another state than its newest, and needs the memory."""
@@ -123,7 +125,10 @@ class RayCaptures:
         """See `WorkerGroup`."""
         self._wait_for_copies(self._handing)
         generations = self._shared()
-        return Room() if generations is None else generations.room(weights_only)
+        if generations is not None:
+            return generations.room(weights_only)
+        # what has been left is for files that are still written; snapshots of it are taken anew
+        return Room() if self._left is None else Room(free=False, single=True)
 
     def prepare(self) -> None:
         """Before workers take memory for states: have them take such as is to be shared."""
@@ -143,13 +148,13 @@ class RayCaptures:
             if reason is None and not self._generations.settle():
                 reason = "the process that is to hold it ends"
             if reason is not None:
-                self._do_without(reason)
+                log.warning("Shards are kept in main memory twice: by workers, and by Ray, as %s.", reason)
+                self._shares, self._generations, self._left = False, None, self._generations
+        if self._left is not None and not self._left.needed():
+            # only now: workers alone have what is there
+            self._left = None
+            self._wait_for_copies([actor.unshare_memory.remote() for actor in self._actors])
         return self._generations
-
-    def _do_without(self, reason: str) -> None:
-        log.warning("Shards are kept in main memory twice: by workers, and by Ray, as %s.", reason)
-        self._shares, self._generations = False, None
-        self._wait_for_copies([actor.unshare_memory.remote() for actor in self._actors])
 
     def take_up(self, state: Any) -> None:
         """Workers have taken up this state: where it is, in memory of a group that this one continues, they go on."""

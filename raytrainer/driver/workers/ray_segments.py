@@ -103,6 +103,10 @@ class Generations:
             )
         return slot
 
+    def needed(self) -> list[int]:
+        """The slots whose state somebody needs."""
+        return [slot for slot in list(self._leases) if self._leased(slot)]
+
     def _leased(self, slot: int) -> bool:
         return slot in self._leases and self._leases[slot]() is not None
 
@@ -181,7 +185,7 @@ class Generations:
             return True  # nobody needs it, or a worker is lost, which whoever asks it next is told
         log.info("The process that holds the workers' state has ended; another one takes its place.")
         self._holder = None
-        for slot in [slot for slot in self._handed if self._leased(slot)]:
+        for slot in self.needed():
             self._hold(slot)
         return self.is_held(newest, PATIENCE) or not self._holder_has_ended()
 
@@ -221,7 +225,7 @@ class Generations:
 
     def retire(self) -> None:
         """No workers use these any more: what nobody needs goes, and the holder with the last that is needed."""
-        needed = [slot for slot in self._leases if self._leased(slot)]
+        needed = self.needed()
         if self._newest in needed:
             self.await_held(PATIENCE)  # the workers let go of it now
         if self._holder is not None and needed:
@@ -235,7 +239,7 @@ class Generations:
 
     def _let_go(self) -> None:
         """A lease has ended. Ray ends an actor that nobody knows any more."""
-        if self._retired and not any(map(self._leased, list(self._leases))):
+        if self._retired and not self.needed():
             self._holder = None
 
     # ---------------------------------------------------------------- what there is
