@@ -36,6 +36,7 @@ from raytrainer.worker.train_reports import end_report, has_trained, train_start
 if TYPE_CHECKING:
     from raytrainer.worker.run_data import AnyFeed
 from raytrainer.worker.worker_run import WorkerRun
+from raytrainer.worker.worker_state import begin_epoch
 
 __all__ = ["TrainingLoop"]
 
@@ -102,12 +103,7 @@ class TrainingLoop:
         self._iterator = None
         self._before = bool(before)
         self.feed.begin(epoch, before)
-        if skip == 0:
-            self.run.resume_generators()
-        if not resumed:
-            self.run.hooks.call("on_train_epoch_start")
-        self.run.go_on()
-        self.run.resume_generators()
+        begin_epoch(self.run, skip, resumed)
         self._trains = what_trains(self.run.module)
         self._run_batch.accumulate = self.view.accumulate_grad_batches
         self._began = skip, self.view.global_step, getattr(self._run_batch, "without_loss", 0)
@@ -282,10 +278,12 @@ class TrainingLoop:
         report = self._report_epoch()
         if epoch_ended:
             self.metrics.begin_epoch()
+            self.run.epoch_began = False
         return report
 
     def end(self, epochs: int, interrupted: bool, reduced: Reduced | None, stop: bool) -> None:
         """Training is over, after so many epochs."""
+        self.run.go_on()  # which has gone on, after a loss, where it was to end
         view = self.view
         self.metrics.take_epoch(reduced)
         view.interrupted, view.current_epoch = interrupted, epochs

@@ -91,6 +91,7 @@ class WorkerRun:
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes
         self.attributes: AttributeSnapshots | None = None  # if `replaceable`
         self.put_back: Callable[[], None] = lambda: None  # what hooks have changed that begin a run, where it goes on
+        self.epoch_began = False  # `on_train_epoch_start` has been, for the epoch in progress
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
         self._shaped: str | None = None  # what strategy and precision say of the form that they have given the module
         self._undo_flags = apply_flags(settings)
@@ -259,7 +260,6 @@ class WorkerRun:
     def finish(self) -> bytes | None:
         """Stop the profiler, and tear down; what it has recorded."""
         ending, profile = Ending(), None
-        self.go_on()  # a run that went on where it was to end
         if self.profiler is not None:
             with ending.step("stopping the profiler"):
                 profile = self.profiler.stop()

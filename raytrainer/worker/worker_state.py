@@ -19,7 +19,7 @@ from raytrainer.seeding import capture_rng
 if TYPE_CHECKING:
     from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["capture_state", "most_of_state", "restore_state"]
+__all__ = ["begin_epoch", "capture_state", "most_of_state", "restore_state"]
 
 log = logging.getLogger("raytrainer")
 
@@ -37,6 +37,7 @@ def capture_state(run: WorkerRun, weights_only: bool, replica: bool, final: bool
         final: The fit is over: no hook is called, and what comes home anyway is left out.
     """
     view, module = run.view, run.module
+    run.put_back()  # where a run goes on, what it goes on from, and not what hooks that begin one make of it
     state: dict[str, Any] = {} if weights_only else {"own": _own_state(run, final)}
     if not run.strategy.holds_common(replica):
         return state
@@ -92,6 +93,7 @@ def _own_state(run: WorkerRun, final: bool) -> dict[str, Any]:
         own["tensors"] = tensors
     if run.attributes is not None and not final:
         own[IN_MEMORY] = {**run.attributes.take(run.module), "switched": run.switched.flags(run.view.modes)}
+        own[IN_MEMORY]["epoch_began"] = run.epoch_began
     return own
 
 
@@ -153,6 +155,24 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     if by_rank and IN_MEMORY in by_rank[0] and run.attributes is not None:
         of_rank = by_rank[view.ranks.rank if view.ranks.rank < len(by_rank) else 0]
         run.put_back = lambda: _put_back(run, checkpoint, of_rank)
+        run.epoch_began = of_rank[IN_MEMORY]["epoch_began"]
+
+
+def begin_epoch(run: WorkerRun, skip: int, resumed: bool) -> None:
+    """Call the hooks that begin an epoch; see `TrainingLoop.start_epoch`.
+
+    Where a run goes on after a loss, within an epoch, they are called anew, and what they change is put back. Where it
+    goes on between two epochs they are called as ever, on what is put back.
+    """
+    if not run.epoch_began:
+        run.go_on()
+        if skip == 0:
+            run.resume_generators()
+    if not resumed:
+        run.hooks.call("on_train_epoch_start")
+    run.go_on()
+    run.resume_generators()
+    run.epoch_began = True
 
 
 def _restore_parts(run: WorkerRun, checkpoint: dict[str, Any]) -> None:

@@ -116,7 +116,9 @@ class Coordinator:
         self._emit_once("on_fit_start")
         self.group.call(Worker.start_fit, self.state.progress.epoch)
         unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
-        if self.settings.limit_train_batches != 0 and (unfinished or not self._done()):
+        if self.settings.limit_train_batches != 0 and (
+            unfinished or "on_train_start" in self._emitted or not self._done()
+        ):
             if beginning is None and self.validates and self.settings.num_sanity_val_steps != 0:
                 self._evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
             self._start_training()
