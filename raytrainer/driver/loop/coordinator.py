@@ -91,8 +91,7 @@ class Coordinator:
 
     def fit(self, beginning: Beginning | None = None) -> FinishReport:
         """Train, over as many failures as are allowed; return what rank 0 hands over."""
-        resumed, lost = beginning, None
-        progress = self.state.progress
+        resumed, lost, progress = beginning, None, self.state.progress
         progress.seconds = 0.0  # max_time counts this fit
         self._resumes = bool(progress.batch or progress.before or progress.epoch_ended)
         while True:
@@ -116,9 +115,8 @@ class Coordinator:
         self._emit_once("on_fit_start")
         self.group.call(Worker.start_fit, self.state.progress.epoch)
         unfinished = self.state.progress.epoch_ended  # a checkpoint from between an epoch's last batch and its end
-        if self.settings.limit_train_batches != 0 and (
-            unfinished or "on_train_start" in self._emitted or not self._done()
-        ):
+        begun = "on_train_start" in self._emitted  # and to be ended, also where workers are lost when all is trained
+        if self.settings.limit_train_batches != 0 and (unfinished or begun or not self._done()):
             if beginning is None and self.validates and self.settings.num_sanity_val_steps != 0:
                 self._evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
             self._start_training()
