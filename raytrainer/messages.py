@@ -154,11 +154,13 @@ class EvaluationStart:
     Attributes:
         batches: Of each loader, after limits; None where unknown.
         nothing: No worker has any batch, so there is no evaluation.
+        steady: Nobody sees how the next one starts: there is no hook for it, and loaders and lengths stay.
     """
 
     batches: list[int | None]
     stop: bool = False  # the module or a worker callback has asked the run to stop
     nothing: bool = False
+    steady: bool = False
 
 
 @dataclass
@@ -174,6 +176,8 @@ class EvaluationReport:
         predictions: For "predict": (loader, batch index in the whole loader, output) of this chunk.
         by_loader: Batches done of each loader, when the evaluation has ended.
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
+        quiet: There is no hook for its end, so that nothing will be added to this.
+        start: Of an evaluation that has been started with this chunk.
     """
 
     stage: str
@@ -184,6 +188,8 @@ class EvaluationReport:
     predictions: list[tuple[int, int, Any]] = field(default_factory=list)
     by_loader: list[int] = field(default_factory=list)
     behind: bool = False
+    quiet: bool = False
+    start: EvaluationStart | None = None
 
 
 @dataclass

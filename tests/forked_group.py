@@ -88,6 +88,9 @@ class ForkedGroup:
         verb = verb_of(method)
         return self._tell(verb.name, cloudpickle.dumps((pack(args) if verb.shares else args, kwargs)))
 
+    def later(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        self.call(method, *args, **kwargs)
+
     def room(self, weights_only: bool) -> Room:
         return Room()
 

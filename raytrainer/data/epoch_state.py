@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from raytrainer.data.changed_collections import differ
 from raytrainer.data.held_objects import STREAMS, library_of
+from raytrainer.data.known_samplers import is_torchs
 from raytrainer.data.memories import (
     Memory,
     from_store,
@@ -23,7 +24,7 @@ from raytrainer.data.memories import (
 from raytrainer.data.own_generators import put_back, states_of
 from raytrainer.data.own_readers import reads_plainly
 from raytrainer.data.reading_alike import Order
-from raytrainer.data.sharding import ShardedBatches, is_plain_shuffle
+from raytrainer.data.sharding import ShardedBatches
 from raytrainer.data.shared_streams import SharedStream, is_shared
 from raytrainer.data.streams import LoaderStream, stream_of
 from raytrainer.data.web_pipelines import shuffling_steps, tell_steps
@@ -53,6 +54,7 @@ class EpochState:
 
     Attributes:
         order: Watches a loader of the user's own making.
+        started: Whether the epoch has been drawn.
     """
 
     def __init__(self, loader: Any, batches: ShardedBatches | None, seed: int) -> None:
@@ -66,8 +68,7 @@ class EpochState:
         self._began: list[Memory] = [{} for _ in self._roots]
         self._drawing = _drawing(loader)
         self._unseen = _counts_unseen(loader)
-        self._epoch = 0
-        self._started = False
+        self._epoch, self.started = 0, False
         self._kept: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
         self._ended: Any = None  # the state of a stream that counts epochs itself, in the epoch before
@@ -82,7 +83,7 @@ class EpochState:
 
     def begin(self, epoch: int) -> None:
         """An epoch begins, or goes on: put back what a resumed run's objects had counted by then."""
-        self._epoch, self._kept, self._started = epoch, None, False
+        self._epoch, self._kept, self.started = epoch, None, False
         found = self._resumed
         if found is None:
             return
@@ -109,10 +110,11 @@ class EpochState:
 
     def starts(self) -> None:
         """Right before the order of the epoch is drawn, or its loader is iterated."""
-        if not self._started:
-            self._started = True
+        if not self.started:
+            self.started = True
             self._began = self._memories()
-            tell_steps(self._shuffling, self._epoch, derive_seed(self.seed, "stream", self._epoch))
+            if self._shuffling:
+                tell_steps(self._shuffling, self._epoch, derive_seed(self.seed, "stream", self._epoch))
             for root in self._roots:
                 # those of samplers are seeded when they draw
                 if not isinstance(root, (Sampler, DataLoader)) and library_of(root) not in STREAMS:
@@ -211,7 +213,7 @@ class EpochState:
 
     def state(self) -> dict[str, Any] | None:
         now = self._memories()
-        order = self._batches.order_sum() if self._batches is not None and self._started else None
+        order = self._batches.order_sum() if self._batches is not None and self.started else None
         apart = self._apart or (self.order is not None and not self.order.kept)
         drawn = states_of(self._drawing)
         if self._kept is None and not any([*self._began, *now, *drawn, apart]) and order is None:
@@ -290,10 +292,8 @@ def of_all_workers(states: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
 
 def _remembering(loader: Any, batches: ShardedBatches | None) -> list[Any]:
     """What of a user's may count epochs: samplers, a dataset that is a stream, a loader of an own class."""
-    roots: list[Any] = []
-    if library_of(loader) not in ("torch", "torchdata", "builtins"):
-        roots.append(loader)
-    if batches is not None and not is_plain_shuffle(batches.users):
+    roots = [] if library_of(loader) in ("torch", "torchdata", "builtins") else [loader]
+    if batches is not None and not is_torchs(batches.users):
         roots.append(batches.users)
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         roots.append(loader.dataset)

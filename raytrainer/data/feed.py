@@ -17,7 +17,7 @@ from raytrainer.data.first_batches import watch
 from raytrainer.data.held_objects import STREAMS, library_of
 from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
 from raytrainer.data.look_ahead import END, LookAhead
-from raytrainer.data.memories import begins_otherwise, depends_on_epoch
+from raytrainer.data.memories import begins_otherwise, depends_on_epoch, tell_all
 from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
 from raytrainer.data.reading_alike import Order, begun_alike, read_again, read_alike
@@ -56,6 +56,7 @@ class Feed:
         watched: Takes the first batches, where it is not known that workers read different ones, or says of what.
         may_miss: Whether batches may be None: not with torch's own way of collating.
         batch_size: Samples in a batch, where that is known.
+        steady: See `ShardedLoader`.
 
     Raises:
         DataError: No iterable, or in training samples, but no batch of them for this worker.
@@ -67,7 +68,7 @@ class Feed:
         sharded = shard_loader(loader, stage, share, seed, settings, epoch)
         self.loader, self.reader, self._stand_in = sharded.loader, sharded.reader, sharded.stand_in
         self._drawing, self.batch_size = sharded.batches, sharded.batch_size(loader)
-        self.batches = sharded.batches if sharded.in_step else None
+        self.batches, self.steady = (sharded.batches if sharded.in_step else None), sharded.steady
         reading = loader if self.reader is None else self.reader
         self.iterable_dataset = isinstance(getattr(reading, "dataset", None), IterableDataset)
         self._state = EpochState(self.loader, self._drawing, seed)
@@ -120,13 +121,11 @@ class Feed:
         self._state.begin(epoch)
         if self._drawing is not None:
             self._drawing.begin_epoch(epoch)
-        reading = self.reader if self.reader is not None else self.loader
-        owners = getattr(reading, "dataset", None), getattr(reading, "sampler", None), reading, self.loader
-        for owner in {id(owner): owner for owner in owners if owner is not self._drawing}.values():
-            set_epoch = getattr(owner, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
-        self._restart_processes()
+        if not self.steady:
+            reading = self.reader if self.reader is not None else self.loader
+            owners = getattr(reading, "dataset", None), getattr(reading, "sampler", None), reading, self.loader
+            tell_all([owner for owner in owners if owner is not self._drawing], epoch)
+            self._restart_processes()
         self._leave_out(before)
         self._measure()
 
@@ -200,7 +199,8 @@ class Feed:
             self.begin(epoch)
         if self._drawing is not None:
             self._drawing.skip_to(0)
-        self.draw()
+        if not self._state.started:
+            self.draw()
         position = self._state.resume(epoch, skip, self._before)
         if self.batches is not None and self._state.in_order:
             position = skip
@@ -244,12 +244,8 @@ class Feed:
         A thread of the user's that reads is left alone, as it runs beside the training.
         """
         reader, drawing = self.reader, self._drawing
-        if (
-            drawing is None
-            or reader is None
-            or self.stage != "train"
-            or (self.loader is reader and reads_plainly(reader))
-        ):
+        plain = self.loader is reader and reads_plainly(reader)
+        if drawing is None or reader is None or self.stage != "train" or plain:
             return None
         drawing.seeding = threading.get_ident()
         self._state.order = self._state.order or Order(self.loader, reader, drawing)
@@ -269,6 +265,8 @@ class Feed:
         loader.__dict__["batch_sampler" if batched else "sampler"] = self._requests
 
     def _iterate(self) -> Iterator[Any]:
+        if self.steady and not self.loader.num_workers:
+            return iter(self.loader)  # which starts no process
         with garbage_left_alone(), control_c_left_alone(self.loader):
             reading: Iterator[Any] | None = None
             if self._stand_in is not None and self.reader is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "recall",
     "remembered",
     "seed_own_generators",
+    "tell_all",
     "tell_epoch",
     "to_store",
 ]
@@ -91,6 +92,14 @@ def tell_epoch(sampler: Any, epoch: int) -> None:
     for _, part in _parts(sampler):
         set_epoch = getattr(part, "set_epoch", None)
         if callable(set_epoch) and not isinstance(part, type):
+            set_epoch(epoch)
+
+
+def tell_all(owners: Iterable[Any], epoch: int) -> None:
+    """Call `set_epoch` of each that has one, once."""
+    for owner in {id(owner): owner for owner in owners}.values():
+        set_epoch = getattr(owner, "set_epoch", None)
+        if callable(set_epoch):
             set_epoch(epoch)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
-from raytrainer.data.sharding import ShardedBatches, is_plain_batching
+from raytrainer.data.known_samplers import is_plain_batching
+from raytrainer.data.sharding import ShardedBatches
 from raytrainer.private.torch_private import is_loader_iterator
 
 __all__ = [

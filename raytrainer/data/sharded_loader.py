@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from raytrainer.data.by_value import start_by_value
+from raytrainer.data.known_samplers import is_plain_batching, is_torchs
 from raytrainer.data.memories import has_state, tell_epoch
 from raytrainer.data.own_generators import holds_objects
 from raytrainer.data.own_readers import (
@@ -26,7 +27,7 @@ from raytrainer.data.own_readers import (
 )
 from raytrainer.data.own_sharding import at_its_place, own_part
 from raytrainer.data.seeded_indices import SeededCollate
-from raytrainer.data.sharding import IndexShard, ShardedBatches, Share, is_plain_batching
+from raytrainer.data.sharding import IndexShard, ShardedBatches, Share
 from raytrainer.data.web_pipelines import warn_of_the_clock
 from raytrainer.errors import DataError
 from raytrainer.plan.settings import Settings
@@ -62,6 +63,15 @@ class ShardedLoader:
         if batches is None:
             return False
         return batches.share.count > 1 or (batches.shard is not None and batches.shard.share.count > 1)
+
+    @property
+    def steady(self) -> bool:
+        """Whether nothing of the user's is asked which batches an epoch has, or told of it: all is torch's own."""
+        batches, reader = self.batches, self.reader
+        if batches is None or reader is None or type(self.loader) is not DataLoader or self.loader is not reader:
+            return False
+        own = batches.shard is not None and (batches.source is batches.shard or is_plain_batching(batches.source))
+        return own and is_torchs(batches.users) and not hasattr(reader.dataset, "set_epoch")
 
     def batch_size(self, given: Any) -> int | None:
         """Samples in a batch of the `given` loader, the user's; None where that is not known, or up to a sampler."""

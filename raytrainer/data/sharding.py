@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 
+from raytrainer.data.known_samplers import is_plain_batching, is_plain_shuffle, is_torchs
 from raytrainer.data.memories import seed_own_generators, tell_epoch
 from raytrainer.data.seeded_indices import with_seed
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.seeding import capture_rng, restore_rng, rng_untouched, seed_generators, seed_host
 
-__all__ = ["IndexShard", "ShardedBatches", "Share", "is_plain_batching", "is_plain_shuffle"]
+__all__ = ["IndexShard", "ShardedBatches", "Share"]
 
 
 COMPARED = 256  #: Indices, or batches, at the beginning of an epoch that tell one order from another.
@@ -31,22 +32,6 @@ class Share:
     index: int
     count: int
     readers: int = 1
-
-
-def is_plain_shuffle(sampler: Any) -> bool:
-    """Whether it is torch's or torchdata's `RandomSampler`, over all samples once."""
-    known = type(sampler) is RandomSampler or _is_torchdatas(sampler, "RandomSampler")
-    return known and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-
-
-def is_plain_batching(sampler: Any) -> bool:
-    """Whether it is torch's or torchdata's `BatchSampler` itself, which fills batches one after the other."""
-    return type(sampler) is torch.utils.data.BatchSampler or _is_torchdatas(sampler, "BatchSampler")
-
-
-def _is_torchdatas(sampler: Any, name: str) -> bool:
-    kind = type(sampler)
-    return kind.__name__ == name and kind.__module__.startswith("torchdata.")
 
 
 def drawn(source: Any, seed: int, global_seed: int) -> list[Any]:
@@ -107,11 +92,12 @@ class IndexShard(Sampler[Any]):
     def begin_epoch(self, epoch: int) -> None:
         """Forget what was drawn for another one."""
         self.epoch, self.drawn = epoch, None
-        tell_epoch(self.source, epoch)
+        if not is_torchs(self.source):
+            tell_epoch(self.source, epoch)
 
     def draw(self) -> None:
         """Have a user's sampler draw this epoch's indices; then their number is known too."""
-        if self.drawn is None and type(self.source) is not SequentialSampler and not is_plain_shuffle(self.source):
+        if self.drawn is None and not is_torchs(self.source):
             seed = derive_seed(self.seed, "sampler", self.epoch)
             self.drawn = drawn(self.source, seed, seed)
 

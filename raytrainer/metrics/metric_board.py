@@ -126,27 +126,33 @@ class MetricBoard:
                 continue
             partials = [r.epoch[name] for r in reports if name in r.epoch]
             value = computed[name] if name in computed else reduce_partials(spec.reduce, partials)
-            self._show(spec, spec.epoch_name, value)
+            shown = self._show(spec, spec.epoch_name, value)
             reduced.callback[spec.name] = reduced.callback[spec.epoch_name] = value
             if spec.prog_bar:
                 self.progress[spec.epoch_name] = reduced.progress[spec.epoch_name] = value
             if spec.logger:
-                self.logged[spec.epoch_name] = as_tensor(value)
+                self.logged[spec.epoch_name] = shown
                 reduced.logged[spec.epoch_name] = value
             loaders = {loader for partial in partials for loader in partial.loaders}
             if spec.loader is not None or loaders:
                 reduced.loaders[spec.epoch_name] = [spec.loader] if spec.loader is not None else sorted(loaders)
         return reduced
 
+    def tell(self, reduced: Reduced) -> None:
+        """Have workers be told of these."""
+        self.news = self.news or Reduced()
+        self.news.add(reduced)
+
     def take_news(self) -> Reduced | None:
         """What workers have not been told yet; they are told by the caller."""
         news, self.news = self.news, None
         return news
 
-    def _show(self, spec: MetricSpec, full_name: str, value: Number) -> None:
+    def _show(self, spec: MetricSpec, full_name: str, value: Number) -> Tensor:
         tensor = as_tensor(value)
         for name in (spec.name, full_name):
             self.callback[name], self.times[name] = tensor, self.now
+        return tensor
 
     # ---------------------------------------------------------------- in checkpoints
 

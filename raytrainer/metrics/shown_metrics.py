@@ -37,8 +37,11 @@ class ShownMetrics:
 
     def take(self, reduced: Reduced) -> None:
         """Take up values over all workers."""
-        self.callback.update({name: as_tensor(value) for name, value in reduced.callback.items()})
-        self.logged.update({name: as_tensor(value) for name, value in reduced.logged.items()})
+        same = reduced.callback
+        for name, value in same.items():
+            self.callback[name] = as_tensor(value)
+        for name, value in reduced.logged.items():
+            self.logged[name] = self.callback[name] if same.get(name) is value else as_tensor(value)
         self.progress.update(reduced.progress)
 
     def take_steps(self, ledger: Ledger, loader: int | None, training: bool) -> None:

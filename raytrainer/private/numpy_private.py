@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["put_aside", "set_state"]
+__all__ = ["hold", "put_aside", "set_state"]
 
 #: Bytes of a Mersenne Twister: 624 words and a position.
 WORDS = 624
@@ -43,6 +43,20 @@ def put_aside() -> Callable[[], None] | None:
             set_state(state)
 
     return put_back
+
+
+def hold() -> Callable[[], None] | None:
+    """Where NumPy's global generator is; what is returned puts it back there. None where NumPy is not imported."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    random = numpy.random
+    own = _twister(random)
+    state = random.get_state() if own is None else _with_normal(random, own)
+    if state is None and _known is not None:
+        words = numpy.frombuffer(_known[1], dtype=numpy.uint32)
+        state = "MT19937", words[:WORDS], int(words[WORDS]), 0, 0.0
+    return lambda: set_state(state)
 
 
 def set_state(state: Any) -> None:

@@ -11,11 +11,13 @@ import torch
 
 from raytrainer.callbacks.base_prediction_writer import BasePredictionWriter
 from raytrainer.data.batch_indices import note_indices
+from raytrainer.data.feed import Feed
 from raytrainer.data.own_generators import hold_generators
 from raytrainer.data.transfer import to_cpu
 from raytrainer.messages import EvaluationReport, EvaluationStart
 from raytrainer.metric_messages import MetricReport, ReadSample, Reduced
 from raytrainer.seeding import hold_rng
+from raytrainer.worker.evaluation_calls import HOOKS, calls_of
 from raytrainer.worker.missing_batches import MissingBatches
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationLoop"]
 
 _LOADER = {"validate": "val", "test": "test", "predict": "predict"}
-_STEP = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-_HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
 
 
 class EvaluationLoop:
@@ -49,14 +49,9 @@ class EvaluationLoop:
         for feed in self.feeds:
             feed.begin(self.view.current_epoch)
         self.lengths: list[int | None] = []
-        self.name = _HOOK[stage]
+        self.name = HOOKS[stage]
         self.several = len(self.feeds) > 1
-        step_end = run.step_end(_STEP[stage]) if stage != "predict" else None
-        step = run.slices.bind(run.step(_STEP[stage], len(self.feeds)), step_end)
-        self.step = run.strategy.evaluation_step(run.module, step)
-        self.on_batch_start = run.hooks.bind(f"on_{self.name}_batch_start", len(self.feeds))
-        on_batch_end = run.hooks.bind(f"on_{self.name}_batch_end", len(self.feeds))
-        self.on_batch_end = on_batch_end if run.task.stage == "fit" else run.after_batch(on_batch_end)
+        self.calls = calls_of(run, stage, len(self.feeds))
         notes = stage == "predict" and any(isinstance(c, BasePredictionWriter) for c in run.task.callbacks)
         self._next_indices = [note_indices(feed) for feed in self.feeds] if notes else []
         self.loader = 0
@@ -80,7 +75,7 @@ class EvaluationLoop:
         if all(feed.nothing for feed in self.feeds):
             self._leave()
             return EvaluationStart(self.lengths, nothing=True)
-        view, hooks, name = self.view, self.run.hooks, self.name
+        view, calls = self.view, self.calls
         self.metrics.switch("evaluate")
         self.metrics.in_batches = False
         view.running = "sanity" if self.sanity is not None else self.stage
@@ -89,15 +84,19 @@ class EvaluationLoop:
         self.run.strategy.begin_evaluation(self.run.module, within_fit)
         view.modes = {module: module.training for module in self.run.module.modules()}
         with self._no_grad():
-            getattr(self.run.module, f"on_{name}_model_eval")()
-            hooks.call(f"on_{name}_start")
-            hooks.call(f"on_{name}_epoch_start")
+            getattr(self.run.module, f"on_{self.name}_model_eval")()
+            if calls.start is not None:
+                calls.start()
+            if calls.epoch_start is not None:
+                calls.epoch_start()
         self.lengths = [feed.draw() for feed in self.feeds]
         if self.sanity is not None and self.sanity >= 0:
             self.lengths = [self.sanity if n is None else min(n, self.sanity) for n in self.lengths]
-        return EvaluationStart(self.lengths, view.tell_stop())
+        steady = calls.steady and not view.settings.reload_dataloaders_every_n_epochs
+        steady = steady and all(isinstance(feed, Feed) and feed.steady for feed in self.feeds)
+        return EvaluationStart(self.lengths, view.tell_stop(), steady=steady)
 
-    def evaluate(self, batches: int) -> EvaluationReport:
+    def evaluate(self, batches: int, started: EvaluationStart | None = None) -> EvaluationReport:
         """Evaluate at most `batches` batches, going on from loader to loader.
 
         On a GPU, what the last of them logs comes with the next report, as in training, unless it is known to be the
@@ -152,8 +151,9 @@ class EvaluationLoop:
         report.stop = self.view.tell_stop()
         seconds = time.perf_counter() - start
         return EvaluationReport(
-            self.stage, self.done, seconds, finished, report, predictions, list(self.by_loader), behind
-        )
+            self.stage, self.done, seconds, finished, report, predictions, list(self.by_loader), behind,
+            quiet=finished and self.calls.quiet, start=started,
+        )  # fmt: skip
 
     def _reads(self) -> Iterator[ReadSample]:
         for feed in self.feeds:
@@ -204,11 +204,12 @@ class EvaluationLoop:
         self.metrics.loader_idx = idx if self.several else None
         self.metrics.in_batches = True
         self.metrics.begin_batch(batch)
-        if self.on_batch_start is not None:
-            self.on_batch_start(batch, self.batch, idx)
-        output = self.step(batch, self.batch, idx)
-        if self.on_batch_end is not None:
-            self.on_batch_end(output, batch, self.batch, idx)
+        calls = self.calls
+        if calls.batch_start is not None:
+            calls.batch_start(batch, self.batch, idx)
+        output = calls.step(batch, self.batch, idx)
+        if calls.batch_end is not None:
+            calls.batch_end(output, batch, self.batch, idx)
         if self.metrics.is_log_step(self.run.evaluated[self.stage]):
             self.metrics.note_row(self.run.evaluated[self.stage], self.view.current_epoch)
         if self.sanity is None:
@@ -218,8 +219,9 @@ class EvaluationLoop:
     def end_epoch(self, reduced: Reduced | None = None) -> EvaluationReport:
         """The hook after the last batch, which sees values over all workers; report the epoch values."""
         self.metrics.leave_batches(reduced)
-        with self._no_grad():
-            self.run.hooks.call(f"on_{self.name}_epoch_end")
+        if self.calls.epoch_end is not None:
+            with self._no_grad():
+                self.calls.epoch_end()
         report = self.metrics.report()
         self.metrics.add_epoch(report)
         report.stop = self.view.tell_stop()
@@ -231,18 +233,11 @@ class EvaluationLoop:
         An evaluation that was `cut_off` on some worker leaves no trace in generators: it is done again by a run that
         goes on.
         """
-        name, module, hooks = self.name, self.run.module, self.run.hooks
         self.metrics.take_epoch(reduced)
         with self._no_grad():
-            hooks.call(f"on_{name}_end")
-            self.metrics.begin_epoch()
-            self.metrics.reset_objects()
-            if name == "predict":
-                self.view.restore_modes()
-            else:
-                getattr(module, f"on_{name}_model_train")()
-        self.run.strategy.end_evaluation(module)
-        self.view.modes = {}
+            if self.calls.end is not None:
+                self.calls.end()
+            self._put_module_back()
         report = self.metrics.report()
         if self.sanity is not None:
             self.metrics.clear(shown=True)
@@ -250,6 +245,24 @@ class EvaluationLoop:
         report.stop = self.view.tell_stop()
         self._leave(cut_off)
         return report
+
+    def leave(self, reduced: Reduced) -> None:
+        """What `end_epoch` and `end` do where there is no hook for them."""
+        self.metrics.leave_batches(reduced)
+        with self._no_grad():
+            self._put_module_back()
+        self.metrics.switch("train")
+        self._leave()
+
+    def _put_module_back(self) -> None:
+        self.metrics.begin_epoch()
+        self.metrics.reset_objects()
+        if self.name == "predict":
+            self.view.restore_modes()
+        else:
+            getattr(self.run.module, f"on_{self.name}_model_train")()
+        self.run.strategy.end_evaluation(self.run.module)
+        self.view.modes = {}
 
     def _leave(self, cut_off: bool = False) -> None:
         self.run.recorder.evaluation = None

@@ -9,22 +9,11 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.transfer import map_leaves, to_cpu
-from raytrainer.datamodule import DataModule
-from raytrainer.messages import FinishReport
-from raytrainer.module import Module
 
-__all__ = ["INTERNAL", "bring_along", "buffers_apart", "plain_attributes"]
+__all__ = ["INTERNAL", "buffers_apart", "plain_attributes"]
 
 #: Attributes of torch's, and ours, that are no user data.
 INTERNAL = frozenset(torch.nn.Module().__dict__) | {"_view", "_device", "_hparams", "_hparams_initial", "_toggled"}
-
-
-def bring_along(report: FinishReport, module: Module, datamodule: DataModule | None) -> None:
-    """Add to a report with the weights what comes home beside them."""
-    report.hparams, report.attributes = dict(module.hparams), plain_attributes(module)
-    report.kept_buffers, report.buffers = buffers_apart(module, report.state_dict or {})
-    if datamodule is not None:
-        report.datamodule_state = datamodule.state_dict()
 
 
 def plain_attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -23,9 +23,9 @@ from raytrainer.place_in_run import advise
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.steps_and_epochs import Past
 from raytrainer.task import Task
+from raytrainer.worker.coming_home import finished
 from raytrainer.worker.evaluation_loop import EvaluationLoop
 from raytrainer.worker.make_strategy import make_strategy
-from raytrainer.worker.plain_attributes import bring_along
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
@@ -55,8 +55,7 @@ class Worker:
     def __init__(
         self, ranks: Ranks | None = None, device: torch.device | None = None, *, in_place: bool = False
     ) -> None:
-        self.in_place = in_place
-        self.ranks, self.device = ranks or Ranks(), device or torch.device("cpu")
+        self.in_place, self.ranks, self.device = in_place, ranks or Ranks(), device or torch.device("cpu")
         self.group: ProcessGroup | None = None
         self._run: WorkerRun | None = None
         self._training: TrainingLoop | None = None
@@ -95,8 +94,6 @@ class Worker:
         """Take up a run, dropping what an earlier one may have left."""
         self.abandon()
         self.staging.begin()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         if self.group is None and task.settings.sharding is not None:
             self.group = lone_group(self.device)
         strategy = make_strategy(task.settings, self.ranks, self.device, self.group, task.seed)
@@ -215,8 +212,10 @@ class Worker:
         return self._evaluation.start(within_fit=self.run.task.stage == "fit")
 
     @verb(Wait.TRAINING)
-    def evaluate(self, batches: int) -> EvaluationReport:
-        return self.evaluation.evaluate(batches)
+    def evaluate(self, batches: int, stage: str | None = None, news: News | None = None) -> EvaluationReport:
+        """A chunk; with `stage`, the first one of an evaluation that starts here, as the one before was `steady`."""
+        start = None if stage is None else self.start_evaluation(stage, None, news)
+        return self.evaluation.evaluate(batches, start)
 
     @verb(Wait.USER_CODE)
     def end_evaluation_epoch(self, metrics: Reduced | None = None) -> EvaluationReport:
@@ -228,6 +227,12 @@ class Worker:
         """The last hooks; `metrics` are the evaluation's, over all workers. `cut_off`: see EvaluationLoop."""
         report, self._evaluation = self.evaluation.end(metrics, cut_off), None
         return report
+
+    @verb(Wait.USER_CODE)
+    def leave_evaluation(self, metrics: Reduced) -> None:
+        """In place of `end_evaluation_epoch` and `end_evaluation`, where there is no hook for them."""
+        self.evaluation.leave(metrics)
+        self._evaluation = None
 
     @verb(Wait.AT_ONCE)
     def cursor(self) -> tuple[int, int, int] | None:
@@ -260,13 +265,7 @@ class Worker:
     @verb(Wait.USER_CODE)
     def finish(self, trained: bool) -> FinishReport:
         """Tear the run down; where it has trained a copy of the driver's module, rank 0 hands over the results."""
-        run, module, travels = self.run, self.run.module, trained and not self.in_place
-        report = FinishReport(profile=run.finish(), state_dict=run.strategy.home_state(module) if travels else None)
-        if travels and self.ranks.rank == 0:
-            bring_along(report, module, run.datamodule)
-        if self.device.type == "cuda":
-            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
-        report.calls = run.recorder.take()
+        report = finished(self.run, travels=trained and not self.in_place)
         unlink(self._forget())
         return report
 

@@ -51,6 +51,8 @@ class WorkerRun:
     def __init__(self, task: Task, strategy: Strategy, replaceable: bool = False) -> None:
         self.task, self.strategy, self._replaceable = task, strategy, replaceable
         strategy.resumes = task.resuming
+        if strategy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(strategy.device)
         self.profiler = task.profiler
         if self.profiler is not None:
             self.profiler.start(strategy.ranks.rank, strategy.device)
@@ -86,6 +88,7 @@ class WorkerRun:
         self.view.unscale = self.precision.unscale
         self.view.skipped_source = lambda: self.precision.skipped_steps
         self.transfer: Callable[[Any, int], Any] | None = None
+        self.evaluation_calls: dict[str, Any] = {}  # see `calls_of`
         self.evaluated = {"validate": 0, "test": 0, "predict": 0}  # batches so far, the step axis of on_step values
         self.stepped = 0  # batches that ended in a step: the loggers' step axis
         self.rng: dict[str, Any] | None = None  # generators' state to go on from, when training resumes

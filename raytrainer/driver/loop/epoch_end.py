@@ -80,7 +80,9 @@ class EpochEnd:
         state.should_stop |= any(report.stop for report in reports)
         self._journal.replay(reports[0].calls)
         compute = partial(self._objects.at_end, epoch_ended=progress.epoch_ended)
-        self._journal.epoch("epoch", self._journal.reduce("train", reports, f"epoch {progress.epoch}", compute=compute))
+        values = self._journal.reduce("train", reports, f"epoch {progress.epoch}", compute=compute)
+        self._journal.epoch("epoch", values)
+        state.board.tell(values)  # the workers, of what the last hooks have logged; of an evaluation's they know
         if not any(report.trained for report in reports):
             self._say_if_idle()
         if progress.epoch_ended:

@@ -40,6 +40,8 @@ class Evaluation:
     def __init__(self, state: RunState, services: RunServices, interrupt: Interrupt, journal: Journal) -> None:
         self._state, self._services, self._interrupt, self._journal = state, services, interrupt, journal
         self.cut_off = False
+        self._steady: tuple[WorkerGroup | None, str] = None, ""  # whose next evaluation of which stage starts unseen
+        self._first = 1  # batches of its first chunk
 
     def run(
         self, group: WorkerGroup, stage: str, sanity: int | None = None, then: Callable[[], None] = nothing
@@ -53,24 +55,36 @@ class Evaluation:
         """
         state, name = self._state, _HOOK[stage]
         self.cut_off = False
-        starts = group.call(Worker.start_evaluation, stage, sanity, state.news())
+        begun: list[EvaluationReport] = []
+        if sanity is None and self._steady == (group, stage) and not self._interrupt.requested:
+            self._emit_start(name)  # before the workers start, as nobody sees the difference
+            begun = group.call(Worker.evaluate, self._first, stage, state.news())
+            starts = [report.start for report in begun if report.start is not None]
+        else:
+            starts = group.call(Worker.start_evaluation, stage, sanity, state.news())
         state.should_stop |= any(start.stop for start in starts)
         state.num_batches["sanity" if sanity is not None else stage] = longest([s.batches for s in starts])
         if all(start.nothing for start in starts):
             return Reduced(), []
-        self._services.emit(f"on_{name}_start")
-        self._services.emit(f"on_{name}_epoch_start")
-        reports, predictions = self._chunks(group, stage, sanity)
+        if not begun:
+            self._emit_start(name)
+        reports, predictions = self._chunks(group, stage, sanity, begun)
+        self._steady = None, ""
+        if not group.in_process and sanity is None and all(start.steady for start in starts):
+            self._steady = group, stage
         self.cut_off = not reports
         state.interrupted |= self._interrupt.requested
         values, objects, counts = Reduced(), ObjectValues(group), bool(reports) and sanity is None
         if counts:
             values = self._reduce(stage, reports, compute=objects.so_far)
-        ends: list[EvaluationReport] = group.call(Worker.end_evaluation_epoch, values)
-        self._take(stage, sanity, [end.metrics for end in ends])
-        if counts:
-            values = self._reduce(stage, ends, compute=objects.at_end)
-        self._take(stage, sanity, group.call(Worker.end_evaluation, values, self.cut_off))
+        if counts and all(report.quiet for report in reports):
+            group.later(Worker.leave_evaluation, values)
+        else:
+            ends: list[EvaluationReport] = group.call(Worker.end_evaluation_epoch, values)
+            self._take(stage, sanity, [end.metrics for end in ends])
+            if counts:
+                values = self._reduce(stage, ends, compute=objects.at_end)
+            self._take(stage, sanity, group.call(Worker.end_evaluation, values, self.cut_off))
         if not reports:
             return Reduced(), []  # interrupted: nobody must take half an evaluation for a whole one
         if sanity is None:
@@ -92,17 +106,27 @@ class Evaluation:
         finally:
             state.sanity_checking = False
 
+    def _emit_start(self, name: str) -> None:
+        self._services.emit(f"on_{name}_start")
+        self._services.emit(f"on_{name}_epoch_start")
+
     def _reduce(self, stage: str, reports: list[EvaluationReport], **options: Any) -> Reduced:
         """The epoch's values over all workers, as they are in these reports."""
         batches, metrics = [report.by_loader for report in reports], [report.metrics for report in reports]
         return self._journal.reduce(stage, metrics, f"on_{_HOOK[stage]}_epoch_end", batches=batches, **options)
 
-    def _chunks(self, group: WorkerGroup, stage: str, sanity: int | None) -> tuple[list[EvaluationReport], list[Any]]:
-        """Evaluate chunk by chunk; return the last reports, none if that did not come to its end, and predictions."""
+    def _chunks(
+        self, group: WorkerGroup, stage: str, sanity: int | None, begun: list[EvaluationReport]
+    ) -> tuple[list[EvaluationReport], list[Any]]:
+        """Evaluate chunk by chunk; return the last reports, none if that did not come to its end, and predictions.
+
+        `begun` are those of the first chunk, if that is done.
+        """
         predictions: list[Any] = []
         chunk, waited_for, finished = 1, 0, False
-        while not finished and not self._interrupt.requested:
-            reports: list[EvaluationReport] = group.call(Worker.evaluate, chunk)
+        while not finished and (begun or not self._interrupt.requested):
+            reports = begun or group.call(Worker.evaluate, chunk)
+            begun = []
             finished = all(report.done for report in reports)
             for report in reports:
                 predictions += report.predictions
@@ -111,7 +135,9 @@ class Evaluation:
             # a report that is `behind` does not wait for its last batch
             waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
             chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
-            shown = replace(reports[0], batches=done, done=finished, predictions=[])
+            self._first = chunk
+            one = len(reports) == 1 and not predictions
+            shown = reports[0] if one else replace(reports[0], batches=done, done=finished, predictions=[])
             self._services.emit("on_evaluation_chunk_end", shown)
         return reports if finished else [], predictions
 

@@ -45,10 +45,8 @@ class Journal:
         return self._state.board.epoch_values(reports, what, **options)
 
     def epoch(self, kind: str, reduced: Reduced) -> None:
-        """Log the values of an epoch, or of an evaluation; the workers are told of them, too."""
-        board, progress, values = self._state.board, self._state.progress, reduced.logged
-        board.news = board.news or Reduced()
-        board.news.add(reduced)
+        """Log the values of an epoch, or of an evaluation."""
+        progress, values = self._state.progress, reduced.logged
         if not values or self._logged.get(f"{kind} values", -1) >= progress.total_batches > 0:
             return
         self._logged[f"{kind} values"] = progress.total_batches

@@ -23,6 +23,8 @@ def merged(reports: Sequence[TrainReport]) -> TrainReport:
     Raises:
         DisagreementError: Workers have done different numbers of optimizer steps.
     """
+    if len(reports) == 1:
+        return reports[0]
     if any(report.step != reports[0].step for report in reports):
         told = by_text({rank: f"{report.step}" for rank, report in enumerate(reports)})
         raise DisagreementError(

@@ -60,6 +60,9 @@ class LocalGroup:
             self._bring_back()
         return [answer]
 
+    def later(self, method: Callable[Concatenate[Worker, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        self.call(method, *args, **kwargs)
+
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)

@@ -25,6 +25,7 @@ from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
 from raytrainer.quick_imports import end_importing
 from raytrainer.worker.actor.place import Place, own_versions
+from raytrainer.worker.worker import Worker
 
 __all__ = ["Crew", "compare_versions"]
 
@@ -159,6 +160,19 @@ class Crew:
         for where, imported in zip(places, ray.get(list(resting), timeout=0.1), strict=False):
             if where.host == socket.gethostname() and isinstance(imported, dict):
                 self.modules.learn(imported)
+
+    def outdated(self) -> bool:
+        """Whether workers may have imported modules that have been edited since."""
+        return self.modules.outdated(bool(ray.get_runtime_context().runtime_env.get("working_dir")))
+
+    def abandon_runs(self, seconds: float) -> None:
+        """Have each drop its run.
+
+        Raises:
+            RayError: They do not answer.
+        """
+        wait_for(abandoned := [actor.obey.remote(Worker.abandon.__name__) for actor in self.actors], seconds)
+        ray.get(abandoned, timeout=0.1)
 
     def end(self) -> None:
         """Kill them all."""

@@ -10,8 +10,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from raytrainer.checkpointing.piece_files import brought_along
-from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.cluster.reservation import remove
 from raytrainer.driver.cluster.session import place_name, started_here
@@ -23,7 +21,7 @@ from raytrainer.driver.workers.ray_records import common_record
 from raytrainer.driver.workers.ray_starting import START, join
 from raytrainer.driver.workers.ray_whereabouts import Asking
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
-from raytrainer.driver.workers.task_pickling import asked, pickle_task
+from raytrainer.driver.workers.task_pickling import Told, asked, pickle_task, shared
 from raytrainer.driver.workers.worker_group import Copies, Recorded, Room
 from raytrainer.errors import RaytrainerError
 from raytrainer.messages import SetupReport
@@ -32,7 +30,6 @@ from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.where_it_is import Silence, Whereabouts
 from raytrainer.signals import shield
 from raytrainer.task import Task
-from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.surroundings import Surroundings
 from raytrainer.worker.answers import understood
@@ -80,6 +77,7 @@ class RayGroup:
         self._answers, self._silence = Answers(self), Silence()
         self._captures = RayCaptures(self, [], self._answers, self.stages, [])
         self._surroundings: Surroundings | None = None  # of the run's workers
+        self._later: list[Told] = []  # goes with the next verb
         with shield():
             self._crew = crew or Crew(request, slots, self.stages)
             try:
@@ -142,6 +140,7 @@ class RayGroup:
         if self.stale:
             self._join()
         self.hang_timeout = task.settings.hang_timeout
+        self._later = []  # of a run that has failed
         self._captures.begin(task.settings.sharding is not None, recovers=task.settings.max_failures > 0)
         for blocks in (blocks for stage in task.datasets.values() for blocks in stage):
             blocks.renew()
@@ -166,22 +165,31 @@ class RayGroup:
             self._captures.take_up(args[0])
         return answers
 
+    def later(self, method: Callable[Concatenate[Worker, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """See `WorkerGroup`: a message costs milliseconds."""
+        self._later.append((verb_of(method), args, kwargs))
+
     def _tell(
         self, verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any] = {}, ranks: Sequence[int] | None = None
     ) -> list[Any]:
         """Have these workers (None: all) obey; their answers."""
         if verb.shares:
-            hosts = [place.host for place in self.places]
-            args = [ray.put(pack(brought_along(value, hosts))) for value in args]  # once for all workers
+            self._tell_rest()
+            args = shared(args, [place.host for place in self.places])
         told = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
-        refs = asked(told, verb, args, kwargs)
+        before, self._later = self._later, []
+        refs = asked(told, before, verb, args, kwargs)
         what = "hang_timeout" if verb.wait is Wait.TRAINING else f"the limit for {verb.name}"
         watch = StandstillWatch(lambda: Asking(self.places, self._silence, True)) if self.size > 1 else None
         with self._silence:
             return self._answers.all(refs, verb.wait.seconds(self.hang_timeout), what, ranks, watch)
 
-    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
-        """See `RayCaptures.capture`."""
+    def _tell_rest(self) -> None:
+        if self._later:
+            self._tell(*self._later.pop())  # which the others precede
+
+    def capture(self, weights_only: bool = False, final: bool = False) -> Copies:  # see `RayCaptures.capture`
+        self._tell_rest()
         return self._captures.capture(weights_only, final)
 
     def room(self, weights_only: bool) -> Room:  # see `WorkerGroup`
@@ -198,8 +206,7 @@ class RayGroup:
             self._crew.learn(self.places, self._resting, PATIENCE)
             if self._outdated():
                 return False
-            wait_for(abandoned := [actor.obey.remote(Worker.abandon.__name__) for actor in self._actors], 5.0)
-            ray.get(abandoned, timeout=0.1)
+            self._crew.abandon_runs(5.0)
         except RayError:
             self.abort()
             return False
@@ -207,8 +214,7 @@ class RayGroup:
 
     def _outdated(self) -> bool:
         """Whether workers may have imported modules that have been edited since; then they end."""
-        outdated = self._crew.modules.outdated(bool(ray.get_runtime_context().runtime_env.get("working_dir")))
-        if outdated:
+        if outdated := self._crew.outdated():
             self.abort()
         return outdated
 
@@ -242,8 +248,7 @@ class RayGroup:
                 self._crew.end()
                 remove(self._crew.slots)
 
-    def mended(self) -> RayGroup | None:
-        """See `WorkerGroup`."""
+    def mended(self) -> RayGroup | None:  # see `WorkerGroup`
         if not self.broken or self._ended or not self._ray_is_there() or self._outdated():
             return None  # nothing is lost, or who is left cannot serve
         with shield():
@@ -259,12 +264,10 @@ class RayGroup:
                 self.abort()
                 raise
 
-    def recorded(self, chunks: Collection[int]) -> Recorded | None:
-        """See `WorkerGroup`."""
+    def recorded(self, chunks: Collection[int]) -> Recorded | None:  # see `WorkerGroup`
         return common_record(self._actors, chunks)
 
-    def keep_spares(self, count: int) -> None:
-        """See `WorkerGroup`."""
+    def keep_spares(self, count: int) -> None:  # see `WorkerGroup`
         if self._surroundings is not None:
             slots = {place.node_id: slot for place, slot in zip(self.places, self._crew.slots, strict=True)}
             self._crew.spares.keep(count, slots, self._actors[0], self._surroundings)

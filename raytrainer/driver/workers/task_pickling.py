@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray import cloudpickle
 
+from raytrainer.checkpointing.piece_files import brought_along
 from raytrainer.driver.cluster.inherited import changed_environment
 from raytrainer.errors import SerializationError
 from raytrainer.task import Task
+from raytrainer.tensor_packing import pack
 from raytrainer.worker.actor.module_pickling import Pickled, dumps
 from raytrainer.worker.actor.surroundings import Surroundings
 from raytrainer.worker.verbs import Verb
 
-__all__ = ["asked", "pickle_task"]
+__all__ = ["Told", "asked", "pickle_task", "shared"]
+
+#: A verb, with its args and kwargs.
+Told: TypeAlias = tuple[Verb, Sequence[Any], Mapping[str, Any]]
 
 #: Bytes of a verb's arguments, from which on they go through Ray's object store: once a node.
 LARGE = 2**16
 
 
-def asked(actors: Sequence[Any], verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Have workers obey a verb, pickled once for all of them; references to the answers."""
-    if verb.shares or len(actors) == 1:
+def shared(args: Sequence[Any], hosts: Sequence[str]) -> list[Any]:
+    """Large arguments, which are sent once for all workers of these hosts."""
+    return [ray.put(pack(brought_along(value, hosts))) for value in args]
+
+
+def asked(
+    actors: Sequence[Any], before: Sequence[Told], verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Have workers obey verbs, the last of which answers, pickled once for all of them; references to the answers."""
+    if not before and (verb.shares or len(actors) == 1):
         return [actor.obey.remote(verb.name, *args, **kwargs) for actor in actors]
-    packed = cloudpickle.dumps((verb.name, args, kwargs))
+    packed = cloudpickle.dumps([(each.name, *given) for each, *given in (*before, (verb, args, kwargs))])
     sent = ray.put(packed) if len(packed) > LARGE else packed
     return [actor.obey_packed.remote(sent) for actor in actors]
 

@@ -97,6 +97,9 @@ class WorkerGroup(Protocol):
             WorkerLostError: A worker is gone, or has not answered within the verb's limit.
         """
 
+    def later(self, method: Callable[Concatenate[Worker, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Every worker obeys a verb, before anything else that it is told; it may be sent with that."""
+
     def whereabouts(self, patience: float) -> list[Whereabouts]:
         """Where each worker is now, by rank, asked from beside it: at most `patience` seconds, from any thread."""
 

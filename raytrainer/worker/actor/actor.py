@@ -180,9 +180,17 @@ class RemoteWorker(KeepsRecords):
         return self._guard(obey)
 
     def obey_packed(self, packed: bytes) -> Any:
-        """The same of a verb that has been pickled, once for all workers: its name, args and kwargs."""
-        name, args, kwargs = pickle.loads(packed)
-        return self.obey(name, *args, **kwargs)
+        """The same of verbs that have been pickled, once for all workers: their names, args and kwargs.
+
+        Returns:
+            The last one's answer, or the first failure.
+        """
+        answer = None
+        for name, args, kwargs in pickle.loads(packed):
+            answer = self.obey(name, *args, **kwargs)
+            if isinstance(answer, Failure):
+                break
+        return answer
 
     def rest(self) -> Any:
         """The run is over, and there is none for now; the user's modules that it has imported."""
