@@ -1,0 +1,174 @@
+"""A validation that nobody looks into takes one round trip to workers elsewhere, and is the same as with four."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Tiny, data
+
+from raytrainer import Callback, ModelCheckpoint, Module
+from raytrainer.driver.workers.group_supply import GroupSupply
+from raytrainer.driver.workers.local_group import LocalGroup
+from raytrainer.driver.workers.task_pickling import asked
+from raytrainer.worker.actor.actor import Failure, RemoteWorker
+from raytrainer.worker.verbs import verb_of
+from raytrainer.worker.worker import Worker
+
+
+class Apart(LocalGroup):
+    """As if of another process: what workers are to do later goes with what they are told next."""
+
+    in_process = False
+
+    def __init__(self):
+        super().__init__()
+        self.told, self._later = [], []
+
+    def call(self, method, /, *args, **kwargs):
+        self._tell_rest()
+        self.told.append(verb_of(method).name)
+        return super().call(method, *args, **kwargs)
+
+    def later(self, method, /, *args, **kwargs):
+        self._later.append((method, args, kwargs))
+
+    def capture(self, weights_only=False, final=False):
+        self._tell_rest()
+        return super().capture(weights_only, final)
+
+    def _tell_rest(self):
+        later, self._later = self._later, []
+        for method, args, kwargs in later:
+            super().call(method, *args, **kwargs)
+
+
+class Seeing(Tiny):
+    """Draws random numbers in validations, and notes what `self.trainer` shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def see(self, where):
+        shown = self.trainer
+        self.seen.append((where, {n: float(v) for n, v in shown.callback_metrics.items()}, self.training))
+        self.seen.append((shown.validating, {n: float(v) for n, v in shown.logged_metrics.items()}))
+
+    def training_step(self, batch, batch_idx):
+        self.see("train")
+        loss = self.loss(batch) * torch.rand(())
+        self.log("loss", loss, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.see("validate")
+        self.log("val_loss", self.loss(batch) + torch.rand(()), add_dataloader_idx=False)
+
+    def on_save_checkpoint(self, checkpoint):
+        self.see("save")
+
+    def on_train_epoch_end(self):
+        self.see("end")
+
+    on_validation_start = Module.on_validation_start
+
+
+class Watching(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def see(self, trainer, where):
+        self.seen.append((where, {n: float(v) for n, v in trainer.callback_metrics.items()}, trainer.num_val_batches))
+
+    def on_validation_start(self, trainer, module):
+        self.see(trainer, "start")
+
+    def on_validation_epoch_start(self, trainer, module):
+        self.see(trainer, "epoch_start")
+
+    def on_evaluation_chunk_end(self, trainer, module, report):
+        if report.done:
+            self.see(trainer, f"chunk {report.batches}")
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.see(trainer, "epoch_end")
+
+    def on_validation_end(self, trainer, module):
+        self.see(trainer, "end")
+
+
+def with_hook(hook):
+    def seeing(self, *args):
+        self.see(hook)
+        getattr(super(kind, self), hook)(*args)
+
+    kind = type("Hooked", (Seeing,), {hook: seeing} if hook else {})
+    return kind
+
+
+def seen_by(group, hook, loaders, trainer_of, folder):
+    torch.manual_seed(1)
+    watching = Watching()
+    saving = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=folder)
+    trainer = trainer_of(
+        group, max_epochs=2, val_check_interval=2, limit_val_batches=3, num_sanity_val_steps=1, snapshot_every=None,
+        callbacks=[watching, saving],
+    )  # fmt: skip
+    module = with_hook(hook)()
+    trainer.fit(module, data(12), [data(8, seed=2), data(4, seed=3)][:loaders])
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    state = {name: value.tolist() for name, value in module.state_dict().items()}
+    return module.seen, watching.seen, state, values, Path(saving.best_model_path).name, float(torch.rand(()))
+
+
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize(
+    ("hook", "start", "end"),
+    [
+        ("", 1, 1),
+        ("on_train_epoch_end", 1, 1),
+        ("on_validation_epoch_start", 6, 1),
+        ("on_validation_model_zero_grad", 6, 1),
+        ("on_validation_epoch_end", 1, 6),
+        ("on_validation_model_train", 1, 6),
+    ],
+)
+def test_all_that_anybody_sees_is_the_same(hook, start, end, loaders, local_trainer, monkeypatch, tmp_path):
+    def trainer_of(group, **options):
+        monkeypatch.setattr(GroupSupply, "take", lambda self, settings: group)
+        return local_trainer(**options)
+
+    apart = Apart()
+    expected = seen_by(LocalGroup(), hook, loaders, trainer_of, tmp_path / "here")
+    found = seen_by(apart, hook, loaders, trainer_of, tmp_path / "apart")
+    assert found == expected
+    # of seven evaluations the sanity check comes first, then six validations
+    starts, ends = (apart.told.count(f"{verb}_evaluation") for verb in ("start", "end"))
+    assert (starts, ends) == (1 + start, 1 if end == 1 else 7)
+
+
+def test_workers_obey_several_verbs_up_to_the_first_failure():
+    class Obeying(RemoteWorker):
+        def __init__(self):
+            self.told = []
+
+        def obey(self, name, *args, **kwargs):
+            self.told.append((name, args, kwargs))
+            failed = Failure(0, "", "ValueError", "", "", None)
+            return failed if args == ("fails",) else name
+
+        class Remote:
+            def __init__(self, worker):
+                self.remote = worker.obey_packed
+
+    worker = Obeying()
+    actor = type("Actor", (), {"obey_packed": Obeying.Remote(worker)})
+    leave, cursor = verb_of(Worker.leave_evaluation), verb_of(Worker.cursor)
+    assert asked([actor], [(leave, (1,), {"metrics": 2})], cursor, (), {}) == ["cursor"]
+    assert worker.told == [("leave_evaluation", (1,), {"metrics": 2}), ("cursor", (), {})]
+    worker.told = []
+    (answer,) = asked([actor], [(leave, ("fails",), {})], cursor, (), {})
+    assert isinstance(answer, Failure) and [name for name, _, _ in worker.told] == ["leave_evaluation"]
