@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrainer.errors import ConfigurationError
-from raytrainer.strategies.same_numbers import same_numbers
+from raytrainer.strategies.same_numbers import same_numbers, version_of
 
 __all__ = ["recomputed"]
 
 #: What blocks of older versions of transformers are given to remember keys and values in, and what stands for nothing.
 _CACHES = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 _CACHE_MODULE = "transformers.cache_utils"
+
+#: Bytes from which on a copy of a buffer takes longer than it takes to have one made.
+_LARGE = 2**16
 
 _Forward = Callable[..., Any]
 _Place = tuple[nn.Module, str]
@@ -60,20 +63,34 @@ class _Buffers:
     """Buffers that a forward pass changes: the second pass begins with what the first began with, and leaves no trace.
 
     Otherwise batch normalisation would count each batch twice, and spectral normalisation compute other activations.
-    Which ones change is seen the first time, and again when parts of the block are set to train or to evaluate.
+    A pass may begin to change one at any time. Small ones are copied before each; of large ones there is one copy, as
+    long as nobody has written to them.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self.parts = [part for part in block.modules() if part._buffers]
         self.saved = any(part._buffers.keys() - part._non_persistent_buffers_set for part in self.parts)
-        self._changing: dict[tuple[bool, ...], list[_Place]] = {}  # by what trains
+        self._changing: set[_Place] = set()
+        self._looked_into: set[tuple[bool, ...]] = set()  # in which modes, for what is written to without a version
+        self._kept: dict[_Place, _Kept] = {}  # of the large ones
 
     def begin(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         """A first pass begins; return what `checkpoint` asks for the contexts of both."""
-        modes = self._modes()
-        known = modes in self._changing
-        before = self._copies(self._changing[modes]) if known else self._copies()
-        return lambda: (nullcontext() if known else self._seen(modes, before), _PutBack(before))
+        before: dict[_Place, Tensor] = {}
+        for place, buffer in self._there():
+            if place in self._changing or buffer.numel() * buffer.element_size() < _LARGE:
+                before[place] = buffer.detach().clone()
+            else:
+                self._keep(place, buffer)
+        return lambda: (self._seen(before), _PutBack(before))
+
+    @contextmanager
+    def _seen(self, before: dict[_Place, Tensor]) -> Iterator[None]:
+        yield
+        for place, was in self._changed(but=before):
+            before[place] = was
+            self._changing.add(place)
+            del self._kept[place]
 
     def unchanged(self, forward: _Forward) -> _Forward:
         """`forward`, which must not change any."""
@@ -81,16 +98,14 @@ class _Buffers:
             return forward
 
         def looked_at(*args: Any, **kwargs: Any) -> Any:
-            modes = self._modes()
-            known = self._changing.get(modes)
-            if known == [] or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            before = self._copies(known)
-            with self._seen(modes, before):
-                output = forward(*args, **kwargs)
-            for (part, name), was in before.items():
-                now = part._buffers.get(name)
-                if known is None or (now is not None and now.shape != was.shape):
+            first = not self._looked_into
+            for place, buffer in self._there():
+                self._keep(place, buffer)
+            output = forward(*args, **kwargs)
+            for (part, name), was in self._changed():
+                if first or part._buffers[name].shape != was.shape:  # type: ignore[union-attr]
                     continue  # a table may be made by the first pass, and longer by any: a second one changes nothing
                 kind = type(part).__name__.removeprefix("FSDP")
                 raise ConfigurationError(
@@ -101,23 +116,37 @@ class _Buffers:
 
         return looked_at
 
-    def _modes(self) -> tuple[bool, ...]:
-        return tuple(part.training for part in self.parts)
+    def _there(self) -> Iterator[tuple[_Place, Tensor]]:
+        for part in self.parts:
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    yield (part, name), buffer
 
-    def _copies(self, places: list[_Place] | None = None) -> dict[_Place, Tensor]:
-        if places is None:
-            places = [(part, name) for part in self.parts for name in part._buffers]
-        found = {(part, name): part._buffers[name] for part, name in places}
-        return {place: buffer.detach().clone() for place, buffer in found.items() if buffer is not None}
+    def _keep(self, place: _Place, buffer: Tensor) -> None:
+        kept = self._kept.get(place)
+        if kept is None or kept.buffer is not buffer or kept.version != version_of(buffer):
+            self._kept[place] = _Kept(buffer, version_of(buffer), buffer.detach().clone())
 
-    @contextmanager
-    def _seen(self, modes: tuple[bool, ...], before: dict[_Place, Tensor]) -> Iterator[None]:
-        yield
-        for (part, name), was in [*before.items()]:
-            now = part._buffers.get(name)
-            if now is not None and same_numbers(now, was):
-                del before[part, name]
-        self._changing[modes] = list(before)
+    def _changed(self, but: Collection[_Place] = ()) -> list[tuple[_Place, Tensor]]:
+        """What has other numbers than before the pass; and those. What is written to without a version is seen once."""
+        modes = tuple(part.training for part in self.parts)
+        all_of_them, found = modes not in self._looked_into, []
+        self._looked_into.add(modes)
+        for place, now in self._there():
+            kept = None if place in but else self._kept.get(place)
+            if kept is None or (not all_of_them and kept.buffer is now and kept.version == version_of(now)):
+                continue
+            if not same_numbers(now, kept.copy):
+                found.append((place, kept.copy))
+        return found
+
+
+class _Kept(NamedTuple):
+    """A copy of a buffer, as it was in this version."""
+
+    buffer: Tensor
+    version: int
+    copy: Tensor
 
 
 class _PutBack:

@@ -1,11 +1,11 @@
-"""`same_numbers`: whether two tensors are alike, what is no number included."""
+"""Whether two tensors have the same numbers, what is no number included; and whether one has been written to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["same_numbers"]
+__all__ = ["same_numbers", "version_of"]
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
@@ -14,3 +14,8 @@ def same_numbers(one: Tensor, other: Tensor) -> bool:
         return False
     # nearly always the first, which takes no memory
     return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def version_of(tensor: Tensor) -> int:
+    """Grows when it is written to."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from xxhash import xxh3_128_digest
 
 from raytrainer.metrics.metric_objects import is_metric
+from raytrainer.strategies.same_numbers import version_of
 from raytrainer.tensor_packing import bytes_of_tensor
-from raytrainer.worker.data_pickling import Held, pickled, unpickled, version_of
+from raytrainer.worker.data_pickling import Held, pickled, unpickled
 from raytrainer.worker.plain_attributes import INTERNAL
 
 __all__ = ["AttributeSnapshots"]
@@ -38,6 +39,12 @@ _LARGE = 2**16
 
 #: Bytes of a tensor up to which it is looked into, in a hundredth of a second at most.
 _LOOKED_INTO = 2**26
+
+#: Numbers of one on a GPU that are looked into at once, so that it takes little memory.
+_AT_ONCE = 2**22
+
+#: Odd, and without a pattern.
+_FACTORS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
 
 
 class AttributeSnapshots:
@@ -114,14 +121,31 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Place, Any]]:
 
 
 def _content(tensor: Tensor) -> tuple[int, bytes]:
-    """Another one when it has been written to: its version, and in main memory what is in it.
+    """Another one when it has been written to: its version, and what is in it.
 
-    Batch normalisation, `.data` and arrays that share its memory write without a version.
+    Batch normalisation, `.data`, kernels of users' own and arrays that share its memory write without a version.
     """
-    looked_into = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_conj()
+    looked_into = not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_conj()
     if not looked_into or tensor.numel() * tensor.element_size() > _LOOKED_INTO:
         return version_of(tensor), b""
-    return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor).data)
+    if tensor.device.type == "cpu":
+        return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor).data)
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return version_of(tensor), digest_there(tensor) if plain else b""
+
+
+def digest_there(tensor: Tensor) -> bytes:
+    """Of what is in it, computed where it is, of which only the result comes here."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    numbers = data.view(torch.int32) if (len(data) | int(data.storage_offset())) % 4 == 0 else data
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for begin in range(0, len(numbers), _AT_ONCE):
+        part = numbers[begin : begin + _AT_ONCE].long()
+        # each place counts in a way of its own: whole numbers, which wrap around and do not round
+        weights = torch.arange(begin + 1, begin + 1 + len(part), device=tensor.device) * _FACTORS[0]
+        weights = (weights ^ (weights >> 29)) * _FACTORS[1] | 1
+        total += ((part + 1) * (weights ^ (weights >> 32) | 1)).sum()
+    return int(total).to_bytes(8, "little", signed=True)
 
 
 @dataclass(frozen=True)

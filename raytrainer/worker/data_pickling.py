@@ -24,7 +24,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Held", "pickled", "unpickled", "version_of"]
+__all__ = ["Held", "pickled", "unpickled"]
 
 _SCALARS = frozenset({type(None), bool, int, float, complex})
 _DATA = _SCALARS | {
@@ -68,11 +68,6 @@ class Held:
     def storages(self) -> set[int]:
         """Where its tensors' memory begins; asked for only where there are attributes to be compared with it."""
         return {_storage(tensor) for tensor in self._tensors} - {0}
-
-
-def version_of(tensor: Tensor) -> int:
-    """Grows when it is written to."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def pickled(value: Any, held: Held, tensors: list[Tensor]) -> bytes | None:

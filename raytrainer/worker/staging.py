@@ -17,6 +17,7 @@ from torch import Tensor
 from raytrainer.checkpointing.pieces import KEY, Mark, places_of
 from raytrainer.gpu.pinned import pinned_tensors
 from raytrainer.memory_segments import Handed
+from raytrainer.strategies.same_numbers import version_of
 from raytrainer.worker.shared_staging import SharedStaging
 
 __all__ = ["Slot", "Staged", "Staging"]
@@ -176,8 +177,7 @@ def _kind(tensor: Tensor) -> _Kind:
 def _mark(tensor: Tensor) -> _Mark:
     if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
         return 0, 0, tensor.shape, ()
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride()
+    return tensor.data_ptr(), version_of(tensor), tensor.shape, tensor.stride()
 
 
 def _unchanged(tensors: Sequence[Tensor], copies: Sequence[tuple[_Mark, Tensor]]) -> list[Tensor | None]:

@@ -127,6 +127,42 @@ def test_what_is_computed_twice_changes_buffers_once(compiles, forked):
     assert [int(block.count) for block in two._module.blocks] == [3, 5]
 
 
+class CountsLater(Block):
+    """Passes begin to change what they multiply with when some have been, by a write that has a version or has none."""
+
+    def __init__(self, size, way):
+        super().__init__()
+        self.way, self.passes = way, 0
+        self.register_buffer("factors", torch.ones(size))
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.passes > 1 and self.way == "written":
+                self.factors += 0.5
+            elif self.passes > 1 and self.way == "replaced":
+                self.factors = self.factors + 0.5
+            elif self.passes > 1:
+                self.factors.data.add_(0.5)
+        return super().forward(x) * self.factors[0].sqrt()
+
+
+class CountingLater(Net):
+    def __init__(self, size, way):
+        super().__init__()
+        self.blocks = nn.ModuleList(CountsLater(size, way) for _ in range(2))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for block in self.blocks:
+            block.passes += 1
+
+
+@pytest.mark.parametrize(("size", "way"), [(16, "written"), (16, "hidden"), (2**14, "written"), (2**14, "replaced")])
+def test_what_is_computed_twice_may_begin_to_change_a_buffer(size, way, forked):
+    strategy = rt.FSDP(activation_checkpointing=True)
+    _, two = compare(forked, lambda: CountingLater(size, way), strategy, max_epochs=1)
+    assert [float(block.factors[0]) for block in two._module.blocks] == [2.0, 2.0]
+
+
 class CountsAnew(Counting):
     """Two backward passes of one forward pass, which is computed for each of them."""
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.workers.group_supply import GroupSupply
-from raytrainer.worker.attribute_snapshots import AttributeSnapshots
+from raytrainer.worker.attribute_snapshots import AttributeSnapshots, digest_there
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(3, "train"), (9, "train"), (21, "validate"), (33, "train")])
@@ -42,6 +42,33 @@ def test_what_is_in_two_places_of_an_attribute_is_one_thing() -> None:
     snapshots[1].put_back(modules[1], state)
     one, (other, _) = modules[1].own  # type: ignore[misc]
     assert one is other and torch.equal(one, large) and one is not large
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6001.0), torch.arange(5001, dtype=torch.uint8)[1:], torch.ones(70, 50).T, torch.randn(64, 64) > 0,
+        torch.randn(4096).bfloat16(), torch.randn(2048, dtype=torch.complex64),
+    ],
+    ids=lambda tensor: str(tensor.dtype).removeprefix("torch."),
+)  # fmt: skip
+def test_whatever_changes_in_it_changes_the_digest_of_what_is_on_a_gpu(
+    tensor: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytrainer.worker.attribute_snapshots._AT_ONCE", 1000)
+    rows = tensor.clone().flatten()
+    found = [digest_there(tensor), digest_there(rows.roll(1)), digest_there(rows.flip(0)), digest_there(rows[:-4])]
+    for place in (0, 999, 1000, len(rows) - 1):
+        other = rows.clone()
+        other.view(torch.uint8)[place * other.element_size()] ^= 1
+        found.append(digest_there(other))
+    apart = rows.clone()
+    apart.view(torch.uint8)[:12:4] += torch.tensor(
+        [1, 254, 1], dtype=torch.uint8
+    )  # whose sum, in order too, is as before
+    same_numbers = bool((tensor.flatten() == tensor.flatten()[0]).all())  # of which no order can be told
+    assert digest_there(tensor) == found[0]
+    assert len({*found, digest_there(apart)}) == len(found) + 1 - 2 * same_numbers
 
 
 @pytest.mark.parametrize(
