@@ -104,6 +104,12 @@ class Materialiser:
         if unset:
             shown = ", ".join(f"{name!r} (of a {kind})" for name, kind in unset[:5])
             more = f" and {len(unset) - 5} more" if len(unset) > 5 else ""
+            if all(".parametrizations." in f".{name}" for name, _ in unset):
+                raise ConfigurationError(
+                    f"a module made with on_meta: {shown}{more} belong to weights with a parametrisation (weight_norm, "
+                    f"spectral_norm, orthogonal), which is computed from weights that are not there yet. Make these "
+                    f"layers anew in configure_model(), where they are real: self.layer = weight_norm(nn.Linear(8, 8))."
+                )
             raise ConfigurationError(
                 f"a module made with on_meta: initialisation has left {shown}{more} unset. Give their modules a method "
                 f"reset_parameters() that sets all parameters and buffers which they have themselves or in a "

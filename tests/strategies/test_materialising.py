@@ -10,6 +10,7 @@ from sharded_models import WIDTH, Net, loader, same_bits, weights
 from torch import nn
 
 import raytrainer as rt
+from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.strategies.materialising import Materialiser
 
 
@@ -125,6 +126,33 @@ def test_what_stays_unset_is_named(integers, forked):
 
     with pytest.raises(rt.ConfigurationError, match=r"'extra\.table' \(of a Table\) unset.*reset_parameters\(\)"):
         forked(max_epochs=1).fit(rt.on_meta(HasTable), loader(32, 4, torch.float32))
+
+
+class Normed(Resets):
+    """Two layers are made anew in `configure_model`, or stay; and have a parametrisation."""
+
+    def __init__(self, anew):
+        super().__init__()
+        self.anew = anew
+
+    def configure_model(self):
+        for block in self.blocks:
+            layers = [nn.Linear(*part.weight.shape[::-1]) if self.anew else part for part in (block.up, block.down)]
+            block.up = nn.utils.parametrizations.weight_norm(layers[0])
+            block.down = nn.utils.parametrizations.spectral_norm(layers[1])
+
+
+def test_parametrised_layers_are_made_in_configure_model(forked, tmp_path):
+    found = []
+    for workers in (1, 2):
+        saver = rt.ModelCheckpoint(tmp_path / str(workers), save_last=True, save_weights_only=True)
+        options = {"max_epochs": 1, "precision": 64, "enable_checkpointing": True, "callbacks": [saver]}
+        trainer = forked(num_processes=workers, seed=5, **options)
+        trainer.fit(rt.on_meta(lambda: Normed(True)), loader(32, 8 // workers))
+        found.append(read_checkpoint(tmp_path / str(workers) / "last.ckpt")["state_dict"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    with pytest.raises(rt.ConfigurationError, match=r"original0' .* parametrisation .*anew in configure_model\(\)"):
+        forked(max_epochs=1).fit(rt.on_meta(lambda: Normed(False)), loader(32, 4))
 
 
 class Listed(nn.Module):
