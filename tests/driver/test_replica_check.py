@@ -153,3 +153,16 @@ def test_settings_of_optimizers(one, other, same):
         return
     with pytest.raises(DisagreementError, match=r"after epoch 2 rank\(s\) \[2\] have another lr of SGD, group 0: "):
         replica_check._refuse_other_settings(reports, 2)
+
+
+def test_buffers_that_differ_where_a_run_goes_on_are_told_only_if_they_do_so_later(clock):
+    """It may go on at an epoch's end, before rank 0 has changed any of its own."""
+    for goes_on in (True, False):
+        group, check = Group(clock, {"a": 1}, {"a": 1}), ReplicaCheck(True)
+        group.buffers = [{"mean": 3}, {"mean": 4}]
+        check.begin(group, goes_on)
+        if goes_on:
+            check.after_epoch(group, 0)
+            clock.now += 1000.0
+        with pytest.raises(DisagreementError, match="another mean"):
+            check.after_epoch(group, 1)

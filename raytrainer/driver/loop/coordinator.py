@@ -175,7 +175,7 @@ class Coordinator:
             log.info("%s", size)
         state.num_batches["validate"] = longest([start.val_batches for start in starts])
         self._emit_once("on_train_start")
-        self._replicas.begin(self.group)
+        self._replicas.begin(self.group, goes_on=self.task.resuming)
         self._chunks.begin()
         self.snapshots.restart(state.progress.step)
         self._recovery.note(self.group)

@@ -62,11 +62,16 @@ class ReplicaCheck:
         self._buffers: dict[str, int] = {}  # of rank 0, at the latest check
         self._told = False  # of differences that are rounding
 
-    def begin(self, group: WorkerGroup) -> None:
-        """Training is about to begin, or to go on."""
+    def begin(self, group: WorkerGroup, goes_on: bool = False) -> None:
+        """Training is about to begin; `goes_on`: from a state that has workers' own buffers, which may differ.
+
+        An epoch may have nothing left but its end, so that these differ as they should though rank 0 changes none.
+        """
         self._pending = False
         if self._active(group):
-            self._buffers = group.call(Worker.fingerprints, parameters=False)[0].buffers
+            reports: list[Fingerprints] = group.call(Worker.fingerprints, parameters=False)
+            own = set(_differing(reports, set())) if goes_on else set[str]()
+            self._buffers = {name: number for name, number in reports[0].buffers.items() if name not in own}
 
     def after_epoch(self, group: WorkerGroup, epoch: int) -> None:
         """An epoch has ended.

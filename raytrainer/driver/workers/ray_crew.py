@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
@@ -140,10 +140,12 @@ class Crew:
         """Another actor in a lost one's place; and one that holds its resources, where the actor itself does not."""
         slot, request = self.slots[rank], self._request
         await_room(place, slot)
-        spare = self.spares.take(place.node_id)
-        if spare is None:
-            return start_actors([slot], request, self._stages)[0], None
-        return spare, hand_over(spare, place, slot, request)
+        while (spare := self.spares.take(place.node_id)) is not None:
+            try:
+                return spare, hand_over(spare, place, slot, request)
+            except RayActorError as error:
+                log.info("A spare worker has ended before it was needed: %s", str(error).splitlines()[0])
+        return start_actors([slot], request, self._stages)[0], None
 
     def learn(self, places: Sequence[Place], resting: Sequence[Any], patience: float) -> None:
         """Note what workers on this machine have imported in the run that is over.

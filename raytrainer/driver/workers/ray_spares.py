@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import update_wrapper
@@ -30,13 +31,17 @@ log = logging.getLogger("raytrainer")
 #: How many may end unused before no more are started: something is wrong there, or memory is scarce.
 MOST_FAILURES = 3
 
+#: Seconds between looks at whether one that waits is still there: where memory is scarce, it is the first to be ended.
+LOOK_EVERY = 5.0
+
 
 @dataclass
 class _Spare:
     node: str
     actor: Any
-    ready: Any  # answered, with a `Readiness`, once it is
+    asked: Any | None  # at first answered, with a `Readiness`, once it is ready; later, if it is still there
     told: bool = False
+    next: float = 0.0  # moment to ask again
 
 
 class Spares:
@@ -73,16 +78,24 @@ class Spares:
 
     def _look(self) -> None:
         """Say what those cost that are ready now, and forget those that have ended."""
-        for spare in [spare for spare in self._spares if not spare.told]:
-            if not ray.wait([spare.ready], timeout=0)[0]:
+        now = time.monotonic()
+        for spare in list(self._spares):
+            if spare.asked is None:
+                if now >= spare.next:
+                    spare.asked = spare.actor.__ray_ready__.remote()
                 continue
-            spare.told = True
+            if not ray.wait([spare.asked], timeout=0)[0]:
+                continue
             try:
-                log.info("A spare worker is ready to take a lost one's place. It cost %s.", ray.get(spare.ready))
+                answer = ray.get(spare.asked)
             except RayError as error:
                 log.info("A spare worker has ended: %s", str(error).splitlines()[0])
                 self._failures += 1
                 self._end(spare)
+                continue
+            if not spare.told:
+                log.info("A spare worker is ready to take a lost one's place. It cost %s.", answer)
+            spare.told, spare.asked, spare.next = True, None, now + LOOK_EVERY
 
     def any_on(self, nodes: Collection[str]) -> bool:
         """Whether one waits on one of these nodes."""
