@@ -29,6 +29,7 @@ from gpu.shared_memory import segment_names  # noqa: E402
 
 import raytrainer  # noqa: E402
 from raytrainer.callbacks import ModelCheckpoint  # noqa: E402
+from raytrainer.errors import WorkerLostError  # noqa: E402
 
 
 class Slow(Exact):
@@ -169,13 +170,13 @@ def main() -> int:
         saves = ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=args.save_every)
         return run(module, folder, callbacks=[saves] if nodes is None else [saves, nodes], **options)
 
-    bad = runs = recoveries = 0
+    bad = runs = recoveries = told = 0
     killer = Killer(args.every, rng, nodes)
     sources = dict[str, int]()
     with tempfile.TemporaryDirectory() as folder:
         try:
             calm = Slow()
-            _, rows = once(calm)
+            rows = once(calm)[1]
             end = time.monotonic() + args.seconds
             killer.start()
             while time.monotonic() < end:
@@ -190,23 +191,30 @@ def main() -> int:
                         verdict = "DIFFERENT weights"
                     elif struck_rows != rows:
                         verdict = "DIFFERENT logged values"
+                except WorkerLostError as error:  # with so many allowed: it was killed before there was a run to go on
+                    verdict = f"told that it was lost while all started: {str(error)[:100]}"
+                    told += 1
                 except Exception as error:
                     verdict = f"FAILED {type(error).__name__}: {str(error)[:300]}"
                 runs, recoveries = runs + 1, recoveries + met
-                bad += verdict != "equal"
+                bad += verdict.startswith(("DIFFERENT", "FAILED"))
                 seconds, kills = time.monotonic() - began, sum(killer.kills.values()) - before
                 print(f"run {runs}: {kills} kills, {met} recoveries, {seconds:.1f} s: {verdict}", flush=True)
         finally:
             killer.over.set()
             if killer.ident is not None:
                 killer.join()
+            trainer = None  # which has its last state
             pool.close_idle()
             left = [*left_over(), *half_written(Path(folder))]
             ray.shutdown()
             if nodes is not None:
                 nodes.cluster.shutdown()
-    print(f"{runs} runs, kills {killer.kills}, {recoveries} recoveries from {sources}, {bad} bad", end="; ")
-    print(f"left over: {left or 'nothing'}")
+    print(
+        f"{runs} runs, kills {killer.kills}, {recoveries} recoveries from {sources}, {told} lost at their start",
+        end="; ",
+    )
+    print(f"{bad} bad; left over: {left or 'nothing'}")
     return 1 if bad or left or not recoveries else 0  # a soak in which nothing was lost shows nothing
 
 
