@@ -139,7 +139,7 @@ class ForkedGroup:
     def _tell_of_the_lost(self, rank: int, error: BaseException) -> None:
         """Whose connection has broken hears of it before the end of the other's process is seen here."""
         failure = Failed(rank, "raised", type(error).__name__, str(error))
-        if is_consequence(failure) and "connection" in failure.message.lower():
+        if is_consequence(failure) and any(word in failure.message.lower() for word in ("connection", "broken pipe")):
             others = {process.sentinel: other for other, process in enumerate(self._processes) if other != rank}
             for gone in multiprocessing.connection.wait(list(others), timeout=60.0):
                 raise WorkerLostError(others[gone], "its process has ended")  # type: ignore[index]

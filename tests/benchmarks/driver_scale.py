@@ -317,7 +317,7 @@ def main() -> None:
         "| workers | ms a chunk | ms at an epoch's end, with a validation | ms reading the reports |\n|---|---|---|---|"
     )
     for workers in options.workers:
-        watch, _ = run(workers, [60])
+        watch, _ = run(workers, [200])  # with nine epochs' ends
         row = workers, statistics.median(watch.plain), statistics.median(watch.ends), reading(workers)
         table.append(row)
         print(f"| {row[0]:,} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.2f} |", flush=True)
