@@ -170,6 +170,8 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
         """Gather tensors of all workers: each tensor in `data` becomes one of shape (workers, *shape).
 
         All workers must call it, with equal shapes. With `sync_grads`, gradients flow back to each worker's part.
+        Workers that split layers among them have the same rows, and all give these; the `group` of those that have
+        different ones is `self.device_mesh["data_parallel"].get_group()`.
         """
         return self.trainer.all_gather(data, group=group, sync_grads=sync_grads)
 

@@ -25,6 +25,9 @@ from raytrainer.strategies.shards import copied_along, held_as, in_pieces, local
 
 __all__ = ["ShardedState"]
 
+#: Before names of parameters: of gradients that have been averaged.
+_AVERAGED = "averaged/"
+
 
 class ShardedState(GroupStrategy):
     """A strategy whose workers hold shards. No collective is needed to take a state, nor to take one up."""
@@ -138,7 +141,9 @@ class ShardedState(GroupStrategy):
         found: dict[str, Tensor] = {}
         for part in self.gatherings.modules:
             found |= accumulated_gradients(part)
-        return found
+        # where hooks have had them averaged after each batch, they are in shards
+        shards = {name: p.grad for name, p in module.named_parameters() if isinstance(p.grad, DTensor)}
+        return found | {f"{_AVERAGED}{name}": gradient.to_local().detach() for name, gradient in shards.items()}
 
     def put_accumulated(self, module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
         if not gradients:
@@ -147,6 +152,11 @@ class ShardedState(GroupStrategy):
             part.unshard()
             part.reshard()
             put_accumulated_gradients(part, gradients)
+        for name, parameter in module.named_parameters():
+            if f"{_AVERAGED}{name}" in gradients and isinstance(parameter, DTensor):
+                gradient: Any = torch.zeros_like(parameter)
+                gradient.to_local().copy_(gradients[f"{_AVERAGED}{name}"])
+                parameter.grad = gradient
 
     def own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Buffers, which each worker has its own of; those of rank 0 are the checkpoint's."""

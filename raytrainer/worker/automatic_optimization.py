@@ -66,6 +66,8 @@ class AutomaticOptimization:
         self.on_before_zero_grad = bind("on_before_zero_grad")
         self.on_before_backward = bind("on_before_backward")
         self.on_after_backward = bind("on_after_backward")
+        # of shards a gradient is there when it has been averaged: hooks would see, and change, each window's last alone
+        self.averages_each = self.on_after_backward is not None and settings.sharding is not None
         self.on_before_optimizer_step = bind("on_before_optimizer_step")
         self.zero_grad = _own(run, "optimizer_zero_grad")
         self.backward = _own(run, "backward")
@@ -107,7 +109,7 @@ class AutomaticOptimization:
     def __call__(self, batch: Any, index: int, stepping: bool) -> Any:
         self.batch, self.index, self.syncs = batch, index, stepping
         if self.accumulates:
-            self.strategy.sync_next(stepping)
+            self.strategy.sync_next(stepping or self.averages_each)
         if not stepping or self.optimizer is None:
             loss = self._forward_backward()
             if self.optimizer_step is not None:
@@ -142,7 +144,7 @@ class AutomaticOptimization:
         for earlier in self.window.evaluate(index % self.accumulate):
             self.batch, self.index = earlier
             self.syncs = False
-            self.strategy.sync_next(False)
+            self.strategy.sync_next(self.averages_each)
             with self.window.unheard():
                 self.window.losses.append(self._weighted(self._forward_backward()))
         self.batch, self.index, self.syncs = batch, index, True

@@ -67,6 +67,19 @@ def test_settings(strategy, forked):
     compare(forked, Net, strategy, val=loader(5, 2), max_epochs=1)
 
 
+class Damped(Net):
+    """Changes the gradients of each batch; those of a window by what they are so far."""
+
+    def on_after_backward(self):
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.9).sub_(0.1 * parameter.grad.tanh())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", rt.FSDP(activation_checkpointing=True, reshard_after_forward=False)])
+def test_hooks_see_the_gradients_of_each_batch_of_an_accumulation(strategy, forked):
+    compare(forked, Damped, strategy, max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.1)
+
+
 class Cache:
     """Grows by what a block computes, as transformers' does."""
 

@@ -25,7 +25,16 @@ def saver(folder, **options):
     return rt.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
 
 
+class Damped(Stateful):
+    """Changes the gradients of each batch."""
+
+    def on_after_backward(self):
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.9).sub_(0.1 * parameter.grad.tanh())
+
+
 @pytest.mark.sample(2)
+@pytest.mark.parametrize("kind", [Stateful, Damped])
 @pytest.mark.parametrize(
     "options, saving",
     [
@@ -36,9 +45,9 @@ def saver(folder, **options):
     ],
     ids=str,
 )
-def test_resuming_in_mid_epoch_is_equal_bit_by_bit(options, saving, forked, tmp_path):
+def test_resuming_in_mid_epoch_is_equal_bit_by_bit(options, saving, kind, forked, tmp_path):
     torch.manual_seed(0)
-    start = Stateful()
+    start = kind()
     common = {"seed": 3, "enable_checkpointing": True, "max_epochs": 2, **options}
     data = loader(40, 4, torch.float32), loader(12, 4, torch.float32)
     whole = copy.deepcopy(start)
