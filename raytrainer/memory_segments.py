@@ -30,7 +30,7 @@ __all__ = [
     "new_segment",
 ]
 
-#: Bytes that are made known to CUDA at once, if one tensor does not need more.
+#: Bytes that are made known to CUDA at once. While it takes 525 MB, training waits for 75 ms; for 32 MB, for nothing.
 PIECE = 32 << 20
 
 #: The part of a machine's memory that stays free beside a second state. Ray kills workers when there is little left.
@@ -170,7 +170,7 @@ class Layout:
 
     Attributes:
         at: By key: the first byte, and how many.
-        stretches: Each piece lies in one of them.
+        stretches: A piece lies in one of them, or begins with one and lies in those that follow.
         size: Bytes, of all.
     """
 
@@ -215,6 +215,9 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
             begin = end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE  # no page may be made known twice
         at[key] = end, size
         end += room
+        while end - begin > PIECE:
+            stretches.append(Stretch(begin, PIECE))
+            begin += PIECE
     if end > begin:
         stretches.append(Stretch(begin, end - begin))
     return Layout(at, tuple(stretches), end)

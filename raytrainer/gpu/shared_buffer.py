@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raytrainer.gpu import pinned
-from raytrainer.memory_segments import Layout, Segment, Stretch, new_segment
+from raytrainer.memory_segments import PIECE, Layout, Segment, Stretch, new_segment
 
 __all__ = ["SharedBuffer"]
 
@@ -83,6 +83,16 @@ class SharedBuffer:
         begin, size = self.layout.at[key]
         assert size == math.prod(shape) * dtype.itemsize, key
         return self._whole[begin : begin + size].view(dtype).view(tuple(shape))
+
+    def copy(self, key: str, data: Tensor) -> None:
+        """Copy a tensor to its place, beside what the GPU does next."""
+        place = self.tensor(key, data.dtype, data.shape)
+        if place.nbytes <= PIECE:
+            place.copy_(data, non_blocking=True)
+            return
+        count = PIECE // place.element_size()
+        for part, own in zip(place.view(-1).split(count), data.reshape(-1).split(count), strict=True):
+            part.copy_(own, non_blocking=True)  # within what CUDA knows as one
 
     def close(self) -> None:
         """The memory is the system's again, if no other process has it, and no tensor lies in it."""

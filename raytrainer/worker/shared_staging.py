@@ -76,8 +76,7 @@ class SharedStaging:
         try:
             with torch.no_grad():
                 for key, piece in pieces.items():
-                    data = piece["data"]
-                    buffer.tensor(key, data.dtype, data.shape).copy_(data.detach(), non_blocking=True)
+                    buffer.copy(key, piece["data"].detach())
         finally:
             if self._device.type == "cuda":  # also before the memory of a failed copy may go
                 torch.cuda.current_stream(self._device).synchronize()
