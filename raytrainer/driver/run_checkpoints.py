@@ -119,7 +119,7 @@ class RunCheckpoints:
         looked_at = any(overridden(callback, "on_save_checkpoint") for callback in self._driver_callbacks)
         progress = self.state.progress
         moment = (progress.total_batches, progress.step) if coordinator.group.in_process else None
-        with self.state.clock.phase("saving"):
+        with self.state.clock.phase("saving"), self.writer.expecting():
             if looked_at or coordinator.group.in_process:
                 self.writer.await_others(moment)  # at most one copy of the state in this process
             captured = coordinator.capture(weights_only)

@@ -220,6 +220,8 @@ def _walk(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], An
     if isinstance(value, Mapping):
         return {key: _walk(item, tensor, other) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        if _FIXED.issuperset(map(type, value)):  # the hundreds of numbers that are a generator's state
+            return list(value) if isinstance(value, list) else tuple(value)
         items = [_walk(item, tensor, other) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return other(value)

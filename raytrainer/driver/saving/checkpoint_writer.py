@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,7 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()  # the first is being done
         self._thread: threading.Thread | None = None
+        self._expecting = False  # the thread waits for something to do
         self._error: BaseException | None = None
         self._left_alone = False  # whether the last save has failed, and what it was to replace is to stay
         self._given_up = False  # nothing more of what there is to do is done
@@ -161,6 +163,19 @@ class CheckpointWriter:
         # at most one state waits while another is written, so that memory stays bounded
         self.await_others(moment, left=1)
         self._submit(_Job(path, True, write, moment, on_error))
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Around the wait for workers and `save`: the thread is started in that wait, and not after it."""
+        try:
+            with shield(), self._changed:
+                self._expecting = True
+                self._start()
+            yield
+        finally:
+            self._expecting = False
+            with self._changed:
+                self._changed.notify_all()
 
     def await_others(self, moment: object = None, left: int = 0) -> None:
         """Wait until at most so many states that have been announced are still to be written.
@@ -234,10 +249,14 @@ class CheckpointWriter:
         self._raise()
         with shield(), self._changed:
             self._jobs.append(job)
-            if self._thread is None:
-                # no daemon: what has been announced is written even where the driver's process ends
-                self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
-                self._thread.start()
+            self._start()
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # no daemon: what has been announced is written even where the driver's process ends
+            self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
+            self._thread.start()
 
     def _raise(self) -> None:
         error, self._error = self._error, None
@@ -249,6 +268,8 @@ class CheckpointWriter:
     def _work(self) -> None:
         while True:
             with self._changed:
+                while self._expecting and not self._jobs:
+                    self._changed.wait(PIECE)
                 if not self._jobs:
                     self._thread, self._given_up = None, False
                     return

@@ -49,6 +49,21 @@ def test_the_one_before_stays_where_a_write_fails(writer: CheckpointWriter, tmp_
     assert not Path(old).exists()
 
 
+def test_a_thread_that_is_started_early_ends_where_nothing_is_saved(writer: CheckpointWriter, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), writer.expecting():
+        thread = writer._thread
+        raise KeyboardInterrupt
+    assert thread is not None
+    thread.join(60)
+    assert not thread.is_alive() and not writer.busy
+    with writer.expecting():
+        early = writer._thread
+        writer.save(str(tmp_path / "new.ckpt"), lambda: STATE)
+        assert writer._thread is early
+    writer.flush()
+    assert (tmp_path / "new.ckpt").exists()
+
+
 def test_who_waits_for_room_is_told_of_what_holds_a_state(writer: CheckpointWriter, tmp_path: Path) -> None:
     """Rather than to take more memory for the next one."""
     writer.save(str(tmp_path / "new.ckpt"), lost(superseded=False))
