@@ -77,11 +77,12 @@ class _Buffers:
     def begin(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         """A first pass begins; return what `checkpoint` asks for the contexts of both."""
         before: dict[_Place, Tensor] = {}
+        anew = self._modes() not in self._looked_into  # then all are compared, also what has no version of now
         for place, buffer in self._there():
             if place in self._changing or buffer.numel() * buffer.element_size() < _LARGE:
                 before[place] = buffer.detach().clone()
             else:
-                self._keep(place, buffer)
+                self._keep(place, buffer, anew)
         return lambda: (self._seen(before), _PutBack(before))
 
     @contextmanager
@@ -100,11 +101,13 @@ class _Buffers:
         def looked_at(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            first = not self._looked_into
+            first, anew = not self._looked_into, self._modes() not in self._looked_into
             for place, buffer in self._there():
-                self._keep(place, buffer)
+                self._keep(place, buffer, anew or place in self._changing)
             output = forward(*args, **kwargs)
             for (part, name), was in self._changed():
+                if not self._kept[part, name].seems_old(part._buffers[name]):
+                    self._changing.add((part, name))  # in every pass, it may be, and nothing but a look shows it
                 if first or part._buffers[name].shape != was.shape:  # type: ignore[union-attr]
                     continue  # a table may be made by the first pass, and longer by any: a second one changes nothing
                 kind = type(part).__name__.removeprefix("FSDP")
@@ -122,19 +125,22 @@ class _Buffers:
                 if buffer is not None:
                     yield (part, name), buffer
 
-    def _keep(self, place: _Place, buffer: Tensor) -> None:
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(part.training for part in self.parts)
+
+    def _keep(self, place: _Place, buffer: Tensor, anew: bool) -> None:
         kept = self._kept.get(place)
-        if kept is None or kept.buffer is not buffer or kept.version != version_of(buffer):
+        if anew or kept is None or kept.seems_old(buffer):
             self._kept[place] = _Kept(buffer, version_of(buffer), buffer.detach().clone())
 
     def _changed(self, but: Collection[_Place] = ()) -> list[tuple[_Place, Tensor]]:
         """What has other numbers than before the pass; and those. What is written to without a version is seen once."""
-        modes = tuple(part.training for part in self.parts)
+        modes = self._modes()
         all_of_them, found = modes not in self._looked_into, []
         self._looked_into.add(modes)
         for place, now in self._there():
             kept = None if place in but else self._kept.get(place)
-            if kept is None or (not all_of_them and kept.buffer is now and kept.version == version_of(now)):
+            if kept is None or not (all_of_them or place in self._changing or kept.seems_old(now)):
                 continue
             if not same_numbers(now, kept.copy):
                 found.append((place, kept.copy))
@@ -147,6 +153,10 @@ class _Kept(NamedTuple):
     buffer: Tensor
     version: int
     copy: Tensor
+
+    def seems_old(self, now: Tensor | None) -> bool:
+        """Whether it is another buffer by now, or has been written to, as far as that has a version."""
+        return now is not self.buffer or version_of(self.buffer) != self.version
 
 
 class _PutBack:

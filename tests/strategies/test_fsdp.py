@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sharded_models import (
+    WIDTH,
     Block,
     Counted,
     Net,
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import raytrainer as rt
+from raytrainer.strategies.recomputing import recomputed
 
 
 @pytest.mark.sample(2)
@@ -174,6 +176,37 @@ def test_what_is_computed_twice_may_begin_to_change_a_buffer(size, way, forked):
     strategy = rt.FSDP(activation_checkpointing=True)
     _, two = compare(forked, lambda: CountingLater(size, way), strategy, max_epochs=1)
     assert [float(block.factors[0]) for block in two._module.blocks] == [2.0, 2.0]
+
+
+class Normalises(Block):
+    """Writes what it has seen without a version, as batch normalisation does."""
+
+    def __init__(self, saved):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH), persistent=saved)
+        self.register_buffer("variance", torch.ones(WIDTH), persistent=saved)
+        self.register_buffer("table", torch.ones(2**14), persistent=saved)
+
+    def forward(self, x):
+        return super().forward(F.batch_norm(x, self.mean, self.variance, training=True)) * self.table[0]
+
+
+def test_what_a_compiler_would_change_twice_is_told_though_it_has_no_version():
+    block = Normalises(saved=False)
+    passes = recomputed(block, block.forward, {"backend": "eager"})
+    passes(torch.randn(4, WIDTH))
+    with pytest.raises(rt.ConfigurationError, match="changes buffer 'mean' of Normalises"):
+        passes(torch.randn(4, WIDTH))
+
+
+def test_what_is_computed_twice_sees_a_table_as_it_is_and_not_as_it_was_once():
+    block, x = Normalises(saved=True), torch.randn(4, WIDTH)
+    passes = recomputed(block, block.forward, None)
+    passes(x)
+    block.table.data.mul_(-3)  # without a version
+    block.eval()
+    found = [torch.autograd.grad(do(x).square().sum(), [*block.parameters()]) for do in (block.forward, passes)]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 class CountsAnew(Counting):
