@@ -150,6 +150,23 @@ def test_all_that_anybody_sees_is_the_same(hook, start, end, loaders, local_trai
     assert (starts, ends) == (1 + start, 1 if end == 1 else 7)
 
 
+def test_the_last_of_several_loaders_does_not_say_how_fast_the_first_one_is(local_trainer, monkeypatch):
+    """Else many slow batches would be one message, in which nobody hears Ctrl-C and workers count as hanging."""
+    group, sizes = Apart(), []
+    call = group.call
+
+    def noting(method, /, *args, **kwargs):
+        if method is Worker.evaluate and len(args) > 1:
+            sizes.append(args[0])
+        return call(method, *args, **kwargs)
+
+    group.call = noting
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: group)
+    trainer = local_trainer(max_epochs=2, val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(with_hook("")(), data(12), [data(8, seed=2), data(40, seed=3)])
+    assert sizes and set(sizes) == {1}
+
+
 def test_workers_obey_several_verbs_up_to_the_first_failure():
     class Obeying(RemoteWorker):
         def __init__(self):
