@@ -89,17 +89,16 @@ def from_store(stored: Any, owner: Any) -> Any:
 
 def tell_epoch(sampler: Any, epoch: int) -> None:
     """Call `set_epoch` of a sampler, and of all samplers inside it."""
-    for _, part in _parts(sampler):
-        set_epoch = getattr(part, "set_epoch", None)
-        if callable(set_epoch) and not isinstance(part, type):
-            set_epoch(epoch)
+    tell_all((part for _, part in _parts(sampler)), epoch)
 
 
 def tell_all(owners: Iterable[Any], epoch: int) -> None:
-    """Call `set_epoch` of each that has one, once."""
-    for owner in {id(owner): owner for owner in owners}.values():
+    """Call `set_epoch` of each that has one, once; the next owner is asked for when the one before has been told."""
+    told = dict[int, Any]()
+    for owner in owners:
         set_epoch = getattr(owner, "set_epoch", None)
-        if callable(set_epoch):
+        if callable(set_epoch) and not isinstance(owner, type) and id(owner) not in told:
+            told[id(owner)] = owner
             set_epoch(epoch)
 
 

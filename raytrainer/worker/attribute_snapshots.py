@@ -70,7 +70,7 @@ class AttributeSnapshots:
         held.unchanged = {
             id(tensor): index
             for index, (ref, content) in enumerate(self._tensors)
-            if (tensor := ref()) is not None and _content(tensor) == content
+            if (tensor := ref()) is not None and version_of(tensor) == content[0] and _content(tensor) == content
         }
         lost, there = list[str](), set[Place]()
         for place, value in _attributes(module):

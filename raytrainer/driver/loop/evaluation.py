@@ -17,11 +17,10 @@ from raytrainer.metric_messages import MetricReport, Reduced
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.seeding import rng_untouched
 from raytrainer.view.run_state import RunState, nothing
+from raytrainer.worker.evaluation_calls import HOOKS
 from raytrainer.worker.worker import Worker
 
 __all__ = ["Evaluation"]
-
-_HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
 
 
 class Evaluation:
@@ -53,7 +52,7 @@ class Evaluation:
         Returns:
             Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
         """
-        state, name = self._state, _HOOK[stage]
+        state, name = self._state, HOOKS[stage]
         self.cut_off = False
         begun: list[EvaluationReport] = []
         if sanity is None and self._steady == (group, stage) and not self._interrupt.requested:
@@ -113,7 +112,7 @@ class Evaluation:
     def _reduce(self, stage: str, reports: list[EvaluationReport], **options: Any) -> Reduced:
         """The epoch's values over all workers, as they are in these reports."""
         batches, metrics = [report.by_loader for report in reports], [report.metrics for report in reports]
-        return self._journal.reduce(stage, metrics, f"on_{_HOOK[stage]}_epoch_end", batches=batches, **options)
+        return self._journal.reduce(stage, metrics, f"on_{HOOKS[stage]}_epoch_end", batches=batches, **options)
 
     def _chunks(
         self, group: WorkerGroup, stage: str, sanity: int | None, begun: list[EvaluationReport]
