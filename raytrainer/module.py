@@ -19,6 +19,7 @@ from raytrainer.errors import ConfigurationError
 from raytrainer.hparams import HyperparametersMixin
 from raytrainer.module_hooks import ModuleHooks
 from raytrainer.strategies.clipping import clip_whole_gradients
+from raytrainer.view.added_groups import cover_groups
 
 if TYPE_CHECKING:
     from raytrainer.checkpointing.places import CheckpointPath
@@ -76,6 +77,7 @@ class Module(HyperparametersMixin, DataHooks, ModuleHooks):
 
     def lr_schedulers(self) -> Any:
         """The scheduler, the list of them if there are several, or None."""
+        cover_groups(self.trainer.lr_scheduler_configs)  # whoever asks is about to step them
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return None if not schedulers else schedulers[0] if len(schedulers) == 1 else schedulers
 

@@ -55,6 +55,7 @@ FLOORS = [
         "view/absent_names",
         "view/answered_names",
         "view/scheduler_config",
+        "view/added_groups",
         "view/stop_request",
         "view/learning_rates",
         "view/run_state",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from raytrainer.callbacks._added_groups import cover_groups
 from raytrainer.callbacks.callback import WorkerCallback
 from raytrainer.private.torch_private import BATCH_NORMS
+from raytrainer.view.added_groups import cover_groups
 
 if TYPE_CHECKING:
     from raytrainer.module import Module

@@ -60,21 +60,23 @@ class LearningRateMonitor(WorkerCallback):
 
     def on_train_epoch_start(self, trainer: TrainerView, module: Module) -> None:
         """Log what is logged per epoch."""
-        for name, value in self._values("epoch"):
+        for name, value in self._values(trainer, "epoch"):
             module.log(name, value, on_step=False, on_epoch=True, prog_bar=False, logger=True, batch_size=1)
 
     def on_train_batch_start(self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int) -> None:
         """Log what is logged per step."""
-        if batch_idx == 0:  # as an epoch begins, parameter groups may have been added
+        if batch_idx == 0:  # SWA may have taken the schedulers' place as the epoch began
             self._named = group_names(trainer.optimizers, trainer.lr_scheduler_configs)
-        for name, value in self._values("step"):
+        for name, value in self._values(trainer, "step"):
             module.log(name, value, on_step=True, on_epoch=False, prog_bar=False, logger=True, batch_size=1)
 
-    def _values(self, interval: str) -> Iterator[tuple[str, Any]]:
+    def _values(self, trainer: TrainerView, interval: str) -> Iterator[tuple[str, Any]]:
+        if any(len(names) != len(optimizer.param_groups) for optimizer, names, _ in self._named):
+            self._named = group_names(trainer.optimizers, trainer.lr_scheduler_configs)  # groups have been added
         for optimizer, names, scheduled in self._named:
             if (self.logging_interval or scheduled or "step") != interval:
                 continue
-            for name, group in zip(names, optimizer.param_groups, strict=False):
+            for name, group in zip(names, optimizer.param_groups, strict=True):
                 yield name, group["lr"]
                 if self.log_momentum:
                     yield f"{name}-momentum", group["betas"][0] if "betas" in group else group.get("momentum", 0.0)

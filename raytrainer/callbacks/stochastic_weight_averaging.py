@@ -40,7 +40,8 @@ class StochasticWeightAveraging(WorkerCallback):
     part of checkpoints, whose weights are those being trained.
 
     Args:
-        swa_lrs: The learning rate to end at, or one for each of the optimizer's parameter groups.
+        swa_lrs: The learning rate to end at, or one for each of the optimizer's parameter groups. Groups that
+            are added later end at the first one.
         swa_epoch_start: The first epoch (from 0) to average: an int, or a fraction of `max_epochs`.
         annealing_epochs: Epochs until the learning rate is reached; 0: at once.
         annealing_strategy: "cos" or "linear".
@@ -138,7 +139,7 @@ class StochasticWeightAveraging(WorkerCallback):
         """Take over the averages, and have the scheduler that takes up the saved state next."""
         state = checkpoint["worker_callbacks"].get(self.state_key)
         if state:
-            averaged = self._begin(trainer, module)
+            averaged = self._begin(trainer, module, resumed=True)
             if "current" in state:  # of the end, whose weights are the averages
                 averaged.restore(checkpoint["state_dict"], state["current"], state["count"])
             elif state["count"]:
@@ -156,13 +157,15 @@ class StochasticWeightAveraging(WorkerCallback):
             return {}
         return {"averages": self._averaged.averages, "count": self._averaged.count}
 
-    def _begin(self, trainer: TrainerView, module: Module) -> AveragedWeights:
+    def _begin(self, trainer: TrainerView, module: Module, resumed: bool = False) -> AveragedWeights:
         if len(trainer.optimizers) != 1:
             raise ConfigurationError(
                 f"StochasticWeightAveraging needs one optimizer; configure_optimizers() gave {len(trainer.optimizers)}."
             )
         optimizer: Any = trainer.optimizers[0]
         rates: Any = self.swa_lrs
+        if resumed and isinstance(rates, list):  # groups may have been added since it began
+            rates = [*rates, *rates[:1] * (len(optimizer.param_groups) - len(rates))]
         if isinstance(rates, list) and len(rates) != len(optimizer.param_groups):
             raise ConfigurationError(
                 f"StochasticWeightAveraging(swa_lrs={rates}): give a number, or one for each of the optimizer's "

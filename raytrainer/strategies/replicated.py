@@ -52,6 +52,7 @@ class ReplicatedStrategy(GroupStrategy):
         self._ddp: DistributedDataParallel | None = None
         self._step: JoinedStep | None = None
         self._gave = False  # whether this worker had a loss in the window in progress
+        self._frozen: list[nn.Parameter] = []  # when DDP was told what it averages
         self._absent: list[nn.Parameter] = []  # had no gradient before this worker joined in with zeros
 
     def prepare(self, module: nn.Module, step: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
@@ -61,6 +62,7 @@ class ReplicatedStrategy(GroupStrategy):
         if self.ranks.world_size > 1:
             refuse_other_shapes(module, self.control, self.settings.broadcast_buffers)
         trainable = [p for p in module.parameters() if p.requires_grad]
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
         if not trainable:
             return step
         lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
@@ -129,6 +131,8 @@ class ReplicatedStrategy(GroupStrategy):
 
     def settle(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> bool:
         check, absentees, reached = self._check, self._absentees, self._reached
+        if self.ranks.world_size > 1 and any(p.requires_grad and p.grad is not None for p in self._frozen):
+            self._refuse_unfrozen(module, batch_idx)
         if check is None or absentees is None:
             return True
         complete = loss is None or reached is None or bool(reached.seen)
@@ -156,12 +160,21 @@ class ReplicatedStrategy(GroupStrategy):
         synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
         return bool(module.automatic_optimization) and not synchronised
 
+    def _refuse_unfrozen(self, module: nn.Module, batch_idx: int) -> None:
+        frozen = {id(parameter) for parameter in self._frozen}
+        names = _shown([name for name, p in module.named_parameters() if id(p) in frozen and p.requires_grad])
+        raise ConfigurationError(
+            f"{names} began to train in the midst of an epoch, by batch {batch_idx}: ddp averages gradients of what "
+            f"trained as the epoch began. Unfreeze in on_train_epoch_start, of the module or a callback "
+            f"(BaseFinetuning.finetune_function), or use strategy='fsdp', where it may be done after any batch."
+        )
+
     def _refuse_unused(self, module: nn.Module, loss: Tensor | None, batch_idx: int) -> None:
         reached = set() if loss is None else leaves_of(loss)
         unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
-        names = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise DisagreementError(
-            f"the loss of rank {self.ranks.rank} in batch {batch_idx} does not depend on {names or 'all parameters'}: "
+            f"the loss of rank {self.ranks.rank} in batch {batch_idx} does not depend on "
+            f"{_shown(unused) or 'all parameters'}: "
             f"the other workers wait for their gradients. Use strategy=DDP(find_unused_parameters=True), freeze what "
             f"is never used (requires_grad_(False)), or return None to skip a batch."
         )
@@ -189,3 +202,7 @@ class ReplicatedStrategy(GroupStrategy):
         if not self.settings.broadcast_buffers:
             return
         take_from_first(module.buffers())
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

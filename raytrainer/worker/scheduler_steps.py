@@ -1,10 +1,13 @@
-"""Steps of the schedulers that follow training rather than a metric. In manual optimization the user makes them."""
+"""Steps of schedulers: of those that follow training, which in manual optimization the user makes, or a metric."""
 
 from __future__ import annotations
 
+from raytrainer.metric_messages import Number
+from raytrainer.metrics.exact_numbers import as_tensor
+from raytrainer.view.added_groups import cover_groups
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["SchedulerSteps"]
+__all__ = ["SchedulerSteps", "step_plateaus"]
 
 
 class SchedulerSteps:
@@ -29,6 +32,7 @@ class SchedulerSteps:
         done = run.stepped + 1 - (precision.skipped_steps if scaled else 0)
         for config in due:
             if done % config.frequency == 0:
+                cover_groups([config])
                 self._step(config.scheduler, None)
 
     def after_epoch(self, epoch: int) -> None:
@@ -38,4 +42,13 @@ class SchedulerSteps:
         self._epoch_done = True
         for config in self.run.view.lr_scheduler_configs:
             if config.interval == "epoch" and not config.on_metric and (epoch + 1) % config.frequency == 0:
+                cover_groups([config])
                 self._step(config.scheduler, None)
+
+
+def step_plateaus(run: WorkerRun, values: dict[int, Number]) -> None:
+    """Step the schedulers that wait for a metric, by their places, with its value."""
+    step, configs = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step), run.view.lr_scheduler_configs
+    cover_groups(configs)
+    for index, value in values.items():
+        step(configs[index].scheduler, as_tensor(value))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrainer.callbacks._added_groups import cover_groups
+from raytrainer.view.added_groups import cover_groups
 from raytrainer.view.scheduler_config import SchedulerConfig
 
 __all__ = ["SwitchedParts"]

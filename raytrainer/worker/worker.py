@@ -29,6 +29,7 @@ from raytrainer.worker.make_strategy import make_strategy
 from raytrainer.worker.process_group import ProcessGroup, lone_group
 from raytrainer.worker.process_memory import give_back_memory
 from raytrainer.worker.replica_reports import difference, fingerprints_of
+from raytrainer.worker.scheduler_steps import step_plateaus
 from raytrainer.worker.staging import Slot, Staging
 from raytrainer.worker.step_records import StepRecords, begin_records
 from raytrainer.worker.training_loop import TrainingLoop
@@ -171,7 +172,7 @@ class Worker:
     def step_plateaus(self, values: dict[int, Number], metrics: Reduced | None = None) -> None:
         """Step these schedulers with these values. `metrics`: see `start_epoch`."""
         self.run.view.metrics.take(metrics)
-        self.run.step_plateaus(values)
+        step_plateaus(self.run, values)
 
     @verb(Wait.USER_CODE)
     def compute_metrics(self, specs: list[MetricSpec], epoch_ended: bool = False) -> dict[str, float]:

@@ -11,8 +11,7 @@ import torch
 from raytrainer.ending import Ending
 from raytrainer.gpu.memory import samplers
 from raytrainer.messages import PlateauWish, SetupReport
-from raytrainer.metric_messages import MetricSpec, Number
-from raytrainer.metrics.exact_numbers import as_tensor
+from raytrainer.metric_messages import MetricSpec
 from raytrainer.metrics.metric_objects import compute, states_of
 from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
@@ -242,12 +241,6 @@ class WorkerRun:
         if epoch_ended:
             self.view.metrics.reset_objects()
         return values
-
-    def step_plateaus(self, values: dict[int, Number]) -> None:
-        """Step the schedulers that wait for a metric, by their places, with its value."""
-        step = self.hooks.guarded("lr_scheduler_step", self.module.lr_scheduler_step)
-        for index, value in values.items():
-            step(self.view.lr_scheduler_configs[index].scheduler, as_tensor(value))
 
     def resume_generators(self) -> None:
         """Put the generators where a checkpoint left them, once, right before training goes on."""

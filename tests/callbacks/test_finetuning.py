@@ -6,7 +6,15 @@ from exact import Died, Exact, run, same
 from tiny import Tiny, data
 from torch import nn
 
-from raytrainer import BackboneFinetuning, BaseFinetuning, ConfigurationError, LearningRateMonitor, ModelCheckpoint
+from raytrainer import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    ConfigurationError,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WorkerCallback,
+)
 
 
 class Backed(Tiny):
@@ -181,3 +189,66 @@ def test_schedulers_drive_the_added_group_with_the_first(kind, local_trainer, tm
     checkpoint = next(path for path in tmp_path.iterdir() if "epoch=3" in path.name)
     local_trainer(max_epochs=6, callbacks=UnfreezesOnce()).fit(again, data(), ckpt_path=checkpoint)
     assert again.rates == module.rates[4:]
+
+
+class AddsInMidEpoch(WorkerCallback):
+    """A user's own: nothing is told of the group."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 25:
+            module.backbone.requires_grad_(True)
+            (optimizer,) = trainer.optimizers
+            optimizer.add_param_group(
+                {"params": list(module.backbone.parameters()), "lr": optimizer.param_groups[0]["lr"] / 10}
+            )
+
+
+class FrozenAtFirst(Scheduled):
+    def on_train_epoch_start(self):
+        self.rates.append([group["lr"] for group in self.optimizers().param_groups])
+
+    def on_train_epoch_end(self):
+        pass
+
+    def configure_optimizers(self):
+        self.backbone.requires_grad_(False)
+        return super().configure_optimizers()
+
+
+class Stepped(FrozenAtFirst):
+    """Steps all by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        if self.trainer.is_last_batch:
+            self.lr_schedulers().step(*([1.0] if self.kind == "plateau" else []))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "swa", "swa by group", "lambda, by hand", "plateau, by hand"])
+def test_a_group_that_a_hook_adds_in_mid_epoch(kind, local_trainer, tmp_path):
+    """Also with a checkpoint between that and the scheduler's next step."""
+
+    def made():
+        module = Stepped() if "hand" in kind else FrozenAtFirst()
+        module.kind = kind.removesuffix(", by hand").replace("swa by group", "lambda").replace("swa", "exponential")
+        averaging = [StochasticWeightAveraging([0.02] if "group" in kind else 0.02, 1, 2)] if "swa" in kind else []
+        return module, [AddsInMidEpoch(), *averaging]
+
+    module, callbacks = made()
+    averages = len(callbacks) > 1
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    local_trainer(max_epochs=6, callbacks=[*callbacks, saving]).fit(module, data())
+    assert [len(rates) for rates in module.rates] == [1, 1, 1, 2, 2, 2]
+    for first, second in module.rates[3:]:
+        assert second == pytest.approx(first / 10, abs=1e-12) or "plateau" in kind or averages
+    assert module.rates[5] == pytest.approx([0.02, 0.02]) or not averages
+    for step in (27, 35):
+        again, callbacks = made()
+        local_trainer(max_epochs=6, callbacks=callbacks).fit(again, data(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert again.rates[-2:] == module.rates[-2:]
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), module.parameters(), strict=True))

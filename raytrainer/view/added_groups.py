@@ -14,12 +14,14 @@ __all__ = ["cover_groups"]
 #: What schedulers keep for each parameter group: in the group itself, and in lists of their own.
 _GROUP_RATES, _GROUP_VALUES = ("initial_lr", "max_lr", "min_lr"), ("base_momentum", "max_momentum", "swa_lr")
 _RATE_LISTS, _VALUE_LISTS = ("base_lrs", "max_lrs"), ("lr_lambdas", "base_momentums", "max_momentums", "min_lrs")
+_LISTS, _IN_GROUPS = (*_RATE_LISTS, *_VALUE_LISTS), frozenset((*_GROUP_RATES, *_GROUP_VALUES))
 
 
 def cover_groups(configs: Sequence[SchedulerConfig]) -> None:
     """Have schedulers also drive parameter groups that were added after these were made.
 
-    An added group goes along with the first one: as far above or below it as now, in the same rhythm.
+    An added group goes along with the first one: as far above or below it as now, in the same rhythm. Call it before
+    schedulers step, as groups may be added anywhere.
     """
     for config in configs:
         _cover(config.scheduler)
@@ -32,6 +34,9 @@ def _cover(scheduler: Any) -> None:
     if not groups or not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
         return
     first = groups[0]
+    lists = [v for name in _LISTS if isinstance(v := scheduler.__dict__.get(name), list)]
+    if first.keys() & _IN_GROUPS <= groups[-1].keys() and all(len(values) >= len(groups) for values in lists):
+        return  # nearly always
     for index, group in enumerate(groups[1:], start=1):
         share = float(group["lr"]) / float(first["lr"]) if first["lr"] else 1.0
         for key in _GROUP_RATES:
@@ -40,7 +45,7 @@ def _cover(scheduler: Any) -> None:
         for key in _GROUP_VALUES:
             if key in first:
                 group.setdefault(key, first[key])
-        for name in (*_RATE_LISTS, *_VALUE_LISTS):
+        for name in _LISTS:
             values = scheduler.__dict__.get(name)
             if isinstance(values, list) and len(values) == index:
                 values.append(values[0] * share if name in _RATE_LISTS else values[0])
