@@ -64,7 +64,7 @@ class MetricBoard:
         specs, training = reports[0].specs, self.now.stage == "train"
         by_step_name = {spec.step_name: spec for spec in specs.values()}
         rows: Rows = []
-        shared = any(spec.sync_dist for spec in by_step_name.values())
+        shared = bool(reports[0].rows) and any(spec.sync_dist for spec in by_step_name.values())
         others = [{row.step: row.values for row in report.rows} for report in reports[1:]] if shared else []
         for row in reports[0].rows:
             merged = {}
@@ -109,9 +109,12 @@ class MetricBoard:
         Raises:
             MetricError: Workers that had batches logged different names; says which worker lacks which.
         """
-        _check_names(reports, what, batches)
+        names = reports[0].epoch.keys()
+        alike = all(report.epoch.keys() == names for report in reports)  # as nearly always, of up to thousands
+        if not alike:
+            _check_names(reports, what, batches)
         specs: dict[str, MetricSpec] = {}
-        for report in reports:
+        for report in reports[:1] if alike else reports:
             for name in report.epoch:
                 specs.setdefault(name, report.specs[name])
         objects = {
