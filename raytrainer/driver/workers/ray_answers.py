@@ -38,8 +38,8 @@ from raytrainer.worker.actor.place import Place
 
 __all__ = ["Answers"]
 
-#: Answers that are still to come, from which on they are not taken one by one.
-MANY = 8
+#: Answers that are still to come, from which on they are not taken one by one; and seconds to let such come together.
+MANY, TOGETHER = 8, 0.02
 
 #: Seconds that other workers get to answer after one has failed: long enough to tell cause from consequence.
 GRACE = 2.0
@@ -110,8 +110,8 @@ class Answers:
                 if watch is not None and not failed:
                     self._look(watch, range(len(self._group.places)), [of[ref] for ref in pending])
                 continue
-            if len(pending) >= MANY:  # those that have answered meanwhile, too
-                more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+            if len(pending) >= MANY:  # one by one they cost the driver a fifth more than Ray itself does
+                more, pending = ray.wait(pending, num_returns=len(pending), timeout=TOGETHER)
                 ready += more
             found = self._answered(ready, of)
             answers.update(zip(ready, found, strict=True))

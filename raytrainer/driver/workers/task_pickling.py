@@ -35,7 +35,7 @@ def asked(
     actors: Sequence[Any], before: Sequence[Told], verb: Verb, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """Have workers obey verbs, the last of which answers, pickled once for all of them; references to the answers."""
-    if not before and (verb.shares or len(actors) == 1):
+    if not before and verb.shares:
         return [actor.obey.remote(verb.name, *args, **kwargs) for actor in actors]
     packed = cloudpickle.dumps([(each.name, *given) for each, *given in (*before, (verb, args, kwargs))])
     sent = ray.put(packed) if len(packed) > LARGE else packed
