@@ -3,7 +3,7 @@
 Workers are simulated: they report as real ones do, with other numbers on each rank and in each chunk, and compute
 nothing. All that the driver does with the reports is real: coordinator, merging, metrics, loggers, progress, decisions.
 "Reading" is what it takes to unpickle the reports, as Ray does when answers are fetched. With `--ray 64` it also asks
-that many idle actors, without torch, through the same code that asks workers.
+that many idle actors, without torch, through the same code that asks workers, and in turn with it by Ray alone.
 
     python tests/benchmarks/driver_scale.py [--workers 1 8 64 256 1000] [--chunks 100 10000] [--ray 64] [--plot FILE]
 """
@@ -18,11 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import interleaved
 
 import raytrainer as rt
 from raytrainer.driver.workers.group_supply import GroupSupply
@@ -270,11 +271,34 @@ def reading(workers: int) -> float:
     return statistics.median(times)
 
 
-def asked_over_ray(workers: int) -> float:
-    """Milliseconds from telling idle actors a verb until all answers are there, by the code that asks workers."""
+@dataclass
+class Trip:
+    """From telling idle actors a verb until all answers are there: medians, in milliseconds.
+
+    Attributes:
+        ours: By the code that asks workers.
+        bare: By Ray alone, in turn with it: the same bytes to each, and one `ray.get`.
+        put: Likewise, of bytes that are put into Ray's store once.
+        ratio: Of ours to bare, median of the rounds'.
+        processor: Of the driver's process: ours, bare and put.
+    """
+
+    workers: int
+    ours: float
+    bare: float
+    put: float
+    ratio: float
+    processor: list[float]
+
+
+def asked_over_ray(workers: int, rounds: int = 40) -> Trip:
+    """So many actors, all of which share this machine's processors."""
     import ray
 
     from raytrainer.driver.workers.ray_answers import Answers
+    from raytrainer.driver.workers.task_pickling import asked
+    from raytrainer.worker.verbs import verb_of
+    from raytrainer.worker.worker import Worker
 
     class Asked:
         def __init__(self) -> None:
@@ -282,7 +306,7 @@ def asked_over_ray(workers: int) -> float:
             self.outputs: list[str | None] = []
             self.stale = False
 
-        def abort(self) -> None:
+        def lose(self, ranks: Collection[int] = ()) -> None:
             raise SystemExit("an actor was lost")
 
         def whereabouts(self, patience: float) -> list[Any]:
@@ -293,16 +317,44 @@ def asked_over_ray(workers: int) -> float:
         def obey_packed(self, packed: bytes) -> bytes:
             return packed
 
+        def obey(self, *told: Any) -> Any:
+            return told
+
     actors = [Idle.remote() for _ in range(workers)]
-    packed = pickle.dumps(("train", (CHUNK, None, None, True, 1, 4), {}), 5)
-    answers, times = Answers(Asked()), []
-    for _ in range(50):
-        began = time.perf_counter()
-        answers.all([actor.obey_packed.remote(packed) for actor in actors], 600.0, "nothing")
-        times.append(1e3 * (time.perf_counter() - began))
+    arguments = CHUNK, None, None, True, 1, 4
+    packed = pickle.dumps([("train", arguments, {})], 5)
+    answers = Answers(Asked())
+
+    def ours() -> None:
+        answers.all(asked(actors, (), verb_of(Worker.train), arguments, {}), 600.0, "nothing")
+
+    def bare() -> None:
+        ray.get([actor.obey_packed.remote(packed) for actor in actors])
+
+    def put() -> None:
+        sent = ray.put(packed)
+        ray.get([actor.obey_packed.remote(sent) for actor in actors])
+
+    processor: dict[str, list[float]] = {}
+
+    def timed(name: str, side: Callable[[], None]) -> Callable[[], float]:
+        def one() -> float:
+            began, used = time.perf_counter(), time.process_time()
+            side()
+            processor.setdefault(name, []).append(1e3 * (time.process_time() - used))
+            return 1e3 * (time.perf_counter() - began)
+
+        return one
+
+    sides = {side.__name__: timed(side.__name__, side) for side in (ours, bare, put)}
+    interleaved(sides, 5)
+    processor.clear()
+    found = interleaved(sides, rounds)
     for actor in actors:
         ray.kill(actor)
-    return statistics.median(times[5:])
+    ratio = statistics.median(a / b for a, b in zip(found["ours"], found["bare"], strict=True))
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    return Trip(workers, **middle, ratio=ratio, processor=[statistics.median(processor[name]) for name in found])
 
 
 def main() -> None:
@@ -328,16 +380,20 @@ def main() -> None:
     watch, trainer = run(most, [100], lose=True)
     (recovery,) = trainer.recoveries
     print(f"{most:,} workers, one lost: {1e3 * recovery.seconds:.1f} ms of the driver's own until training goes on")
-    asked = [(workers, asked_over_ray(workers)) for workers in options.ray]
-    for workers, milliseconds in asked:
+    trips = [asked_over_ray(workers) for workers in options.ray]
+    if trips:
         print(
-            f"{workers} idle actors: {milliseconds:.2f} ms from telling to answers, {milliseconds / workers:.3f} each"
+            "\n| idle actors | ms from telling to answers | bare Ray | ratio | bare Ray, with ray.put | "
+            "ms of processor in the driver | bare Ray | with ray.put |\n|---|---|---|---|---|---|---|---|"
         )
+    for trip in trips:
+        used = " | ".join(f"{each:.2f}" for each in trip.processor)
+        print(f"| {trip.workers} | {trip.ours:.2f} | {trip.bare:.2f} | {trip.ratio:.2f} | {trip.put:.2f} | {used} |")
     if options.plot:
-        draw(options.plot, table, asked)
+        draw(options.plot, table, trips)
 
 
-def draw(path: str, table: list[tuple[int, float, float, float]], asked: list[tuple[int, float]]) -> None:
+def draw(path: str, table: list[tuple[int, float, float, float]], trips: list[Trip]) -> None:
     """The table as a figure."""
     from matplotlib.figure import Figure
 
@@ -346,11 +402,16 @@ def draw(path: str, table: list[tuple[int, float, float, float]], asked: list[tu
     workers = [row[0] for row in table]
     for column, label in ((1, "a chunk"), (2, "an epoch's end, with a validation"), (3, "reading reports")):
         axes.plot(workers, [row[column] for row in table], "o-", label=label)
-    if asked:
-        axes.plot(*zip(*asked, strict=True), "s--", label="telling idle actors, and their answers")
+    asked = [trip.workers for trip in trips]
+    if trips:
+        axes.plot(asked, [trip.ours for trip in trips], "s--", label="telling idle actors, and their answers")
+        axes.plot(asked, [trip.bare for trip in trips], "x:", label="the same by bare Ray")
     axes.axhline(20, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="ms of the driver")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xticks(workers, [f"{each:,}" for each in workers])
+    axes.set_yticks([0.01, 0.1, 1, 10, 20, 100], ["0.01", "0.1", "1", "10", "20", "100"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
