@@ -63,7 +63,7 @@ def _tensor(packed: _Packed) -> Tensor:
 
 def bytes_of_tensor(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     """A CPU tensor's bytes, sharing its memory where that is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
 
 
 def tensor_of_bytes(data: numpy.ndarray[Any, Any] | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from xxhash import xxh3_128_digest
 
 from raytrainer.metrics.metric_objects import is_metric
 from raytrainer.strategies.same_numbers import version_of
-from raytrainer.tensor_packing import bytes_of_tensor
 from raytrainer.worker.data_pickling import Held, pickled, unpickled
 from raytrainer.worker.plain_attributes import INTERNAL
+from raytrainer.worker.sparse_parts import is_sparse, of_known_kind, put_together, taken_apart
+from raytrainer.worker.written_tables import Tables
 
 __all__ = ["AttributeSnapshots"]
 
@@ -37,27 +37,21 @@ Place = tuple[str, str, str]
 #: Bytes of an attribute from which on it is looked whether it has changed at all.
 _LARGE = 2**16
 
-#: Bytes of a tensor up to which it is looked into, in a hundredth of a second at most.
-_LOOKED_INTO = 2**26
-
-#: Numbers of one on a GPU that are looked into at once, so that it takes little memory.
-_AT_ONCE = 2**22
-
-#: Odd, and without a pattern.
-_FACTORS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
-
 
 class AttributeSnapshots:
     """Takes what may have changed since this was made, and puts it back.
 
     Args:
         module: As its task and its `setup` have made it: alike in each worker that comes in place of another.
+
+    Attributes:
+        tables: The large tensors, which are taken if they have been written to.
     """
 
     def __init__(self, module: nn.Module) -> None:
         held, tensors = Held(module), list[Tensor]()
         self._before = {place: _look(value, held, tensors) for place, value in _attributes(module)}
-        self._tensors = [(weakref.ref(tensor), _content(tensor)) for tensor in tensors]  # the large ones
+        self.tables = Tables(tensors)
 
     def take(self, module: nn.Module) -> dict[str, Any]:
         """What a worker in place of another needs: small data always, large data if it has changed.
@@ -67,11 +61,7 @@ class AttributeSnapshots:
             changed and is no data, so that it cannot be taken.
         """
         held, tensors, values = Held(module), list[Tensor](), dict[Place, bytes]()
-        held.unchanged = {
-            id(tensor): index
-            for index, (ref, content) in enumerate(self._tensors)
-            if (tensor := ref()) is not None and version_of(tensor) == content[0] and _content(tensor) == content
-        }
+        held.unchanged = self.tables.unchanged()
         lost, there = list[str](), set[Place]()
         for place, value in _attributes(module):
             there.add(place)
@@ -82,17 +72,18 @@ class AttributeSnapshots:
             elif before is not None and (before.is_data or look.digest != before.digest):
                 lost.append(f"{place[0]}.{place[2]}".lstrip("."))
         gone = [place for place in self._before if place not in there]
-        return {"values": values, "tensors": [tensor.detach() for tensor in tensors], "gone": gone, "lost": lost}
+        travelling = [taken_apart(tensor) if is_sparse(tensor) else tensor.detach() for tensor in tensors]
+        return {"values": values, "tensors": travelling, "gone": gone, "lost": lost}
 
     def put_back(self, module: nn.Module, state: dict[str, Any]) -> None:
         """Put back what `take` has taken; into the very objects that there are, where that is possible."""
         parts, held = dict(module.named_modules()), Held(module)
-        unchanged = [ref() for ref, _ in self._tensors]
+        unchanged, tensors = self.tables.live(), [put_together(parts) for parts in state["tensors"]]
         for (path, kind, name), data in state["values"].items():
             if path not in parts:
                 continue
             try:
-                value = unpickled(data, held, state["tensors"], unchanged)
+                value = unpickled(data, held, tensors, unchanged)
             except Exception as error:  # it refers to what is not there in this worker
                 log.warning("%s.%s begins anew: %s: %s", type(parts[path]).__name__, name, type(error).__name__, error)
                 continue
@@ -120,34 +111,6 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Place, Any]]:
                 yield (path, "_buffers", name), value
 
 
-def _content(tensor: Tensor) -> tuple[int, bytes]:
-    """Another one when it has been written to: its version, and what is in it.
-
-    Batch normalisation, `.data`, kernels of users' own and arrays that share its memory write without a version.
-    """
-    looked_into = not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_conj()
-    if not looked_into or tensor.numel() * tensor.element_size() > _LOOKED_INTO:
-        return version_of(tensor), b""
-    if tensor.device.type == "cpu":
-        return version_of(tensor), xxh3_128_digest(bytes_of_tensor(tensor).data)
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return version_of(tensor), digest_there(tensor) if plain else b""
-
-
-def digest_there(tensor: Tensor) -> bytes:
-    """Of what is in it, computed where it is, of which only the result comes here."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    numbers = data.view(torch.int32) if (len(data) | int(data.storage_offset())) % 4 == 0 else data
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for begin in range(0, len(numbers), _AT_ONCE):
-        part = numbers[begin : begin + _AT_ONCE].long()
-        # each place counts in a way of its own: whole numbers, which wrap around and do not round
-        weights = torch.arange(begin + 1, begin + 1 + len(part), device=tensor.device) * _FACTORS[0]
-        weights = (weights ^ (weights >> 29)) * _FACTORS[1] | 1
-        total += ((part + 1) * (weights ^ (weights >> 32) | 1)).sum()
-    return int(total).to_bytes(8, "little", signed=True)
-
-
 @dataclass(frozen=True)
 class _Look:
     """What was seen of an attribute.
@@ -167,6 +130,8 @@ def _look(value: Any, held: Held, tensors: list[Tensor]) -> _Look:
     data = pickled(value, held, tensors)
     if data is not None:
         return _Look(data, xxh3_128_digest(data), True)
+    if isinstance(value, Tensor) and not of_known_kind(value):
+        return _Look(None, repr((id(value), version_of(value))).encode(), False)
     inside = getattr(value, "__dict__", None)
     if isinstance(inside, dict) and not type(value).__module__.startswith(("torch.", "raytrainer.")):
         found = {name: pickled(item, held, []) for name, item in inside.items()}
@@ -180,7 +145,11 @@ def _put(own: Any, new: Any) -> Any:
         return new
     with contextlib.suppress(RuntimeError, ValueError), torch.no_grad():  # of tensors that cannot be written to
         if isinstance(own, Tensor):
-            if own is not new and (own.shape, own.dtype, own.device) == (new.shape, new.dtype, new.device):
+            if (
+                own is not new
+                and own.layout == torch.strided
+                and (own.shape, own.dtype, own.device) == (new.shape, new.dtype, new.device)
+            ):
                 return own.copy_(new)
         elif isinstance(own, numpy.ndarray):
             if (own.shape, own.dtype) == (new.shape, new.dtype):

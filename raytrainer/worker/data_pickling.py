@@ -24,6 +24,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from raytrainer.worker.sparse_parts import of_known_kind
+
 __all__ = ["Held", "pickled", "unpickled"]
 
 _SCALARS = frozenset({type(None), bool, int, float, complex})
@@ -138,7 +140,11 @@ class _Pickler(pickle.Pickler):
             return "unchanged", held.unchanged[id(value)]
         if _storage(value) in held.storages:
             raise _NoDataError("a view of what the module holds")
-        if value.is_cpu and value.numel() * value.element_size() < _LARGE:
+        if value.is_meta:
+            return None
+        if not of_known_kind(value):
+            raise _NoDataError(value.layout)
+        if value.is_cpu and value.layout == torch.strided and value.numel() * value.element_size() < _LARGE:
             return None  # a GPU's is not read here, which would wait for the GPU
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._tensors)
@@ -157,7 +163,9 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor:
             return NotImplemented
-        flat = value.detach().cpu().contiguous().view(-1)
+        if value.is_meta:
+            return _small, (b"", value.dtype, tuple(value.shape), "meta")
+        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         return _small, (data, value.dtype, tuple(value.shape), str(value.device))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from raytrainer.plan.common_moment import Moment
 from raytrainer.private.torch_private import copy_together
+from raytrainer.worker.written_tables import Tables
 
 __all__ = ["Arrives", "OnTheWay", "StepCopies", "is_plain"]
 
@@ -92,11 +95,19 @@ class OnTheWay:
         self._live: list[Tensor] = []
         self._parts: list[tuple[list[int], Tensor]] = []
         self._shapes: list[torch.Size] = []
+        self._expected: list[tuple[Arrives, list[int]]] = []
 
     def add(self, tensor: Tensor) -> Arrives:
         """One more, before `begin`."""
         self._live.append(tensor.detach())
         return Arrives(len(self._live) - 1)
+
+    @contextmanager
+    def proving(self, tables: Tables) -> Iterator[None]:
+        """Whoever asks these tables meanwhile does not wait for the device, which says later whether it was right."""
+        with tables.proving_later() as unproven:
+            yield
+        self._expected += [(self.add(each.said), each.expected) for each in unproven]
 
     def begin(self) -> None:
         """Have them copied."""
@@ -116,3 +127,7 @@ class OnTheWay:
             sizes = [self._shapes[index].numel() for index in indices]
             found |= zip(indices, flat.split(sizes), strict=True)
         return [found[index].view(shape) for index, shape in enumerate(self._shapes)]
+
+    def proves(self, arrived: Sequence[Tensor]) -> bool:
+        """Whether those tables are unchanged, by what has arrived."""
+        return all(arrived[at.index].tolist() == expected for at, expected in self._expected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,7 +148,11 @@ class StepRecords:
             return
         begun.told.add(logged)
         report = replace(begun.report, metrics=begun.told.shared() if self._rank else begun.told)
-        record = _dumps((begun.content, pack(begun.travelling.arrived()), metrics.sums(), report))
+        arrived = begun.travelling.arrived()
+        if not begun.travelling.proves(arrived):
+            self._give_up("Rank %d writes to a large tensor in an attribute without torch's knowledge.", self._rank)
+            return
+        record = _dumps((begun.content, pack(arrived), metrics.sums(), report))
         self._copies.complete(self._turn, begun.moment)
         if not self._memory.write(self._rank, self._turn, begun.moment, record):
             self._give_up("Rank %d has %d KB to keep of each step, which is too much.", self._rank, len(record) >> 10)
@@ -259,7 +264,9 @@ def _content(run: WorkerRun, live: dict[str, Tensor], travelling: OnTheWay | Non
 
     Sums of metrics are not, which are added up once the device has come to what they are of.
     """
-    state = capture_state(run, weights_only=False, replica=False)
+    assert run.attributes is not None, "it is not asked for"
+    with nullcontext() if travelling is None else travelling.proving(run.attributes.tables):
+        state = capture_state(run, weights_only=False, replica=False)
     names = {_place(tensor): name for name, tensor in live.items()}
     device = run.strategy.device.type
 

@@ -265,3 +265,34 @@ def test_losses_in_a_row(calm, monkeypatch, tmp_path):
     assert [found.source for found in trainer.recoveries] == ["what each worker had recorded"] * 3
     assert len(list(Path(module.flag).parent.glob("flag*"))) == 4
     assert len(supply.groups) == 5 and max(repeated(module.seen)) <= 3
+
+
+class WritesATable(Struck):
+    """Which then counts in what it computes, from its fifth batch on and by a way that leaves no version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = torch.zeros(2**12)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.count >= 5:
+            self.table.data.add_(0.01)
+        return super().training_step(batch, batch_idx) * (1 + self.table[0])
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("batches", "source"), [(4, "what each worker had recorded"), (6, "a snapshot"), (10, "a snapshot")]
+)
+def test_a_device_says_later_that_a_table_has_been_written_to(batches, source, behind, monkeypatch, tmp_path):
+    """Until that is known, a moment is none; afterwards whole states are copied."""
+    monkeypatch.setattr("raytrainer.worker.written_tables._is_here", lambda tensor: False)
+    MendingSupply(monkeypatch)
+    expected = made(tmp_path / "calm", kind=WritesATable)
+    _, expected_rows = fit(expected, tmp_path)
+    module = made(tmp_path / "struck", 1, batches, "forward", kind=WritesATable)
+    trainer, logged = fit(module, tmp_path)
+    assert same(module, expected) and logged == expected_rows
+    assert torch.equal(module.table, expected.table) and module.table[0] > 0
+    (found,) = trainer.recoveries
+    assert found.source == source

@@ -16,7 +16,11 @@ from torch.nn import functional as F
 
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
 from raytrainer.driver.workers.group_supply import GroupSupply
-from raytrainer.worker.attribute_snapshots import AttributeSnapshots, digest_there
+from raytrainer.tensor_packing import pack, unpack
+from raytrainer.worker import written_tables
+from raytrainer.worker.attribute_snapshots import AttributeSnapshots
+from raytrainer.worker.staging import Staging
+from raytrainer.worker.step_copies import OnTheWay
 
 
 @pytest.mark.parametrize(("batches", "verb"), [(3, "train"), (9, "train"), (21, "validate"), (33, "train")])
@@ -55,8 +59,12 @@ def test_what_is_in_two_places_of_an_attribute_is_one_thing() -> None:
 def test_whatever_changes_in_it_changes_the_digest_of_what_is_on_a_gpu(
     tensor: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.worker.attribute_snapshots._AT_ONCE", 1000)
+    monkeypatch.setattr("raytrainer.worker.written_tables._AT_ONCE", 1000)
     rows = tensor.clone().flatten()
+
+    def digest_there(tensor: torch.Tensor) -> int:
+        return int(written_tables.digest_there(tensor))
+
     found = [digest_there(tensor), digest_there(rows.roll(1)), digest_there(rows.flip(0)), digest_there(rows[:-4])]
     for place in (0, 999, 1000, len(rows) - 1):
         other = rows.clone()
@@ -74,16 +82,22 @@ def test_whatever_changes_in_it_changes_the_digest_of_what_is_on_a_gpu(
 @pytest.mark.parametrize(
     "write",
     [
-        lambda table: F.batch_norm(torch.ones(2, 2**12), table, torch.ones(2**12), training=True),
+        lambda table: F.batch_norm(torch.ones(2, len(table)), table, torch.ones(len(table)), training=True),
         lambda table: table.data.add_(1.0),
         lambda table: numpy.add(table.numpy(), 1.0, out=table.numpy()),
     ],
     ids=["batch normalisation", "data", "array"],
 )
-def test_a_table_that_is_written_to_without_a_version_goes_along(write: Callable[[torch.Tensor], Any]) -> None:
+@pytest.mark.parametrize("size,where", [(2**12, "here"), (2**12, "there"), (2**24 + 1, "here")])
+def test_a_table_that_is_written_to_without_a_version_goes_along(
+    write: Callable[[torch.Tensor], Any], size: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its size; on a device, which is waited for once."""
+    if where == "there":
+        monkeypatch.setattr(written_tables, "_is_here", lambda tensor: False)
     modules = [torch.nn.Linear(1, 1) for _ in range(2)]
     for module in modules:
-        module.table, module.constant = torch.zeros(2**12), torch.ones(2**12)
+        module.table, module.constant = torch.zeros(size), torch.ones(2**12)
     snapshots = [AttributeSnapshots(module) for module in modules]
     write(modules[0].table)
     assert modules[0].table._version == 0 and modules[0].table.any()
@@ -91,6 +105,90 @@ def test_a_table_that_is_written_to_without_a_version_goes_along(write: Callable
     assert len(state["tensors"]) == 1
     snapshots[1].put_back(modules[1], state)
     assert torch.equal(modules[1].table, modules[0].table)
+
+
+def test_what_a_device_says_of_tables_may_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_tables, "_is_here", lambda tensor: False)
+    tensors = [torch.zeros(2**12), torch.ones(2**12), torch.ones(2**12)]
+    tables = written_tables.Tables(tensors)
+    tensors[0].data.add_(1)
+    tensors[1].add_(1)
+    assert set(tables.unchanged()) == {id(tensors[2])}
+    for steps in (OnTheWay(), OnTheWay()):
+        with steps.proving(tables):
+            assert set(tables.unchanged()) == {id(tensors[0]), id(tensors[2])}
+        steps.begin()
+        assert steps.proves(steps.arrived()) == (not tensors[0].any())
+        tensors[0].data.zero_()
+
+
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "bool": lambda: torch.zeros(5000, dtype=torch.bool),
+    "float8": lambda: torch.zeros(5000).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.zeros(5000, dtype=torch.complex64),
+    "conjugated": lambda: torch.zeros(5000, dtype=torch.complex64).conj(),
+    "negated": lambda: torch.zeros(5000, dtype=torch.complex64).conj().imag,
+    "strided": lambda: torch.zeros(100, 100)[::2, 1:],
+    "coo": lambda: torch.eye(300).to_sparse(),
+    "csr": lambda: torch.eye(300).to_sparse_csr(),
+    "csc": lambda: torch.eye(300).to_sparse_csc(),
+    "bsr": lambda: torch.eye(300).to_sparse_bsr((10, 10)),
+    "inference": lambda: torch.inference_mode()(torch.zeros)(5000),
+    "empty": lambda: torch.zeros(0, 5000),
+    "expanded": lambda: torch.zeros(1).expand(5000),
+    "one number": lambda: torch.zeros(()),
+    "meta": lambda: torch.zeros(5000, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse")
+@pytest.mark.parametrize("where", ["here", "there"])
+@pytest.mark.parametrize("kind", ODD)
+def test_tables_of_odd_kinds(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay if they are unchanged, and come along if written to or exchanged."""
+    if where == "there":
+        monkeypatch.setattr(written_tables, "_is_here", lambda tensor: False)
+    modules = [torch.nn.Linear(1, 1) for _ in range(2)]
+    for module in modules:
+        module.table = ODD[kind]()
+    snapshots = [AttributeSnapshots(module) for module in modules]
+    assert not snapshots[0].take(modules[0])["tensors"]
+    table = modules[0].table
+    if kind in ("coo", "csr", "csc", "bsr"):
+        table.values().data.fill_(2) if kind != "coo" else table._values().data.fill_(2)
+    elif list(ODD).index(kind) < list(ODD).index("coo"):
+        table.data[1:2].fill_(1)
+    else:
+        modules[0].table = table = torch.cat([table.flatten(), table.flatten()])
+    for _ in range(2):
+        state = Staging(torch.device("cpu")).copy(snapshots[0].take(modules[0]))
+        snapshots[1].put_back(modules[1], unpack(pack(dict(state))))
+        put = modules[1].table
+        assert put.layout == table.layout and put.shape == table.shape and put.dtype == table.dtype
+        if kind == "meta":
+            break
+        one, other = (tensor.to_dense().to(torch.complex64) for tensor in (put, table))
+        assert torch.equal(one, other)
+        if table.layout != torch.strided:
+            modules[0].table = table = (torch.eye(300) + torch.eye(300).roll(1, 0)).to_sparse()  # of another size
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("kind", ["nested", "quantized", "a class of its own"])
+def test_tables_of_which_nothing_is_known_are_named_if_exchanged(kind: str) -> None:
+    def made() -> torch.Tensor:
+        if kind == "nested":
+            return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)], layout=torch.jagged)
+        if kind == "quantized":
+            return torch.quantize_per_tensor(torch.zeros(5000), 0.1, 0, torch.quint8)
+        return torch.zeros(5000).as_subclass(type("Own", (torch.Tensor,), {}))
+
+    module = torch.nn.Linear(1, 1)
+    module.table = made()
+    snapshots = AttributeSnapshots(module)
+    assert snapshots.take(module)["lost"] == []
+    module.table = made()
+    assert snapshots.take(module)["lost"] == ["table"]
 
 
 class Counts:
