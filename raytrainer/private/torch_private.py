@@ -136,7 +136,13 @@ def averaging_check(ddp: DistributedDataParallel) -> Callable[[], None]:
 def copy_together(into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
     """Copy tensors into others, on a GPU in few kernels. Without `_foreach_copy_`: in one for each."""
     together = getattr(torch, "_foreach_copy_", None) or (lambda *lists: list(map(torch.Tensor.copy_, *lists)))
-    together(into, tensors)
+    alike: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for place, tensor in zip(into, tensors, strict=True):
+        places, own = alike.setdefault((tensor.device, tensor.dtype), ([], []))
+        places.append(place)
+        own.append(tensor)
+    for places, own in alike.values():
+        together(places, own)
 
 
 # ---------------------------------------------------------------- compiled modules

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from raytrainer.checkpointing.pieces import KEY, Mark, places_of
 from raytrainer.gpu.pinned import pinned_tensors
+from raytrainer.gpu.way_home import WayHome
 from raytrainer.memory_segments import Handed
 from raytrainer.strategies.same_numbers import version_of
 from raytrainer.worker.shared_staging import SharedStaging
+from raytrainer.worker.step_copies import is_plain
 
-__all__ = ["Slot", "Staged", "Staging"]
+__all__ = ["Slot", "Staged", "Staging", "arrived"]
 
 
 class Staged(dict[str, Any]):
@@ -31,11 +33,20 @@ class Staged(dict[str, Any]):
         before: An earlier copy, some of whose buffers this one has too.
         handed: Where the shards are, if they are in memory that outlives this process; of each the state then says
             "at", "shape" and "dtype".
+        arrive: Waits for what is on its way.
     """
 
     copies: list[tuple[_Mark, Tensor]]
     before: Staged | None = None
     handed: Handed | None = None
+    arrive: Callable[[], None] | None = None
+
+
+def arrived(state: dict[str, Any]) -> dict[str, Any]:
+    """A state, once all of it is there. Of one that is staged, tensors may be on their way, other than in "own"."""
+    if isinstance(state, Staged) and state.arrive is not None:
+        state.arrive()
+    return state
 
 
 #: Where shards go, of `SharedStaging`'s; None: where all else goes.
@@ -64,6 +75,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.shared: SharedStaging | None = None
+        self._way_home = WayHome(device)
         self._free: dict[_Kind, list[Tensor]] = {}
         self._needed: Counter[_Kind] = Counter()  # how many of each kind one copy of this run takes
         self._returned: deque[tuple[Sequence[_Kind], Sequence[Tensor]]] = (
@@ -100,6 +112,8 @@ class Staging:
     def copy(self, state: Mapping[str, Any], slot: Slot = None) -> Staged:
         """`state` with every tensor in it copied to main memory (pinned, if it comes from a GPU), and all else too.
 
+        Of a GPU with room for it, most is still on its way: see `arrived`.
+
         If nothing large has changed since the latest copy, which is still held (by who writes it), they share memory.
 
         Args:
@@ -118,26 +132,53 @@ class Staging:
         found = _unchanged(tensors, [] if before is None else before.copies)
         kinds = [_kind(tensor) for tensor, shared in zip(tensors, found, strict=True) if shared is None]
         buffers = self._take(kinds)
-        left, copies = iter(buffers), list[tuple[_Mark, Tensor]]()
+        left, copies = iter(zip(kinds, buffers, strict=True)), list[tuple[_Mark, Tensor]]()
+        own = set(map(id, _tensors(state.get("own"))))
+        sent: tuple[list[Tensor], list[Tensor]] = ([], [])
+        waits = False  # for copies from a GPU
 
         def copied(value: Tensor) -> Tensor:
-            shared = found[len(copies)]
-            # leaf tensors may require gradients; the copy never does
-            copy = next(left).copy_(value.detach(), non_blocking=True) if shared is None else shared
+            nonlocal waits
+            copy = found[len(copies)]
+            if copy is None:
+                kind, copy = next(left)
+                if kind[2] and id(value) not in own and self._may_be_sent(value):
+                    sent[0].append(value)
+                    sent[1].append(copy)
+                else:
+                    # leaf tensors may require gradients; the copy never does
+                    copy.copy_(value.detach(), non_blocking=True)
+                    waits |= kind[2]
             copies.append((_mark(value), copy))
             return copy
 
+        arrive: Callable[[], None] | None = None
         try:
             with torch.no_grad():
                 staged = Staged(_walk(state, copied, _copied))
+                arrive = self._way_home.send(*sent) if sent[0] else None
+                if arrive is None:
+                    for value, copy in zip(*sent, strict=True):
+                        copy.copy_(value.detach(), non_blocking=True)
         finally:
-            if any(from_gpu for _, _, from_gpu in kinds):  # also before the buffers of a failed copy may go
+            if waits or (sent[0] and arrive is None):  # also before the buffers of a failed copy may go
                 torch.cuda.current_stream().synchronize()
-        weakref.finalize(staged, self._returned.append, (kinds, buffers))
+        weakref.finalize(staged, self._come_back, kinds, buffers, arrive)
+        staged.arrive = arrive
         staged.copies = copies
         staged.before = before if any(shared is not None for shared in found) else None
         self._latest = weakref.ref(staged)
         return staged
+
+    def _may_be_sent(self, tensor: Tensor) -> bool:
+        return tensor.device == self._device and is_plain(tensor)
+
+    def _come_back(self, kinds: Sequence[_Kind], buffers: Sequence[Tensor], arrive: Callable[[], None] | None) -> None:
+        """Nobody holds a copy any more: its buffers, once nothing comes there any more, are for another."""
+        with contextlib.suppress(RuntimeError):  # CUDA is at its end, and so are they
+            if arrive is not None:
+                arrive()
+            self._returned.append((kinds, buffers))
 
     def _take(self, kinds: Sequence[_Kind]) -> list[Tensor]:
         """A buffer for each: what is free, and new ones."""

@@ -19,7 +19,8 @@ __all__ = ["Arrives", "OnTheWay", "StepCopies", "is_plain"]
 
 def is_plain(value: Any) -> bool:
     """Whether it is a tensor of a place and strides, and no more than that."""
-    return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and value.numel() > 0
+    plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and value.numel() > 0
+    return plain and not value.is_neg() and not value.is_conj()
 
 
 class StepCopies:
@@ -53,14 +54,8 @@ class StepCopies:
             copies.clear()  # first: there may not be room for both
             copies.update({name: torch.empty_like(t, requires_grad=False) for name, t in live.items()})
             self._like[place] = self._kinds
-        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for name, tensor in live.items():
-            into, of = groups.setdefault((tensor.device, tensor.dtype), ([], []))
-            into.append(copies[name])
-            of.append(tensor.detach())
         with torch.no_grad():
-            for into, of in groups.values():
-                copy_together(into, of)
+            copy_together([copies[name] for name in live], [tensor.detach() for tensor in live.values()])
         return True
 
     def complete(self, turn: int, moment: Moment) -> None:

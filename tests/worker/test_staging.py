@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raytrainer.worker import staging as module
-from raytrainer.worker.staging import Staging
+from raytrainer.worker.staging import Staging, arrived
 
 
 def test_nothing_in_a_copy_is_changed_by_training() -> None:
@@ -51,7 +51,9 @@ def test_buffers_are_used_again_once_nobody_holds_the_copy() -> None:
 class Device:
     """A GPU whose tensors are those of 32 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: bool = False) -> None:
+        self.room = room  # for copies of its tensors
+        self.on_the_way = 0
         self.allocations: list[tuple[str, int]] = []
         self.may_allocate = threading.Event()
         self.may_allocate.set()
@@ -65,6 +67,24 @@ class Device:
         self.allocations.append((threading.current_thread().name, len(kinds)))
         return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
 
+    def way_home(self, device: torch.device) -> Device:
+        return self
+
+    def send(self, tensors: list[torch.Tensor], places: list[torch.Tensor]) -> Any:
+        if not self.room:
+            return None
+        copies = [tensor.clone() for tensor in tensors]
+        self.on_the_way += 1
+
+        def arrive() -> None:
+            for copy, place in zip(copies, places, strict=True):
+                place.copy_(copy)
+            self.on_the_way -= len(copies) > 0
+            copies.clear()
+            places.clear()
+
+        return arrive
+
     def current_stream(self) -> Device:
         return self
 
@@ -77,6 +97,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     fake = Device()
     monkeypatch.setattr(module, "_kind", fake.kind)
     monkeypatch.setattr(module, "pinned_tensors", fake.pinned)
+    monkeypatch.setattr(module, "WayHome", fake.way_home)
     monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
     return fake
 
@@ -156,6 +177,35 @@ def test_a_copy_that_fails_still_waits_for_what_it_has_begun(device: Device) -> 
     with pytest.raises(RuntimeError):
         staging.copy({"a": torch.ones(3), "sparse": torch.ones(3).to_sparse()})
     assert device.waits == 1
+
+
+def test_training_does_not_wait_for_what_a_gpu_has_copied_aside(device: Device) -> None:
+    device.room = True
+    staging = Staging(torch.device("cpu"))
+    live = {"weights": {"a": torch.ones(3)}, "own": {"sum": torch.ones(2)}}
+    copied = staging.copy(live)
+    assert copied["own"]["sum"].tolist() == [1, 1] and device.waits == 1  # this goes to the driver at once
+    assert device.on_the_way == 1
+    live["weights"]["a"].zero_()
+    assert arrived(copied)["weights"]["a"].tolist() == [1, 1, 1]
+    assert arrived(copied)["weights"]["a"].tolist() == [1, 1, 1]  # also for who asks later
+    staging.copy({"weights": live["weights"]})
+    assert device.waits == 1
+
+
+def test_training_waits_for_a_gpu_that_has_no_room(device: Device) -> None:
+    copied = Staging(torch.device("cpu")).copy(LIVE)
+    assert device.waits == 1 and copied["weights"]["a"].tolist() == [1, 1, 1]
+    assert arrived(copied) is copied
+
+
+def test_buffers_are_used_again_only_when_what_was_on_the_way_is_there(device: Device) -> None:
+    device.room = True
+    staging = Staging(torch.device("cpu"))
+    place = staging.copy(LIVE)["weights"]["a"].data_ptr()
+    assert device.on_the_way == 0  # nobody has asked for it, or will
+    device.room = False
+    assert staging.copy(LIVE)["weights"]["a"].data_ptr() == place
 
 
 def test_two_copies_of_one_moment_share_what_is_large() -> None:

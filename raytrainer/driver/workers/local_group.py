@@ -19,6 +19,7 @@ from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.settings import Settings
 from raytrainer.plan.where_it_is import Silence, Whereabouts, whereabouts
 from raytrainer.task import Task
+from raytrainer.worker.staging import arrived
 from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
@@ -72,7 +73,7 @@ class LocalGroup:
 
     def capture(self, weights_only: bool = False, final: bool = False) -> Copies:
         staged = self.worker.capture(weights_only, live=final, final=final)
-        return Copies(lambda: ([staged], None))
+        return Copies(lambda: ([arrived(staged)], None))
 
     def room(self, weights_only: bool) -> Room:
         return Room()

@@ -40,6 +40,7 @@ with importing():  # in a worker, nearly all of its imports
     from raytrainer.worker.actor.stack_dump import can_be_asked
     from raytrainer.worker.process_group import ProcessGroup, make_store
     from raytrainer.worker.process_memory import keep_heap
+    from raytrainer.worker.staging import arrived
     from raytrainer.worker.verbs import verb_of
     from raytrainer.worker.worker import Worker
 
@@ -213,7 +214,7 @@ class RemoteWorker(KeepsRecords):
         """
 
         def capture() -> tuple[Any, Any, Any]:
-            state = self._worker().capture(weights_only, replica=True, live=True, final=final)
+            state = arrived(self._worker().capture(weights_only, replica=True, live=True, final=final))
             refuse_unpicklable(state)
             return pack(state.get("own")), *apart(state)
 

@@ -21,7 +21,7 @@ with importing():  # as in actor.py; torch comes with the first of them
     from raytrainer.worker.actor.module_pickling import Pickled
     from raytrainer.worker.actor.pieces_apart import apart
     from raytrainer.worker.shared_staging import SharedStaging
-    from raytrainer.worker.staging import Staged
+    from raytrainer.worker.staging import Staged, arrived
 
 __all__ = ["ASIDE", "StagingWorker"]
 
@@ -130,7 +130,7 @@ class StagingWorker(RemoteWorker):
         says whether it is there, and comes when the buffers may be used for the next `stage`.
         """
         staged, self.staged = self.staged, None
-        answer = self._guard(lambda: apart(staged, self._with_room(staged.handed)))
+        answer = self._guard(lambda: apart(arrived(staged), self._with_room(staged.handed)))
         return (answer, answer, False) if isinstance(answer, Failure) else (*answer, True)
 
     def _with_room(self, handed: Handed | None) -> Handed | None:
