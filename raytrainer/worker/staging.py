@@ -16,11 +16,11 @@ from torch import Tensor
 
 from raytrainer.checkpointing.pieces import KEY, Mark, places_of
 from raytrainer.gpu.pinned import pinned_tensors
-from raytrainer.gpu.way_home import WayHome
 from raytrainer.memory_segments import Handed
 from raytrainer.strategies.same_numbers import version_of
 from raytrainer.worker.shared_staging import SharedStaging
 from raytrainer.worker.step_copies import is_plain
+from raytrainer.worker.way_home import WayHome
 
 __all__ = ["Slot", "Staged", "Staging", "arrived"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import raytrainer
 from raytrainer.data import prefetch
-from raytrainer.gpu import pinned, way_home
+from raytrainer.gpu import pinned
+from raytrainer.worker import way_home
 from raytrainer.worker.staging import Staging, arrived
 
 ROWS, WIDTH = 8192, 2048
