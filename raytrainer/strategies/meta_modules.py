@@ -25,11 +25,11 @@ class StartWeights:
     """Files that a module begins with; see `on_meta`."""
 
     path: str
-    names: Callable[[str], str] | None
+    names: Callable[[str], str | None] | None
     strict: bool
 
-    def name(self, name: str) -> str:
-        """What a tensor of the module is called in the files."""
+    def name(self, name: str) -> str | None:
+        """What a tensor of the module is called in the files; None: it is not to be there."""
         return name if self.names is None else self.names(name)
 
 
@@ -37,7 +37,7 @@ class StartWeights:
 def on_meta(
     make: Callable[[], M],
     weights: str | os.PathLike[str] | None = None,
-    names: Callable[[str], str] | None = None,
+    names: Callable[[str], str | None] | None = None,
     strict: bool = True,
 ) -> M:
     """A module whose parameters have shapes only, for a model that is too large for this process.
@@ -54,8 +54,10 @@ def on_meta(
         weights: Begin with these instead: a safetensors file, or a folder of such, as models of Hugging Face come in;
             a path that all workers see, or a URI. Each worker reads what it holds. A checkpoint that is gone on with
             takes their place.
-        names: What a parameter or buffer of the module is called in the files, by its name. None: the same.
-        strict: Whether each parameter must be in the files; otherwise those that are not begin as without files.
+        names: What a parameter or buffer of the module is called in the files, by its name; None: it is not to be
+            there, and begins as without files. Without: all, the same.
+        strict: Whether each other parameter must be in the files; False: those that are not begin as without files, and
+            a warning names them.
 
     Example:
         module = raytrainer.on_meta(lambda: Llama(layers=32, dim=4096))

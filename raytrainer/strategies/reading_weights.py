@@ -42,7 +42,7 @@ class WeightFiles:
         for names, tensor in _named(module):
             theirs = self._theirs(names)
             if theirs is None:
-                if isinstance(tensor, nn.Parameter):
+                if isinstance(tensor, nn.Parameter) and any(source.name(name) is not None for name in names):
                     missing.append(f"{names[0]!r} (there {source.name(names[0])!r})")
             elif shapes[theirs] != tuple(tensor.shape):
                 wrong.append(f"{theirs!r}: {shapes[theirs]} there, {tuple(tensor.shape)} here")
@@ -54,8 +54,10 @@ class WeightFiles:
             raise CheckpointError(
                 f"{source.path}: it lacks parameters of {type(module).__name__}: {_few(missing)}; it has "
                 f"{_few([repr(name) for name in shapes])}. on_meta(..., names=...) says how names there follow from "
-                f"those here; strict=False lets the others begin as without files."
+                f"those here, or None for what is not to be there; strict=False lets the others begin as without files."
             )
+        if missing:
+            log.warning("%s: it lacks, and these begin as without files: %s", source.path, _few(missing))
         left = shapes.keys() - {source.name(name) for name in self.given}
         if left:
             log.warning("%s: not used: %s", source.path, _few(sorted(left)))
@@ -71,7 +73,8 @@ class WeightFiles:
 
     def _theirs(self, names: list[str]) -> str | None:
         """What a tensor is called in the files; of a tied one, by whichever name it has there."""
-        return next((there for name in names if (there := self._source.name(name)) in self._files.shapes), None)
+        there = [self._source.name(name) for name in names]
+        return next((name for name in there if name is not None and name in self._files.shapes), None)
 
 
 def _named(module: nn.Module) -> Iterator[tuple[list[str], Tensor]]:

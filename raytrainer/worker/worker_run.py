@@ -17,6 +17,7 @@ from raytrainer.metrics.metric_store import MetricStore
 from raytrainer.module import Module
 from raytrainer.place_in_run import take_place
 from raytrainer.plan.seeds import derive_seed
+from raytrainer.private.transformers_private import note_what_is_recorded
 from raytrainer.quick_imports import importing
 from raytrainer.seeding import restore_rng, seed_generators
 from raytrainer.strategies.strategy import Strategy
@@ -119,6 +120,7 @@ class WorkerRun:
             self.hooks.watched("configure_model", module.configure_model)()
         self._attach(view)
         shaped = self.strategy.shape(module, self.precision.convert_module, task.settings.sync_batchnorm)
+        note_what_is_recorded(module)
         self._shaped = "\n".join(line for line in (shaped, self.precision.said) if line) or None
         if task.reseed and (own := self.strategy.stream) != 0:
             seed_generators(derive_seed(task.seed, "rank", own))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import raytrainer as rt
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 class Text(Dataset[Any]):
@@ -61,6 +64,30 @@ def test_the_guides_example(tied, forked, tmp_path, monkeypatch):
     assert not same_bits(start, back)
 
 
+def test_the_guides_adapters(forked, tmp_path, monkeypatch):
+    """On meta, with the model's files as they are, and back into files that PEFT reads."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rt, "Trainer", lambda **options: forked(seed=1, enable_checkpointing=True, **options))
+    start = llama()
+    start.save_pretrained("path/to/model", max_shard_size="20KB")
+    page = (Path(__file__).parents[2] / "examples" / "guide" / "sharded-models.md").read_text()
+    code = next(code.split("```")[0] for code in page.split("```python\n") if "import peft" in code)
+    names = {"os": os, "rt": rt, "torch": torch, "text": text(4), "LanguageModel": of_the_guide(start).__class__}
+    names |= {"config": start.config, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    exec(compile(code, "sharded-models.md", "exec"), names)
+    base = transformers.AutoModelForCausalLM.from_pretrained("path/to/model")
+    back = peft.PeftModel.from_pretrained(base, "adapters")
+    rt.export_weights("adapted/last.ckpt", "all")
+    state = safetensors.load_file("all/model.safetensors")
+    for name, value in back.state_dict().items():
+        assert torch.equal(state[f"model.{name}"], value)
+        if name.endswith("base_layer.weight"):
+            own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(value, start.state_dict()[own])
+    assert any(value.any() for name, value in state.items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_adapters(options, forked):
     peft = pytest.importorskip("peft")
@@ -73,3 +100,47 @@ def test_adapters(options, forked):
     assert_equal(alone, shared)
     moved = [name for name, value in shared.state_dict().items() if not torch.equal(value, before[name])]
     assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+
+
+def recorder():
+    return pytest.importorskip("transformers.utils.output_capturing")._CAN_RECORD_REGISTRY
+
+
+class UsesWhatIsRecorded(rt.Module):
+    """In a process in which no model has been made, as workers' are."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = llama()
+
+    def setup(self, stage):
+        recorder().clear()
+
+    def training_step(self, batch, batch_idx):
+        found = self.model(input_ids=batch["input_ids"], labels=batch["input_ids"], output_hidden_states=True)
+        assert len(found.hidden_states) == 4
+        return found.loss + found.hidden_states[1].square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_what_a_model_records(strategy, forked):
+    """Hidden states, router logits and the like."""
+    recorder()
+    alone = UsesWhatIsRecorded()
+    shared = copy.deepcopy(alone)
+    forked(strategy="local", precision=64, max_epochs=1).fit(alone, text(8))
+    forked(strategy=strategy, num_processes=2, precision=64, max_epochs=1).fit(shared, text(4))
+    assert_equal(alone, shared)
+
+
+def test_a_model_that_has_recorded_is_sent():
+    from raytrainer.worker.actor.module_pickling import dumps
+
+    recorder()
+    model, tokens = llama(), torch.ones(1, 4, dtype=torch.long)
+    expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    found = pickle.loads(dumps(model))(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert len(found) == 4 and all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))

@@ -15,6 +15,7 @@ import torch
 from ray import cloudpickle
 
 from raytrainer.private.torch_private import reduce_parametrized
+from raytrainer.private.transformers_private import reduce_recorder
 from raytrainer.quick_imports import importing
 from raytrainer.worker.actor.surroundings import Surroundings
 
@@ -57,7 +58,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
             return _load_scripted, (buffer.getvalue(),)
         if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value and type(value) is not ModuleType:
             return importlib.import_module, (value.__name__,)  # torch.backends.cudnn, which cloudpickle would refuse
-        reduced = reduce_parametrized(value)
+        reduced = reduce_parametrized(value) or reduce_recorder(value)
         return super().reducer_override(value) if reduced is None else reduced
 
 
