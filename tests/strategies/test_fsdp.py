@@ -825,7 +825,7 @@ def test_the_guides_examples(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(rt, "Trainer", forked)
     found: dict[str, Any] = {"__name__": "__main__"}
     for code in blocks:
-        if "transformers" in code:  # see below
+        if "transformers" in code or "peft" in code:  # test_transformers.py runs these
             continue
         exec(compile(code, str(page), "exec"), found)
     assert all(parameter.is_meta for parameter in found["module"].parameters())
