@@ -22,7 +22,7 @@ else:  # a type checker that sees it takes any name for one of the package's
     def __getattr__(name: str) -> Any:
         if name.startswith("__") and name not in ("__all__", "__version__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with _importing():
+        with _importing(alone=True):
             public = importlib.import_module("raytrainer.public")
         globals().update({exported: getattr(public, exported) for exported in public.__all__}, __all__=public.__all__)
         try:

@@ -64,3 +64,34 @@ def test_in_a_wait_garbage_is_looked_for_again():
             assert looked_for()
         assert looked_for()
     assert gc.get_threshold() == before
+
+
+@pytest.fixture
+def nothing_frozen():
+    gc.enable()
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if frozen:  # as the suite does
+        gc.freeze()
+
+
+def test_what_imports_alone_have_made_is_not_looked_through_afterwards(nothing_frozen):
+    gone = weakref.ref(Node())
+    with importing(alone=True):
+        assert gone() is None  # others' garbage is none of theirs
+        kept = [[] for _ in range(100_000)]
+        rubbish = weakref.ref(Node())
+    assert len(gc.get_objects(generation=0)) + len(gc.get_objects(generation=1)) < len(kept) / 2
+    assert rubbish() is not None
+    gc.collect()
+    assert rubbish() is None
+
+
+def test_what_is_frozen_stays_so(nothing_frozen):
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with importing(alone=True):
+        pass
+    assert gc.get_freeze_count() == count
+    gc.unfreeze()

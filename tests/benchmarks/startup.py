@@ -132,6 +132,7 @@ def torchrun_rank(path: str) -> dict[str, float]:
     if rank == 0:
         mark(path)
     model(x).square().mean().backward()
+    dist.barrier()  # nobody leaves while another one averages
     dist.destroy_process_group()
     return {}
 
@@ -223,9 +224,11 @@ def main() -> None:
                 # two ranks may share a line
                 for name, seconds in json.JSONDecoder().raw_decode(lines[-1])[0].items():
                     figures.setdefault(name, []).append(seconds)
-    print("| | median s to the first step |\n|---|---|")
+    beside = figures.get("torchrun, from its start", [])  # of the same rounds
+    print("| | median s to the first step | of torchrun's |\n|---|---|---|")
     for name, values in figures.items():
-        print(f"| {name} | {statistics.median(values):.3f} |")
+        ratio = f"{statistics.median(a / b for a, b in zip(values, beside, strict=True)):.2f}" if beside else ""
+        print(f"| {name} | {statistics.median(values):.3f} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ray import cloudpickle
 
 from raytrainer.quick_imports import importing
 
-with importing():  # in a worker, nearly all of its imports
+with importing(alone=True):  # in a worker, nearly all of its imports
     import torch
 
     from raytrainer.data.by_value import start_all_by_value

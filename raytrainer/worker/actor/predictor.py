@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrainer.quick_imports import importing
 
-with importing():  # as in a worker's process, see actor.py
+with importing(alone=True):  # as in a worker's process, see actor.py
     import torch
 
     from raytrainer.data.ray.columns import finished, joined, views

@@ -10,7 +10,7 @@ import ray
 
 from raytrainer.quick_imports import importing
 
-with importing():  # as in actor.py; torch comes with the first of them
+with importing(alone=True):  # as in actor.py; torch comes with the first of them
     from raytrainer.checkpointing.pieces import KEY
     from raytrainer.errors import RaytrainerError
     from raytrainer.memory_segments import Handed, Segment, has_room, new_segment
