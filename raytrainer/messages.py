@@ -178,6 +178,7 @@ class EvaluationReport:
         behind: What the last batch has logged is not in `metrics`, but comes with the next report.
         quiet: There is no hook for its end, so that nothing will be added to this.
         start: Of an evaluation that has been started with this chunk.
+        through: The loader has come to its end. How fast it was says nothing of the next one.
     """
 
     stage: str
@@ -190,6 +191,7 @@ class EvaluationReport:
     behind: bool = False
     quiet: bool = False
     start: EvaluationStart | None = None
+    through: bool = False
 
 
 @dataclass

@@ -97,14 +97,14 @@ class EvaluationLoop:
         return EvaluationStart(self.lengths, view.tell_stop(), steady=steady)
 
     def evaluate(self, batches: int, started: EvaluationStart | None = None) -> EvaluationReport:
-        """Evaluate at most `batches` batches, going on from loader to loader.
+        """Evaluate at most `batches` batches, up to the loader's end: the next one's may take far longer.
 
         On a GPU, what the last of them logs comes with the next report, as in training, unless it is known to be the
         last one of all.
         """
         start = time.perf_counter()
         predictions: list[tuple[int, int, Any]] = []
-        left, behind = batches, False
+        left, behind, loader = batches, False, self.loader
         strategy, module = self.run.strategy, self.run.module
         with self._no_grad():
             while left > 0 and self.loader < len(self.feeds):
@@ -112,7 +112,7 @@ class EvaluationLoop:
                 computes = batch is not None and batch[0] is not None
                 if not strategy.begin_round(module, batch is not None, computes):
                     self._next_loader()
-                    continue
+                    break
                 if batch is None:
                     left -= 1
                     continue
@@ -152,7 +152,7 @@ class EvaluationLoop:
         seconds = time.perf_counter() - start
         return EvaluationReport(
             self.stage, self.done, seconds, finished, report, predictions, list(self.by_loader), behind,
-            quiet=finished and self.calls.quiet, start=started,
+            quiet=finished and self.calls.quiet, start=started, through=self.loader != loader,
         )  # fmt: skip
 
     def _reads(self) -> Iterator[ReadSample]:

@@ -133,9 +133,10 @@ class Evaluation:
             done = max(report.batches for report in reports)
             # a report that is `behind` does not wait for its last batch
             waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
-            chunk = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
-            # the last loader's speed says nothing of the first one's
-            self._first = chunk if len(reports[0].by_loader) == 1 else 1
+            known = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
+            # a loader's speed says nothing of the next one's
+            chunk = 1 if any(report.through for report in reports) else known
+            self._first = known if len(reports[0].by_loader) == 1 else 1
             one = len(reports) == 1 and not predictions
             shown = reports[0] if one else replace(reports[0], batches=done, done=finished, predictions=[])
             self._services.emit("on_evaluation_chunk_end", shown)
