@@ -80,6 +80,8 @@ class Feed:
         self._epoch: int | None = None
         self._before: Past = ()
         self.length: int | None = None
+        self._measured: Any = None  # by what `length` was found, where all that it depends on is known
+        self._generator: torch.Generator | None = None
         self.begin(epoch)
         self.ends_unannounced = self._own is None or self.iterable_dataset
         self.nothing = self._own == 0 and (self.batches is None or self.batches.total == 0)
@@ -147,6 +149,13 @@ class Feed:
         return own if limit is None else min(own, limit)
 
     def _measure(self) -> None:
+        if self.steady and self.batches is not None:
+            batching = self.batches.source
+            sizes = getattr(batching, "batch_size", None), getattr(batching, "drop_last", None)
+            depends_on = length_of(self.batches.users), *sizes, self._before
+            if depends_on == self._measured:
+                return
+            self._measured = depends_on
         self._own = own = None if self._unmeasured else length_of(self.loader)
         # fractions are of the longest part, so that all workers agree on them
         longest = own if self.batches is None or own is None else self.batches.longest_part()
@@ -207,8 +216,9 @@ class Feed:
             self.batches.skip_to(skip)
         if self.reader is not None:
             # seeds the loader's processes; the global generators are left to the training
-            seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
-            self.reader.generator = torch.Generator().manual_seed(seed)
+            if self._generator is None or not self.steady or self.reader.num_workers:
+                seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
+                self.reader.generator = self._generator = torch.Generator().manual_seed(seed)
             if self._drawing is None:
                 self._seed_requests(self.reader, seed, position)
         iterator = self._state.read(self._read(epoch, position))

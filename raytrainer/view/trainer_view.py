@@ -286,4 +286,5 @@ class TrainerView(AnsweredNames, StopRequest):
     def restore_modes(self) -> None:
         """Put every submodule back into the train or eval mode it was in before evaluation."""
         for module, training in self.modes.items():
-            module.training = training
+            if module.training is not training:  # setting one takes a module microseconds
+                module.training = training

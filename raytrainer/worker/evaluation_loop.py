@@ -65,11 +65,9 @@ class EvaluationLoop:
         self._evaluated = run.evaluated.get(stage, 0)
         self._outer = self.view.running, self.view.metrics.in_batches
         self.metrics = run.view.metrics
+        allowed = self.view.settings.inference_mode and run.strategy.inference_mode
+        self._no_grad: AbstractContextManager[None] = torch.inference_mode() if allowed else torch.no_grad()
         run.recorder.evaluation = self
-
-    def _no_grad(self) -> AbstractContextManager[None]:
-        allowed = self.view.settings.inference_mode and self.run.strategy.inference_mode
-        return torch.inference_mode() if allowed else torch.no_grad()
 
     def start(self, within_fit: bool) -> EvaluationStart:
         if all(feed.nothing for feed in self.feeds):
@@ -83,7 +81,7 @@ class EvaluationLoop:
             self.run.module.on_validation_model_zero_grad()
         self.run.strategy.begin_evaluation(self.run.module, within_fit)
         view.modes = {module: module.training for module in self.run.module.modules()}
-        with self._no_grad():
+        with self._no_grad:
             getattr(self.run.module, f"on_{self.name}_model_eval")()
             if calls.start is not None:
                 calls.start()
@@ -106,7 +104,7 @@ class EvaluationLoop:
         predictions: list[tuple[int, int, Any]] = []
         left, behind, loader = batches, False, self.loader
         strategy, module = self.run.strategy, self.run.module
-        with self._no_grad():
+        with self._no_grad:
             while left > 0 and self.loader < len(self.feeds):
                 batch = self._next()
                 computes = batch is not None and batch[0] is not None
@@ -220,7 +218,7 @@ class EvaluationLoop:
         """The hook after the last batch, which sees values over all workers; report the epoch values."""
         self.metrics.leave_batches(reduced)
         if self.calls.epoch_end is not None:
-            with self._no_grad():
+            with self._no_grad:
                 self.calls.epoch_end()
         report = self.metrics.report()
         self.metrics.add_epoch(report)
@@ -234,7 +232,7 @@ class EvaluationLoop:
         goes on.
         """
         self.metrics.take_epoch(reduced)
-        with self._no_grad():
+        with self._no_grad:
             if self.calls.end is not None:
                 self.calls.end()
             self._put_module_back()
@@ -249,7 +247,7 @@ class EvaluationLoop:
     def leave(self, reduced: Reduced) -> None:
         """What `end_epoch` and `end` do where there is no hook for them."""
         self.metrics.leave_batches(reduced)
-        with self._no_grad():
+        with self._no_grad:
             self._put_module_back()
         self.metrics.switch("train")
         self._leave()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.data.look_ahead import LookAhead
@@ -250,7 +249,9 @@ class TrainingLoop:
             if watched.complete:
                 self.feed.watched = None
         leaves = look_ahead is not None and look_ahead.leaves
-        return replace(reported(report, exhausted), stop=view.tell_stop(), behind=behind, leaves=leaves)
+        done = reported(report, exhausted)
+        done.stop, done.behind, done.leaves = view.tell_stop(), behind, leaves
+        return done
 
     def _end_step(self, stepping: bool, accumulate: int) -> None:
         if stepping:

@@ -56,6 +56,22 @@ def loader(samples: int = 20, **options: Any) -> DataLoader[Any]:
     return DataLoader(range(samples), **{"batch_size": 3, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}])
+@pytest.mark.parametrize("world", [1, 2])
+def test_lengths_are_those_of_data_sizes_and_limits_as_they_are_by_now(world, options):
+    rows = list(range(12))
+    source = DataLoader(rows, batch_size=3, **options)  # type: ignore[arg-type]
+    for feed in feeds(source, "val", world, limit_val_batches=0.5):
+        assert feed.draw() == 2 // world
+        rows += range(12)
+        assert feed.draw() == 4 // world  # data may grow in a hook before the order is drawn
+        feed.begin(1)
+        assert feed.length == feed.draw() == 4 // world
+        del rows[12:]
+        feed.begin(2)
+        assert feed.length == feed.draw() == 2 // world
+
+
 # ---------------------------------------------------------------- order
 
 

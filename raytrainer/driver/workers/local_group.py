@@ -20,7 +20,6 @@ from raytrainer.plan.settings import Settings
 from raytrainer.plan.where_it_is import Silence, Whereabouts, whereabouts
 from raytrainer.task import Task
 from raytrainer.worker.staging import arrived
-from raytrainer.worker.verbs import verb_of
 from raytrainer.worker.worker import Worker
 
 __all__ = ["LocalGroup", "local_group"]
@@ -57,7 +56,7 @@ class LocalGroup:
     def call(self, method: Callable[Concatenate[Worker, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         with self._silence:
             answer = self.worker.obey(method, *args, **kwargs)
-        if verb_of(method).name == "finish":
+        if method.__name__ == "finish":
             self._bring_back()
         return [answer]
 
