@@ -41,6 +41,7 @@ def parse_optimizers(
     optimizers, items = _parts(answer)
     for optimizer in optimizers:
         _check_fused(optimizer)
+        _with_hooks(optimizer)
     schedulers = [_scheduler(item, manual, steps=not (manual or own_step)) for item in items]
     for config in schedulers:
         of = getattr(config.scheduler, "optimizer", None)
@@ -50,6 +51,14 @@ def parse_optimizers(
                 f"did not return: it would change the rate of nothing that trains. Return that optimizer too."
             )
     return optimizers, schedulers
+
+
+def _with_hooks(optimizer: Optimizer) -> None:
+    """Have one that wraps another take hooks of its steps, though it has left torch's `__init__` out (opacus does)."""
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        Optimizer.__setstate__(optimizer, {})  # as for one that comes from a pickle
 
 
 def _check_fused(optimizer: Optimizer) -> None:

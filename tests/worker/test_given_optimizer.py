@@ -163,3 +163,57 @@ def test_every_hook_of_a_fit_is_given_it(manual, local_trainer):
 
     local_trainer(max_epochs=1, num_sanity_val_steps=1).fit(Hooks(), data(), data(4))
     assert seen == [True] * 7
+
+
+class Wraps(torch.optim.Optimizer):
+    """As opacus's: an optimizer that never called `Optimizer.__init__`, and has not torch's hooks."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+
+class Wrapping(Tiny):
+    def __init__(self, automatic, wraps=True):
+        super().__init__()
+        self.automatic_optimization, self.wraps = automatic, wraps
+
+    def training_step(self, batch, batch_idx):
+        if self.automatic_optimization:
+            return self.loss(batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        inner = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return Wraps(inner) if self.wraps else inner
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_one_that_wraps_another(automatic, local_trainer):
+    torch.manual_seed(1)
+    module = Wrapping(automatic)
+    plain = copy.deepcopy(module)
+    plain.wraps = False
+    trainer = local_trainer(max_epochs=2)
+    trainer.fit(module, data())
+    local_trainer(max_epochs=2).fit(plain, data())
+    assert trainer.global_step == 20 and torch.equal(weights(module), weights(plain))
