@@ -123,11 +123,12 @@ class WorkerLostError(RaytrainerError):
     Attributes:
         rank: Global rank of the lost worker.
         reason: What Ray says about it.
+        could_start: Whether its process could; where it could not, another one hardly will.
     """
 
-    def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(rank, reason)
-        self.rank, self.reason = rank, reason
+    def __init__(self, rank: int, reason: str, could_start: bool = True) -> None:
+        super().__init__(rank, reason, could_start)
+        self.rank, self.reason, self.could_start = rank, reason, could_start
 
     def __str__(self) -> str:
         return f"the worker of rank {self.rank} is gone: {self.reason}"

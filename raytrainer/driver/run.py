@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from raytrainer.driver.run_checkpoints import RunCheckpoints
 from raytrainer.driver.saving.preemption import say_interrupted
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.ending import Ending
-from raytrainer.errors import WorkerError
+from raytrainer.errors import WorkerError, WorkerLostError
 from raytrainer.loggers.logger import first_log_dir
 from raytrainer.metric_messages import LogCall
 from raytrainer.profilers import Profiler
@@ -90,9 +91,9 @@ class Run(RunCheckpoints):
         hyperparameters = logged_hyperparameters(task)
         with interrupt.at_once():
             prepare_datasets(task, task.settings, self.groups.cluster)
-        group = self.regroup()
+        group, lost = self._first_group()
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
-        self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks)
+        self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks, lost)
         coordinator.snapshots.saves = any(isinstance(c, ModelCheckpoint) and c.saves for c in self._driver_callbacks)
         self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
@@ -102,6 +103,23 @@ class Run(RunCheckpoints):
         if hyperparameters:
             self.logs.each("log_hyperparams", hyperparameters)
         return coordinator
+
+    def _first_group(self) -> tuple[WorkerGroup, list[tuple[WorkerLostError, float]]]:
+        """Workers to begin with, and those that were lost before all were there, with the time at which it was seen.
+
+        Raises:
+            WorkerLostError: A `fit` may not lose as many, or whoever comes next would be lost likewise.
+        """
+        lost = list[tuple[WorkerLostError, float]]()
+        allowed = self.task.settings.max_failures if self.task.stage == "fit" else 0
+        while True:
+            try:
+                return self.regroup(), lost
+            except WorkerLostError as error:
+                lost.append((error, time.perf_counter()))
+                if len(lost) > allowed or not error.could_start:
+                    raise
+                log.warning("%s All workers start anew.", error)
 
     def _end(self, ending: Ending) -> None:
         """Everything that is to be done at the end, however it comes; see `Ending`."""

@@ -58,17 +58,13 @@ class Coordinator:
         services: Callbacks, loggers and new workers.
         interrupt: Whether the user asked for the end.
         step_marks: Optimizer steps (multiples of each) at which a callback wants to be called.
+        lost: See `WorkerRecovery`.
     """
 
     def __init__(
-        self,
-        task: Task,
-        group: WorkerGroup,
-        state: RunState,
-        services: RunServices,
-        interrupt: Interrupt,
-        step_marks: Sequence[int] = (),
-    ) -> None:
+        self, task: Task, group: WorkerGroup, state: RunState, services: RunServices, interrupt: Interrupt,
+        step_marks: Sequence[int] = (), lost: Sequence[tuple[WorkerLostError, float]] = (),
+    ) -> None:  # fmt: skip
         self.task, self.settings, self.group = task, task.settings, group
         self.state, self.services, self.interrupt = state, services, interrupt
         state.clock.ray_data = "train" in task.datasets
@@ -78,7 +74,7 @@ class Coordinator:
         self._journal = Journal(state, services)
         self._evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
-        self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings)
+        self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings, lost)
         self._resizing = Resizing(self.settings, state, services, self._capture)
         self._chunks = Chunks(self.settings, state, self._journal, self._capture, self.snapshots, interrupt, step_marks)
         self._replicas = ReplicaCheck((self.settings.sharding or self.settings.ddp).check_replicas)
@@ -155,10 +151,13 @@ class Coordinator:
             beginning.taken_up(for_good=not self.snapshots.enabled)
 
     def _emit_once(self, hook: str, *args: Any) -> None:
-        """For hooks of a whole run, which a recovery must not repeat."""
-        if hook not in self._emitted:
-            self._emitted.add(hook)
-            self.services.emit(hook, *args)
+        """For hooks of a whole run, which a recovery must not repeat, unless it was in the midst of one."""
+        if hook in self._emitted:
+            self._recovery.put_callbacks_back(hook)
+            return
+        self.services.emit(hook, *args)
+        self._emitted.add(hook)
+        self._recovery.remember_callbacks(hook)
 
     def _start_training(self) -> None:
         state = self.state

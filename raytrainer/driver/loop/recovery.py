@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from raytrainer.driver.loop.run_services import RunServices
 from raytrainer.driver.saving.beginning import Beginning
@@ -26,6 +28,9 @@ __all__ = ["WorkerRecovery"]
 #: Seconds of training after which spares="auto" means one: a run that is shorter is soon repeated.
 AUTO_AFTER = 20.0
 
+#: Hooks of driver callbacks that are called once before training, in order.
+_BEGINNING = ("setup", "on_fit_start", "on_train_start")
+
 log = logging.getLogger("raytrainer")
 
 
@@ -38,24 +43,39 @@ class WorkerRecovery:
         capture: Takes states up.
         snapshots: Has the newest states.
         settings: How often workers may be lost, and how many spare ones wait.
+        lost: What has been lost before the first workers were there, and when.
     """
 
     def __init__(
-        self, state: RunState, services: RunServices, capture: RunCapture, snapshots: Snapshots, settings: Settings
-    ) -> None:
+        self, state: RunState, services: RunServices, capture: RunCapture, snapshots: Snapshots, settings: Settings,
+        lost: Sequence[tuple[WorkerLostError, float]] = (),
+    ) -> None:  # fmt: skip
         self._state, self._services, self._capture, self._snapshots = state, services, capture, snapshots
-        self._allowed = settings.max_failures if snapshots.enabled else 0
+        self._allowed = settings.max_failures - len(lost) if snapshots.enabled else 0
         self._spares = settings.spares
         self._trains_since: float | None = None
-        self._callbacks_before = services.callback_states()
+        self._callbacks_after: dict[str, dict[str, Any]] = {}  # hooks that are called once
+        self._at_beginning = False  # training is to begin again
         self._failed: tuple[WorkerLostError | StateLostError, float, Progress] | None = None  # until training goes on
+        if lost:
+            self._failed = *lost[0], Progress()
         self._recorded: RecordedState | None = None  # what training has gone on from, until there is a snapshot of it
-        self._source = "a snapshot"  # of where training goes on
+        self._source = "the run's beginning"  # where training goes on
 
     def allowed(self) -> bool:
         """Whether to recover from one more failure."""
         self._allowed -= 1
         return self._allowed >= 0
+
+    def remember_callbacks(self, hook: str) -> None:
+        """No recovery calls that hook again: what callbacks have now, they have when the run comes there again."""
+        if self._snapshots.enabled:
+            self._callbacks_after[hook] = self._services.callback_states()
+
+    def put_callbacks_back(self, hook: str) -> None:
+        """The run comes to where it called that hook."""
+        if hook == "on_train_end" or (hook == "on_train_start" and self._at_beginning):
+            self._services.restore_callbacks(self._callbacks_after[hook])
 
     def regroup(self, error: WorkerLostError | StateLostError, group: WorkerGroup) -> WorkerGroup:
         """Workers to go on with.
@@ -100,16 +120,20 @@ class WorkerRecovery:
             self._source = "what each worker had recorded"
             self._snapshots.owe()
         if beginning is not None:
-            checkpoint = beginning.state
-            self._capture.restore(checkpoint)
-            state.should_stop = checkpoint.get("should_stop", False)
-            self._services.restore_callbacks(checkpoint.get("callbacks") or {})
+            self._capture.restore(beginning.state)
+            state.should_stop = beginning.state.get("should_stop", False)
         else:
             state.progress = Progress()
             state.board.restore({})
             state.plateaus.clear()
             state.should_stop = False
-            self._services.restore_callbacks(self._callbacks_before)
+        self._at_beginning = snapshot is None
+        if snapshot is None:
+            called = [hook for hook in reversed(_BEGINNING) if hook in self._callbacks_after]
+            callbacks = self._callbacks_after[called[0]] if called else {}
+        else:
+            callbacks = snapshot.get("callbacks") or {}
+        self._services.restore_callbacks(callbacks)
         return beginning, None if recorded is None else recorded.reports
 
     def note(self, group: WorkerGroup) -> None:

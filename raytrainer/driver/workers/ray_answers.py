@@ -16,6 +16,7 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
 from raytrainer.driver.workers.standstill_watch import StandstillWatch
@@ -164,12 +165,13 @@ class Answers:
             if "creation task" in lines[0] and len(lines) > 1:
                 missing = "No module named" in lines[-1]
                 remedy = ". Install it there, in the Python that `ray start` ran in" if missing else ""
-                return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}")
+                return WorkerLostError(rank, f"it could not start: {lines[-1]}{remedy}", could_start=False)
             return WorkerLostError(rank, lines[0] + self._whereabouts(rank))
         except RayTaskError as error:
             return self._unsendable(rank, error.cause or error)
         except RayError as error:
-            return WorkerLostError(rank, f"{type(error).__name__}: {error}{self._whereabouts(rank)}")
+            said = f"{type(error).__name__}: {error}{self._whereabouts(rank)}"
+            return WorkerLostError(rank, said, could_start=not isinstance(error, RuntimeEnvSetupError))
 
     def _unsendable(self, rank: int, error: BaseException) -> Failure:
         """A worker's methods raise nothing, so what Ray has met is an answer that cannot be sent."""
