@@ -182,6 +182,23 @@ def _scheduler(item: Any, manual: bool, steps: bool) -> SchedulerConfig:
     return config
 
 
+def refuse_exchanged(now: Sequence[Optimizer], given: Sequence[Any]) -> None:
+    """Raise where a hook has put others into `trainer.optimizers`, which nobody would step.
+
+    Args:
+        now: What is there.
+        given: What stands for those of `configure_optimizers`, which train.
+    """
+    kept = [each.optimizer for each in given]
+    if len(kept) != len(now) or any(one is not other for one, other in zip(kept, now, strict=True)):
+        names = [[type(optimizer).__name__ for optimizer in each] for each in (now, kept)]
+        raise ConfigurationError(
+            f"trainer.optimizers has been given {names[0]} while training, where configure_optimizers had returned "
+            f"{names[1]}: a run keeps its optimizers. Change them (optimizer.add_param_group(...), "
+            f"group['lr'] = ...), return all of them in configure_optimizers, or train with others in another fit."
+        )
+
+
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn where there is none, and of one that trains what the module does not hold: another module's parameters."""
     if not optimizers:

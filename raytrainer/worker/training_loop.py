@@ -28,6 +28,7 @@ from raytrainer.worker.forward_epoch import forward_epoch
 from raytrainer.worker.hook_calls import skips_the_epoch
 from raytrainer.worker.manual_optimization import ManualOptimization
 from raytrainer.worker.missing_batches import MissingBatches, unless_missing
+from raytrainer.worker.optimizers import refuse_exchanged
 from raytrainer.worker.scheduler_steps import SchedulerSteps
 from raytrainer.worker.step_records import StepRecords
 from raytrainer.worker.train_reports import end_report, has_trained, train_start
@@ -54,8 +55,7 @@ class TrainingLoop:
             )
         self.feed: AnyFeed = feeds[0]
         self.records: StepRecords | None = None  # where each step is recorded
-        self.epoch = 0
-        self.batch = 0
+        self.epoch = self.batch = 0
         self.has_begun = False  # an epoch
         self._since = 0  # moment before the batches that are accumulated
         self._iterator: Iterator[Any] | None = None
@@ -239,6 +239,7 @@ class TrainingLoop:
                 behind = False
                 break
         self._run_batch.end_chunk()
+        refuse_exchanged(view.optimizers, view.given_optimizers or ())
         stop.close()
         self._longest = max(self._longest, self.batch)
         metrics.begin_batch(None)

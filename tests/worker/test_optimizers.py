@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import Tiny, data
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -143,3 +144,31 @@ def test_fused_sgd_updates_all_weights_or_is_refused(dtype):
     else:
         with pytest.raises(ConfigurationError, match="Leave fused out"):
             parse_optimizers(optimizer)
+
+
+EXCHANGES = {
+    "another": lambda trainer, new: setattr(trainer, "optimizers", [new]),
+    "in place": lambda trainer, new: trainer.optimizers.__setitem__(0, new),
+    "one more": lambda trainer, new: trainer.optimizers.append(new),
+}
+
+
+class Exchanges(Tiny):
+    def __init__(self, how, automatic):
+        super().__init__()
+        self.how, self.automatic_optimization = how, automatic
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) if self.automatic_optimization else None
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            EXCHANGES[self.how](self.trainer, SGD(self.parameters(), 0.0))
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize("how", EXCHANGES)
+def test_a_run_keeps_its_optimizers(how, automatic, local_trainer):
+    """Others would be stepped by nobody."""
+    with pytest.raises(ConfigurationError, match=r"trainer.optimizers has been given \['SGD'.*add_param_group"):
+        local_trainer(max_epochs=3).fit(Exchanges(how, automatic), data())
