@@ -21,7 +21,7 @@ from raytrainer.data.memories import begins_otherwise, depends_on_epoch, tell_al
 from raytrainer.data.own_readers import kept_readers, reads_plainly
 from raytrainer.data.own_sharding import remedy
 from raytrainer.data.reading_alike import Order, begun_alike, read_again, read_alike
-from raytrainer.data.refused_loaders import require_loader, without_batches
+from raytrainer.data.refused_loaders import ended_at_once, require_loader, without_batches
 from raytrainer.data.sharded_loader import length_of, shard_loader
 from raytrainer.data.sharding import Share
 from raytrainer.data.streams import BegunAlike, Requests
@@ -81,7 +81,6 @@ class Feed:
         self._before: Past = ()
         self.length: int | None = None
         self._measured: Any = None  # by what `length` was found, where all that it depends on is known
-        self._generator: torch.Generator | None = None
         self.begin(epoch)
         self.ends_unannounced = self._own is None or self.iterable_dataset
         self.nothing = self._own == 0 and (self.batches is None or self.batches.total == 0)
@@ -106,11 +105,7 @@ class Feed:
 
     def refuse_nothing(self, epoch: int) -> None:
         """The loader ended before its first batch of a training epoch, which would otherwise train for ever."""
-        raise DataError(
-            f"the {self.stage} loader gave no batch to rank {self.share.index} of {self.share.count} in epoch {epoch}. "
-            f"If it reads an IterableDataset, make sure that each worker yields something; if it is an iterator, which "
-            f"can be read once only, return a DataLoader or an object whose __iter__ starts anew."
-        )
+        raise DataError(ended_at_once(self.stage, self.share.index, self.share.count, epoch))
 
     # ---------------------------------------------------------------- an epoch's batches
 
@@ -150,12 +145,9 @@ class Feed:
 
     def _measure(self) -> None:
         if self.steady and self.batches is not None:
-            batching = self.batches.source
-            sizes = getattr(batching, "batch_size", None), getattr(batching, "drop_last", None)
-            depends_on = length_of(self.batches.users), *sizes, self._before
-            if depends_on == self._measured:
+            before, self._measured = self._measured, (self.batches.sizes(), self._before)
+            if before == self._measured:
                 return
-            self._measured = depends_on
         self._own = own = None if self._unmeasured else length_of(self.loader)
         # fractions are of the longest part, so that all workers agree on them
         longest = own if self.batches is None or own is None else self.batches.longest_part()
@@ -216,9 +208,9 @@ class Feed:
             self.batches.skip_to(skip)
         if self.reader is not None:
             # seeds the loader's processes; the global generators are left to the training
-            if self._generator is None or not self.steady or self.reader.num_workers:
+            if not self.steady or self.reader.num_workers or self.reader.generator is self.source.generator:
                 seed = derive_seed(self.seed, "processes", self.stage, self.share.index, epoch)
-                self.reader.generator = self._generator = torch.Generator().manual_seed(seed)
+                self.reader.generator = torch.Generator().manual_seed(seed)
             if self._drawing is None:
                 self._seed_requests(self.reader, seed, position)
         iterator = self._state.read(self._read(epoch, position))

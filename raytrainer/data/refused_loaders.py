@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from raytrainer.errors import DataError
 
-__all__ = ["require_loader", "without_batches"]
+__all__ = ["ended_at_once", "require_loader", "without_batches"]
 
 
 def require_loader(loader: Any, stage: str) -> None:
@@ -53,6 +53,15 @@ def without_batches(loader: Any, size: int | None, stage: str, rank: int, count:
         f"batch_size={getattr(loader, 'batch_size', None)}, drop_last={getattr(loader, 'drop_last', False)}. Give it "
         f"more data, a smaller batch_size, drop_last=False or fewer workers, or switch the stage off with "
         f"limit_{stage}_batches=0."
+    )
+
+
+def ended_at_once(stage: str, rank: int, count: int, epoch: int) -> str:
+    """What is said of a loader that ends before an epoch's first batch."""
+    return (
+        f"the {stage} loader gave no batch to rank {rank} of {count} in epoch {epoch}. If it reads an IterableDataset, "
+        f"make sure that each worker yields something; if it is an iterator, which can be read once only, return a "
+        f"DataLoader or an object whose __iter__ starts anew."
     )
 
 

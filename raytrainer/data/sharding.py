@@ -205,6 +205,14 @@ class ShardedBatches(Sampler[list[Any]]):
         """Batches of all workers together."""
         return max(0, len(self.source if self.drawn is None else self.drawn) - self.begin)
 
+    def sizes(self) -> tuple[Any, ...]:
+        """What the number of batches depends on, where the samplers are torch's own."""
+        try:
+            samples = len(self.users)
+        except (TypeError, NotImplementedError):
+            samples = None
+        return samples, getattr(self.source, "batch_size", None), getattr(self.source, "drop_last", None)
+
     def longest_part(self) -> int:
         """Batches of the worker with most, had nobody begun the epoch."""
         begun = self.begin, 0 if self.shard is None else self.shard.begin
