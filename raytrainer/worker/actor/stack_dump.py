@@ -9,6 +9,7 @@ whether it waits, as the driver does in each long wait, has but the main thread 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -21,8 +22,12 @@ from raytrainer.worker.batch_sign import NONE, put_up_sign, read_sign
 
 __all__ = ["ask", "can_be_asked", "glance"]
 
-#: Seconds without a further line after which a dump is whole.
-QUIET = 0.1
+#: Seconds without a further line after which a dump is whole; and one that does not end as a main thread's stack does,
+#: which comes last: where many compute, a process may be made to wait in the midst of writing it.
+QUIET, LONGER = 0.1, 2.0
+
+#: Ends of a dump's last line: the outermost frame, or that there are more than are shown.
+_ENDS = (" in <module>\n", "  ...\n")
 
 #: Bytes of dumps that are kept; a run that is slow is looked at often.
 _MOST = 2**20
@@ -123,16 +128,25 @@ def _ask(pid: int, path: str, patience: float, number: int) -> str:
     if before > _MOST:
         os.truncate(file, 0)
         before = 0
-    os.kill(pid, number)
-    seen, since = before, time.monotonic()
-    while time.monotonic() < deadline and (seen == before or time.monotonic() - since < QUIET):
-        size = file.stat().st_size
-        if size != seen:
-            seen, since = size, time.monotonic()
+    _send(pid, number)
+    text, since = "", time.monotonic()
+    while (now := time.monotonic()) < deadline:
+        if text and now - since >= (QUIET if text.endswith(_ENDS) else LONGER):
+            break
+        with file.open(errors="replace") as stream:
+            stream.seek(before)
+            more = stream.read()
+        if more != text:
+            text, since = more, now
         time.sleep(0.01)
-    with file.open() as stream:
-        stream.seek(before)
-        return stream.read()
+    return text
+
+
+def _send(pid: int, number: int) -> None:
+    """A signal; that for the main thread to it alone: else another one gets it while the main thread has it blocked."""
+    send = getattr(ctypes.CDLL(None), "tgkill", None) if number == _MAIN else None  # glibc has it since 2.30
+    if send is None or send(pid, pid, number):
+        os.kill(pid, number)
 
 
 def _forks(pid: int, path: str) -> Iterator[int]:

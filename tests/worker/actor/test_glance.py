@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raytrainer.plan.where_it_is import whereabouts
-from raytrainer.worker.actor.stack_dump import glance
+from raytrainer.worker.actor.stack_dump import QUIET, ask, glance
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc here")
 
@@ -43,6 +43,37 @@ with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
 """
 
 
+SLOW = f"""
+import signal, sys, time
+from pathlib import Path
+
+path = Path(sys.argv[1], "stacks.txt")
+path.touch()
+
+def tell(number, frame):
+    with path.open("a") as file:
+        for line in ("Stack:", '  File "a.py", line 1 in step', '  File "a.py", line 9 in <module>'):
+            print(line, file=file, flush=True)
+            time.sleep({3 * QUIET})
+
+signal.signal(signal.SIGUSR1, tell)
+print(path, flush=True)
+sys.stdin.read()
+"""
+BLOCKED = (
+    BUSY.replace("sys.stdin.read()", "")
+    + """
+import signal
+from raytrainer.worker.actor.stack_dump import _MAIN
+signal.pthread_sigmask(signal.SIG_BLOCK, [_MAIN])
+print("blocked", flush=True)
+sys.stdin.readline()
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [_MAIN])
+sys.stdin.read()
+"""
+)
+
+
 @pytest.fixture
 def started(tmp_path):
     processes = []
@@ -63,6 +94,24 @@ def test_threads_that_go_on_meanwhile(started):
     said = [glance(process.pid, path, 60.0) for _ in range(30)]
     assert process.poll() is None
     assert all("busy" not in text and "<module>" in text for text in said)
+
+
+def test_a_process_that_has_to_wait_in_the_midst_of_its_dump(started):
+    process, path = started(SLOW)
+    for _ in range(2):
+        text = ask(process.pid, path, 60.0)
+        assert "in step" in text and text.count("<module>") == 1
+
+
+def test_a_main_thread_that_cannot_hear_yet(started):
+    """As while it writes the dump before: no other thread tells of itself instead."""
+    process, path = started(BLOCKED)
+    assert process.stdout.readline().strip() == "blocked"
+    assert "busy" not in glance(process.pid, path, 0.5)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    text = glance(process.pid, path, 60.0)
+    assert "busy" not in text and "<module>" in text
 
 
 def test_what_a_child_computes_counts(started):
