@@ -2,8 +2,9 @@
 
 raytrainer: nothing running, Ray running, and workers warm, from their first run and from later ones. Beside it:
 Lightning ddp (if installed) and `ray.train.TorchTrainer`, the first and the second fit of each; and torchrun, which has
-no `fit`, from its start. In the script's own process: from `fit`, and by hand from the optimizer on, with which torch
-imports its compiler. Each figure comes from a fresh process, torch, and the library, being imported.
+no `fit`, from its start. In the script's own process: from `fit`; by hand, from the optimizer on, with which torch
+imports its compiler; and from `fit` where it has done so. Each figure comes from a fresh process, torch, and the
+library, being imported.
 
 Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torchrun in_process by_hand ...]
 """
@@ -182,6 +183,14 @@ def in_process(path: str) -> dict[str, float]:
     return {"raytrainer, in process": first_step(path, begun)}
 
 
+def in_process_later(path: str) -> dict[str, float]:
+    import torch
+
+    torch.optim.SGD([torch.zeros(1)])
+    (seconds,) = in_process(path).values()
+    return {"raytrainer, in process, where torch has had its first optimizer": seconds}
+
+
 def by_hand(path: str) -> dict[str, float]:
     import torch
 
@@ -195,7 +204,7 @@ def by_hand(path: str) -> dict[str, float]:
 
 ROLES = {
     "ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun, "lightning": lightning,
-    "in_process": in_process, "by_hand": by_hand,
+    "in_process": in_process, "by_hand": by_hand, "in_process_later": in_process_later,
 }  # fmt: skip
 
 
