@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from exact import Died, Exact, run, same
 from forked_group import FORK
+from tiny import Tiny, data, weights
 from torch.utils.data import DataLoader
 
 import raytrainer
@@ -176,3 +178,32 @@ def test_nothing_is_left_for_another_number_of_workers(local_trainer, tmp_path, 
     assert (trainer.current_epoch, trainer.global_step) == (2, 6)
     assert module.batches == 4  # of the second epoch
     assert validations == [2, 6]
+
+
+class FailsAtAnEpochsEnd(Tiny):
+    def __init__(self, fails):
+        super().__init__()
+        self.fails, self.rates = fails, []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        if self.fails and self.trainer.global_step == 20:
+            raise OSError("of the user's")
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def test_a_scheduler_is_stepped_once_for_an_epoch_whose_last_batch_failed(local_trainer, tmp_path):
+    torch.manual_seed(1)
+    calm = FailsAtAnEpochsEnd(False)
+    failed, again = copy.deepcopy(calm), copy.deepcopy(calm)
+    failed.fails = True
+    local_trainer(max_epochs=3).fit(calm, data())
+    saver = raytrainer.ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=9)
+    with pytest.raises(OSError, match="of the user's"):
+        local_trainer(max_epochs=3, callbacks=saver).fit(failed, data())
+    (path,) = tmp_path.glob("*.ckpt")
+    local_trainer(max_epochs=3).fit(again, data(), ckpt_path=path)
+    assert again.rates == calm.rates[20:] and torch.equal(weights(again), weights(calm))

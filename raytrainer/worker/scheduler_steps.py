@@ -16,11 +16,6 @@ class SchedulerSteps:
     def __init__(self, run: WorkerRun) -> None:
         self.run = run
         self._step = run.hooks.guarded("lr_scheduler_step", run.module.lr_scheduler_step)
-        self._epoch_done = False
-
-    def begin_epoch(self) -> None:
-        """Those that count epochs have not been stepped in this one."""
-        self._epoch_done = False
 
     def after_step(self) -> None:
         """Step those that count steps."""
@@ -37,9 +32,9 @@ class SchedulerSteps:
 
     def after_epoch(self, epoch: int) -> None:
         """Step those that count epochs, once an epoch: with its last batch, or when it proves to be over."""
-        if self._epoch_done or not self.run.module.automatic_optimization:
+        if self.run.stepped_epoch == epoch or not self.run.module.automatic_optimization:
             return
-        self._epoch_done = True
+        self.run.stepped_epoch = epoch
         for config in self.run.view.lr_scheduler_configs:
             if config.interval == "epoch" and not config.on_metric and (epoch + 1) % config.frequency == 0:
                 cover_groups([config])

@@ -96,7 +96,6 @@ class TrainingLoop:
                 self.run.data.make_anew(stage)
             self.feed = self.run.data.feeds("train")[0]
         self.batch = skip
-        self._schedulers.begin_epoch()
         self._idle = skip == 0 or self.run.slices.active
         self.view.running = "train"
         self._iterator = None

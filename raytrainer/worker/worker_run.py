@@ -95,6 +95,7 @@ class WorkerRun:
         self.attributes: AttributeSnapshots | None = None  # if `replaceable`
         self.put_back: Callable[[], None] = lambda: None  # what hooks have changed that begin a run, where it goes on
         self.epoch_began = False  # `on_train_epoch_start` has been, for the epoch in progress
+        self.stepped_epoch = -1  # after which schedulers that count epochs have been stepped last
         self.accumulating = False  # in the middle of an accumulation: gradients must survive a validation
         self._shaped: str | None = None  # what strategy and precision say of the form that they have given the module
         self._undo_flags = apply_flags(settings)

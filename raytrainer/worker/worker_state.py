@@ -83,7 +83,7 @@ def most_of_state(run: WorkerRun, replica: bool) -> dict[str, Any]:
 def _own_state(run: WorkerRun, final: bool) -> dict[str, Any]:
     """What this worker alone has: generators, sums of the epoch's metrics, and gradients while accumulating."""
     own: dict[str, Any] = {"rng": capture_rng() if run.rng is None else run.rng, "metrics": run.view.metrics.sums()}
-    own["evaluated"] = dict(run.evaluated)
+    own["evaluated"], own["stepped_epoch"] = dict(run.evaluated), run.stepped_epoch
     own["metric_objects"] = states_of(run.module)
     own["loaders"] = run.data.states()
     if run.accumulating:
@@ -135,6 +135,7 @@ def restore_state(run: WorkerRun, checkpoint: dict[str, Any]) -> None:
     view.global_step, view.current_epoch = checkpoint["global_step"], checkpoint["epoch"]
     run.stepped = checkpoint.get("stepped", checkpoint["global_step"])
     by_rank = checkpoint.get("own") or []
+    run.stepped_epoch = by_rank[0].get("stepped_epoch", -1) if by_rank else -1
     as_before = checkpoint.get("parts") in (None, run.strategy.share.count)
     if as_before and len(by_rank) == view.ranks.world_size:
         _restore_own(run, by_rank[view.ranks.rank])

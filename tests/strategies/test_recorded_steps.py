@@ -142,6 +142,14 @@ class SkipsTheRest(Struck):
         return -1 if batch_idx == 5 else None
 
 
+class StepsEachEpoch(Struck):
+    """Its scheduler counts epochs, and is stepped with an epoch's last batch."""
+
+    def configure_optimizers(self) -> Any:
+        (optimizer,), _ = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
 class DiesInItsRecord(Struck):
     """When half of a record is written."""
 
@@ -182,6 +190,8 @@ def stream() -> Any:
         (EditsWeights, "after step", 9, {}),
         (SkipsTheRest, "batch start", 4, {}),
         (SkipsTheRest, "backward", 9, {}),
+        (StepsEachEpoch, "epoch start", 7, {}),
+        (StepsEachEpoch, "validation", 7, {"val_check_interval": 1.0}),
         (DiesInItsRecord, "record", 9, {}),
         (Struck, "batch end", 8, {"strategy": raytrainer.DDP(broadcast_buffers=False)}),
         (Struck, "forward", 9, {"data": stream, "val_check_interval": 1.0}),
