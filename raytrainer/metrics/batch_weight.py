@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from raytrainer.data.batch_size import batch_size_of, batch_sizes_in
+from raytrainer.errors import MetricError
 
 __all__ = ["BatchWeight"]
 
@@ -43,8 +45,14 @@ class BatchWeight:
         finally:
             self._whole = None
 
-    def samples(self, name: str, hook: str | None, mean: bool) -> int:
-        """The weight of a value of `name`; 1 where it cannot be known. Said once, if it is for a `mean`."""
+    def samples(self, name: str, hook: str | None, mean: bool, given: Any = None) -> int:
+        """The weight of a value of `name`; 1 where it cannot be known. Said once, if it is for a `mean`.
+
+        Raises:
+            MetricError: What was `given` for it is no weight.
+        """
+        if given is not None:
+            return _checked(name, given)
         if self._whole is not None:
             return self._whole
         if self._size is None:
@@ -72,3 +80,16 @@ class BatchWeight:
                 "here, is taken for the number of samples, which weighs batches in the epoch's mean; others have %s. "
                 "If that is not so, say it: %s.", hook, name, kind, known, ", ".join(map(str, others[:5])), remedy,
             )  # fmt: skip
+
+
+def _checked(name: str, given: Any) -> int:
+    """A weight as a number: what is negative or no number would make an epoch's mean wrong without a word."""
+    weight = given
+    with suppress(AttributeError, ValueError, RuntimeError):  # a tensor or an array, of one element
+        weight = given.item()
+    if isinstance(weight, (int, float)) and 0 <= weight < math.inf:
+        return weight  # type: ignore[return-value]  # a fraction weighs as well
+    shown = f"<{type(given).__name__} of shape {tuple(given.shape)}>" if hasattr(given, "shape") else repr(given)
+    raise MetricError(
+        f"self.log({name!r}, ..., batch_size={shown}): give the number of samples that the value is of, 0 or more."
+    )

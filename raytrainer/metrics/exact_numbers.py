@@ -18,8 +18,10 @@ def scalar(name: str, value: Tensor) -> Tensor:
     """The one element of a logged tensor.
 
     Raises:
-        MetricError: There are more, or none.
+        MetricError: There are more, or none, or it is no real number.
     """
+    if value.is_complex():
+        raise MetricError(f"self.log({name!r}, <tensor of {value.dtype}>): log a real number, e.g. its abs().")
     if value.numel() != 1:
         raise MetricError(
             f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): log one element, e.g. its mean."

@@ -144,12 +144,12 @@ class MetricStore:
             slot.loaders.add(self.loader_idx)
         if slot.options != options:
             refuse_other_options(slot, options, self.hook, name)
-        if type(value) is Tensor and value.is_cpu and not value.ndim:
+        if type(value) is Tensor and value.is_cpu and not value.ndim and not value.is_complex():
             slot.dtype, value = value.dtype, value.item()
         elif isinstance(value, Tensor):
             # a copy, since the caller may go on to change the tensor in place
             value = (value if type(value) is Tensor else plain(name, value)).detach().clone()
-            if value.ndim:
+            if value.ndim or value.is_complex():
                 value = scalar(name, value)
         else:
             slot.dtype = None
@@ -166,8 +166,8 @@ class MetricStore:
         if spec.on_step:
             slot.last = value
         if spec.on_epoch:
-            if batch_size is None:
-                batch_size = self._weight.samples(name, self.hook, spec.reduce == "mean")
+            if type(batch_size) is not int or batch_size < 0:
+                batch_size = self._weight.samples(name, self.hook, spec.reduce == "mean", batch_size)
             slot.pending.append(value)
             slot.weight.append(batch_size)
             slot.recent += 1

@@ -90,3 +90,53 @@ def test_misspelt_hooks_of_a_datamodule_are_warned_of(local_trainer, caplog):
     local_trainer(max_epochs=1).fit(Tiny(), datamodule=Odd())
     assert "Odd.val_dataloder is not called by the Trainer: did you mean val_dataloader?" in caplog.text
     assert caplog.text.count("is not called by the Trainer") == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "homes"),
+    [
+        (WorkerCallback, "on_sanity_check_start", "Callback"),
+        (WorkerCallback, "on_train_chunk_end", "Callback"),
+        (WorkerCallback, "configure_optimizers", "Module"),
+        (Callback, "train_dataloader", "Module and DataModule"),
+        (Tiny, "on_sanity_check_end", "Callback"),
+        (DataModule, "on_train_epoch_end", "Module and Callback and WorkerCallback"),
+        (DataModule, "validation_step", "Module"),
+    ],
+)
+def test_hooks_of_another_class_are_warned_of(base, name, homes, local_trainer, caplog):
+    owner = type("Odd", (base,), {name: lambda self, *args: pytest.fail("called")})()
+    module, callbacks, datamodule = Tiny(), [], None
+    if base is Tiny:
+        module = owner
+    elif base is DataModule:
+        datamodule = owner
+        type(owner).train_dataloader = lambda self: data(4)
+    else:
+        callbacks = [owner]
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=callbacks).fit(
+            module, None if datamodule else data(4), datamodule=datamodule
+        )
+    kind = "Module" if base is Tiny else base.__name__
+    assert f"Odd.{name} is not called by the Trainer: it is a hook of {homes}, not of a {kind}." in caplog.text
+    assert caplog.text.count("is not called") == 1
+
+
+def test_what_is_two_things_at_once_has_the_hooks_of_both(local_trainer, caplog):
+    class Both(DataModule, WorkerCallback):
+        def setup(self, *args):
+            pass
+
+        teardown = on_exception = state_dict = load_state_dict = setup
+
+        def train_dataloader(self):
+            return data(4)
+
+        def on_train_epoch_end(self, trainer, module):
+            pass
+
+    both = Both()
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=[both]).fit(Tiny(), datamodule=both)
+    assert "is not called" not in caplog.text

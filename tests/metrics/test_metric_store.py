@@ -160,6 +160,15 @@ def test_mean_is_weighted_by_batch_size():
     assert epoch_value(make(), [1.0, 2.0, 3.0], [4, 4, 2], batch_size=1) == 2.0
 
 
+@pytest.mark.parametrize("size", [3.0, True + 2, torch.tensor(3), torch.tensor([3.0])])
+def test_a_batch_size_may_be_any_number(size):
+    store = make("validation_step")
+    log(store, "x", 1.0, batch_size=size)
+    log(store, "x", 5.0, batch_size=1)
+    log(store, "x", 9.0, batch_size=0)
+    assert reduce_partials("mean", [store.report(end_of_epoch=True).epoch["x"]]) == 2.0
+
+
 def test_sum_min_and_max_know_no_weights():
     for fx, expected in (("sum", 6.0), ("min", 1.0), ("max", 3.0)):
         assert epoch_value(make(), [1.0, 2.0, 3.0], [4, 4, 2], reduce_fx=fx) == expected
@@ -324,6 +333,21 @@ def test_numpy_values():
         ({"reduce_fx": "median"}, r"reduce_fx='median'.*'max', 'mean', 'min', 'sum'.*or a function"),
         ({"sync_dist_group": object()}, r"sync_dist_group"),
         ({"name": ""}, r"give a name"),
+        ({"value": torch.tensor(1 + 2j)}, r"'x', <tensor of torch.complex64>\): log a real number"),
+        ({"value": torch.tensor([1 + 2j])}, r"log a real number"),
+        *(
+            ({"batch_size": size, "on_epoch": True}, rf"'x', ..., batch_size={shown}\): give the number of samples")
+            for size, shown in [
+                (-1, "-1"),
+                (-0.5, "-0.5"),
+                ("4", "'4'"),
+                ([4], r"\[4\]"),
+                (float("nan"), "nan"),
+                (float("inf"), "inf"),
+                (torch.tensor(-1), r"<Tensor of shape \(\)>"),
+                (torch.ones(2), r"<Tensor of shape \(2,\)>"),
+            ]
+        ),
     ],
 )
 def test_refused(options, message):

@@ -47,7 +47,14 @@ _RENAMED = {
     "get_progress_bar_dict": "self.log(..., prog_bar=True)",
     "on_hpc_save": "on_save_checkpoint",
     "on_hpc_load": "on_load_checkpoint",
+    "on_before_accelerator_backend_setup": "setup",
+    "on_post_move_to_device": "on_fit_start",
+    **{f"on_{stage}_dataloader": f"{stage}_dataloader" for stage in ("train", "val", "test", "predict")},
+    **{f"on_reset_{stage}_dataloader": f"{stage}_dataloader" for stage in ("train", "val", "test", "predict")},
 }
+
+#: What has hooks, and what a user derives it from.
+_BASES = (Module, DataModule, Callback, WorkerCallback)
 
 
 def refuse_former_hooks(
@@ -65,10 +72,10 @@ def refuse_former_hooks(
                 f"what it needs in an attribute during the steps, as in self.outputs.append(...)."
             )
     _warn_of_misspelt_flags(module)
-    if datamodule is not None:
-        _warn_of_misspelt(datamodule, DataModule)
-    for owner in (module, *callbacks):
-        _warn_of_misspelt(owner, next(base for base in (Module, Callback, WorkerCallback) if isinstance(owner, base)))
+    for owner in (module, *callbacks, *filter(None, [datamodule])):
+        base = next(base for base in _BASES if isinstance(owner, base))
+        _warn_of_misspelt(owner, base)
+        _warn_of_misplaced(owner, base)
         for name, instead in _RENAMED.items():
             if callable(getattr(owner, name, None)):
                 log.warning("%s.%s is not called by the Trainer; there is %s.", type(owner).__name__, name, instead)
@@ -96,3 +103,16 @@ def _warn_of_misspelt(owner: Any, base: type) -> None:
     for name in own_functions(owner, base):
         if hook := nearly(name, missing, cutoff=0.92):
             log.warning("%s.%s is not called by the Trainer: did you mean %s?", type(owner).__name__, name, hook)
+
+
+def _warn_of_misplaced(owner: Any, base: type) -> None:
+    """A hook of another class, such as a DataModule's `on_train_epoch_end`: its own name is right, its place is not."""
+    if sum(isinstance(owner, kind) for kind in _BASES) > 1:  # it may be given as the other one, too
+        return
+    for name in own_functions(owner, base):
+        homes = [kind.__name__ for kind in _BASES if hasattr(kind, name)]
+        if homes and _HOOK.search(name):
+            log.warning(
+                "%s.%s is not called by the Trainer: it is a hook of %s, not of a %s.",
+                type(owner).__name__, name, " and ".join(homes), base.__name__,
+            )  # fmt: skip
