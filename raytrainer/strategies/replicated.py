@@ -175,8 +175,9 @@ class ReplicatedStrategy(GroupStrategy):
         raise DisagreementError(
             f"the loss of rank {self.ranks.rank} in batch {batch_idx} does not depend on "
             f"{_shown(unused) or 'all parameters'}: "
-            f"the other workers wait for their gradients. Use strategy=DDP(find_unused_parameters=True), freeze what "
-            f"is never used (requires_grad_(False)), or return None to skip a batch."
+            f"the other workers wait for their gradients. Use "
+            f"strategy={type(self.settings).__name__}(find_unused_parameters=True), freeze what is never used "
+            f"(requires_grad_(False)), or return None to skip a batch."
         )
 
     def sync_manual(self, module: nn.Module, batch_idx: int, call: int) -> None:

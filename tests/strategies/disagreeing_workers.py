@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from raytrainer import Module
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.settings import build_settings
-from raytrainer.plan.strategy_settings import DDP
+from raytrainer.plan.strategy_settings import DDP, DDP2
 from raytrainer.task import Task
 from raytrainer.worker.process_group import ProcessGroup, make_store
 from raytrainer.worker.worker import Worker
@@ -229,7 +229,10 @@ WRONG: dict[str, tuple[Case, tuple[str, ...]]] = {
     "accumulating": (
         Case(at(1, 1, lambda loss: torch.zeros(())), accumulate=2), ("without a graph in batch 1 of rank 1",),
     ),
-    "a part unused": (Case(VERDICTS["losses"], part=Unused), ("does not depend on part.never.weight", "find_unused")),
+    "a part unused": (
+        Case(VERDICTS["losses"], part=Unused, ddp=DDP2()),
+        ("does not depend on part.never.weight", "strategy=DDP2(find_unused_parameters=True)"),
+    ),
     "no shape yet": (Case(VERDICTS["losses"], part=Lazy), ("part.late.weight", "lazy", "Call the module")),
     "another graph": (
         Case(at(3, 1, lambda loss: torch.ones((), requires_grad=True) * 2)),
