@@ -75,6 +75,8 @@ class ReplicatedStrategy(GroupStrategy):
             # DDP allows one backward pass for each forward pass, so sync_manual averages; here ranks begin alike
             take_from_first((*module.parameters(), *module.buffers()))
             return step
+        if self.ranks.world_size == 1 and self.settings.gradient_compression is None:
+            return step  # there is nobody to average with, which DDP would take a tenth of a small step for
         # The sum of three or more numbers depends, in its last bit, on the order in which they are added, and that on
         # a gradient's place in DDP's buckets. With more than two workers the places are therefore fixed.
         fixed = self.ranks.world_size > 2 and not self.settings.find_unused_parameters

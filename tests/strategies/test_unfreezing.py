@@ -59,3 +59,22 @@ def test_within_an_epoch_with_ddp(forked):
     """Whose gradients nobody would average."""
     with pytest.raises(rt.ConfigurationError, match=r"blocks.0.norm.weight, .* and 1 more began to train in the midst"):
         forked(strategy=rt.DDP(check_replicas=False), precision=64, max_epochs=2).fit(Adds(), loader(32, 2))
+
+
+class LeavesOneOut(Adds):
+    """Also has a part that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = torch.nn.Linear(2, 2)
+
+
+def test_one_ddp_worker_is_a_plain_loop(forked):
+    """It averages with nobody, so nobody waits for gradients that are not there, or not yet."""
+    torch.manual_seed(0)
+    alone = LeavesOneOut()
+    shared = copy.deepcopy(alone)
+    options: dict[str, Any] = {"precision": 64, "max_epochs": 2, "accumulate_grad_batches": 2}
+    forked(strategy="local", **options).fit(alone, loader(16, 2))
+    forked(strategy="ddp", num_processes=1, **options).fit(shared, loader(16, 2))
+    assert same_bits(alone, shared)
