@@ -74,7 +74,7 @@ def test_one_ddp_worker_is_a_plain_loop(forked):
     torch.manual_seed(0)
     alone = LeavesOneOut()
     shared = copy.deepcopy(alone)
-    options: dict[str, Any] = {"precision": 64, "max_epochs": 2, "accumulate_grad_batches": 2}
+    options: dict[str, Any] = {"precision": 64, "max_epochs": 2}
     forked(strategy="local", **options).fit(alone, loader(16, 2))
     forked(strategy="ddp", num_processes=1, **options).fit(shared, loader(16, 2))
     assert same_bits(alone, shared)
