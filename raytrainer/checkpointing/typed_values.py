@@ -15,9 +15,11 @@ import io
 import logging
 import pathlib
 import uuid
+import weakref
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,10 @@ CONTAINERS: list[tuple[str, type, Callable[[Any], Any], Callable[[Any], Any]]] =
 ]
 
 
+#: What has been warned of: by name and identity, as long as it lives.
+_TOLD: dict[tuple[str, int], weakref.ref[Any]] = {}
+
+
 # ---------------------------------------------------------------- into a file
 
 
@@ -106,13 +112,22 @@ def pack_hyperparameters(values: Mapping[str, Any], say: bool = True) -> dict[st
             packed[name] = pack(value)
         except (NoForm, RecursionError) as error:
             kind = str(error) if isinstance(error, NoForm) else type(value).__name__
-            if say:
+            if say and _is_news(name, value):
                 log.warning(
                     "Hyperparameter %r holds a %s and is left out of checkpoints; pass it to "
                     "load_from_checkpoint(...), or ignore it in save_hyperparameters(ignore=[...]).", name, kind,
                 )  # fmt: skip
             packed[name] = {MARK: "left out", "value": kind}
     return packed
+
+
+def _is_news(name: str, value: Any) -> bool:
+    """Whether this is the first save of this very object under that name; a run's later ones would say the same."""
+    key = name, id(value)
+    told = _TOLD.get(key)
+    with suppress(TypeError):  # lists and the like: said each time
+        _TOLD[key] = weakref.ref(value, lambda _: _TOLD.pop(key, None))
+    return told is None or told() is not value
 
 
 def pack(value: Any) -> Any:

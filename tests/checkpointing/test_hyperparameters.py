@@ -515,3 +515,12 @@ def test_a_name_that_is_none_is_told():
 
     with pytest.raises(ConfigurationError, match="Takes: 3 among its hyperparameters is no name"):
         construct(Takes, {3: 4}, {}, {})
+
+
+def test_what_is_left_out_is_said_at_the_first_save_only(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        for made in (Loose(a=1), Loose(a=1)):
+            module = One(made)
+            for name in ("a.ckpt", "b.ckpt"):
+                saved(module, tmp_path / name)
+    assert caplog.text.count("is left out of checkpoints") == 2
