@@ -44,6 +44,8 @@ def fold(error: BaseException) -> None:
         inner = [_is_inner(frame) for frame in frames]
         # of a worker's error its cause has the user's lines
         on_purpose = isinstance(each, RaytrainerError) or isinstance(each.__cause__, WorkerError)
+        # and one of a loader's process has them in its message
+        on_purpose = on_purpose or (str(each).startswith("Caught ") and "Original Traceback" in str(each))
         if not frames or (all(inner) and not on_purpose):
             continue
         kept = [frame for frame, skip in zip(frames, inner, strict=True) if not skip]

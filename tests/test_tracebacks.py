@@ -68,6 +68,17 @@ def test_what_it_came_from_is_folded_too(local_trainer):
     assert where(error.__cause__) == ["__getitem__"]
 
 
+@pytest.mark.parametrize("failing", [ValueError, KeyError])
+def test_an_error_in_a_loader_process_shows_its_own_traceback_only(failing, local_trainer):
+    def collate(samples):
+        raise failing("odd samples")
+
+    error = caught(local_trainer(max_epochs=1), Net(), DataLoader([1, 2], num_workers=1, collate_fn=collate))
+    shown = "".join(traceback.format_exception(error))
+    assert type(error) is failing and "in collate" in shown and "odd samples" in shown
+    assert where(error) == ["caught"] and OWN not in shown
+
+
 def test_our_own_errors_show_the_users_line(local_trainer):
     error = caught(local_trainer(max_epochs=1), Wrong(), [torch.ones(2, 4)])
     assert isinstance(error, MetricError) and where(error) == ["caught", "training_step"]
