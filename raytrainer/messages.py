@@ -104,6 +104,7 @@ class TrainReport:
         row: The loggers' step of the batch done last.
         leaves: The loader has another batch, but that of another worker has none.
         records: As in `TrainStart`, still.
+        validation: The first chunk of one that was to follow at once.
     """
 
     batches: int
@@ -120,6 +121,7 @@ class TrainReport:
     row: int = 0
     leaves: bool = False
     records: bool = False
+    validation: EvaluationReport | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from raytrainer.callbacks import ModelCheckpoint
 from raytrainer.driver.cluster.session import explain_lost
 from raytrainer.driver.loop.asked_where import AskedWhere
 from raytrainer.driver.loop.coordinator import Coordinator
+from raytrainer.driver.loop.evaluation import sees_it_begin
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.run_services import Rows
 from raytrainer.driver.prepare.ray_datasets import prepare_datasets, release_datasets
@@ -95,6 +96,7 @@ class Run(RunCheckpoints):
         marks = [c.every_n_train_steps for c in self._driver_callbacks if c.every_n_train_steps]
         self.coordinator = coordinator = Coordinator(task, group, self.state, self, interrupt, marks, lost)
         coordinator.snapshots.saves = any(isinstance(c, ModelCheckpoint) and c.saves for c in self._driver_callbacks)
+        coordinator.evaluation.unseen = not any(sees_it_begin(callback) for callback in self._driver_callbacks)
         self.state.keeps_end = task.stage == "fit" and not self.quiet
         if not self.quiet:
             log.info("%s on %s", task.stage, group.describe())

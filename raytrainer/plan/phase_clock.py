@@ -105,6 +105,11 @@ class PhaseClock:
             self._turn()
             self._phases.pop()
 
+    def move(self, before: str, now: str, seconds: float) -> None:
+        """So much of the time of the phase `before`, which is over, was in truth that of another one."""
+        self._seconds[before] -= seconds
+        self._seconds[now] += seconds
+
     def chunk(self, seconds: float, data: float) -> None:
         """Of the time in phase "training", workers were busy for `seconds`, of which they waited `data` for data."""
         self._busy += seconds

@@ -9,7 +9,7 @@ beats a minimum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer.errors import ConfigurationError
@@ -33,6 +33,7 @@ __all__ = [
     "samples_before",
     "size_of",
     "validation_due",
+    "validation_follows",
 ]
 
 
@@ -207,6 +208,17 @@ def validation_due(settings: Settings, progress: Progress, val_every: int | None
     if val_every is None:
         return at_epoch_end
     return progress.batch > 0 and (progress.batch + progress.shift) % val_every == 0
+
+
+def validation_follows(
+    settings: Settings, progress: Progress, batches: int, train_batches: int | None, val_every: int | None
+) -> bool:
+    """Whether one will be due within the epoch once so many `batches` more are done."""
+    done = progress.batch + batches
+    after = replace(progress, batch=done, total_batches=progress.total_batches + batches)
+    if val_every is None or epoch_done(after, train_batches, False):
+        return False
+    return validation_due(settings, after, val_every, False)
 
 
 def batches_until_decision(

@@ -32,6 +32,7 @@ from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.scheduler_steps import step_plateaus
 from raytrainer.worker.staging import Slot, Staging
 from raytrainer.worker.step_records import StepRecords, begin_records
+from raytrainer.worker.train_reports import kept_if_it_fails
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.unlinking import unlink
 from raytrainer.worker.verbs import Wait, verb, verb_of
@@ -135,20 +136,18 @@ class Worker:
 
     @verb(Wait.TRAINING)
     def train(
-        self,
-        batches: int,
-        stop_at_step: int | None = None,
-        news: News | None = None,
-        more: bool = False,
-        chunk: int = 1,
-        vote_every: int = 1,
-    ) -> TrainReport:
-        """Train a chunk. `news`: see `start_epoch`; others: see TrainingLoop."""
+        self, batches: int, stop_at_step: int | None = None, news: News | None = None, more: bool = False,
+        chunk: int = 1, vote_every: int = 1, validates: int = 0,
+    ) -> TrainReport:  # fmt: skip
+        """A chunk, then so many batches that it `validates`. `news`: see `start_epoch`; others: see TrainingLoop."""
         self.run.view.hear(news)
         report = self.training.train(batches, stop_at_step, more, chunk, vote_every)
         self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
         if self.ranks.rank:  # the driver reads a thousand of these
             report.metrics = report.metrics.shared()
+        if validates and report.batches == batches and not report.exhausted:
+            with kept_if_it_fails(self.run.view.metrics, report.metrics):
+                report.validation = self.evaluate(validates, "validate")
         return report
 
     @verb(Wait.TRAINING)

@@ -1,4 +1,4 @@
-"""What happens to a worker within a validation that takes one round trip changes nothing else."""
+"""A validation of one round trip, or with training's: what happens to a worker in it changes nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exact import Exact, run, same
+from exact import Exact, Rows, run, same
 from forked_group import ForkedGroup
 
 from raytrainer import Callback, Trainer
@@ -43,61 +43,74 @@ class Told(Callback):
         self.seen.append(("failed", trainer.global_step, str(exception)))
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, forked: Any) -> list[str]:
-    """Verbs that workers have been told."""
-    verbs: list[str] = []
-    call = ForkedGroup.call
+class ToldOfChunks(Told):
+    """Which acts between training and validation, as far as anybody knows."""
 
-    def noting(group: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
-        verbs.append(method.__name__)
-        return call(group, method, *args, **kwargs)
-
-    monkeypatch.setattr(ForkedGroup, "call", noting)
-    return verbs
+    def on_train_chunk_end(self, trainer, module, report):
+        pass
 
 
-def fitted(module: Exact, folder: Path, **options: Any) -> tuple[Trainer, list[Any], list[Any]]:
-    callback = Told()
-    options = {"strategy": "ddp", "num_processes": 2, "num_sanity_val_steps": 0, "callbacks": [callback], **options}
-    trainer, rows = run(module, folder, **options)
-    return trainer, rows, callback.seen
+class Calls:
+    """Verbs that workers have been told, and how many validations have begun with training."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.verbs: list[str] = []
+        self.together = 0
+        call = ForkedGroup.call
+
+        def noting(group: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.verbs.append(method.__name__)
+            answers = call(group, method, *args, **kwargs)
+            self.together += getattr(answers[0], "validation", None) is not None
+            return answers
+
+        monkeypatch.setattr(ForkedGroup, "call", noting)
 
 
-@pytest.fixture
-def calm(told: list[str], tmp_path: Path) -> tuple[Exact, list[Any], list[Any]]:
-    module = Exact()
-    _, rows, seen = fitted(module, tmp_path)
-    assert told.count("start_evaluation") == 1  # of the first of six; the others begin with their first message
-    told.clear()
-    return module, rows, seen
+class Calm:
+    """A run in which nothing happens, and how others are run."""
+
+    def __init__(self, told: type[Told], calls: Calls, folder: Path) -> None:
+        self.told, self.calls, self.folder, self.module = told, calls, folder, Exact()
+        _, self.rows, self.seen = self.fit(self.module)
+        starts, together = calls.verbs.count("start_evaluation"), calls.together
+        assert (starts, together) == (1, 5 if told is Told else 0)  # of six, of which the first one starts seen
+        calls.verbs.clear()
+
+    def fit(self, module: Exact, **options: Any) -> tuple[Trainer, list[Any], list[Any]]:
+        told = self.told()
+        defaults = {"strategy": "ddp", "num_processes": 2, "num_sanity_val_steps": 0, "callbacks": [told]}
+        trainer, rows = run(module, self.folder, **{**defaults, **options})
+        return trainer, rows, told.seen
 
 
-def test_a_killed_worker_changes_nothing(calm, told, tmp_path):
+@pytest.fixture(params=[Told, ToldOfChunks])
+def calm(request: Any, forked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calm:
+    return Calm(request.param, Calls(monkeypatch), tmp_path)
+
+
+def test_a_killed_worker_changes_nothing(calm, tmp_path):
     module = Struck((1, BATCHES), "kill", f"{tmp_path}/flag", verb="validate")
-    trainer, rows, seen = fitted(module, tmp_path)
-    assert len(trainer.recoveries) == 1 and told.count("start_evaluation") == 2
-    assert same(module, calm[0]) and rows == calm[1]
-    assert set(seen) == set(calm[2]) and seen[-4:] == calm[2][-4:]  # two come again, from the run's beginning on
+    trainer, rows, seen = calm.fit(module)
+    assert len(trainer.recoveries) == 1 and calm.calls.verbs.count("start_evaluation") == 2
+    assert same(module, calm.module) and rows == calm.rows
+    assert set(seen) == set(calm.seen) and seen[-4:] == calm.seen[-4:]  # two come again, from the run's beginning on
 
 
-def test_an_error_is_told_once_after_all_that_came_before_it(calm, told, tmp_path):
-    callback = Told()
-    module = Struck(how="raise", flag=f"{tmp_path}/flag")
+def test_an_error_is_told_once_after_all_that_came_before_it(calm, tmp_path):
+    told, rows = calm.told(), Rows()
     with pytest.raises(ValueError, match="mine"):
-        run(module, tmp_path, strategy="ddp", num_processes=2, num_sanity_val_steps=0, callbacks=[callback])
-    (*before, (what, step, error)) = callback.seen
-    validated = [each for each in calm[2] if each[1] < step]
-    assert (what, error) == ("failed", "mine") and before == validated and len(told) > 0
-    assert told.count("evaluate") > told.count("start_evaluation")
+        calm.fit(Struck(how="raise", flag=f"{tmp_path}/flag"), callbacks=[told], logger=rows)
+    assert told.seen[:-1] == calm.seen[:2] and told.seen[-1] == ("failed", calm.seen[2][1], "mine")
+    third = [index for index, (_, values) in enumerate(calm.rows) if "val_loss" in values][2]
+    assert rows.rows == calm.rows[:third]
 
 
-def test_ctrl_c_ends_the_run_so_that_it_goes_on_as_if_it_had_not(calm, told, tmp_path):
-    module = Struck(how="interrupt", flag=f"{tmp_path}/flag")
-    trainer, rows, seen = fitted(module, tmp_path)
+def test_ctrl_c_ends_the_run_so_that_it_goes_on_as_if_it_had_not(calm, tmp_path):
+    trainer, rows, seen = calm.fit(Struck(how="interrupt", flag=f"{tmp_path}/flag"))
     assert trainer.interrupted and trainer.current_epoch == 1
     trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
-    further = Exact()
-    _, later_rows, later = fitted(further, tmp_path, ckpt_path=str(tmp_path / "interrupted.ckpt"))
-    assert same(further, calm[0]) and [*seen, *later] == calm[2]
-    assert [*rows, *later_rows] == calm[1]
+    module = Exact()
+    _, later_rows, later = calm.fit(module, ckpt_path=str(tmp_path / "interrupted.ckpt"))
+    assert same(module, calm.module) and [*seen, *later] == calm.seen
+    assert [*rows, *later_rows] == calm.rows

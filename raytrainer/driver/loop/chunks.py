@@ -13,7 +13,7 @@ from raytrainer.driver.reporting.merged_counts import merged, shortest
 from raytrainer.driver.saving.capture_restore import RunCapture, count_up
 from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
-from raytrainer.messages import TrainReport
+from raytrainer.messages import EvaluationReport, TrainReport
 from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.plan.settings import Settings
 from raytrainer.view.run_state import RunState
@@ -44,6 +44,8 @@ class Chunks:
 
     Attributes:
         recorded: What workers had to report of a chunk in which some were lost, once: up to where all go on from.
+        validated: What they have reported of the first chunk of a validation, which has come with one of training. It
+            is to be ended, whatever has been asked for meanwhile.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Chunks:
         self.settings, self.state, self.snapshots, self.interrupt = settings, state, snapshots, interrupt
         self.marks, self._capture = marks, capture
         self.recorded: list[TrainReport] | None = None
+        self.validated: list[EvaluationReport] = []
+        self._validates = 0  # batches of a validation that the chunk in progress is to begin
         self._journal = journal
         self._batches = 1
         self._behind = False  # workers have something to report of the batches done
@@ -78,14 +82,26 @@ class Chunks:
 
     def forget(self) -> None:
         """There are other workers, which have nothing to report."""
-        self._behind = False
+        self._behind, self.validated = False, []
+
+    def begun(self) -> list[EvaluationReport]:
+        """Of a validation that is ended now; nothing: it has not begun."""
+        begun, self.validated = self.validated, []
+        return begun
 
     def train(
-        self, group: WorkerGroup, length: int | None, val_every: int | None, plateau_marks: tuple[int, ...] = ()
+        self,
+        group: WorkerGroup,
+        length: int | None,
+        val_every: int | None,
+        plateau_marks: tuple[int, ...] = (),
+        first: int = 0,
     ) -> TrainReport:
         """Train up to the next decision; take up what the workers report.
 
-        `plateau_marks` are further multiples of optimizer steps at which to look.
+        `plateau_marks` are further multiples of optimizer steps at which to look. `first` are batches of the first
+        chunk of a validation which nobody sees begin: where one follows, it is asked for in the same message. 0: others
+        see it.
         """
         state, progress = self.state, self.state.progress
         marks = (*self.marks, *self.snapshots.step_marks, *plateau_marks)
@@ -93,15 +109,21 @@ class Chunks:
         batches = min(ahead, self._batches, MOST_RECORDED if self.snapshots.recorded else ahead)
         stop_at = schedule.next_step_stop(self.settings, progress, marks)
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
-        left_over, self._behind = self._behind, False
+        left_over, self._behind, self._validates = self._behind, False, 0
+        if first and batches == ahead and not self.snapshots.recorded and not self.interrupt.requested:
+            follows = schedule.validation_follows(self.settings, progress, batches, length, val_every)
+            self._validates = first if follows else 0
         with state.clock.phase("training"):
             more, chunk, votes = ahead > batches, next(_NUMBERS), self._vote_every
             reports, self.recorded = self.recorded, None
             if reports is None:
                 self._capture.begin_chunk(group, chunk)
                 news = state.news()
-                reports = group.call(Worker.train, batches, stop_at, news, more, chunk, votes)
-        report = merged(reports)
+                reports = group.call(Worker.train, batches, stop_at, news, more, chunk, votes, self._validates)
+        report, self._validates = merged(reports), 0
+        self.validated = [each.validation for each in reports if each.validation is not None]
+        if self.validated:
+            state.clock.move("training", "validating", max(each.seconds for each in self.validated))
         if self.snapshots.recorded and not all(each.records for each in reports):
             self.snapshots.recorded = False
             log.warning("From now on each step's state is copied to the driver, as not all workers can record it.")
@@ -186,7 +208,7 @@ class Chunks:
             with self.state.clock.phase("training"):
                 reports = group.call(Worker.report_steps, failed)
             self._journal.steps("train", reports)
-        if failed and group.in_process:
+        if failed and (group.in_process or self._validates):  # else the chunk that has failed counts for nothing
             count_up(group, self.state)
 
 

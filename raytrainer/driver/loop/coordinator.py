@@ -72,7 +72,7 @@ class Coordinator:
         self.validates = self._resumes = False  # the latter: the epoch in progress has begun before the run was resumed
         self._plateaus = Plateaus(state)
         self._journal = Journal(state, services)
-        self._evaluation = Evaluation(state, services, interrupt, self._journal)
+        self.evaluation = Evaluation(state, services, interrupt, self._journal)
         self._capture = RunCapture(task, state, services, self.snapshots)
         self._recovery = WorkerRecovery(state, services, self._capture, self.snapshots, self.settings, lost)
         self._resizing = Resizing(self.settings, state, services, self._capture)
@@ -114,7 +114,7 @@ class Coordinator:
         begun = "on_train_start" in self._emitted  # and to be ended, also where workers are lost when all is trained
         if self.settings.limit_train_batches != 0 and (unfinished or begun or not self._done()):
             if beginning is None and self.validates and self.settings.num_sanity_val_steps != 0:
-                self._evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
+                self.evaluation.check_sanity(self.group, self.settings.num_sanity_val_steps)
             self._start_training()
             empty = self.state.num_training_batches == 0
             if unfinished:
@@ -199,7 +199,8 @@ class Coordinator:
         if self._validation_due(val_every):  # the run goes on from a checkpoint that was made right before one
             self._validate(min(1, progress.step))
         while not progress.epoch_ended and not self._done():
-            report = self._chunks.train(self.group, length, val_every, self._plateaus.step_marks)
+            looks = self._plateaus.step_marks, self.evaluation.first(self.group)
+            report = self._chunks.train(self.group, length, val_every, *looks)
             if schedule.epoch_done(progress, length, report.exhausted):
                 self._end_batches()
             self.state.about_to_validate = self._validation_due(val_every)
@@ -229,7 +230,7 @@ class Coordinator:
         self._chunks.catch_up(self.group, failed)
 
     def _validation_due(self, val_every: int | None) -> bool:
-        return not self.state.interrupted and self._validation_would_be_due(val_every)
+        return bool(self._chunks.validated) or (not self.state.interrupted and self._validation_would_be_due(val_every))
 
     def _validation_would_be_due(self, val_every: int | None) -> bool:
         """Whether one is due here, be it that a run that goes on from here has to do it."""
@@ -248,11 +249,10 @@ class Coordinator:
         self.state.trainer.stage, before = "validate", self.state.progress.validated_at
         self.state.progress.validated_at = self.state.progress.total_batches
         with self.state.clock.phase("validating"):
-            self._evaluation.run(
-                self.group, "validate", then=lambda: self._plateaus.after_steps(self.group, steps, self.validates)
-            )
+            then, begun = (lambda: self._plateaus.after_steps(self.group, steps, self.validates)), self._chunks.begun()
+            self.evaluation.run(self.group, "validate", then=then, begun=begun)
         self.state.trainer.stage = "train"
-        if self._evaluation.cut_off:
+        if self.evaluation.cut_off:
             self.state.progress.validated_at = before
 
     def _done(self) -> bool:
@@ -272,7 +272,7 @@ class Coordinator:
         """
         self._setup(beginning)
         self.state.trainer.stage = stage
-        values, predictions = self._evaluation.run(self.group, stage)
+        values, predictions = self.evaluation.run(self.group, stage)
         self._finish(trained=False)
         return values, predictions
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from raytrainer.callbacks.callback import Callback
+from raytrainer.callbacks.early_stopping import EarlyStopping
+from raytrainer.callbacks.model_checkpoint import ModelCheckpoint
+from raytrainer.callbacks.progress import ProgressBar
 from raytrainer.driver.loop.interrupt import Interrupt
 from raytrainer.driver.loop.object_values import ObjectValues
 from raytrainer.driver.loop.run_services import RunServices
@@ -18,9 +22,21 @@ from raytrainer.plan import steps_and_epochs as schedule
 from raytrainer.seeding import rng_untouched
 from raytrainer.view.run_state import RunState, nothing
 from raytrainer.worker.evaluation_calls import HOOKS
+from raytrainer.worker.hook_calls import overridden
 from raytrainer.worker.worker import Worker
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "sees_it_begin"]
+
+#: Hooks of the driver's callbacks between the batches before a validation and its own; and ours, which do nothing there
+#: that workers would know of.
+BETWEEN = ("on_train_chunk_end", "on_validation_start", "on_validation_epoch_start")
+LOOKING = {getattr(kind, hook) for kind in (ProgressBar, ModelCheckpoint, EarlyStopping) for hook in BETWEEN}
+
+
+def sees_it_begin(callback: Callback) -> bool:
+    """Whether a callback may act between the batches before a validation and its own."""
+    own = [getattr(callback, hook) for hook in BETWEEN if overridden(callback, hook)]
+    return any(getattr(hook, "__func__", hook) not in LOOKING for hook in own)
 
 
 class Evaluation:
@@ -34,6 +50,7 @@ class Evaluation:
 
     Attributes:
         cut_off: Whether Ctrl-C or SIGTERM has ended the latest one before its last batch.
+        unseen: Whether no callback of the driver's acts between the batches before a validation and its own.
     """
 
     def __init__(self, state: RunState, services: RunServices, interrupt: Interrupt, journal: Journal) -> None:
@@ -41,23 +58,33 @@ class Evaluation:
         self.cut_off = False
         self._steady: tuple[WorkerGroup | None, str] = None, ""  # whose next evaluation of which stage starts unseen
         self._first = 1  # batches of its first chunk
+        self.unseen = False
+
+    def first(self, group: WorkerGroup) -> int:
+        """Batches that a message of training may ask for of the next validation; 0: somebody sees it begin."""
+        return self._first if self.unseen and self._steady == (group, "validate") else 0
 
     def run(
-        self, group: WorkerGroup, stage: str, sanity: int | None = None, then: Callable[[], None] = nothing
+        self,
+        group: WorkerGroup,
+        stage: str,
+        sanity: int | None = None,
+        then: Callable[[], None] = nothing,
+        begun: list[EvaluationReport] | None = None,
     ) -> tuple[Reduced, list[Any]]:
         """Evaluate everything, or as a sanity check `sanity` batches of each loader.
 
-        `then` is called once the metrics are there, before callbacks are told.
+        `then` is called once the metrics are there, before callbacks are told. `begun`: of the first chunk, which has
+        been asked for already.
 
         Returns:
             Epoch metrics, and the outputs asked for: (loader, batch, output), in order. Nothing if interrupted.
         """
         state, name = self._state, HOOKS[stage]
         self.cut_off = False
-        begun: list[EvaluationReport] = []
-        if sanity is None and self._steady == (group, stage) and not self._interrupt.requested:
+        if begun or (sanity is None and self._steady == (group, stage) and not self._interrupt.requested):
             self._emit_start(name)  # before the workers start, as nobody sees the difference
-            begun = group.call(Worker.evaluate, self._first, stage, state.news())
+            begun = begun or group.call(Worker.evaluate, self._first, stage, state.news())
             starts = [report.start for report in begun if report.start is not None]
         else:
             starts = group.call(Worker.start_evaluation, stage, sanity, state.news())
@@ -67,7 +94,7 @@ class Evaluation:
             return Reduced(), []
         if not begun:
             self._emit_start(name)
-        reports, predictions = self._chunks(group, stage, sanity, begun)
+        reports, predictions = self._chunks(group, stage, sanity, begun or [])
         self._steady = None, ""
         if not group.in_process and sanity is None and all(start.steady for start in starts):
             self._steady = group, stage

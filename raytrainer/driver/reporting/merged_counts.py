@@ -21,7 +21,7 @@ def merged(reports: Sequence[TrainReport]) -> TrainReport:
     """One report for all workers: the slowest time, any request to stop.
 
     Raises:
-        DisagreementError: Workers have done different numbers of optimizer steps.
+        DisagreementError: Workers have done different numbers of optimizer steps, or of validations.
     """
     if len(reports) == 1:
         return reports[0]
@@ -32,6 +32,8 @@ def merged(reports: Sequence[TrainReport]) -> TrainReport:
             f"{'; '.join(f'rank(s) {ranks_text(ranks)}: {what}' for ranks, what in told)}. With manual optimization, "
             f"all must call optimizer.step() in the same batches."
         )
+    if len({report.validation is None for report in reports}) > 1:
+        raise DisagreementError("some workers have gone on to a validation and others not; this is a bug in raytrainer")
     return replace(
         reports[0],
         seconds=max(r.seconds for r in reports),

@@ -1,4 +1,6 @@
-"""A validation that nobody looks into takes one round trip to workers elsewhere, and is the same as with four."""
+"""A validation that nobody looks into takes one round trip to workers elsewhere, or comes with training's, and is the
+same as with four.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from tiny import Tiny, data
 
-from raytrainer import Callback, ModelCheckpoint, Module
+from raytrainer import Callback, EarlyStopping, Logger, ModelCheckpoint, Module
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.local_group import LocalGroup
 from raytrainer.driver.workers.task_pickling import asked
@@ -24,12 +26,14 @@ class Apart(LocalGroup):
 
     def __init__(self):
         super().__init__()
-        self.told, self._later = [], []
+        self.told, self._later, self.together = [], [], 0
 
     def call(self, method, /, *args, **kwargs):
         self._tell_rest()
         self.told.append(verb_of(method).name)
-        return super().call(method, *args, **kwargs)
+        answers = super().call(method, *args, **kwargs)
+        self.together += getattr(answers[0], "validation", None) is not None
+        return answers
 
     def later(self, method, /, *args, **kwargs):
         self._later.append((method, args, kwargs))
@@ -75,18 +79,12 @@ class Seeing(Tiny):
     on_validation_start = Module.on_validation_start
 
 
-class Watching(Callback):
+class WatchingEnds(Callback):
     def __init__(self):
         self.seen = []
 
     def see(self, trainer, where):
         self.seen.append((where, {n: float(v) for n, v in trainer.callback_metrics.items()}, trainer.num_val_batches))
-
-    def on_validation_start(self, trainer, module):
-        self.see(trainer, "start")
-
-    def on_validation_epoch_start(self, trainer, module):
-        self.see(trainer, "epoch_start")
 
     def on_evaluation_chunk_end(self, trainer, module, report):
         if report.done:
@@ -99,6 +97,14 @@ class Watching(Callback):
         self.see(trainer, "end")
 
 
+class Watching(WatchingEnds):
+    def on_validation_start(self, trainer, module):
+        self.see(trainer, "start")
+
+    def on_validation_epoch_start(self, trainer, module):
+        self.see(trainer, "epoch_start")
+
+
 def with_hook(hook):
     def seeing(self, *args):
         self.see(hook)
@@ -108,22 +114,36 @@ def with_hook(hook):
     return kind
 
 
-def seen_by(group, hook, loaders, trainer_of, folder):
+class Kept(Logger):
+    def __init__(self):
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params):
+        pass
+
+
+def seen_by(group, hook, loaders, watching, trainer_of, folder):
     torch.manual_seed(1)
-    watching = Watching()
+    watching, kept = watching(), Kept()
     saving = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=folder)
+    stopping = [EarlyStopping(monitor=name, patience=9) for name in ("val_loss", "loss")]
     trainer = trainer_of(
         group, max_epochs=2, val_check_interval=2, limit_val_batches=3, num_sanity_val_steps=1, snapshot_every=None,
-        callbacks=[watching, saving],
+        callbacks=[watching, saving, *stopping], logger=kept, log_every_n_steps=1, enable_progress_bar=True,
     )  # fmt: skip
     module = with_hook(hook)()
     trainer.fit(module, data(12), [data(8, seed=2), data(4, seed=3)][:loaders])
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     state = {name: value.tolist() for name, value in module.state_dict().items()}
-    return module.seen, watching.seen, state, values, Path(saving.best_model_path).name, float(torch.rand(()))
+    seen = module.seen, watching.seen, kept.rows, [callback.state_dict() for callback in stopping]
+    return *seen, state, values, Path(saving.best_model_path).name, float(torch.rand(()))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("watching", [Watching, WatchingEnds])
 @pytest.mark.parametrize("loaders", [1, 2])
 @pytest.mark.parametrize(
     ("hook", "start", "end"),
@@ -136,18 +156,20 @@ def seen_by(group, hook, loaders, trainer_of, folder):
         ("on_validation_model_train", 1, 6),
     ],
 )
-def test_all_that_anybody_sees_is_the_same(hook, start, end, loaders, local_trainer, monkeypatch, tmp_path):
+def test_all_that_anybody_sees_is_the_same(hook, start, end, loaders, watching, local_trainer, monkeypatch, tmp_path):
     def trainer_of(group, **options):
         monkeypatch.setattr(GroupSupply, "take", lambda self, settings: group)
         return local_trainer(**options)
 
     apart = Apart()
-    expected = seen_by(LocalGroup(), hook, loaders, trainer_of, tmp_path / "here")
-    found = seen_by(apart, hook, loaders, trainer_of, tmp_path / "apart")
+    expected = seen_by(LocalGroup(), hook, loaders, watching, trainer_of, tmp_path / "here")
+    found = seen_by(apart, hook, loaders, watching, trainer_of, tmp_path / "apart")
     assert found == expected
     # of seven evaluations the sanity check comes first, then six validations
     starts, ends = (apart.told.count(f"{verb}_evaluation") for verb in ("start", "end"))
     assert (starts, ends) == (1 + start, 1 if end == 1 else 7)
+    # two of each epoch's three are within it; the very first one starts seen
+    assert apart.together == (3 if start == 1 and watching is WatchingEnds else 0)
 
 
 def test_the_last_of_several_loaders_does_not_say_how_fast_the_first_one_is(local_trainer, monkeypatch):
