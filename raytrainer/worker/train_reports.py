@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.messages import TrainStart
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 from raytrainer.worker.step_records import StepRecords
 from raytrainer.worker.worker_run import WorkerRun
 
-__all__ = ["end_report", "has_trained", "kept_if_it_fails", "train_start"]
+__all__ = ["end_report", "has_trained", "train_start"]
 
 
 def train_start(run: WorkerRun, feed: AnyFeed, before: Any, now: Any, begins: bool) -> TrainStart:
@@ -55,17 +53,6 @@ def end_report(metrics: MetricStore, records: StepRecords | None, behind: bool) 
     if records is not None:
         return records.end_chunk(metrics, behind)
     return metrics.finish_report() if behind else metrics.report()
-
-
-@contextmanager
-def kept_if_it_fails(metrics: MetricStore, report: MetricReport) -> Iterator[None]:
-    """What follows belongs to the chunk's message: where it fails, the chunk's `report` is asked for once more."""
-    try:
-        yield
-    except BaseException:
-        metrics.switch("train")
-        metrics.give_back(report)
-        raise
 
 
 def has_trained(optimization: Any, began: tuple[int, int, int], batch: int, step: int) -> bool:

@@ -57,6 +57,7 @@ class TrainingLoop:
         self.records: StepRecords | None = None  # where each step is recorded
         self.epoch = self.batch = 0
         self.has_begun = False  # an epoch
+        self.unheard = MetricReport()  # of a chunk with which a validation comes, in case that fails
         self._since = 0  # moment before the batches that are accumulated
         self._iterator: Iterator[Any] | None = None
         self._run_batch = self._bind_optimization()

@@ -32,7 +32,6 @@ from raytrainer.worker.replica_reports import difference, fingerprints_of
 from raytrainer.worker.scheduler_steps import step_plateaus
 from raytrainer.worker.staging import Slot, Staging
 from raytrainer.worker.step_records import StepRecords, begin_records
-from raytrainer.worker.train_reports import kept_if_it_fails
 from raytrainer.worker.training_loop import TrainingLoop
 from raytrainer.worker.unlinking import unlink
 from raytrainer.worker.verbs import Wait, verb, verb_of
@@ -141,22 +140,24 @@ class Worker:
     ) -> TrainReport:  # fmt: skip
         """A chunk, then so many batches that it `validates`. `news`: see `start_epoch`; others: see TrainingLoop."""
         self.run.view.hear(news)
+        self.training.unheard = MetricReport()
         report = self.training.train(batches, stop_at_step, more, chunk, vote_every)
         self.run.accumulating = report.batch % self.run.view.accumulate_grad_batches != 0 and not report.exhausted
         if self.ranks.rank:  # the driver reads a thousand of these
             report.metrics = report.metrics.shared()
         if validates and report.batches == batches and not report.exhausted:
-            with kept_if_it_fails(self.run.view.metrics, report.metrics):
-                report.validation = self.evaluate(validates, "validate")
+            self.training.unheard = report.metrics
+            report.validation = self.evaluate(validates, "validate")
         return report
 
     @verb(Wait.TRAINING)
-    def report_steps(self, failed: bool) -> MetricReport:
+    def report_steps(self, failed: bool, unheard: bool = False) -> MetricReport:
         """What a chunk's report has left for the next one; if the run has failed, all up to the batch in progress."""
         metrics = self.run.view.metrics
         if failed:
             metrics.switch("train")
             metrics.forget_batch()
+            metrics.give_back(self.training.unheard if unheard else MetricReport())
         elif self.records is not None:
             self.records.finish(metrics)
         return metrics.report().shared() if self.ranks.rank else metrics.report()

@@ -98,12 +98,14 @@ def test_a_killed_worker_changes_nothing(calm, tmp_path):
 
 
 def test_an_error_is_told_once_after_all_that_came_before_it(calm, tmp_path):
+    each: dict[str, Any] = {"log_every_n_steps": 1, "accumulate_grad_batches": 1}  # the batch right before it, too
+    _, expected, seen = calm.fit(Exact(), **each)
     told, rows = calm.told(), Rows()
     with pytest.raises(ValueError, match="mine"):
-        calm.fit(Struck(how="raise", flag=f"{tmp_path}/flag"), callbacks=[told], logger=rows)
-    assert told.seen[:-1] == calm.seen[:2] and told.seen[-1] == ("failed", calm.seen[2][1], "mine")
-    third = [index for index, (_, values) in enumerate(calm.rows) if "val_loss" in values][2]
-    assert rows.rows == calm.rows[:third]
+        calm.fit(Struck(how="raise", flag=f"{tmp_path}/flag"), callbacks=[told], logger=rows, **each)
+    assert told.seen[:-1] == seen[:2] and told.seen[-1] == ("failed", seen[2][1], "mine")
+    third = [index for index, (_, values) in enumerate(expected) if "val_loss" in values][2]
+    assert rows.rows == expected[:third]
 
 
 def test_ctrl_c_ends_the_run_so_that_it_goes_on_as_if_it_had_not(calm, tmp_path):

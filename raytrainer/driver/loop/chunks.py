@@ -110,7 +110,8 @@ class Chunks:
         stop_at = schedule.next_step_stop(self.settings, progress, marks)
         # On a GPU a report need not wait for its chunk's last batch: its time is part of the next chunk's.
         left_over, self._behind, self._validates = self._behind, False, 0
-        if first and batches == ahead and not self.snapshots.recorded and not self.interrupt.requested:
+        brief = 2 * batches <= self._batches  # both together, so they are to be heard of as soon as others
+        if first and brief and batches == ahead and not self.snapshots.recorded and not self.interrupt.requested:
             follows = schedule.validation_follows(self.settings, progress, batches, length, val_every)
             self._validates = first if follows else 0
         with state.clock.phase("training"):
@@ -206,7 +207,8 @@ class Chunks:
         if self._behind or failed:
             self._behind = False
             with self.state.clock.phase("training"):
-                reports = group.call(Worker.report_steps, failed)
+                unheard = bool(self._validates)  # what came with a validation that has failed on some worker
+                reports = group.call(Worker.report_steps, failed, unheard)
             self._journal.steps("train", reports)
         if failed and (group.in_process or self._validates):  # else the chunk that has failed counts for nothing
             count_up(group, self.state)

@@ -27,6 +27,9 @@ from raytrainer.worker.worker import Worker
 
 __all__ = ["Evaluation", "sees_it_begin"]
 
+#: Seconds of a first chunk that may come with training, which takes no longer either: both are one silence of workers.
+BRIEF = 0.5
+
 #: Hooks of the driver's callbacks between the batches before a validation and its own; and ours, which do nothing there
 #: that workers would know of.
 BETWEEN = ("on_train_chunk_end", "on_validation_start", "on_validation_epoch_start")
@@ -57,12 +60,12 @@ class Evaluation:
         self._state, self._services, self._interrupt, self._journal = state, services, interrupt, journal
         self.cut_off = False
         self._steady: tuple[WorkerGroup | None, str] = None, ""  # whose next evaluation of which stage starts unseen
-        self._first = 1  # batches of its first chunk
+        self._first, self._brief = 1, False  # batches of its first chunk, and whether that has taken little time
         self.unseen = False
 
     def first(self, group: WorkerGroup) -> int:
         """Batches that a message of training may ask for of the next validation; 0: somebody sees it begin."""
-        return self._first if self.unseen and self._steady == (group, "validate") else 0
+        return self._first if self.unseen and self._brief and self._steady == (group, "validate") else 0
 
     def run(
         self,
@@ -149,7 +152,7 @@ class Evaluation:
         `begun` are those of the first chunk, if that is done.
         """
         predictions: list[Any] = []
-        chunk, waited_for, finished = 1, 0, False
+        chunk, waited_for, finished, self._brief = 1, 0, False, True
         while not finished and (begun or not self._interrupt.requested):
             reports = begun or group.call(Worker.evaluate, chunk)
             begun = []
@@ -160,7 +163,9 @@ class Evaluation:
             done = max(report.batches for report in reports)
             # a report that is `behind` does not wait for its last batch
             waited_before, waited_for = waited_for, done - any(report.behind for report in reports)
-            known = schedule.chunk_batches(waited_for - waited_before, max(report.seconds for report in reports))
+            seconds = max(report.seconds for report in reports)
+            self._brief &= waited_before > 0 or seconds <= BRIEF
+            known = schedule.chunk_batches(waited_for - waited_before, seconds)
             # a loader's speed says nothing of the next one's
             chunk = 1 if any(report.through for report in reports) else known
             self._first = known if len(reports[0].by_loader) == 1 else 1

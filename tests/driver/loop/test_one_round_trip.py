@@ -189,6 +189,24 @@ def test_the_last_of_several_loaders_does_not_say_how_fast_the_first_one_is(loca
     assert sizes and set(sizes) == {1}
 
 
+@pytest.mark.parametrize("slow", ["", "train", "evaluate"])
+def test_a_slow_batch_is_a_message_of_its_own(slow, local_trainer, monkeypatch):
+    """Two together would be silent for longer than any one batch takes, so that workers would count as hanging."""
+    group, call = Apart(), Apart.call
+
+    def timed(method, /, *args, **kwargs):
+        (answer,) = call(group, method, *args, **kwargs)
+        if verb_of(method).name in ("train", "evaluate"):
+            answer.seconds = 400.0 if verb_of(method).name == slow else 1e-3
+        return [answer]
+
+    group.call = timed
+    monkeypatch.setattr(GroupSupply, "take", lambda self, settings: group)
+    trainer = local_trainer(max_epochs=2, val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(with_hook("")(), data(20), data(8, seed=2))
+    assert (group.together > 0) is (slow == "")
+
+
 def test_workers_obey_several_verbs_up_to_the_first_failure():
     class Obeying(RemoteWorker):
         def __init__(self):
