@@ -126,8 +126,7 @@ def fix_buckets(ddp: DistributedDataParallel) -> None:
 def averaging_check(ddp: DistributedDataParallel) -> Callable[[], None]:
     """What raises a RuntimeError where the latest backward pass has not brought DDP every gradient that it waits for.
 
-    Without the reducer's `_check_reducer_finalized`: what raises nothing, and DDP's own error with the next batch, if
-    there is one.
+    Without the reducer's `_check_reducer_finalized`: what raises nothing, and DDP's own error with a next batch.
     """
     check: Callable[[], None] | None = getattr(ddp.reducer, "_check_reducer_finalized", None)
     return check if check is not None else lambda: None
@@ -135,14 +134,15 @@ def averaging_check(ddp: DistributedDataParallel) -> Callable[[], None]:
 
 def copy_together(into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
     """Copy tensors into others, on a GPU in few kernels. Without `_foreach_copy_`: in one for each."""
-    together = getattr(torch, "_foreach_copy_", None) or (lambda *lists: list(map(torch.Tensor.copy_, *lists)))
-    alike: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    alike: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for place, tensor in zip(into, tensors, strict=True):
-        places, own = alike.setdefault((tensor.device, tensor.dtype), ([], []))
-        places.append(place)
-        own.append(tensor)
-    for places, own in alike.values():
-        together(places, own)
+        alike.setdefault((tensor.device, tensor.dtype), []).append((place, tensor))
+    for pairs in alike.values():
+        places, own = map(list, zip(*pairs, strict=True))
+        try:
+            torch._foreach_copy_(places, own)
+        except (AttributeError, NotImplementedError):  # on GPUs it knows no uint32, and other rare types
+            list(map(torch.Tensor.copy_, places, own))
 
 
 # ---------------------------------------------------------------- compiled modules

@@ -163,3 +163,22 @@ def test_writes_into_copies_of_shards_are_not_seen(monkeypatch):
     assert dtensor_private.memory_of(SimpleNamespace()) is None
     assert not dtensor_private.addresses_of(SimpleNamespace())
     assert fsdp_private.hooks_after_accumulation(SimpleNamespace()) == {}
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_tensors_are_copied_one_by_one(monkeypatch, gone):
+    if gone:
+        monkeypatch.delattr(torch, "_foreach_copy_")
+    else:
+        together = torch._foreach_copy_
+
+        def as_on_gpus(into, tensors):  # where torch 2.13 has kernels for common types only
+            if tensors[0].dtype in (torch.uint16, torch.uint32, torch.uint64):
+                raise NotImplementedError("foreach_tensor_copy not implemented for UInt32")
+            together(into, tensors)
+
+        monkeypatch.setattr(torch, "_foreach_copy_", as_on_gpus)
+    tensors = [torch.tensor([1, 2], dtype=torch.uint32), torch.rand(2, 2), torch.tensor([3], dtype=torch.uint32)]
+    copies = [torch.zeros_like(tensor) for tensor in tensors]
+    torch_private.copy_together(copies, tensors)
+    assert [copy.tolist() for copy in copies] == [tensor.tolist() for tensor in tensors]
