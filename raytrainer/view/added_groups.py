@@ -14,7 +14,7 @@ __all__ = ["cover_groups"]
 #: What schedulers keep for each parameter group: in the group itself, and in lists of their own.
 _GROUP_RATES, _GROUP_VALUES = ("initial_lr", "max_lr", "min_lr"), ("base_momentum", "max_momentum", "swa_lr")
 _RATE_LISTS, _VALUE_LISTS = ("base_lrs", "max_lrs"), ("lr_lambdas", "base_momentums", "max_momentums", "min_lrs")
-_LISTS, _IN_GROUPS = (*_RATE_LISTS, *_VALUE_LISTS), frozenset((*_GROUP_RATES, *_GROUP_VALUES))
+_LISTS = (*_RATE_LISTS, *_VALUE_LISTS)
 
 
 def cover_groups(configs: Sequence[SchedulerConfig]) -> None:
@@ -33,11 +33,14 @@ def _cover(scheduler: Any) -> None:
     groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
     if not groups or not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
         return
-    first = groups[0]
-    lists = [v for name in _LISTS if isinstance(v := scheduler.__dict__.get(name), list)]
-    if first.keys() & _IN_GROUPS <= groups[-1].keys() and all(len(values) >= len(groups) for values in lists):
+    own = scheduler.__dict__
+    known = next((len(values) for name in ("base_lrs", "min_lrs") if isinstance(values := own.get(name), list)), 0)
+    if not 0 < known < len(groups):
         return  # nearly always
-    for index, group in enumerate(groups[1:], start=1):
+    # one of another length has something else in it: a user's scheduler may call phases so
+    lists = [(name, v) for name in _LISTS if isinstance(v := own.get(name), list) and len(v) == known]
+    first = groups[0]
+    for group in groups[known:]:
         share = float(group["lr"]) / float(first["lr"]) if first["lr"] else 1.0
         for key in _GROUP_RATES:
             if key in first:
@@ -45,7 +48,5 @@ def _cover(scheduler: Any) -> None:
         for key in _GROUP_VALUES:
             if key in first:
                 group.setdefault(key, first[key])
-        for name in _LISTS:
-            values = scheduler.__dict__.get(name)
-            if isinstance(values, list) and len(values) == index:
-                values.append(values[0] * share if name in _RATE_LISTS else values[0])
+        for name, values in lists:
+            values.append(values[0] * share if name in _RATE_LISTS else values[0])

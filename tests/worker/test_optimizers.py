@@ -11,6 +11,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.view.added_groups import cover_groups
 from raytrainer.view.scheduler_config import SchedulerConfig
 from raytrainer.worker.optimizers import parse_optimizers
 
@@ -172,3 +173,30 @@ def test_a_run_keeps_its_optimizers(how, automatic, local_trainer):
     """Others would be stepped by nobody."""
     with pytest.raises(ConfigurationError, match=r"trainer.optimizers has been given \['SGD'.*add_param_group"):
         local_trainer(max_epochs=3).fit(Exchanges(how, automatic), data())
+
+
+class Phases(torch.optim.lr_scheduler.LRScheduler):
+    """One of a user's, whose list of peaks is one of phases; a group may say how low it is to go."""
+
+    def __init__(self, optimizer, peaks):
+        self.max_lrs = list(peaks)
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        peak = self.max_lrs[self.last_epoch % len(self.max_lrs)]
+        return [max(peak, group.get("min_lr", 0.0)) for group in self.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_only_added_groups_are_covered_in_what_schedulers_keep_for_groups(adds):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(5)]
+    groups = [{"params": parameters[:1], "min_lr": 0.2}, {"params": parameters[1:2]}, {"params": parameters[2:3]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    of_phases = Phases(optimizer, [0.1, 0.3])
+    if adds:
+        optimizer.add_param_group({"params": parameters[3:4], "lr": 0.05})
+        optimizer.add_param_group({"params": parameters[4:], "lr": 0.05})
+    cover_groups([config(of_phases)])
+    assert of_phases.max_lrs == [0.1, 0.3]
+    assert ["min_lr" in group for group in optimizer.param_groups] == [True, False, False, *[True, True] * adds]
+    assert len(of_phases.base_lrs) == len(optimizer.param_groups)
