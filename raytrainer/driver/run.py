@@ -40,6 +40,9 @@ __all__ = ["Run"]
 
 log = logging.getLogger("raytrainer")
 
+#: Seconds after which a start that fails is not repeated: where workers were silent for so long, others would be too.
+LONGEST_START = 1800.0
+
 
 @dataclass(eq=False)
 class Run(RunCheckpoints):
@@ -112,14 +115,15 @@ class Run(RunCheckpoints):
         Raises:
             WorkerLostError: A `fit` may not lose as many, or whoever comes next would be lost likewise.
         """
-        lost = list[tuple[WorkerLostError, float]]()
+        lost, began = list[tuple[WorkerLostError, float]](), time.perf_counter()
         allowed = self.task.settings.max_failures if self.task.stage == "fit" else 0
         while True:
             try:
                 return self.regroup(), lost
             except WorkerLostError as error:
                 lost.append((error, time.perf_counter()))
-                if len(lost) > allowed or not error.could_start:
+                silent = lost[-1][1] - began >= LONGEST_START
+                if len(lost) > allowed or silent or not error.could_start:
                     raise
                 log.warning("%s All workers start anew.", error)
 

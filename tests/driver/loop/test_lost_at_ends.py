@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from exact import Exact, Mortal, run, same
+from tiny import Clock
 
 import raytrainer
+from raytrainer.driver.run import LONGEST_START
 from raytrainer.driver.workers.group_supply import GroupSupply
 from raytrainer.driver.workers.worker_group import Copies
 from raytrainer.errors import ConfigurationError, WorkerLostError
@@ -80,6 +82,24 @@ def test_what_ends_the_run_while_they_start(
     with pytest.raises(type(fail[0])) as caught:
         run(Exact(), tmp_path, max_failures=allowed)
     assert caught.value is fail[taken - 1] and starts.taken == taken
+
+
+def test_a_start_that_has_taken_long_is_not_repeated(
+    starts: Starts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that cannot reach each other answer nothing, for half an hour each time."""
+    clock, take = Clock(0.0), starts.take
+
+    def later(*args: Any) -> Any:
+        clock.now += LONGEST_START * 0.6
+        return take(*args)
+
+    monkeypatch.setattr("raytrainer.driver.run.time", clock)
+    monkeypatch.setattr(starts, "take", later)
+    starts.fail = [lost() for _ in range(4)]
+    with pytest.raises(WorkerLostError):
+        run(Exact(), tmp_path, max_failures=3)
+    assert starts.taken == 2
 
 
 def test_those_of_the_start_count_later(starts: Starts, tmp_path: Path) -> None:
