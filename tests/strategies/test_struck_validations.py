@@ -62,6 +62,9 @@ class Calls:
             self.verbs.append(method.__name__)
             answers = call(group, method, *args, **kwargs)
             self.together += getattr(answers[0], "validation", None) is not None
+            for report in (each for answer in answers for each in (answer, getattr(answer, "validation", None))):
+                if hasattr(report, "seconds"):  # by which it is decided whether one comes with training
+                    report.seconds = 1e-3
             return answers
 
         monkeypatch.setattr(ForkedGroup, "call", noting)
