@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.folding import few
 from raytrainer.private.fsdp_private import edited_while_gathered, is_gathered
 from raytrainer.strategies.strategy import Step
 from raytrainer.strategies.written_copies import WrittenCopies
@@ -111,4 +112,4 @@ def refuse_lost_edits(root: nn.Module, where: str) -> None:
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+    return few([repr(name) for name in names], 3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.folding import few
 from raytrainer.plan.seeds import derive_seed
 from raytrainer.strategies.adapters_on_meta import adapters_of, initialise_adapters
 from raytrainer.strategies.shards import held_as
@@ -102,16 +103,15 @@ class Materialiser:
                 if missing and full not in self._given:
                     unset.append((full, type(member).__name__))
         if unset:
-            shown = ", ".join(f"{name!r} (of a {kind})" for name, kind in unset[:5])
-            more = f" and {len(unset) - 5} more" if len(unset) > 5 else ""
+            shown = few([f"{name!r} (of a {kind})" for name, kind in unset], 5)
             if all(".parametrizations." in f".{name}" for name, _ in unset):
                 raise ConfigurationError(
-                    f"a module made with on_meta: {shown}{more} belong to weights with a parametrisation (weight_norm, "
+                    f"a module made with on_meta: {shown} belong to weights with a parametrisation (weight_norm, "
                     f"spectral_norm, orthogonal), which is computed from weights that are not there yet. Make these "
                     f"layers anew in configure_model(), where they are real: self.layer = weight_norm(nn.Linear(8, 8))."
                 )
             raise ConfigurationError(
-                f"a module made with on_meta: initialisation has left {shown}{more} unset. Give their modules a method "
+                f"a module made with on_meta: initialisation has left {shown} unset. Give their modules a method "
                 f"reset_parameters() that sets all parameters and buffers which they have themselves or in a "
                 f"ParameterList or ParameterDict, tables made in __init__ included; it is called once a module, on the "
                 f"device, with a generator that is seeded."

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrainer.checkpointing.safetensors_files import SafetensorsFiles
 from raytrainer.errors import CheckpointError
+from raytrainer.plan.folding import few
 from raytrainer.private.dtensor_private import place_of
 from raytrainer.strategies.meta_modules import StartWeights
 from raytrainer.strategies.shards import local_part
@@ -49,18 +50,18 @@ class WeightFiles:
             else:
                 self.given |= set(names)
         if wrong:
-            raise CheckpointError(f"{source.path}: shapes do not fit {type(module).__name__}: {_few(wrong)}.")
+            raise CheckpointError(f"{source.path}: shapes do not fit {type(module).__name__}: {few(wrong, 5)}.")
         if missing and (source.strict or not self.given):
             raise CheckpointError(
-                f"{source.path}: it lacks parameters of {type(module).__name__}: {_few(missing)}; it has "
-                f"{_few([repr(name) for name in shapes])}. on_meta(..., names=...) says how names there follow from "
+                f"{source.path}: it lacks parameters of {type(module).__name__}: {few(missing, 5)}; it has "
+                f"{few([repr(name) for name in shapes], 5)}. on_meta(..., names=...) says how names there follow from "
                 f"those here, or None for what is not to be there; strict=False lets the others begin as without files."
             )
         if missing:
-            log.warning("%s: it lacks, and these begin as without files: %s", source.path, _few(missing))
+            log.warning("%s: it lacks, and these begin as without files: %s", source.path, few(missing, 5))
         left = shapes.keys() - {source.name(name) for name in self.given}
         if left:
-            log.warning("%s: not used: %s", source.path, _few(sorted(left)))
+            log.warning("%s: not used: %s", source.path, few(sorted(left), 5))
 
     @torch.no_grad()
     def load(self, module: nn.Module) -> None:
@@ -84,7 +85,3 @@ def _named(module: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
         for name, tensor in part:
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     yield from found.values()
-
-
-def _few(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import ConfigurationError, DisagreementError
+from raytrainer.plan.folding import few
 from raytrainer.plan.ranks import Ranks
 from raytrainer.plan.strategy_settings import DDP
 from raytrainer.private.torch_private import averaging_check, fix_buckets
@@ -164,7 +165,7 @@ class ReplicatedStrategy(GroupStrategy):
 
     def _refuse_unfrozen(self, module: nn.Module, batch_idx: int) -> None:
         frozen = {id(parameter) for parameter in self._frozen}
-        names = _shown([name for name, p in module.named_parameters() if id(p) in frozen and p.requires_grad])
+        names = few([name for name, p in module.named_parameters() if id(p) in frozen and p.requires_grad], 5)
         raise ConfigurationError(
             f"{names} began to train in the midst of an epoch, by batch {batch_idx}: ddp averages gradients of what "
             f"trained as the epoch began. Unfreeze in on_train_epoch_start, of the module or a callback "
@@ -176,7 +177,7 @@ class ReplicatedStrategy(GroupStrategy):
         unused = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
         raise DisagreementError(
             f"the loss of rank {self.ranks.rank} in batch {batch_idx} does not depend on "
-            f"{_shown(unused) or 'all parameters'}: "
+            f"{few(unused, 5) or 'all parameters'}: "
             f"the other workers wait for their gradients. Use "
             f"strategy={type(self.settings).__name__}(find_unused_parameters=True), freeze what is never used "
             f"(requires_grad_(False)), or return None to skip a batch."
@@ -205,7 +206,3 @@ class ReplicatedStrategy(GroupStrategy):
         if not self.settings.broadcast_buffers:
             return
         take_from_first(module.buffers())
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from raytrainer.errors import ConfigurationError
+from raytrainer.plan.folding import few
 from raytrainer.plan.sharding_settings import FSDP
 from raytrainer.private.fsdp_private import averaged_over
 
@@ -195,6 +196,4 @@ def refuse_sharded_loss(loss: object, mesh: Any) -> None:
 
 
 def _shown(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + more
+    return few([repr(name) for name in names], 5)

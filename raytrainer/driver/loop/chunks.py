@@ -15,6 +15,7 @@ from raytrainer.driver.saving.snapshots import Snapshots
 from raytrainer.driver.workers.worker_group import WorkerGroup
 from raytrainer.messages import EvaluationReport, TrainReport
 from raytrainer.plan import steps_and_epochs as schedule
+from raytrainer.plan.folding import few
 from raytrainer.plan.settings import Settings
 from raytrainer.view.run_state import RunState
 from raytrainer.worker.worker import Worker
@@ -215,5 +216,4 @@ class Chunks:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:5])) + (f" and {len(ranks) - 5} more" if len(ranks) > 5 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+    return f"rank{'s' * (len(ranks) > 1)} {few(list(map(str, ranks)), 5)}"
