@@ -8,6 +8,14 @@ from tiny import Tiny, data
 from raytrainer import Callback, ConfigurationError, DataModule, Module, WorkerCallback
 
 
+def fit_with(owner, local_trainer, caplog):
+    """As the module, a callback or the DataModule, whichever it is."""
+    callbacks = [owner] if isinstance(owner, (Callback, WorkerCallback)) else []
+    loaders = {"datamodule": owner} if isinstance(owner, DataModule) else {"train_dataloaders": data(4)}
+    with caplog.at_level(logging.WARNING, "raytrainer"):
+        local_trainer(max_epochs=1, callbacks=callbacks).fit(owner if isinstance(owner, Tiny) else Tiny(), **loaders)
+
+
 @pytest.mark.parametrize("name", ["training_epoch_end", "validation_epoch_end", "test_epoch_end"])
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_hooks_that_had_outputs(name, verb, local_trainer):
@@ -19,9 +27,7 @@ def test_hooks_that_had_outputs(name, verb, local_trainer):
 @pytest.mark.parametrize("base", [Tiny, Callback, WorkerCallback])
 def test_hooks_with_other_names(base, local_trainer, caplog):
     owner = type("Old", (base,), {"on_epoch_end": lambda self, *args: pytest.fail("called")})()
-    module, callbacks = (owner, []) if base is Tiny else (Tiny(), [owner])
-    with caplog.at_level(logging.WARNING, "raytrainer"):
-        local_trainer(max_epochs=1, callbacks=callbacks).fit(module, data(4))
+    fit_with(owner, local_trainer, caplog)
     assert "Old.on_epoch_end is not called by the Trainer; there is on_train_epoch_end" in caplog.text
 
 
@@ -37,9 +43,7 @@ def test_hooks_with_other_names(base, local_trainer, caplog):
 )
 def test_misspelt_hooks(base, name, meant, local_trainer, caplog):
     owner = type("Typed", (base,), {name: lambda self, *args: pytest.fail("called")})()
-    module, callbacks = (owner, []) if base is Tiny else (Tiny(), [owner])
-    with caplog.at_level(logging.WARNING, "raytrainer"):
-        local_trainer(max_epochs=1, callbacks=callbacks).fit(module, data(4))
+    fit_with(owner, local_trainer, caplog)
     assert f"Typed.{name} is not called by the Trainer: did you mean {meant}?" in caplog.text
 
 
@@ -106,18 +110,9 @@ def test_misspelt_hooks_of_a_datamodule_are_warned_of(local_trainer, caplog):
 )
 def test_hooks_of_another_class_are_warned_of(base, name, homes, local_trainer, caplog):
     owner = type("Odd", (base,), {name: lambda self, *args: pytest.fail("called")})()
-    module, callbacks, datamodule = Tiny(), [], None
-    if base is Tiny:
-        module = owner
-    elif base is DataModule:
-        datamodule = owner
+    if base is DataModule:
         type(owner).train_dataloader = lambda self: data(4)
-    else:
-        callbacks = [owner]
-    with caplog.at_level(logging.WARNING, "raytrainer"):
-        local_trainer(max_epochs=1, callbacks=callbacks).fit(
-            module, None if datamodule else data(4), datamodule=datamodule
-        )
+    fit_with(owner, local_trainer, caplog)
     kind = "Module" if base is Tiny else base.__name__
     assert f"Odd.{name} is not called by the Trainer: it is a hook of {homes}, not of a {kind}." in caplog.text
     assert caplog.text.count("is not called") == 1
