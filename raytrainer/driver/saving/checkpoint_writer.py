@@ -130,6 +130,7 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()  # the first is being done
         self._thread: threading.Thread | None = None
+        self._ended = True  # the thread takes nothing more up, if there was one
         self._expecting = False  # the thread waits for something to do
         self._error: BaseException | None = None
         self._left_alone = False  # whether the last save has failed, and what it was to replace is to stay
@@ -218,7 +219,7 @@ class CheckpointWriter:
         return bool(self._jobs)
 
     def flush(self) -> None:
-        """Wait until all is done; raise what failed.
+        """Wait until all is done and the thread has ended; raise what failed.
 
         The first Ctrl-C, or a SIGTERM, is heard when what has been announced is on the disk; another Ctrl-C ends the
         wait, and the thread goes on by itself.
@@ -227,6 +228,7 @@ class CheckpointWriter:
         while True:
             try:
                 self._wait(lambda: not self._jobs)
+                self._join()
                 break
             except (KeyboardInterrupt, SystemExit) as error:
                 if asked_to_end is not None:
@@ -245,6 +247,13 @@ class CheckpointWriter:
                     return
             hear()
 
+    def _join(self) -> None:
+        """Wait for the end of the thread, which has nothing to do: no run leaves one."""
+        thread = self._thread
+        while not self._expecting and thread is not None and thread.is_alive():
+            thread.join(PIECE)
+            hear()
+
     def _submit(self, job: _Job) -> None:
         self._raise()
         with shield(), self._changed:
@@ -253,7 +262,8 @@ class CheckpointWriter:
             self._changed.notify_all()
 
     def _start(self) -> None:
-        if self._thread is None:
+        if self._ended:
+            self._ended = False
             # no daemon: what has been announced is written even where the driver's process ends
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=False)
             self._thread.start()
@@ -271,7 +281,7 @@ class CheckpointWriter:
                 while self._expecting and not self._jobs:
                     self._changed.wait(PIECE)
                 if not self._jobs:
-                    self._thread, self._given_up = None, False
+                    self._ended, self._given_up = True, False
                     return
                 job = self._jobs[0]
             try:
