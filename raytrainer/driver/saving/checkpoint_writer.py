@@ -228,7 +228,8 @@ class CheckpointWriter:
         while True:
             try:
                 self._wait(lambda: not self._jobs)
-                self._join()
+                if self._thread is not None and not self._expecting:
+                    self._thread.join()  # it has nothing left to do
                 break
             except (KeyboardInterrupt, SystemExit) as error:
                 if asked_to_end is not None:
@@ -245,13 +246,6 @@ class CheckpointWriter:
             with self._changed:
                 if self._changed.wait_for(condition, PIECE):
                     return
-            hear()
-
-    def _join(self) -> None:
-        """Wait for the end of the thread, which has nothing to do: no run leaves one."""
-        thread = self._thread
-        while not self._expecting and thread is not None and thread.is_alive():
-            thread.join(PIECE)
             hear()
 
     def _submit(self, job: _Job) -> None:
