@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone
+from raytrainer.data.loader_processes import control_c_left_alone, garbage_left_alone, sure_fork
 
 
 class Blocked(Dataset[Any]):
@@ -59,3 +59,36 @@ def test_they_end_with_their_parent() -> None:
     assert select.select([reading], [], [], 60.0)[0]
     assert os.read(reading, 1) == b""
     os.close(reading)
+
+
+def test_one_that_does_not_begin_is_replaced() -> None:
+    """On CPython before 3.11.10 it may wait, within `os.fork()`, for a thread that a fork has not."""
+    stuck = []
+
+    def fork() -> int:
+        child = os.fork()
+        if child == 0 and not stuck:
+            while True:
+                signal.pause()
+        stuck.append(child)
+        return child
+
+    child = sure_fork(fork, 0.5)
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert child != stuck[0] and child == stuck[-1]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(stuck[0], os.WNOHANG)  # it is gone
+
+
+def test_loaders_processes_are_among_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, forks = os.fork, []
+    monkeypatch.setattr("raytrainer.data.loader_processes._MAY_NOT_BEGIN", True)
+    monkeypatch.setattr("raytrainer.data.loader_processes.sure_fork", lambda fork: forks.append(fork) or fork())
+    with garbage_left_alone():
+        with garbage_left_alone():
+            iterator = iter(DataLoader(Blocked(), num_workers=2, multiprocessing_context="fork"))
+        assert os.fork is not before
+    iterator._shutdown_workers()
+    assert forks == [before, before] and os.fork is before
