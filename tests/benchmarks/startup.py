@@ -1,12 +1,13 @@
 """Seconds from `fit` to the first training step with two workers, on CPUs or on GPUs.
 
 raytrainer: nothing running, Ray running, and workers warm, from their first run and from later ones. Beside it:
-Lightning ddp (if installed) and `ray.train.TorchTrainer`, the first and the second fit of each; and torchrun, which has
-no `fit`, from its start. In the script's own process: from `fit`; by hand, from the optimizer on, with which torch
-imports its compiler; and from `fit` where it has done so. Each figure comes from a fresh process, torch, and the
-library, being imported.
+Lightning ddp (if installed) and `ray.train.TorchTrainer`, the first and the second fit of each; torchrun, which has no
+`fit`, from its start; and the least there is to do with Ray, two tasks that do what torchrun's processes do, from
+`ray.init` and, in new processes, with Ray running. In the script's own process: from `fit`; by hand, from the optimizer
+on, with which torch imports its compiler; and from `fit` where it has done so. Each figure comes from a fresh process,
+torch, and the library, being imported.
 
-Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torchrun in_process by_hand ...]
+Run: python tests/benchmarks/startup.py [--rounds 3] [--gpus 2] [--roles ours torchrun bare_ray in_process ...]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -121,12 +123,18 @@ def torchrun(path: str) -> dict[str, float]:
 
 
 def torchrun_rank(path: str) -> dict[str, float]:
+    by_hand_rank(path, int(os.environ["LOCAL_RANK"]))
+    return {}
+
+
+def by_hand_rank(path: str, rank: int, init_method: str | None = None) -> None:
+    """One of the processes that train by hand."""
     import torch
     import torch.distributed as dist
 
-    rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
-    dist.init_process_group("nccl" if GPUS else "gloo", device_id=device if GPUS else None)
+    where = {} if init_method is None else {"init_method": init_method, "rank": rank, "world_size": GPUS or 2}
+    dist.init_process_group("nccl" if GPUS else "gloo", device_id=device if GPUS else None, **where)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(32, 2).to(device))
     x, _ = next(iter(loader(20)))
     x = x.to(device)
@@ -135,7 +143,33 @@ def torchrun_rank(path: str) -> dict[str, float]:
     model(x).square().mean().backward()
     dist.barrier()  # nobody leaves while another one averages
     dist.destroy_process_group()
-    return {}
+
+
+def bare_ray(path: str) -> dict[str, float]:
+    import ray
+    import torch  # noqa: F401
+
+    def work(path: str, rank: int, place: str) -> None:
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+        by_hand_rank(path, rank, place)
+
+    seconds = {}
+    for name in ("nothing running", "Ray running"):
+        begun = time.time()
+        if not ray.is_initialized():
+            ray.init(
+                "local", num_cpus=max(GPUS, 2) + 1, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR,
+            )  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        # a task that is the last one of its process, so that the next ones have new ones
+        task = ray.remote(num_cpus=1, num_gpus=int(GPUS > 0), max_calls=1)(work)
+        ray.get([task.remote(path, rank, place) for rank in range(GPUS or 2)])
+        seconds[f"bare Ray, {name}"] = first_step(path, begun)
+    ray.shutdown()
+    return seconds
 
 
 def lightning(path: str) -> dict[str, float]:
@@ -204,7 +238,7 @@ def by_hand(path: str) -> dict[str, float]:
 
 ROLES = {
     "ours": ours, "torch_trainer": torch_trainer, "torchrun": torchrun, "lightning": lightning,
-    "in_process": in_process, "by_hand": by_hand, "in_process_later": in_process_later,
+    "bare_ray": bare_ray, "in_process": in_process, "by_hand": by_hand, "in_process_later": in_process_later,
 }  # fmt: skip
 
 
