@@ -7,12 +7,12 @@ import functools
 import gc
 import multiprocessing
 import os
-import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from typing import Any
 
 __all__ = ["control_c_left_alone", "garbage_left_alone", "sure_fork"]
@@ -64,7 +64,7 @@ def sure_fork(fork: Callable[[], int], patience: float = _FIRST) -> int:
             if child == 0:
                 os.write(writing, b".")
             else:
-                begun = bool(select.select([reading], [], [], patience)[0])
+                begun = bool(wait([reading], patience))
         finally:
             os.close(reading)
             os.close(writing)
@@ -126,7 +126,7 @@ def _end_with(parent: int) -> None:
     It has inherited the parent's connections: as long as one end of them is open, nobody hears that the parent is gone.
     torch looks every 5 s.
     """
-    select.select([parent], [], [])
+    wait([parent])
     os._exit(1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import select
 import signal
 from typing import Any
@@ -80,6 +82,26 @@ def test_one_that_does_not_begin_is_replaced() -> None:
     assert child != stuck[0] and child == stuck[-1]
     with pytest.raises(ChildProcessError):
         os.waitpid(stuck[0], os.WNOHANG)  # it is gone
+
+
+def test_a_process_with_many_open_files_may_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`select` knows 1,024."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 1500:
+        pytest.skip("so many files may not be open here")
+    pipe = os.pipe
+
+    def high() -> tuple[int, int]:
+        low = pipe()
+        reading, writing = (fcntl.fcntl(end, fcntl.F_DUPFD, 1400) for end in low)
+        for end in low:
+            os.close(end)
+        return reading, writing
+
+    monkeypatch.setattr(os, "pipe", high)
+    child = sure_fork(os.fork)
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_loaders_processes_are_among_these(monkeypatch: pytest.MonkeyPatch) -> None:
