@@ -58,6 +58,7 @@ class ForkedGroup:
 
     def __init__(self, size: int, nodes: int = 1) -> None:
         self.size, self.nodes, self.broken = size, nodes, False
+        self._patience = 600.0  # the run's `hang_timeout`, of those that are stopped: others are slow, at worst
         self.by_node: Mapping[str, int] = {f"node{index}": size // nodes for index in range(nodes)}
         ports = FORK.Queue()
         self._folder = tempfile.TemporaryDirectory()
@@ -80,6 +81,7 @@ class ForkedGroup:
         return [process.pid or 0 for process in self._processes]
 
     def setup(self, task: Task) -> list[SetupReport]:
+        self._patience = task.settings.hang_timeout
         sent = cloudpickle.dumps(task)
         reports: list[SetupReport] = self._tell("setup", sent)
         return reports
@@ -108,12 +110,17 @@ class ForkedGroup:
     def _answers(self) -> list[Any]:
         """What all say, by rank; the first error of any of them, whoever else still waits."""
         answers: dict[int, Any] = {}
-        watch, until = StandstillWatch(self._asked_now), time.monotonic() + 120.0
+        began = time.monotonic()
+        watch, until = StandstillWatch(self._asked_now), began + 120.0
         while len(answers) < self.size:
             left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
             ready = multiprocessing.connection.wait(list(left), timeout=0.2)
             if not ready and time.monotonic() > until:
                 raise TimeoutError(f"ranks {sorted(left.values())} have not answered")
+            if not ready and time.monotonic() > began + self._patience:
+                for rank in left.values():
+                    if self._is_stopped(rank):
+                        raise WorkerLostError(rank, f"no answer for {self._patience:.0f} s (hang_timeout)")
             if not ready and self._stacks:
                 try:
                     watch.look(answers)
@@ -135,6 +142,9 @@ class ForkedGroup:
                     raise error
                 answers[rank] = answer
         return [answers[rank] for rank in range(self.size)]
+
+    def _is_stopped(self, rank: int) -> bool:
+        return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def _tell_of_the_lost(self, rank: int, error: BaseException) -> None:
         """Whose connection has broken hears of it before the end of the other's process is seen here."""

@@ -484,11 +484,12 @@ class ModelCheckpoint(Callback):
             "current_score": None if self.current_score is None else float(self.current_score),
             "last_model_path": self.last_model_path,
             "judged": self._judged,
+            "due": self._due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was kept, if it lies in this object's folder; otherwise begin anew, with a warning."""
-        self._judged = state_dict.get("judged", -1)
+        self._judged, self._due = state_dict.get("judged", -1), state_dict.get("due", False)
         if self.dirpath is None:
             self._pending = state_dict  # the folder is only known once there is a trainer
             return

@@ -27,6 +27,8 @@ class Struck(Exact):
             Path(self.flag).touch()
             if self.how == "raise":
                 raise ValueError("mine")
+            if self.how == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             os.kill(os.getppid(), signal.SIGINT)  # who presses Ctrl-C presses it for the driver
 
 
@@ -92,10 +94,13 @@ def calm(request: Any, forked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     return Calm(request.param, Calls(monkeypatch), tmp_path)
 
 
-def test_a_killed_worker_changes_nothing(calm, tmp_path):
-    module = Struck((1, BATCHES), "kill", f"{tmp_path}/flag", verb="validate")
-    trainer, rows, seen = calm.fit(module)
-    assert len(trainer.recoveries) == 1 and calm.calls.verbs.count("start_evaluation") == 2
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_worker_that_is_killed_or_stopped_changes_nothing(how, calm, tmp_path):
+    module = Struck((1, BATCHES), how, f"{tmp_path}/flag", verb="validate")
+    trainer, rows, seen = calm.fit(module, hang_timeout=0.1)
+    (found,) = trainer.recoveries
+    assert ("hang_timeout" in found.error) == (how == "stop")
+    assert calm.calls.verbs.count("start_evaluation") == 2
     assert same(module, calm.module) and rows == calm.rows
     assert set(seen) == set(calm.seen) and seen[-4:] == calm.seen[-4:]  # two come again, from the run's beginning on
 
