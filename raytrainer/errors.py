@@ -124,11 +124,12 @@ class WorkerLostError(RaytrainerError):
         rank: Global rank of the lost worker.
         reason: What Ray says about it.
         could_start: Whether its process could; where it could not, another one hardly will.
+        unreachable: Whether all that is known is that workers cannot reach each other: it may be well.
     """
 
-    def __init__(self, rank: int, reason: str, could_start: bool = True) -> None:
-        super().__init__(rank, reason, could_start)
-        self.rank, self.reason, self.could_start = rank, reason, could_start
+    def __init__(self, rank: int, reason: str, could_start: bool = True, unreachable: bool = False) -> None:
+        super().__init__(rank, reason, could_start, unreachable)
+        self.rank, self.reason, self.could_start, self.unreachable = rank, reason, could_start, unreachable
 
     def __str__(self) -> str:
         return f"the worker of rank {self.rank} is gone: {self.reason}"

@@ -123,7 +123,8 @@ class Run(RunCheckpoints):
             except WorkerLostError as error:
                 lost.append((error, time.perf_counter()))
                 silent = lost[-1][1] - began >= LONGEST_START
-                if len(lost) > allowed or silent or not error.could_start:
+                apart = sum(one.unreachable for one, _ in lost) > 1  # at first somebody may be gone, as Ray is to say
+                if len(lost) > allowed or silent or apart or not error.could_start:
                     raise
                 log.warning("%s All workers start anew.", error)
 

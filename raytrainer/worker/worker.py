@@ -236,13 +236,13 @@ class Worker:
         self._evaluation = None
 
     @verb(Wait.AT_ONCE)
-    def cursor(self) -> tuple[int, int, int] | None:
-        """After a failure: the epoch, batches done in it and steps in the run; None before the first one here."""
+    def cursor(self) -> tuple[int, int, int, str | None] | None:
+        """After a failure: epoch, batches done in it, steps in the run, and what ran; None before the first epoch."""
         if self._training is None or not self._training.has_begun:
             return None
         view, batch = self.run.view, self._training.batch
         self.run.accumulating = batch % view.accumulate_grad_batches != 0
-        return self._training.epoch, batch, view.global_step
+        return self._training.epoch, batch, view.global_step, view.running
 
     def capture(
         self, weights_only: bool, replica: bool = False, live: bool = False, final: bool = False, slot: Slot = None

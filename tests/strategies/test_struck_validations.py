@@ -42,7 +42,7 @@ class Told(Callback):
         self.seen.append(("validated", trainer.global_step, float(trainer.callback_metrics["val_loss"])))
 
     def on_exception(self, trainer, module, exception):
-        self.seen.append(("failed", trainer.global_step, str(exception)))
+        self.seen.append(("failed", trainer.global_step, str(exception), trainer.state.stage))
 
 
 class ToldOfChunks(Told):
@@ -111,7 +111,7 @@ def test_an_error_is_told_once_after_all_that_came_before_it(calm, tmp_path):
     told, rows = calm.told(), Rows()
     with pytest.raises(ValueError, match="mine"):
         calm.fit(Struck(how="raise", flag=f"{tmp_path}/flag"), callbacks=[told], logger=rows, **each)
-    assert told.seen[:-1] == seen[:2] and told.seen[-1] == ("failed", seen[2][1], "mine")
+    assert told.seen[:-1] == seen[:2] and told.seen[-1] == ("failed", seen[2][1], "mine", "validate")
     third = [index for index, (_, values) in enumerate(expected) if "val_loss" in values][2]
     assert rows.rows == expected[:third]
 

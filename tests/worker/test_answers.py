@@ -30,7 +30,8 @@ TRAINED = TrainReport(2, 4, 3, 0.5, False, False, 0.1, METRICS)
         (Worker.start_training, TrainStart(None, 4, [None, 3])),
         (Worker.evaluate, EvaluationReport("test", 1, 0.1, True, METRICS, [(0, 0, object())])),
         (Worker.cursor, None),
-        (Worker.cursor, (0, 1, 2)),
+        (Worker.cursor, (0, 1, 2, None)),
+        (Worker.cursor, (0, 1, 2, "validate")),
         (Worker.compute_metrics, {"loss": 1}),
         (Worker.end_fit, None),
         (Worker.fetch_module, object()),
@@ -58,7 +59,7 @@ def test_what_is_declared_is_understood(method: Any, answer: Any) -> None:
             "TrainReport.metrics.rows",
         ),
         (Worker.train, replace(TRAINED, metrics=replace(METRICS, specs={})), "TrainReport.metrics has .* a name"),
-        (Worker.cursor, (1,), r"is no tuple\[int, int, int\]"),
+        (Worker.cursor, (1,), r"is no tuple\[int, int, int, str \| None\]"),
         (Worker.compute_metrics, {"loss": None}, "is no dict"),
         (Worker.end_fit, 1, "is no None"),
     ],
@@ -70,7 +71,7 @@ def test_anything_else_is_told(method: Any, answer: Any, said: str) -> None:
 
 def _right(method: Any) -> Any:
     answers: dict[Any, Any] = {
-        Worker.train: TRAINED, Worker.cursor: (0, 1, 2), Worker.compute_metrics: {}, Worker.setup: SetupReport(0),
+        Worker.train: TRAINED, Worker.cursor: (0, 1, 2, None), Worker.compute_metrics: {}, Worker.setup: SetupReport(0),
         Worker.start_training: TrainStart(None),
     }  # fmt: skip
     return answers.get(method)

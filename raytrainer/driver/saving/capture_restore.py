@@ -24,12 +24,15 @@ log = logging.getLogger("raytrainer")
 
 
 def count_up(group: WorkerGroup, state: RunState) -> None:
-    """Have the driver's counters be those of workers in this process, whose chunk has failed."""
-    cursor, progress = group.call(Worker.cursor)[0], state.progress
+    """Have the driver's counters and stage be those of workers whose chunk, or validation with it, has failed."""
+    cursors, progress = group.call(Worker.cursor), state.progress
+    cursor = cursors[0]
     # after an epoch's end the driver is in the next one before workers are, if they are to begin it at all
     if cursor is not None and not progress.epoch_ended and cursor[0] == progress.epoch:
         progress.total_batches += cursor[1] - progress.batch
-        _, progress.batch, progress.step = cursor
+        _, progress.batch, progress.step, _ = cursor
+    if all(one is not None and one[3] == "validate" for one in cursors):  # who has failed was through with training
+        state.trainer.stage = "validate"
 
 
 class RunCapture:

@@ -222,7 +222,9 @@ class Answers:
         said = culprit.type_name, culprit.message
         if is_consequence(Failed(culprit.rank, "raised", culprit.type_name, culprit.message)):
             self._group.lose()
-            raise WorkerLostError(culprit.rank, f"communication with the others failed: {culprit.message}")
+            raise WorkerLostError(
+                culprit.rank, f"communication with the others failed: {culprit.message}", unreachable=True
+            )
         alike = [
             f.rank for f in failures if isinstance(f, Failure) and f is not culprit and (f.type_name, f.message) == said
         ]

@@ -44,8 +44,8 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
     return starts
 
 
-def lost(could_start: bool = True) -> WorkerLostError:
-    return WorkerLostError(1, "killed while it imported", could_start)
+def lost(could_start: bool = True, unreachable: bool = False) -> WorkerLostError:
+    return WorkerLostError(1, "killed while it imported", could_start, unreachable)
 
 
 @pytest.mark.parametrize("losses", [1, 2])
@@ -71,6 +71,12 @@ def test_lost_while_the_first_workers_start(die: Any, losses: int, starts: Start
         ([lost(), lost(), lost()], 2, 3),
         ([lost()], 0, 1),
         ([lost(could_start=False), lost()], 3, 1),  # a package that the node lacks is not there a moment later
+        (
+            [lost(unreachable=True), lost(unreachable=True), lost()],
+            3,
+            2,
+        ),  # by a wrong interface, say, nobody being lost
+        ([lost(unreachable=True), lost(), lost(unreachable=True), lost()], 3, 3),
         ([ConfigurationError("mine")], 3, 1),
         ([ValueError("mine")], 3, 1),
     ],
