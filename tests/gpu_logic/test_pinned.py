@@ -23,14 +23,6 @@ KINDS = [
 ]
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    fake = Cuda()
-    monkeypatch.setattr(pinned, "register", fake.register)
-    monkeypatch.setattr(pinned, "unregister", fake.unregister)
-    return fake
-
-
 def test_tensors_of_all_kinds_lie_beside_each_other_in_memory_that_cuda_knows(cuda: Cuda) -> None:
     tensors = pinned_tensors(KINDS, CPU)
     assert [(t.dtype, t.shape) for t in tensors] == KINDS

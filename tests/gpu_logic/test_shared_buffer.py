@@ -21,14 +21,6 @@ GPU = torch.device("cuda", 0)
 SIZES = {"a": 400, "large": 2 * PIECE + 4096, "b": 8}
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    fake = Cuda()
-    monkeypatch.setattr(pinned, "register", fake.register)
-    monkeypatch.setattr(pinned, "unregister", fake.unregister)
-    return fake
-
-
 def test_each_tensor_lies_in_memory_that_cuda_knows(cuda: Cuda) -> None:
     buffer = SharedBuffer(lay_out(SIZES), GPU)
     tensors = [buffer.tensor(key, torch.uint8, (size,)) for key, size in SIZES.items()]

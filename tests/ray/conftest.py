@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from quiet_trainers import quiet
 
 import raytrainer
 from raytrainer.driver.workers import idle_pool as pool
+from raytrainer.driver.workers.ray_group import RayGroup
 
 HERE = Path(__file__).parent
 
@@ -50,6 +51,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def ray_ended() -> Callable[[], None]:
     """A function that ends the session's Ray."""
     return end_ray
+
+
+@pytest.fixture(scope="module")
+def staging(ray_ended: object) -> Iterator[None]:
+    """Workers copy states aside and hand them over by a thread, as those of GPUs do. They are left to nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        pool.close_idle()
+        patch.setattr(RayGroup, "stages", True)
+        yield
+        pool.close_idle()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,12 @@ from ray_models import eventually
 
 import raytrainer
 from raytrainer.checkpointing.checkpoint_format import read_checkpoint
-from raytrainer.driver.workers import idle_pool as pool
 from raytrainer.driver.workers import ray_segments
 from raytrainer.driver.workers.ray_group import RayGroup
 from raytrainer.worker.actor.holder import Holder
 
-pytestmark = pytest.mark.late(2)
+pytestmark = [pytest.mark.late(2), pytest.mark.usefixtures("staging", "ray_session")]
 OPTIONS: dict[str, Any] = {"strategy": "fsdp", "num_processes": 2, "snapshot_every": 2, "max_epochs": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def staging(ray_ended: object) -> Iterator[None]:
-    """Workers are made for it, and not left to other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        pool.close_idle()
-        patch.setattr(RayGroup, "stages", True)
-        yield
-        pool.close_idle()
-
-
-@pytest.fixture(autouse=True)
-def session(ray_session: str) -> None:
-    """Ray runs."""
 
 
 class KilledAsCopied:

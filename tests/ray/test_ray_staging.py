@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -13,27 +12,10 @@ from exact import Exact, loaders, run, same
 from quiet_trainers import quiet
 
 import raytrainer
-from raytrainer.driver.workers import idle_pool as pool
 from raytrainer.driver.workers.ray_group import RayGroup
 
-pytestmark = pytest.mark.late(2)
+pytestmark = [pytest.mark.late(2), pytest.mark.usefixtures("staging", "ray_session")]
 OVER_RAY = {"strategy": "ddp", "num_processes": 2, "snapshot_every": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def staging(ray_ended: object) -> Iterator[None]:
-    """Workers are made for it, and not left to other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        pool.close_idle()
-        patch.setattr(RayGroup, "stages", True)
-        yield
-        pool.close_idle()
-        pool.set_idle_timeout(300.0)
-
-
-@pytest.fixture(autouse=True)
-def session(ray_session: str) -> None:
-    """Ray runs."""
 
 
 class Unpicklable(Exact):
