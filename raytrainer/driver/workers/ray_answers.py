@@ -19,7 +19,6 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from raytrainer.driver.workers.standstill_watch import StandstillWatch
 from raytrainer.errors import (
     DisagreementError,
     RaytrainerError,
@@ -69,6 +68,13 @@ class Asked(Protocol):
         """Where they are."""
 
 
+class Watch(Protocol):
+    """Sees, in a wait for answers, that some will never come."""
+
+    def look(self, answered: Collection[int]) -> None:
+        """Called now and then, with the ranks that have answered; raises what is amiss."""
+
+
 class Answers:
     """What a group's actors answer.
 
@@ -85,7 +91,7 @@ class Answers:
         patience: float,
         what: str,
         ranks: Sequence[int] | None = None,
-        watch: StandstillWatch | None = None,
+        watch: Watch | None = None,
     ) -> list[Any]:
         """All answers, in order; or the one failure to tell about, as soon as it can be told.
 
@@ -94,7 +100,7 @@ class Answers:
             patience: Seconds to wait for the answers; without one after that, the workers count as lost.
             what: What they are to do, for the error that says so.
             ranks: The workers' ranks; None: they are the first ones, in order.
-            watch: Whether they wait for each other.
+            watch: Whether they will ever answer.
         """
         of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
         answers: dict[Any, Any] = {}
@@ -134,7 +140,7 @@ class Answers:
             self._raise(failures, hanging=len(pending))
         return [answers[ref] for ref in refs]
 
-    def _look(self, watch: StandstillWatch, ranks: Sequence[int], pending: Sequence[int]) -> None:
+    def _look(self, watch: Watch, ranks: Sequence[int], pending: Sequence[int]) -> None:
         try:
             watch.look(set(ranks).difference(pending))
         except DisagreementError:

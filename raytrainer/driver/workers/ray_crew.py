@@ -19,7 +19,7 @@ from raytrainer.driver.workers.edited_modules import EditedModules
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.driver.workers.ray_mending import await_room, free_survivors, hand_over
 from raytrainer.driver.workers.ray_spares import Spares
-from raytrainer.driver.workers.ray_starting import START, start_actors
+from raytrainer.driver.workers.ray_starting import START, PlacesWatch, start_actors
 from raytrainer.errors import ConfigurationError, ResourceError
 from raytrainer.plan.recoveries import Continuity
 from raytrainer.plan.versions import differences
@@ -76,7 +76,7 @@ class Crew:
         asked = [actor.where.remote(self._request.gpu) for actor in self.actors]
         end_importing()
         self.modules.note()  # now, while they start: it takes a moment
-        places: list[Place] = answers.all(asked, self.patience, "starting")
+        places: list[Place] = answers.all(asked, self.patience, "starting", watch=PlacesWatch(self.slots))
         order = _in_order(places)
         self.actors[:] = [self.actors[i] for i in order]
         self.slots, self._claims = [self.slots[i] for i in order], [self._claims[i] for i in order]

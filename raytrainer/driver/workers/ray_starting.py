@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -10,15 +11,50 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster.placement_rules import Request, Slot
 from raytrainer.driver.workers.ray_answers import Answers
+from raytrainer.errors import WorkerLostError
 from raytrainer.plan.ranks import Ranks
 from raytrainer.worker.actor.actor import RemoteWorker
 from raytrainer.worker.actor.place import Place
 from raytrainer.worker.actor.staging_worker import ASIDE, StagingWorker
 
-__all__ = ["START", "actor_class", "join", "options_in", "start_actors"]
+__all__ = ["START", "PlacesWatch", "actor_class", "join", "options_in", "start_actors"]
 
 #: Seconds for a worker's process to start, its runtime environment included, and for all to join the group.
 START = 1800.0
+
+#: Seconds between looks at reservations, and those that Ray gets to move one to another node.
+LOOK_EVERY, MOVING = 2.0, 10.0
+
+
+class PlacesWatch:
+    """Whether workers that start still have their places: for one whose node has gone Ray would wait for ever.
+
+    Args:
+        slots: Where they start.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._next = time.monotonic() + LOOK_EVERY
+        self._gone: float | None = None  # since when one is
+
+    def look(self, answered: Collection[int]) -> None:
+        """To be called now and then.
+
+        Raises:
+            WorkerLostError: One is gone.
+        """
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LOOK_EVERY
+        living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        groups = {slot.group.id: slot.group for slot in self._slots}
+        nodes = {key: ray.util.placement_group_table(group)["bundles_to_node_id"] for key, group in groups.items()}
+        gone = [i for i, slot in enumerate(self._slots) if nodes[slot.group.id].get(slot.bundle) not in living]
+        self._gone = (self._gone or now) if gone else None
+        if self._gone is not None and now - self._gone >= MOVING:
+            raise WorkerLostError(gone[0], "its node has gone while it started, and no other has room")
 
 
 def actor_class(body: type, stages: bool) -> Any:
