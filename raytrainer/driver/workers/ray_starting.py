@@ -50,7 +50,9 @@ class PlacesWatch:
         self._next = now + LOOK_EVERY
         living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         groups = {slot.group.id: slot.group for slot in self._slots}
-        nodes = {key: ray.util.placement_group_table(group)["bundles_to_node_id"] for key, group in groups.items()}
+        tables = {key: ray.util.placement_group_table(group) for key, group in groups.items()}
+        # one that has been removed meanwhile has none
+        nodes = {key: table.get("bundles_to_node_id", {}) for key, table in tables.items()}
         gone = [i for i, slot in enumerate(self._slots) if nodes[slot.group.id].get(slot.bundle) not in living]
         self._gone = (self._gone or now) if gone else None
         if self._gone is not None and now - self._gone >= MOVING:
