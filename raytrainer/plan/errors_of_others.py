@@ -6,7 +6,12 @@ import re
 
 from raytrainer.plan.names_elsewhere import EXPORTED
 
-__all__ = ["advice"]
+__all__ = ["advice", "says_loader_died"]
+
+
+def says_loader_died(error: BaseException) -> bool:
+    """Whether torch tells that a loader's process has died, which it does in the midst of whatever else is done."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def advice(message: str) -> str:

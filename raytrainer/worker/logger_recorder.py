@@ -15,6 +15,7 @@ from raytrainer.errors import SerializationError
 from raytrainer.loggers.logger import Logger
 from raytrainer.loggers.media import draw
 from raytrainer.metric_messages import LogCall
+from raytrainer.plan.errors_of_others import says_loader_died
 from raytrainer.view.trainer_view import TrainerView
 
 __all__ = ["TRANSFER_HOOKS", "Evaluates", "Recorder", "Trains", "WorkerLogger"]
@@ -114,6 +115,8 @@ def _copied(value: Any) -> Any:
     try:
         pickle.dumps(value)
     except Exception as error:
+        if says_loader_died(error):
+            raise
         raise SerializationError(
             f"self.logger was given a {type(value).__name__}, which cannot be sent to the driver ({error}); give "
             f"tensors, arrays, numbers, text, or figures to log_figure."

@@ -28,6 +28,7 @@ from raytrainer.errors import (
     WorkerLostError,
 )
 from raytrainer.plan.culprit import Failed, choose_culprit, is_consequence
+from raytrainer.plan.errors_of_others import says_loader_died
 from raytrainer.plan.folding import ranks_text
 from raytrainer.plan.where_it_is import Whereabouts, folded, keep_waiting
 from raytrainer.signals import PIECE, hear
@@ -180,9 +181,11 @@ class Answers:
             return WorkerLostError(rank, said, could_start=not isinstance(error, RuntimeEnvSetupError))
 
     def _unsendable(self, rank: int, error: BaseException) -> Failure:
-        """A worker's methods raise nothing, so what Ray has met is an answer that cannot be sent."""
-        told: RaytrainerError
-        if isinstance(error, (ObjectStoreFullError, OutOfDiskError)):
+        """A worker's methods raise nothing, so what Ray has met is an answer that cannot be sent, or a signal."""
+        told: RaytrainerError | RuntimeError
+        if isinstance(error, RuntimeError) and says_loader_died(error):
+            told = RuntimeError(str(error))
+        elif isinstance(error, (ObjectStoreFullError, OutOfDiskError)):
             told = ResourceError(
                 f"Ray has no room for what rank {rank} was to hand over: its object store there is full "
                 f"({str(error).splitlines()[0]}). Give it more memory, with `ray start --object-store-memory=BYTES` or "

@@ -26,6 +26,7 @@ with importing(alone=True):  # in a worker, nearly all of its imports
     from raytrainer.errors import SerializationError
     from raytrainer.gpu.choice import use_pci_order
     from raytrainer.place_in_run import take_place
+    from raytrainer.plan.errors_of_others import says_loader_died
     from raytrainer.plan.ranks import Ranks
     from raytrainer.private.ray_private import asked_to_end, log_folder
     from raytrainer.tensor_packing import pack, unpack, without_tensors
@@ -255,6 +256,8 @@ def refuse_unpicklable(state: dict[str, Any]) -> None:
             # the callback keeps the bytes of arrays out of it, which would only be copied
             cloudpickle.dumps(without_tensors(value), protocol=5, buffer_callback=lambda buffer: None)
         except Exception as error:
+            if says_loader_died(error):
+                raise
             raise SerializationError(
                 f"checkpoint[{name!r}] cannot be pickled: {type(error).__name__}: {error}. Leave it out in "
                 f"on_save_checkpoint, or in the state_dict() that it comes from."

@@ -10,6 +10,8 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.errors import ResourceError, SerializationError
+from raytrainer.worker.actor.actor import refuse_unpicklable
+from raytrainer.worker.logger_recorder import _copied
 
 
 class Group:
@@ -31,6 +33,8 @@ class Group:
         (OutOfDiskError("Local disk is full"), ResourceError, r"no room .* rank 0 .*--object-store-memory="),
         (ObjectStoreFullError("Failed to put object"), ResourceError, r"no room .* rank 0 .*--object-store-memory="),
         (TypeError("cannot pickle 'generator'"), SerializationError, "cannot be pickled: TypeError.*predict_step"),
+        # torch raises it by a signal, whatever is done in that moment
+        (RuntimeError("DataLoader worker (pid 1) exited unexpectedly"), RuntimeError, "^DataLoader worker"),
     ],
 )
 def test_an_answer_that_ray_cannot_bring(
@@ -43,3 +47,16 @@ def test_an_answer_that_ray_cannot_bring(
     monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs[:1], refs[1:]))
     with pytest.raises(told, match=says):
         Answers(Group()).all(["a reference"], 60, "training")
+
+
+class Dies:
+    """While it is pickled, a loader's process dies."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize("pickled", [lambda value: refuse_unpicklable({"value": value}), _copied])
+def test_a_loader_that_dies_as_something_is_pickled(pickled: Any) -> None:
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        pickled(Dies())
