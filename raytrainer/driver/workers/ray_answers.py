@@ -183,7 +183,7 @@ class Answers:
     def _unsendable(self, rank: int, error: BaseException) -> Failure:
         """A worker's methods raise nothing, so what Ray has met is an answer that cannot be sent, or a signal."""
         told: RaytrainerError | RuntimeError
-        if isinstance(error, RuntimeError) and says_loader_died(error):
+        if says_loader_died(error):
             told = RuntimeError(str(error))
         elif isinstance(error, (ObjectStoreFullError, OutOfDiskError)):
             told = ResourceError(

@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 
 from raytrainer.driver.cluster.answer_waits import wait_for
 from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.cluster.session import nodes_alive
 from raytrainer.driver.workers.ray_starting import options_in
 from raytrainer.errors import ResourceError
 from raytrainer.signals import wait_until
@@ -87,7 +88,7 @@ def await_room(place: Place, slot: Slot) -> None:
     """
 
     def there(at_most: float) -> bool:
-        living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        living = nodes_alive()
         if place.node_id in living:
             return True
         table = ray.util.placement_group_table(slot.group)

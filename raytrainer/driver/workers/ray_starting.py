@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrainer.driver.cluster.placement_rules import Request, Slot
+from raytrainer.driver.cluster.session import nodes_alive
 from raytrainer.driver.workers.ray_answers import Answers
 from raytrainer.errors import WorkerLostError
 from raytrainer.plan.ranks import Ranks
@@ -48,7 +49,7 @@ class PlacesWatch:
         if now < self._next:
             return
         self._next = now + LOOK_EVERY
-        living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        living = nodes_alive()
         groups = {slot.group.id: slot.group for slot in self._slots}
         tables = {key: ray.util.placement_group_table(group) for key, group in groups.items()}
         # one that has been removed meanwhile has none

@@ -19,11 +19,9 @@ def test_a_node_that_goes(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one may have room, where Ray moves the reservation to."""
     clock, bundles = Clock(0.0), {0: "a", 1: "b"}
     nodes = {"a": True, "b": True, "c": True}
-    asked = SimpleNamespace(
-        nodes=lambda: [{"NodeID": name, "Alive": alive} for name, alive in nodes.items()],
-        util=SimpleNamespace(placement_group_table=lambda group: {"bundles_to_node_id": bundles}),
-    )
-    monkeypatch.setattr(ray_starting, "ray", asked)
+    monkeypatch.setattr(ray_starting, "nodes_alive", lambda: {name for name, alive in nodes.items() if alive})
+    tables = SimpleNamespace(placement_group_table=lambda group: {"bundles_to_node_id": bundles})
+    monkeypatch.setattr(ray_starting, "ray", SimpleNamespace(util=tables))
     monkeypatch.setattr(ray_starting, "time", clock)
     group: Any = SimpleNamespace(id="g")
     watch = PlacesWatch([Slot(group, bundle, 1.0) for bundle in (0, 0, 1, 1)])
