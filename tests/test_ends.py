@@ -49,7 +49,7 @@ def test_wherever_it_strikes(fault: str, everywhere: list[str], local_trainer: A
         except BaseException as error:
             failed[place] = repr(error)
     assert not failed, "\n".join(f"{place}: {error}" for place, error in failed.items())
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) == before
 
 
 class Fails(raytrainer.Callback):

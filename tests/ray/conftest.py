@@ -61,6 +61,7 @@ def staging(ray_ended: object) -> Iterator[None]:
         patch.setattr(RayGroup, "stages", True)
         yield
         pool.close_idle()
+        pool.set_idle_timeout(300.0)
 
 
 @pytest.fixture

@@ -71,11 +71,8 @@ def test_lost_while_the_first_workers_start(die: Any, losses: int, starts: Start
         ([lost(), lost(), lost()], 2, 3),
         ([lost()], 0, 1),
         ([lost(could_start=False), lost()], 3, 1),  # a package that the node lacks is not there a moment later
-        (
-            [lost(unreachable=True), lost(unreachable=True), lost()],
-            3,
-            2,
-        ),  # by a wrong interface, say, nobody being lost
+        # by a wrong interface, say, nobody being lost
+        ([lost(unreachable=True), lost(unreachable=True), lost()], 3, 2),
         ([lost(unreachable=True), lost(), lost(unreachable=True), lost()], 3, 3),
         ([ConfigurationError("mine")], 3, 1),
         ([ValueError("mine")], 3, 1),

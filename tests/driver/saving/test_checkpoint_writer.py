@@ -54,7 +54,8 @@ def test_a_thread_that_is_started_early_ends_where_nothing_is_saved(writer: Chec
         thread = writer._thread
         raise KeyboardInterrupt
     writer.flush()
-    assert thread is not None and not thread.is_alive()
+    assert thread is not None
+    assert not thread.is_alive() and not writer.busy
     with writer.expecting():
         early = writer._thread
         writer.save(str(tmp_path / "new.ckpt"), lambda: STATE)
